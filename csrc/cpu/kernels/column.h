@@ -1,0 +1,97 @@
+// The logits of one vector of voxels: in registers for few classes, in scratch for many.
+#pragma once
+
+#include <utility>
+
+#include "cpu/kernels/simd.h"
+
+namespace riskmap::cpu {
+namespace {
+
+constexpr int kMaxRegisterClasses = 8;
+
+template <class acc_t, int kClasses>
+struct RegisterColumn {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  F x[kClasses];
+
+  RISKMAP_MEMBER RegisterColumn(const acc_t* base, int64_t pitch, int64_t) {
+    each([&](int c) RISKMAP_LAMBDA { x[c] = load<F>(base + c * pitch); });
+  }
+  // Written out for every class: an index that is no constant would move x to memory.
+  template <class Body, int... kEach>
+  RISKMAP_MEMBER static void expand(const Body& body, std::integer_sequence<int, kEach...>) {
+    (body(kEach), ...);
+  }
+  template <class Body>
+  RISKMAP_MEMBER static void each(const Body& body) {
+    expand(body, std::make_integer_sequence<int, kClasses>{});
+  }
+  RISKMAP_MEMBER F get(int c) const { return x[c]; }
+  RISKMAP_MEMBER void set(int c, F v) { x[c] = v; }
+  // The value of class `index`, lane by lane.
+  RISKMAP_MEMBER F pick(I index) const {
+    F v = x[0];
+    each([&](int c) RISKMAP_LAMBDA { v = math::select(index == c, x[c], v); });
+    return v;
+  }
+};
+
+template <class acc_t>
+struct ScratchColumn {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  acc_t* base;
+  int64_t pitch;
+  int count;
+
+  RISKMAP_MEMBER ScratchColumn(acc_t* base_, int64_t pitch_, int64_t count_)
+      : base(base_), pitch(pitch_), count(static_cast<int>(count_)) {}
+  template <class Body>
+  RISKMAP_MEMBER void each(const Body& body) const {
+    for (int c = 0; c < count; ++c) body(c);
+  }
+  RISKMAP_MEMBER F get(int c) const { return load<F>(base + c * pitch); }
+  RISKMAP_MEMBER void set(int c, F v) { store(base + c * pitch, v); }
+  RISKMAP_MEMBER F pick(I index) const {
+    F v{};
+    for (int i = 0; i < Simd<acc_t>::kLanes; ++i) v[i] = base[index[i] * pitch + i];
+    return v;
+  }
+};
+
+// Calls f with the column type for this number of classes as a (null) tag.
+template <class acc_t, class F>
+static void with_column(int64_t classes, F&& f) {
+  if constexpr (sizeof(acc_t) == 4) {
+    switch (classes) {
+      case 1: return f(static_cast<RegisterColumn<acc_t, 1>*>(nullptr));
+      case 2: return f(static_cast<RegisterColumn<acc_t, 2>*>(nullptr));
+      case 3: return f(static_cast<RegisterColumn<acc_t, 3>*>(nullptr));
+      case 4: return f(static_cast<RegisterColumn<acc_t, 4>*>(nullptr));
+      case 5: return f(static_cast<RegisterColumn<acc_t, 5>*>(nullptr));
+      case 6: return f(static_cast<RegisterColumn<acc_t, 6>*>(nullptr));
+      case 7: return f(static_cast<RegisterColumn<acc_t, 7>*>(nullptr));
+      case 8: return f(static_cast<RegisterColumn<acc_t, 8>*>(nullptr));
+    }
+  }
+  f(static_cast<ScratchColumn<acc_t>*>(nullptr));
+}
+
+// Where a kernel finds the rows of a tile: straight in memory when that is possible and pays, else in scratch.
+template <class acc_t>
+struct Rows {
+  acc_t* base;
+  int64_t pitch;
+};
+
+template <class acc_t>
+static bool usable_in_place(const Volume& volume, int64_t n) {
+  const Dtype own = sizeof(acc_t) == 4 ? Dtype::kFloat : Dtype::kDouble;
+  return volume.dtype == own && volume.stride_voxel == 1 && volume.classes <= kMaxRegisterClasses &&
+         sizeof(acc_t) == 4 && n % kMinTile == 0;
+}
+
+}  // namespace
+}  // namespace riskmap::cpu

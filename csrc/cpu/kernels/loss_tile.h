@@ -1,0 +1,98 @@
+// The part of a weighted-loss tile that forward and backward share.
+#pragma once
+
+#include "cpu/kernels/column.h"
+#include "cpu/kernels/labels.h"
+#include "cpu/kernels/weighted_loss.h"
+#include "math/weighted_loss.h"
+
+namespace riskmap::cpu {
+namespace {
+
+template <class acc_t>
+struct LossTile {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+
+  const LossArgs& args;
+  int64_t image, first, last;  // voxels of the chunk
+  int64_t tile, pitch;
+  acc_t* rows;       // [C, pitch]
+  acc_t* sums;       // [3, C] vectors
+  acc_t* risk;       // [tile]
+  acc_t* grad;       // [tile]
+  int32_t* label;    // [tile], -1: ignored
+  int32_t* in_mask;  // [tile]
+
+  LossTile(const LossArgs& args_, int64_t chunk, void* scratch) : args(args_) {
+    image = chunk / args.chunking.chunks_per_image;
+    first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
+    last = first + args.chunking.voxels_per_chunk;
+    if (last > args.logits.voxels) last = args.logits.voxels;
+    tile = tile_voxels(args.logits.classes, sizeof(acc_t));
+    pitch = tile_pitch(tile);
+    rows = static_cast<acc_t*>(scratch);
+    sums = rows + args.logits.classes * pitch;
+    risk = sums + 3 * args.logits.classes * Simd<acc_t>::kLanes;
+    grad = risk + tile;
+    label = reinterpret_cast<int32_t*>(grad + tile);
+    in_mask = label + tile;
+  }
+
+  // Returns the number of bad labels.
+  int64_t stage(int64_t begin, int64_t n) {
+    if (args.risk.data) stage_map(args.risk, image, begin, n, risk);
+    if (args.foreground.data) stage_mask(args.foreground, image, begin, n, in_mask);
+    return stage_labels(args.target, image, begin, n, args.logits.classes, args.ignore_index, label);
+  }
+
+  Rows<acc_t> logits(int64_t begin, int64_t n) {
+    if (usable_in_place<acc_t>(args.logits, n)) {
+      acc_t* data = static_cast<acc_t*>(args.logits.data);
+      return {data + image * args.logits.stride_batch + begin, args.logits.stride_class};
+    }
+    stage_in(args.logits, image, begin, n, rows, pitch);
+    return {rows, pitch};
+  }
+
+  RISKMAP_MEMBER I labels(int64_t v) const { return load_labels<acc_t>(label + v); }
+
+  // Lanes that are labelled or inside the mask; all lanes of y >= 0 where there is no background class.
+  RISKMAP_MEMBER I foreground(int64_t v, I y, I valid) const {
+    if (args.background < 0) return valid;
+    using Bits = typename math::Traits<acc_t>::Bits;
+    I inside = y != static_cast<Bits>(args.background);
+    if (args.foreground.data) inside |= load_labels<acc_t>(in_mask + v) != 0;
+    return valid & inside;
+  }
+
+  RISKMAP_MEMBER F weight(int64_t v) const { return args.risk.data ? load<F>(risk + v) : F{} + acc_t(1); }
+};
+
+// Cross-entropy terms of one vector of voxels, with logits relative to the voxel's largest: a large common offset
+// costs no digits.
+template <class acc_t, class Column>
+struct Terms {
+  using F = typename Simd<acc_t>::F;
+  F max, x_target, hot, smooth_dot;
+
+  RISKMAP_MEMBER Terms(const LossArgs& args, const Column& x, typename Simd<acc_t>::I safe_label)
+      : max(math::max_logit<F>(x)),
+        x_target(x.pick(safe_label) - max),
+        hot(lookup(static_cast<const acc_t*>(args.class_weight), safe_label) * static_cast<acc_t>(args.hot_factor)),
+        smooth_dot() {
+    if (args.smooth) {
+      const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
+      x.each([&](int c) RISKMAP_LAMBDA { smooth_dot += (x.get(c) - max) * smooth[c]; });
+    }
+  }
+
+  // sum: sum_c exp(x_c - max).
+  RISKMAP_MEMBER F cross_entropy(const LossArgs& args, F sum) const {
+    return math::cross_entropy(math::log(sum), x_target, hot, F(F{} + static_cast<acc_t>(args.smooth_total)),
+                               smooth_dot);
+  }
+};
+
+}  // namespace
+}  // namespace riskmap::cpu

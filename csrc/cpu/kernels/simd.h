@@ -1,0 +1,106 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+// Everything here has internal linkage (see math/portability.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/types.h"
+#include "math/elementary.h"
+
+namespace riskmap::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+
+// acc_t: float or double. F: lanes of acc_t; I: integers of the same width, masks among them.
+template <class acc_t>
+struct Simd {
+  using F = typename VectorOf<acc_t>::type;
+  using I = typename VectorOf<typename math::Traits<acc_t>::Bits>::type;
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(acc_t));
+};
+
+template <class V>
+RISKMAP_HD V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class V>
+RISKMAP_HD void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// Labels are int32 in tiles; widened where the mask lanes are 64 bit.
+template <class acc_t>
+RISKMAP_HD typename Simd<acc_t>::I load_labels(const int32_t* p) {
+  using I = typename Simd<acc_t>::I;
+  if constexpr (sizeof(acc_t) == 4) {
+    return load<I>(p);
+  } else {
+    typedef int32_t half_t __attribute__((vector_size(kVectorBytes / 2)));
+    return __builtin_convertvector(load<half_t>(p), I);
+  }
+}
+
+template <class V>
+RISKMAP_HD double horizontal_sum(V v) {
+  double sum = 0;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) sum += static_cast<double>(v[i]);
+  return sum;
+}
+
+// table[index] lane by lane; index >= 0 and below the table's length.
+template <class acc_t>
+RISKMAP_HD typename Simd<acc_t>::F lookup(const acc_t* table, typename Simd<acc_t>::I index) {
+  typename Simd<acc_t>::F v{};
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t) == 4) {
+    return _mm512_mask_i32gather_ps(v, __mmask16(0xffff), math::bit_cast<__m512i>(index), table, 4);
+  }
+#endif
+  for (int i = 0; i < Simd<acc_t>::kLanes; ++i) v[i] = table[index[i]];
+  return v;
+}
+
+// Transposes kLanes x kLanes in registers: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
+template <class acc_t>
+RISKMAP_HD void transpose(typename Simd<acc_t>::F (&rows)[Simd<acc_t>::kLanes]) {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  constexpr int n = Simd<acc_t>::kLanes;
+  I low{}, high{};
+  for (int i = 0; i < n; ++i) {
+    low[i] = i / 2 + (i % 2 ? n : 0);
+    high[i] = n / 2 + i / 2 + (i % 2 ? n : 0);
+  }
+  for (int round = 1; round < n; round *= 2) {
+    F next[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace
+}  // namespace riskmap::cpu

@@ -1,0 +1,104 @@
+// Source logits to transferability or voxel weight, one read of the logits, nothing kept but the map.
+#include <type_traits>
+
+#include "cpu/kernels/column.h"
+#include "cpu/kernels/labels.h"
+#include "cpu/kernels/leep.h"
+#include "math/softmax.h"
+#include "math/transferability_map.h"
+
+namespace riskmap::cpu {
+namespace {
+
+template <class acc_t, class Column>
+void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  constexpr int kLanes = Simd<acc_t>::kLanes;
+  const Volume& source = args.source;
+  const int64_t image = chunk / args.chunking.chunks_per_image;
+  const int64_t first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
+  const int64_t end = first + args.chunking.voxels_per_chunk;
+  const int64_t last = end < source.voxels ? end : source.voxels;
+  const int64_t tile = tile_voxels(source.classes, sizeof(acc_t));
+  const int64_t pitch = tile_pitch(tile);
+  acc_t* rows = static_cast<acc_t*>(scratch);
+  acc_t* result = rows + source.classes * pitch;
+  int32_t* label = reinterpret_cast<int32_t*>(result + tile);
+  const acc_t* table = static_cast<const acc_t*>(args.table);
+
+  int64_t bad_labels = 0;
+  I foreground{};
+  F low = F{} + acc_t(1e30), high = F{} - acc_t(1);
+  for (int64_t begin = first; begin < last; begin += tile) {
+    const int64_t n = begin + tile < last ? tile : last - begin;
+    bad_labels += stage_labels(args.target, image, begin, n, args.num_classes, args.ignore_index, label);
+    Rows<acc_t> in{rows, pitch};
+    if (usable_in_place<acc_t>(source, n)) {
+      in = {static_cast<acc_t*>(source.data) + image * source.stride_batch + begin, source.stride_class};
+    } else {
+      stage_in(source, image, begin, n, rows, pitch);
+    }
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I y = load_labels<acc_t>(label + v);
+      const I valid = y >= 0;
+      const I row_of = y & valid;
+      Column x(in.base + v, in.pitch, source.classes);
+      const F max = math::max_logit<F>(x);
+      F sum{}, weighted{};
+      x.each([&](int z) RISKMAP_LAMBDA {
+        const F e = math::exp(F(x.get(z) - max));
+        sum += e;
+        weighted += e * lookup(table + z * args.num_classes, row_of);
+      });
+      const F t = math::transferability(weighted, sum);
+      const F hardness = -t;
+      low = math::select(valid & (hardness < low), hardness, low);
+      high = math::select(valid & (hardness > high), hardness, high);
+      using Bits = typename math::Traits<acc_t>::Bits;
+      foreground -= args.background < 0 ? valid : valid & (y != static_cast<Bits>(args.background));
+      const F value = args.curve ? math::select(valid, math::risk_weight(hardness, *args.curve), F{})
+                                 : math::select(valid, t, F{} + acc_t(kIgnoredMark));
+      store(result + v, value);
+    }
+    float* out = args.out + image * source.voxels + begin;
+    for (int64_t v = 0; v < n; ++v) out[v] = static_cast<float>(result[v]);
+  }
+  TransferPartial& partial = args.partial[chunk];
+  partial = {bad_labels, static_cast<int64_t>(horizontal_sum(foreground)), low[0], high[0]};
+  for (int i = 1; i < kLanes; ++i) {
+    if (low[i] < partial.low) partial.low = low[i];
+    if (high[i] > partial.high) partial.high = high[i];
+  }
+}
+
+}  // namespace
+
+namespace RISKMAP_CPU_CAPABILITY {
+
+void transferability_map(const TransferArgs& args, int64_t chunk, void* scratch) {
+  const auto run = [&](auto acc) {
+    using acc_t = decltype(acc);
+    with_column<acc_t>(args.source.classes, [&](auto* column) {
+      transfer_chunk<acc_t, std::remove_pointer_t<decltype(column)>>(args, chunk, scratch);
+    });
+  };
+  if (args.source.dtype == Dtype::kDouble) return run(double{});
+  run(float{});
+}
+
+void finish_map(float* values, int64_t n, const math::RiskCurve* curve) {
+  using F = Simd<float>::F;
+  constexpr int kLanes = Simd<float>::kLanes;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>(n - i < kLanes ? n - i : kLanes);
+    F t{};
+    std::memcpy(&t, values + i, bytes);
+    const F value = curve ? math::risk_weight(F(-t), *curve) : t;
+    const F finished = math::select(t == kIgnoredMark, F{}, value);
+    std::memcpy(values + i, &finished, bytes);
+  }
+}
+
+}  // namespace RISKMAP_CPU_CAPABILITY
+}  // namespace riskmap::cpu

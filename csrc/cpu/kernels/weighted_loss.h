@@ -1,0 +1,64 @@
+// What the weighted-loss kernels of every instruction set take and give. See csrc/math/weighted_loss.h.
+#pragma once
+
+#include "cpu/types.h"
+
+namespace riskmap::cpu {
+
+struct LossArgs {
+  Volume logits;             // [B, C, S]
+  VoxelMap target;           // [B, S]
+  VoxelMap risk;             // [B, S] or absent: 1
+  VoxelMap foreground;       // [B, S] or absent
+  const void* class_weight;  // acc_t[C], all 1 where the caller gave none
+  const void* smooth;        // acc_t[C], eps / C * c[k]; nullptr without label smoothing
+  double smooth_total;       // their sum
+  double hot_factor;         // 1 - eps
+  int64_t ignore_index;
+  int64_t background;  // -1: every valid voxel is foreground
+  bool region_foreground;
+  bool dice;
+  Chunking chunking;
+};
+
+// Sums over one chunk; added up in chunk order.
+struct LossPartial {
+  double cross_entropy;
+  int64_t valid, foreground, bad_labels, bad_risk;
+};
+
+struct LossForwardArgs : LossArgs {
+  VoxelMap map;  // reduction none: factor * w c CE of every voxel, else absent
+  double map_factor;
+  LossPartial* partial;  // [chunks]
+  double* dice_partial;  // [chunks, 3, C]: sum pi 1[y = c], sum pi, sum 1[y = c]
+};
+
+struct LossBackwardArgs : LossArgs {
+  const double* factor;      // [B], d total / d (sum of w c CE) of each image
+  VoxelMap grad_map;         // reduction none: gradient of every voxel of the map, else absent
+  const void* dice_overall;  // acc_t[B, C], see math::DiceSlope
+  const void* dice_hit;      // acc_t[B, C]
+  Volume grad_logits;
+  VoxelMap grad_risk;  // or absent
+};
+
+size_t loss_scratch_bytes(int64_t classes, size_t acc_size);
+
+using LossForwardKernel = void(const LossForwardArgs&, int64_t chunk, void* scratch);
+using LossBackwardKernel = void(const LossBackwardArgs&, int64_t chunk, void* scratch);
+
+namespace baseline {
+LossForwardKernel weighted_loss_forward;
+LossBackwardKernel weighted_loss_backward;
+}  // namespace baseline
+namespace avx2 {
+LossForwardKernel weighted_loss_forward;
+LossBackwardKernel weighted_loss_backward;
+}  // namespace avx2
+namespace avx512 {
+LossForwardKernel weighted_loss_forward;
+LossBackwardKernel weighted_loss_backward;
+}  // namespace avx512
+
+}  // namespace riskmap::cpu

@@ -1,0 +1,103 @@
+// Backward pass of the weighted loss over one chunk: the softmax is made again from the logits, so that the forward
+// pass has nothing to keep; one read of the logits, one write of their gradient.
+#include <type_traits>
+
+#include "cpu/kernels/loss_tile.h"
+
+namespace riskmap::cpu {
+namespace {
+
+template <class acc_t, class Column>
+struct Backward : LossTile<acc_t> {
+  using typename LossTile<acc_t>::F;
+  using typename LossTile<acc_t>::I;
+  using LossTile<acc_t>::args;
+  static constexpr int kLanes = Simd<acc_t>::kLanes;
+
+  const LossBackwardArgs& out;
+  const acc_t* overall;
+  const acc_t* hit;
+
+  Backward(const LossBackwardArgs& args_, int64_t chunk, void* scratch)
+      : LossTile<acc_t>(args_, chunk, scratch),
+        out(args_),
+        overall(static_cast<const acc_t*>(args_.dice_overall) + this->image * args_.logits.classes),
+        hit(static_cast<const acc_t*>(args_.dice_hit) + this->image * args_.logits.classes) {}
+
+  void run() {
+    for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
+      const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
+      this->stage(begin, n);
+      if (out.grad_map.data) stage_map(out.grad_map, this->image, begin, n, this->grad);
+      const Rows<acc_t> in = this->logits(begin, n);
+      const bool direct = usable_in_place<acc_t>(out.grad_logits, n);
+      acc_t* grad_data = static_cast<acc_t*>(out.grad_logits.data);
+      const Rows<acc_t> grads = direct ? Rows<acc_t>{grad_data + this->image * out.grad_logits.stride_batch + begin,
+                                                     out.grad_logits.stride_class}
+                                       : Rows<acc_t>{this->rows, this->pitch};
+      tile_gradient(in, grads, n);
+      if (!direct) stage_out(this->rows, this->pitch, out.grad_logits, this->image, begin, n);
+      if (out.grad_risk.data) unstage_map(this->risk, out.grad_risk, this->image, begin, n);
+    }
+  }
+
+  void tile_gradient(Rows<acc_t> in, Rows<acc_t> grads, int64_t n) {
+    const acc_t factor = static_cast<acc_t>(out.factor[this->image]);
+    const acc_t smooth_total = static_cast<acc_t>(args.smooth_total);
+    const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I y = this->labels(v);
+      const I valid = y >= 0;
+      const I region = args.region_foreground ? this->foreground(v, y, valid) : valid;
+      Column x(in.base + v, in.pitch, args.logits.classes);
+      const Terms<acc_t, Column> terms(args, x, I(y & valid));
+      const F sum = math::exp_in_place(x, terms.max);
+      const F inverse = acc_t(1) / sum;
+
+      F scale = F{} + factor;
+      if (out.grad_map.data) scale *= load<F>(this->grad + v);
+      const F scaled_weight = math::select(region, F(scale * this->weight(v)), F{});
+      if (out.grad_risk.data) {
+        const F ce = terms.cross_entropy(args, sum);
+        store(this->risk + v, math::select(region, F(scale * ce), F{}));
+      }
+
+      const F hot = scaled_weight * terms.hot;
+      const F hot_plus_total = hot + scaled_weight * smooth_total;
+      F mean_slope{};
+      if (args.dice) {
+        x.each([&](int c) RISKMAP_LAMBDA { mean_slope += x.get(c) * dice_slope(c, y); });
+        mean_slope *= inverse;
+      }
+      x.each([&](int c) RISKMAP_LAMBDA {
+        const F pi = x.get(c) * inverse;
+        const F smooth_c = smooth ? F(scaled_weight * smooth[c]) : F{};
+        F g = math::cross_entropy_grad(pi, hot_plus_total, math::select(y == c, hot, F{}), smooth_c);
+        if (args.dice) g += math::dice_grad(pi, dice_slope(c, y), mean_slope);
+        store(grads.base + c * grads.pitch + v, math::select(valid, g, F{}));
+      });
+    }
+  }
+
+  RISKMAP_MEMBER F dice_slope(int c, I y) const {
+    return math::select(y == c, F{} + (overall[c] + hit[c]), F{} + overall[c]);
+  }
+};
+
+}  // namespace
+
+namespace RISKMAP_CPU_CAPABILITY {
+
+void weighted_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
+  const auto run = [&](auto acc) {
+    using acc_t = decltype(acc);
+    with_column<acc_t>(args.logits.classes, [&](auto* column) {
+      Backward<acc_t, std::remove_pointer_t<decltype(column)>>(args, chunk, scratch).run();
+    });
+  };
+  if (args.logits.dtype == Dtype::kDouble) return run(double{});
+  run(float{});
+}
+
+}  // namespace RISKMAP_CPU_CAPABILITY
+}  // namespace riskmap::cpu

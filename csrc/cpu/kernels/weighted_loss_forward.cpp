@@ -1,0 +1,107 @@
+// Forward pass of the weighted loss over one chunk: one read of the logits, nothing of their size written.
+#include <type_traits>
+
+#include "cpu/kernels/loss_tile.h"
+
+namespace riskmap::cpu {
+namespace {
+
+template <class acc_t, class Column>
+struct Forward : LossTile<acc_t> {
+  using typename LossTile<acc_t>::F;
+  using typename LossTile<acc_t>::I;
+  using LossTile<acc_t>::args;
+  static constexpr int kLanes = Simd<acc_t>::kLanes;
+
+  const LossForwardArgs& out;
+  LossPartial total{};
+  double* dice;
+
+  Forward(const LossForwardArgs& args_, int64_t chunk, void* scratch)
+      : LossTile<acc_t>(args_, chunk, scratch),
+        out(args_),
+        dice(args_.dice_partial + chunk * 3 * args_.logits.classes) {
+    if (args.dice)
+      for (int64_t i = 0; i < 3 * args.logits.classes; ++i) dice[i] = 0;
+  }
+
+  void run() {
+    for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
+      const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
+      total.bad_labels += this->stage(begin, n);
+      tile_sums(begin, n);
+      if (args.dice) flush_dice();
+    }
+  }
+
+  void tile_sums(int64_t begin, int64_t n) {
+    const Rows<acc_t> in = this->logits(begin, n);
+    const int64_t classes = args.logits.classes;
+    if (args.dice) std::memset(this->sums, 0, sizeof(acc_t) * 3 * classes * kLanes);
+    F ce_sum{};
+    I valid_count{}, foreground_count{}, bad_risk{};
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I y = this->labels(v);
+      const I valid = y >= 0;
+      const I foreground = this->foreground(v, y, valid);
+      const I region = args.region_foreground ? foreground : valid;
+      valid_count -= valid;
+      foreground_count -= foreground;
+
+      Column x(in.base + v, in.pitch, classes);
+      const I label_or_0 = y & valid;
+      const Terms<acc_t, Column> terms(args, x, label_or_0);
+      const F sum = args.dice ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
+      const F ce = terms.cross_entropy(args, sum);
+      const F w = this->weight(v);
+      bad_risk -= valid & ~((w >= acc_t(0)) & (w - w == acc_t(0)));  // negative, NaN or infinite
+      const F value = math::select(region, F(w * ce), F{});
+      ce_sum += value;
+      if (out.map.data) store(this->grad + v, F(value * static_cast<acc_t>(out.map_factor)));
+      if (args.dice) add_dice(x, sum, y, valid);
+    }
+    if (out.map.data) unstage_map(this->grad, out.map, this->image, begin, n);
+    total.cross_entropy += horizontal_sum(ce_sum);
+    total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
+    total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
+    total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+  }
+
+  // x holds exp(logit - max) and sum their sum.
+  RISKMAP_MEMBER void add_dice(const Column& x, F sum, I y, I valid) {
+    const F inverse = acc_t(1) / sum;
+    const int64_t row = args.logits.classes * kLanes;
+    x.each([&](int c) RISKMAP_LAMBDA {
+      acc_t* at = this->sums + c * kLanes;
+      const F pi = math::select(valid, F(x.get(c) * inverse), F{});
+      const I hit = y == c;
+      store(at, F(load<F>(at) + math::select(hit, pi, F{})));
+      store(at + row, F(load<F>(at + row) + pi));
+      store(at + 2 * row, F(load<F>(at + 2 * row) + math::select(hit, F{} + acc_t(1), F{})));
+    });
+  }
+
+  void flush_dice() {
+    for (int64_t i = 0; i < 3 * args.logits.classes; ++i) dice[i] += horizontal_sum(load<F>(this->sums + i * kLanes));
+  }
+};
+
+}  // namespace
+
+namespace RISKMAP_CPU_CAPABILITY {
+
+void weighted_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scratch) {
+  const auto run = [&](auto acc) {
+    using acc_t = decltype(acc);
+    with_column<acc_t>(args.logits.classes, [&](auto* column) {
+      Forward<acc_t, std::remove_pointer_t<decltype(column)>> forward(args, chunk, scratch);
+      forward.run();
+      args.partial[chunk] = forward.total;
+    });
+  };
+  if (args.logits.dtype == Dtype::kDouble) return run(double{});
+  run(float{});
+}
+
+}  // namespace RISKMAP_CPU_CAPABILITY
+}  // namespace riskmap::cpu

@@ -1,0 +1,62 @@
+// Between torch's tensors and what the kernels take.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/types.h"
+#include "ops/check.h"
+
+namespace riskmap::cpu {
+
+// A view of logits [B, C, *S]. Planar and channels-last strides are read as they are; anything else is copied into
+// `keep`, which must outlive the view.
+Volume view_volume(const Tensor& tensor, Tensor& keep);
+
+// A view of a map [B, *S]; copied into `keep` unless its voxels are contiguous.
+VoxelMap view_map(const Tensor& tensor, Tensor& keep);
+VoxelMap view_map(const OptionalTensor& tensor, Tensor& keep);  // absent: data is nullptr
+
+bool is_viewable(const Tensor& logits);
+
+// Values of a small floating tensor in row-major order.
+std::vector<double> values_of(const Tensor& tensor);
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype);
+Tensor empty_map(const Tensor& logits, ScalarType dtype);  // [B, *S]
+// Uninitialised, laid out as `logits`; huge pages are asked for, since page faults would cost more than the kernel.
+Tensor empty_gradient(const Tensor& logits);
+
+[[noreturn]] void raise_bad_labels(const char* op, const Tensor& target, int64_t count, int64_t classes,
+                                   int64_t ignore_index);
+
+// Chunks of about `elements` logits, a whole number of tiles.
+Chunking chunk_volume(const Volume& volume, size_t acc_size, int64_t elements = 1 << 17);
+
+inline size_t acc_size(const Volume& volume) { return volume.dtype == Dtype::kDouble ? sizeof(double) : sizeof(float); }
+
+// Calls f(chunk, scratch) for every chunk; scratch is 64-byte aligned and not cleared.
+template <class F>
+void for_chunks(const Volume& volume, const Chunking& chunking, size_t scratch_bytes, const F& f) {
+  const int64_t chunks = volume.batch * chunking.chunks_per_image;
+  const int64_t elements = chunking.voxels_per_chunk * volume.classes;
+  const int64_t grain = elements < (1 << 15) ? (1 << 15) / (elements + 1) + 1 : 1;
+  std::atomic<bool> out_of_memory{false};  // nothing may be thrown across threads
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
+                                                              &std::free);
+    if (!scratch) {
+      out_of_memory = true;
+      return;
+    }
+    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, scratch.get());
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace riskmap::cpu

@@ -1,0 +1,22 @@
+// Shared by transferability_map and risk_map: the pass over the source logits.
+#pragma once
+
+#include "cpu/kernels/leep.h"
+#include "cpu/tensors.h"
+
+namespace riskmap::cpu {
+
+struct TransferPass {
+  Tensor map;                             // [B, *S] float32
+  std::vector<TransferPartial> partials;  // [B, chunks_per_image]
+  Chunking chunking;
+};
+
+// curve: nullptr leaves T with ignored voxels marked, see TransferArgs.
+TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
+                           int64_t ignore_index, int64_t background, const math::RiskCurve* curve);
+
+// Turns the marked T of `count` voxels from `begin` on into weights, or only clears the marks.
+void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve* curve);
+
+}  // namespace riskmap::cpu

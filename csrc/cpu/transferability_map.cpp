@@ -1,0 +1,88 @@
+#include "ops/transferability_map.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/capability.h"
+#include "cpu/transfer.h"
+
+namespace riskmap::cpu {
+namespace {
+
+// P(y|z) as [Z, C], so that the classes of one z lie side by side.
+template <class acc_t>
+std::vector<acc_t> transposed_table(const char* op, const std::vector<double>& values, int64_t classes,
+                                    int64_t source_classes) {
+  std::vector<acc_t> table(values.size());
+  for (int64_t y = 0; y < classes; ++y)
+    for (int64_t z = 0; z < source_classes; ++z) {
+      const double p = values[static_cast<size_t>(y * source_classes + z)];
+      check(p >= 0 && p <= 1 + 1e-6, op, ": conditional must hold probabilities P(y|z) within [0, 1], got ", p, " at [",
+            y, ", ", z, "]");
+      table[static_cast<size_t>(z * classes + y)] = static_cast<acc_t>(p);
+    }
+  return table;
+}
+
+}  // namespace
+
+size_t transfer_scratch_bytes(int64_t source_classes, size_t acc_size) {
+  const int64_t tile = tile_voxels(source_classes, acc_size);
+  return static_cast<size_t>(source_classes * tile_pitch(tile) + tile) * acc_size +
+         static_cast<size_t>(tile) * sizeof(int32_t);
+}
+
+TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
+                           int64_t ignore_index, int64_t background, const math::RiskCurve* curve) {
+  Tensor keep_source = source, keep_target = target;
+  TransferArgs args{};
+  args.source = view_volume(source, keep_source);
+  args.target = view_map(target, keep_target);
+  args.num_classes = conditional.size(0);
+  args.ignore_index = ignore_index;
+  args.background = background;
+  args.chunking = chunk_volume(args.source, acc_size(args.source));
+  args.curve = curve;
+
+  const std::vector<double> values = values_of(conditional);
+  const auto table32 = transposed_table<float>(op, values, args.num_classes, args.source.classes);
+  const auto table64 = transposed_table<double>(op, values, args.num_classes, args.source.classes);
+  args.table = args.source.dtype == Dtype::kDouble ? static_cast<const void*>(table64.data()) : table32.data();
+
+  const size_t chunks = static_cast<size_t>(args.source.batch * args.chunking.chunks_per_image);
+  TransferPass pass{empty_map(source, ScalarType::Float), std::vector<TransferPartial>(chunks), args.chunking};
+  args.out = static_cast<float*>(pass.map.data_ptr());
+  args.partial = pass.partials.data();
+  auto* kernel = RISKMAP_CPU_KERNEL(transferability_map);
+  for_chunks(args.source, args.chunking, transfer_scratch_bytes(args.source.classes, acc_size(args.source)),
+             [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
+
+  int64_t bad = 0;
+  for (const TransferPartial& partial : pass.partials) bad += partial.bad_labels;
+  if (bad) raise_bad_labels(op, target, bad, args.num_classes, ignore_index);
+  return pass;
+}
+
+void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve* curve) {
+  float* values = static_cast<float*>(map.data_ptr()) + begin;
+  auto* kernel = RISKMAP_CPU_KERNEL(finish_map);
+  constexpr int64_t kBlock = 1 << 14;
+  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, 4, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(count, last * kBlock);
+    kernel(values + first * kBlock, end - first * kBlock, curve);
+  });
+}
+
+Tensor transferability_map(Tensor source, Tensor target, Tensor conditional, int64_t ignore_index) {
+  check_transferability_map("transferability_map", source, target, conditional);
+  TransferPass pass = transfer_pass("transferability_map", source, target, conditional, ignore_index, -1, nullptr);
+  finish_map(pass.map, 0, pass.map.numel(), nullptr);
+  return pass.map;
+}
+
+}  // namespace riskmap::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
+  m.impl("transferability_map", TORCH_BOX(&riskmap::cpu::transferability_map));
+}

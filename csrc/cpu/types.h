@@ -1,0 +1,60 @@
+// Plain descriptions of tensors for the kernels, which never see torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace riskmap::cpu {
+
+enum class Dtype : int {
+  kFloat,
+  kDouble,
+  kHalf,
+  kBFloat16,
+  kUInt8,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+  kUInt16,
+  kUInt32,
+  kUInt64,
+  kBool
+};
+
+// [batch, classes, voxels]; strides in elements. Either stride_voxel or stride_class is 1.
+struct Volume {
+  void* data;
+  Dtype dtype;
+  int64_t batch, classes, voxels;
+  int64_t stride_batch, stride_class, stride_voxel;
+};
+
+// [batch, voxels] with voxel stride 1; data == nullptr: absent.
+struct VoxelMap {
+  void* data;
+  Dtype dtype;
+  int64_t stride_batch;
+};
+
+// Voxels are cut into tiles (what a kernel holds in scratch) and chunks (what one thread sums before the sums meet in
+// double). Neither depends on the number of threads: results are bitwise the same for any.
+struct Chunking {
+  int64_t voxels_per_chunk;
+  int64_t chunks_per_image;
+};
+
+inline constexpr int kMaxTile = 512;
+inline constexpr int kMinTile = 16;  // at least one vector of any instruction set
+
+// Voxels in a tile, a multiple of kMinTile, so that `rows` rows of them stay within about 128 KB.
+inline int64_t tile_voxels(int64_t rows, size_t element) {
+  const int64_t fit = static_cast<int64_t>((128 << 10) / element) / (rows < 1 ? 1 : rows);
+  const int64_t tile = fit < kMinTile ? kMinTile : fit > kMaxTile ? kMaxTile : fit;
+  return tile / kMinTile * kMinTile;
+}
+
+// Elements from one row of a tile to the next; the pad keeps rows from meeting in the same cache sets.
+inline int64_t tile_pitch(int64_t tile) { return tile + kMinTile; }
+
+}  // namespace riskmap::cpu

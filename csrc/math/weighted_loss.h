@@ -1,0 +1,49 @@
+// Risk-weighted cross-entropy and soft Dice of one voxel (or one vector of voxels), and their derivatives.
+#pragma once
+
+#include "math/softmax.h"
+
+namespace riskmap::math {
+
+// Label smoothing as in torch.nn.functional.cross_entropy:
+//   CE = (1 - eps) c[y] (lse - x_y) + (eps / C) sum_k c[k] (lse - x_k)
+// Any constant may be taken off lse and all x. hot = (1 - eps) c[y]; smooth_total = (eps / C) sum_k c[k]; smooth_dot =
+// (eps / C) sum_k c[k] x_k.
+template <class V>
+RISKMAP_HD V cross_entropy(V lse, V x_target, V hot, V smooth_total, V smooth_dot) {
+  return hot * (lse - x_target) + (smooth_total * lse - smooth_dot);
+}
+
+// d CE / d x_k = pi_k (hot + smooth_total) - hot 1[k = y] - (eps / C) c[k]; hot_here is hot where k = y, else 0.
+template <class V>
+RISKMAP_HD V cross_entropy_grad(V pi, V hot_plus_total, V hot_here, V smooth_k) {
+  return pi * hot_plus_total - hot_here - smooth_k;
+}
+
+// Dice loss of one class from its sums over voxels: 1 - (2 I + eps) / max(P + G + eps, 1e-8), with
+// I = sum pi 1[y = c], P = sum pi, G = sum 1[y = c].
+inline constexpr double kDiceSmooth = 1e-5;
+inline constexpr double kDiceMinDenominator = 1e-8;
+
+struct DiceSlope {
+  double overall;  // d loss / d pi_k at every voxel
+  double hit;      // added where y = k
+};
+
+RISKMAP_HD double dice_score(double intersection, double predicted, double labelled) {
+  const double denominator = predicted + labelled + kDiceSmooth;
+  return (2 * intersection + kDiceSmooth) / (denominator > kDiceMinDenominator ? denominator : kDiceMinDenominator);
+}
+
+RISKMAP_HD DiceSlope dice_slope(double intersection, double predicted, double labelled) {
+  const double denominator = predicted + labelled + kDiceSmooth;
+  return {(2 * intersection + kDiceSmooth) / (denominator * denominator), -2 / denominator};
+}
+
+// d (sum_k pi_k g_k) / d x_k with the softmax's Jacobian: pi_k (g_k - sum_j pi_j g_j).
+template <class V>
+RISKMAP_HD V dice_grad(V pi, V slope, V mean_slope) {
+  return pi * (slope - mean_slope);
+}
+
+}  // namespace riskmap::math

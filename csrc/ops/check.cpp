@@ -1,0 +1,80 @@
+#include "ops/check.h"
+
+namespace riskmap {
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << ']';
+  return text.str();
+}
+
+std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
+
+bool is_floating(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return true;
+    default: return false;
+  }
+}
+
+bool is_label_dtype(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+    case ScalarType::Bool: return true;
+    default: return is_floating(tensor);
+  }
+}
+
+void check_logits(const char* op, const char* name, const Tensor& logits) {
+  check(is_floating(logits), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", dtype_of(logits));
+  check(logits.dim() >= 3 && logits.dim() <= 5, op, ": ", name,
+        " must be [B, C, *S] with 1 to 3 spatial dimensions, got shape ", shape_of(logits));
+  check(logits.size(1) >= 1, op, ": ", name, " must have at least one class, got shape ", shape_of(logits));
+  check(logits.size(1) <= INT32_MAX, op, ": ", name, " has too many classes: shape ", shape_of(logits));
+}
+
+void check_voxel_map(const char* op, const char* name, const Tensor& map, const char* logits_name,
+                     const Tensor& logits) {
+  bool same = map.dim() == logits.dim() - 1 && map.size(0) == logits.size(0);
+  for (int64_t d = 1; same && d < map.dim(); ++d) same = map.size(d) == logits.size(d + 1);
+  check(same, op, ": ", name, " must be [B, *S] beside ", logits_name, " of shape ", shape_of(logits), ", got shape ",
+        shape_of(map));
+  check(map.device() == logits.device(), op, ": ", name, " must be on the same device as ", logits_name);
+}
+
+void check_labels(const char* op, const char* name, const Tensor& target, const char* logits_name,
+                  const Tensor& logits) {
+  check(is_label_dtype(target), op, ": ", name, " must hold integers or integral floats, got ", dtype_of(target));
+  check_voxel_map(op, name, target, logits_name, logits);
+}
+
+void check_range(const char* op, const char* name, double value, double low, double high) {
+  check(value >= low && value <= high && std::isfinite(value), op, ": ", name, " must be within [", low, ", ", high,
+        "], got ", value);
+}
+
+void fail_bad_labels(const char* op, const Tensor& target, int64_t count, int64_t classes, int64_t ignore_index,
+                     double first, int64_t position) {
+  int64_t rest = position;
+  std::string text;
+  for (int64_t d = target.dim() - 1; d >= 0; --d) {
+    text = std::to_string(rest % target.size(d)) + (text.empty() ? "" : ", ") + text;
+    rest /= target.size(d);
+  }
+  fail(op, ": target must hold classes 0 to ", classes - 1, " or ignore_index ", ignore_index, ", but ", count,
+       count == 1 ? " voxel does not; it is " : " voxels do not; the first is ", first, " at [", text, "]");
+}
+
+}  // namespace riskmap

@@ -1,0 +1,21 @@
+#include "ops/transferability_map.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace riskmap {
+
+void check_transferability_map(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional) {
+  check_logits(op, "source", source);
+  check_labels(op, "target", target, "source", source);
+  check(is_floating(conditional), op, ": conditional must be floating, got ", dtype_of(conditional));
+  check(conditional.dim() == 2 && conditional.size(0) >= 1 && conditional.size(1) == source.size(1), op,
+        ": conditional must be [C, Z] with Z = ", source.size(1), " as in source of shape ", shape_of(source),
+        ", got shape ", shape_of(conditional));
+  check(conditional.device() == source.device(), op, ": conditional must be on the same device as source");
+}
+
+}  // namespace riskmap
+
+STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
+  m.def("transferability_map(Tensor source, Tensor target, Tensor conditional, int ignore_index) -> Tensor");
+}

@@ -1,0 +1,39 @@
+#pragma once
+
+#include "ops/check.h"
+
+namespace riskmap {
+
+// Numbers as in the schema.
+enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3 };
+enum class Region : int64_t { kValid = 0, kForeground = 1 };
+enum class Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
+
+struct LossOptions {
+  int64_t ignore_index;
+  std::optional<int64_t> background;
+  double foreground_floor;
+  Normalization normalization;
+  Region region;
+  Reduction reduction;
+  double label_smoothing, ce_weight, dice_weight;
+  bool include_background, batch_dice;
+
+  bool dice() const { return dice_weight != 0; }
+  // Classes whose Dice counts.
+  bool in_dice(int64_t c) const { return include_background || !background || c != *background; }
+};
+
+// logits [B, C, *S], target [B, *S], risk [B, *S] or none, weight [C] or none, foreground [B, *S] or none ->
+// loss: float32 (float64 for float64 logits) scalar, or [B, *S] without reduction;
+// scale [B] float64: what each image's sum of w c CE is multiplied by in the loss;
+// dice_slopes [B, 2, C] float64 ([0] without Dice): derivative of the loss by pi at all voxels, and the part added
+// where y = c.
+void check_weighted_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& risk,
+                         const OptionalTensor& weight, const OptionalTensor& foreground, const LossOptions& options);
+
+// N_b of every normalisation from the counts of one image and of the batch; 0 where nothing is valid.
+double normalizer(const LossOptions& options, int64_t valid, int64_t foreground, int64_t batch_valid,
+                  int64_t batch_foreground, int64_t batch);
+
+}  // namespace riskmap

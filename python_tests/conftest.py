@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device, or a torch without CUDA")
+        if not _has_cuda_ops():
+            pytest.skip("riskmap_ext was built without its CUDA operators")
+    return torch.device(request.param)
+
+
+def _has_cuda_ops() -> bool:
+    import riskmap_ext  # noqa: F401  (registers the operators)
+
+    name = "riskmap_ext::weighted_loss"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Puts torch's number of threads back after a test that changes it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,230 @@
+"""TransferStatistics: streaming, merging, processes, saving."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import Case
+
+import riskmap_ext
+from riskmap_ext import TransferStatistics, reference
+
+CASE = Case("statistics", batch=6, classes=3, source_classes=5, spatial=(12, 11))
+
+
+def _complete(parts: list[slice], device: torch.device) -> TransferStatistics:
+    source, target = CASE.source(device), CASE.target(device)
+    statistics = TransferStatistics(CASE.classes)
+    for part in parts:
+        statistics.update(source[part], target[part])
+    for part in parts:
+        statistics.update_range(source[part], target[part])
+    return statistics
+
+
+def test_against_reference(device: torch.device) -> None:
+    source, target = CASE.source(device), CASE.target(device)
+    statistics = _complete([slice(0, 6)], device)
+    joint = reference.leep_statistics(source.double(), target, CASE.classes)
+    given = reference.conditional(joint)
+    valid = CASE.valid(device)
+    transfer = reference.transferability_map(source.double(), target, given)[valid].double()
+    labels = target[valid]
+
+    torch.testing.assert_close(statistics.conditional.to(device), given, rtol=1e-6, atol=1e-9)
+    assert statistics.num_voxels == int(valid.sum())
+    assert statistics.score == pytest.approx(transfer.mean().item(), rel=1e-6)
+    assert statistics.hardness_range == pytest.approx(
+        (-transfer.max().item(), -transfer.min().item()), rel=1e-5
+    )
+    assert all(type(limit) is float for limit in (*statistics.hardness_range, statistics.score))
+    frequencies = torch.bincount(labels, minlength=CASE.classes).double() / labels.numel()
+    torch.testing.assert_close(
+        statistics.class_frequencies.to(device), frequencies, rtol=1e-6, atol=0
+    )
+    assert statistics.class_frequencies.dtype == torch.float64
+
+
+def test_streamed_equals_whole(device: torch.device) -> None:
+    whole = _complete([slice(0, 6)], device)
+    streamed = _complete([slice(0, 1), slice(1, 4), slice(4, 4), slice(4, 6)], device)
+    torch.testing.assert_close(streamed.conditional, whole.conditional, rtol=1e-7, atol=0)
+    assert streamed.num_voxels == whole.num_voxels
+    assert streamed.score == pytest.approx(whole.score, rel=1e-7)
+    assert streamed.hardness_range == pytest.approx(whole.hardness_range, rel=1e-6)
+
+
+def test_merge_equals_whole() -> None:
+    device = torch.device("cpu")
+    source, target = CASE.source(device), CASE.target(device)
+    whole = _complete([slice(0, 6)], device)
+    first, second = TransferStatistics(CASE.classes), TransferStatistics(CASE.classes)
+    first.update(source[:4], target[:4])
+    second.update(source[4:], target[4:])
+    first.merge(second)
+    torch.testing.assert_close(first.conditional, whole.conditional, rtol=1e-7, atol=0)
+    torch.testing.assert_close(first.class_frequencies, whole.class_frequencies, rtol=1e-7, atol=0)
+    assert first.num_voxels == whole.num_voxels
+    assert second.num_voxels < whole.num_voxels
+
+
+def test_merge_refuses_other_classes() -> None:
+    source, target = CASE.source(torch.device("cpu")), CASE.target(torch.device("cpu"))
+    first, second = TransferStatistics(3), TransferStatistics(4)
+    first.update(source, target)
+    second.update(source, target)
+    with pytest.raises(ValueError, match="3"):
+        first.merge(second)
+
+
+def test_score_needs_the_second_pass() -> None:
+    statistics = TransferStatistics(CASE.classes)
+    device = torch.device("cpu")
+    statistics.update(CASE.source(device), CASE.target(device))
+    with pytest.raises(RuntimeError, match="update_range"):
+        _ = statistics.score
+    with pytest.raises(RuntimeError, match="update_range"):
+        _ = statistics.hardness_range
+
+
+def test_passes_over_other_data_are_noticed() -> None:
+    device = torch.device("cpu")
+    source, target = CASE.source(device), CASE.target(device)
+    statistics = TransferStatistics(CASE.classes)
+    statistics.update(source, target)
+    statistics.update_range(source[:2], target[:2])
+    with pytest.raises(RuntimeError, match="second pass"):
+        _ = statistics.score
+    with pytest.raises(RuntimeError, match="first pass"):
+        statistics.update(source, target)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"),
+    [(torch.uint8, -100), (torch.uint8, 255), (torch.uint16, 65535), (torch.float32, -100)],
+)
+def test_label_dtypes(dtype: torch.dtype, ignore_index: int) -> None:
+    """Labels up to 199: 156 is no -100, even where the two have the same bits."""
+    case = Case(
+        "statistics_dtypes",
+        classes=200,
+        spatial=(40, 41),
+        ignored=0.0 if ignore_index == -100 else 0.2,
+        ignore_index=ignore_index,
+    )
+    device = torch.device("cpu")
+    scores = []
+    for labels in (case.target(device), case.target(device).to(dtype).unsqueeze(1)):
+        statistics = TransferStatistics(200, ignore_index=ignore_index)
+        statistics.update(case.source(device), labels)
+        statistics.update_range(case.source(device), labels)
+        scores.append((statistics.score, statistics.hardness_range, statistics.num_voxels))
+    assert scores[0] == scores[1]
+
+
+def test_nothing_seen_is_said_so() -> None:
+    with pytest.raises(RuntimeError, match="update"):
+        _ = TransferStatistics(3).conditional
+
+
+def test_state_dict_of_tensors_and_plain_types() -> None:
+    statistics = _complete([slice(0, 6)], torch.device("cpu"))
+    file = io.BytesIO()
+    torch.save(statistics.state_dict(), file)
+    file.seek(0)
+    restored = TransferStatistics(CASE.classes)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(restored.conditional, statistics.conditional)
+    assert restored.score == statistics.score
+    assert restored.hardness_range == statistics.hardness_range
+    assert restored.num_voxels == statistics.num_voxels
+
+
+def test_uninformative_source_warns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(3, (2, 50, 50), generator=generator)
+    source = torch.randn(2, 4, 50, 50, generator=generator)
+    statistics = TransferStatistics(3)
+    statistics.update(source, target)
+    statistics.update_range(source, target)
+    with pytest.warns(UserWarning, match=r"(?i)frequenc"):
+        score = statistics.score
+    frequencies = statistics.class_frequencies
+    entropy = -(frequencies * frequencies.log()).sum().item()
+    assert score == pytest.approx(-entropy, rel=0.01)
+
+
+def test_informative_source_does_not_warn() -> None:
+    target = torch.randint(3, (2, 50, 50), generator=torch.Generator().manual_seed(0))
+    source = 4.0 * torch.nn.functional.one_hot(target, 4).movedim(-1, 1).float()
+    statistics = TransferStatistics(3)
+    statistics.update(source, target)
+    statistics.update_range(source, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert -1 < statistics.score < 0
+
+
+def test_hardness_range_is_the_dataset_scope_of_risk_map(device: torch.device) -> None:
+    statistics = _complete([slice(0, 3), slice(3, 6)], device)
+    weights = riskmap_ext.risk_map(
+        CASE.source(device),
+        CASE.target(device),
+        statistics.conditional.to(device),
+        range=statistics.hardness_range,
+    )[CASE.valid(device)]
+    torch.testing.assert_close(weights.min().item(), 1.0, rtol=1e-5, atol=0)
+    torch.testing.assert_close(weights.max().item(), 10.0, rtol=1e-5, atol=0)
+
+
+def test_all_reduce_alone_changes_nothing() -> None:
+    statistics = _complete([slice(0, 6)], torch.device("cpu"))
+    before = statistics.conditional.clone(), statistics.score, statistics.hardness_range
+    statistics.all_reduce()
+    assert torch.equal(statistics.conditional, before[0])
+    assert (statistics.score, statistics.hardness_range) == before[1:]
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    device = torch.device("cpu")
+    part = (slice(0, 2), slice(2, 6))[rank]
+    source, target = CASE.source(device)[part], CASE.target(device)[part]
+    statistics = TransferStatistics(CASE.classes)
+    statistics.update(source, target)
+    statistics.all_reduce()
+    statistics.update_range(source, target)
+    statistics.all_reduce()
+    torch.save(
+        {
+            "conditional": statistics.conditional,
+            "score": statistics.score,
+            "range": list(statistics.hardness_range),
+            "num_voxels": statistics.num_voxels,
+        },
+        f"{folder}/rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    whole = _complete([slice(0, 6)], torch.device("cpu"))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["conditional"], whole.conditional, rtol=1e-7, atol=0)
+        assert found["num_voxels"] == whole.num_voxels
+        assert found["score"] == pytest.approx(whole.score, rel=1e-7)
+        assert math.isclose(found["range"][0], whole.hardness_range[0], rel_tol=1e-6)
+        assert math.isclose(found["range"][1], whole.hardness_range[1], rel_tol=1e-6)

@@ -1,0 +1,258 @@
+"""weighted_loss and its gradients against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BASE, LOSS_CASES, Case, in_double, loss_and_gradients
+from compare import assert_gradient_close, assert_map_close, relative_l2
+
+import riskmap_ext
+from riskmap_ext import reference
+
+
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
+def test_matches_reference(case: Case, device: torch.device) -> None:
+    call = case.loss_call(device)
+    # As a gradient scaler does: float16 gradients of a mean over voxels would fall below the
+    # smallest normal number, and their rounding is then no measure of the operator.
+    grad_output = 512.0 if case.dtype == torch.float16 else 0.75
+    found = loss_and_gradients(call, riskmap_ext.weighted_loss, grad_output)
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss, grad_output)
+
+    result = torch.float64 if case.dtype == torch.float64 else torch.float32
+    assert found[0].dtype == result
+    assert found[0].shape == expected[0].shape
+    assert found[0].device.type == device.type
+    assert found[1].dtype == case.dtype
+    rtol = 1e-12 if case.dtype == torch.float64 else 1e-5
+    # A voxel of the map may be a small -log(softmax) = log(1 + tiny), right to 1e-6 absolute.
+    atol = 1e-5 if found[0].dim() else 1e-7
+    assert_map_close(found[0], expected[0], rtol=rtol, atol=atol)
+    assert_gradient_close(found[1], expected[1])
+    # Even for a float64 risk the gradient is computed as the logits are, in float32.
+    assert_gradient_close(found[2], expected[2], None if case.dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in LOSS_CASES if case.with_risk],
+    ids=lambda case: case.name,
+)
+def test_gradients_vanish_at_ignored_voxels(case: Case, device: torch.device) -> None:
+    _, grad_logits, grad_risk = loss_and_gradients(case.loss_call(device))
+    ignored = ~case.valid(device)
+    assert torch.count_nonzero(grad_logits.movedim(1, -1)[ignored]) == 0
+    assert torch.count_nonzero(grad_risk.reshape(ignored.shape)[ignored]) == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none", "region": "foreground"},
+        {"reduction": "sum", "label_smoothing": 0.1, "normalization": "batch_foreground"},
+        {"dice_weight": 0.8, "ce_weight": 0.5},
+        {"dice_weight": 0.8, "batch_dice": True, "label_smoothing": 0.2},
+    ],
+    ids=["default", "none", "sum", "dice", "batch_dice"],
+)
+def test_gradcheck(options: dict, layout: str, device: torch.device) -> None:
+    case = Case(
+        "gradcheck",
+        spatial=(3, 4),
+        layout=layout,
+        dtype=torch.float64,
+        magnitude=1.0,
+        with_weight=True,
+        with_foreground=True,
+        loss_options=options,
+    )
+    (logits, target, risk), kwargs = in_double(case.loss_call(device))
+    risk = risk.nan_to_num(1.0)
+    assert torch.autograd.gradcheck(
+        lambda logits, risk: riskmap_ext.weighted_loss(logits, target, risk, **kwargs),
+        (logits.requires_grad_(), risk.requires_grad_()),
+    )
+
+
+def test_map_takes_a_gradient_for_each_voxel(device: torch.device) -> None:
+    case = Case("voxel_gradients", loss_options={"reduction": "none"}, with_weight=True)
+    call = case.loss_call(device)
+    grad_output = torch.randn(case.batch, *case.spatial, device=device)
+    found = loss_and_gradients(call, riskmap_ext.weighted_loss, grad_output)
+    truth = loss_and_gradients(in_double(call), reference.weighted_loss, grad_output)
+    assert_gradient_close(found[1], truth[1])
+    assert_gradient_close(found[2], truth[2])
+
+
+def test_gradient_scales_with_grad_output(device: torch.device) -> None:
+    call = BASE.loss_call(device)
+    _, once, risk_once = loss_and_gradients(call, grad_output=1.0)
+    for factor in (-3.0, 0.0, 1e-3, 65536.0):
+        _, scaled, risk_scaled = loss_and_gradients(call, grad_output=factor)
+        torch.testing.assert_close(scaled, factor * once, rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(risk_scaled, factor * risk_once, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_only_wanted_gradients(wanted: tuple[bool, bool], device: torch.device) -> None:
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    _, *expected = loss_and_gradients(BASE.loss_call(device))
+    logits.requires_grad_(wanted[0])
+    risk.requires_grad_(wanted[1])
+    loss = riskmap_ext.weighted_loss(logits, target, risk, **kwargs)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        loss.backward()
+    for tensor, is_wanted, gradient in zip((logits, risk), wanted, expected, strict=True):
+        if is_wanted:
+            torch.testing.assert_close(tensor.grad, gradient, rtol=1e-6, atol=0)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_extreme_logits(dtype: torch.dtype, dice: float, device: torch.device) -> None:
+    case = Case(
+        "extreme",
+        dtype=dtype,
+        classes=5,
+        spatial=(5, 7),
+        risk_dtype=dtype,
+        loss_options={"dice_weight": dice, "label_smoothing": 0.1},
+    )
+    (logits, target, risk), kwargs = case.loss_call(device)
+    logits = torch.where(logits > 0, 1e4, -1e4).to(dtype)
+    call = (logits, target, risk), kwargs
+    found = loss_and_gradients(call, grad_output=64.0)
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss, 64.0)
+    assert found[0].isfinite()
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_gradient_close(found[1], expected[1])
+    assert_gradient_close(found[2], expected[2])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_large_common_offset_costs_no_precision(
+    offset: float, label_smoothing: float, device: torch.device
+) -> None:
+    """Whole numbers around 1e4 are exact in float32, log-sum-exp as a number of 1e4 is not."""
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    kwargs["label_smoothing"] = label_smoothing
+    call = (logits.round() + offset, target, risk), kwargs
+    found = loss_and_gradients(call)
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_gradient_close(found[1], expected[1])
+    assert_gradient_close(found[2], expected[2])
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+def test_minus_infinity_elsewhere_than_the_target(dice: float, device: torch.device) -> None:
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    target = target.clamp(max=1)
+    logits[:, 2] = -torch.inf
+    call = (logits, target, risk), {**kwargs, "dice_weight": dice}
+    found = loss_and_gradients(call)
+    assert found[0].isfinite()
+    assert found[1].isfinite().all()
+    assert torch.count_nonzero(found[1][:, 2]) == 0
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_gradient_close(found[1], expected[1])
+
+
+def test_minus_infinity_at_the_target_is_an_infinite_loss(device: torch.device) -> None:
+    logits = torch.zeros(1, 2, 3, device=device)
+    logits[0, 1, 2] = -torch.inf
+    target = torch.tensor([[0, 1, 1]], device=device)
+    loss, gradient, _ = loss_and_gradients(((logits, target, None), {"normalization": "none"}))
+    assert loss.item() == torch.inf
+    expected = torch.tensor([[[-0.5, 0.5, 1.0], [0.5, -0.5, -1.0]]], device=device)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_is_not_hidden(bad: float, dice: float, device: torch.device) -> None:
+    for channel in range(BASE.classes):
+        (logits, target, risk), kwargs = BASE.loss_call(device)
+        target[0, 3, 4], risk[0, 3, 4] = 1, 1.0
+        logits[0, channel, 3, 4] = bad
+        call = (logits, target, risk), {**kwargs, "dice_weight": dice}
+        loss, gradient, _ = loss_and_gradients(call)
+        assert loss.isnan()
+        assert gradient[0, :, 3, 4].isnan().all()
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+def test_nothing_is_looked_at_in_ignored_voxels(dice: float, device: torch.device) -> None:
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    kwargs["dice_weight"] = dice
+    expected = loss_and_gradients(((logits, target, risk), kwargs))
+    ignored = ~BASE.valid(device)
+    spoiled = logits.masked_fill(ignored.unsqueeze(1), torch.nan)
+    found = loss_and_gradients(((spoiled, target, risk.masked_fill(ignored, -torch.inf)), kwargs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+@pytest.mark.parametrize("normalization", ["foreground", "batch_foreground", "valid", "none"])
+@pytest.mark.parametrize("region", ["valid", "foreground"])
+@pytest.mark.parametrize("labels", ["ignored", "no_voxels", "no_images"])
+def test_nothing_valid_is_zero(
+    labels: str, region: str, normalization: str, dice: float, device: torch.device
+) -> None:
+    case = {
+        "ignored": Case("nothing", labels="ignored"),
+        "no_voxels": Case("nothing", spatial=(0, 3)),
+        "no_images": Case("nothing", batch=0),
+    }[labels]
+    args, kwargs = case.loss_call(device)
+    kwargs.update(normalization=normalization, region=region, dice_weight=dice)
+    for reduction in ("mean", "sum"):
+        loss, *gradients = loss_and_gradients((args, {**kwargs, "reduction": reduction}))
+        assert loss.item() == 0
+        for gradient, tensor in zip(gradients, (args[0], args[2]), strict=True):
+            assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+def test_one_class_costs_nothing(device: torch.device) -> None:
+    (logits, target, risk), kwargs = Case("one_class", classes=1).loss_call(device)
+    loss, gradient, grad_risk = loss_and_gradients(((logits, target, risk), kwargs))
+    assert loss.item() == 0
+    assert torch.count_nonzero(gradient) == 0
+    assert torch.count_nonzero(grad_risk) == 0
+
+
+def test_large_volume_by_distance_and_direction(device: torch.device) -> None:
+    case = Case(
+        "large",
+        batch=2,
+        classes=4,
+        spatial=(48, 40, 37),
+        ignored=0.02,
+        loss_options={"dice_weight": 1.0},
+    )
+    call = case.loss_call(device)
+    found = loss_and_gradients(call)
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert relative_l2(found[1], expected[1]) <= 1e-6
+    assert_gradient_close(found[1], expected[1])
+    assert_gradient_close(found[2], expected[2])
+
+
+def test_inputs_are_left_alone(device: torch.device) -> None:
+    args, kwargs = Case("inputs", with_weight=True, with_foreground=True).loss_call(device)
+    kwargs["dice_weight"] = 1.0
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    loss_and_gradients((args, kwargs))
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.nan_to_num(-1), copy.nan_to_num(-1))

@@ -1,0 +1,39 @@
+"""Transfer risk maps for fine-tuning segmentation models: fused kernels as torch ops.
+
+A frozen source model's logits and the target labels become LEEP statistics, a per-voxel
+transferability map, a transfer risk map and a foreground-normalised, risk-weighted loss with
+autograd. The ops are ``torch.ops.riskmap_ext.*``; the functions here are the way to call them.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from riskmap_ext import _library
+
+_library.load()
+
+from riskmap_ext import nn, reference  # noqa: E402  (the ops must be registered first)
+from riskmap_ext.ops import (  # noqa: E402
+    conditional,
+    leep_statistics,
+    risk_map,
+    transferability_map,
+    weighted_loss,
+)
+from riskmap_ext.statistics import TransferStatistics  # noqa: E402
+
+try:
+    __version__ = version("riskmap-ext")
+except PackageNotFoundError:  # run from a source folder that was built but not installed
+    __version__ = (_library.build_facts() or {}).get("version", "unknown")
+
+__all__ = [
+    "TransferStatistics",
+    "__version__",
+    "conditional",
+    "leep_statistics",
+    "nn",
+    "reference",
+    "risk_map",
+    "transferability_map",
+    "weighted_loss",
+]

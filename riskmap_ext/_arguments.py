@@ -1,0 +1,377 @@
+"""Argument checks shared by the public functions and their plain-PyTorch reference.
+
+Everything here looks at metadata only (type, dtype, shape, device, plain numbers): no voxel is
+read, so the checks cost no device synchronisation and trace under ``torch.compile``.
+Checks of values (labels in range, risk finite) belong to the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCHEMES = ("exponential", "power", "linear")
+NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none")
+REGIONS = ("valid", "foreground")
+REDUCTIONS = ("mean", "sum", "none")
+
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+LABEL_DTYPES = INTEGER_DTYPES + FLOATING_DTYPES
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; every other floating dtype is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plain_tensor(name: str, value: Any) -> Tensor:
+    """``value`` as a plain tensor: MONAI MetaTensors and the like are unwrapped, without a copy."""
+    if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
+        return value
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return value  # fake or wrapper tensors bring their own kernels
+    if hasattr(value, "as_tensor"):
+        return value.as_tensor()
+    return value.as_subclass(torch.Tensor)
+
+
+def validate_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {_names(allowed)}, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {_names(allowed)}, got '{value}'")
+    return value
+
+
+def validate_flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("bool_", "bool"):  # numpy scalars
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    exclusive_low: bool = False,
+) -> float:
+    """``value`` (Python or numpy) as a finite float in [low, high], or (low, high]."""
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    finite = -math.inf < value < math.inf
+    inside = low < value <= high if exclusive_low else low <= value <= high
+    if not (finite and inside):
+        raise ValueError(f"{name}: expected {_interval(low, high, exclusive_low)}, got {value}")
+    return value
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """``value`` (Python or numpy) as an int in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    value = int(value)
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name}: expected an integer <= {high}, got {value}")
+    return value
+
+
+def validate_background(background: Any, num_classes: int) -> int | None:
+    return None if background is None else integer("background", background, 0, num_classes - 1)
+
+
+def validate_logits(name: str, value: Any) -> Tensor:
+    """A plain floating tensor [B, C, *S] with 1 to 3 spatial dimensions and C >= 1."""
+    tensor = plain_tensor(name, value)
+    _require_dtype(name, tensor, FLOATING_DTYPES, "float64, float32, float16 or bfloat16")
+    if not 3 <= tensor.dim() <= 5:
+        raise ValueError(
+            f"{name}: expected [B, C, *S] with 1 to 3 spatial dimensions, "
+            f"got shape {_shape(tensor)}"
+        )
+    if tensor.size(1) == 0:
+        raise ValueError(f"{name}: expected at least one class, got shape {_shape(tensor)}")
+    return tensor
+
+
+def validate_labels(name: str, value: Any, logits: Tensor, logits_name: str = "logits") -> Tensor:
+    """Labels as a view [B, *S], in any integer dtype, bool, or a floating dtype."""
+    tensor = plain_tensor(name, value)
+    _require_dtype(name, tensor, LABEL_DTYPES, "an integer, bool or floating dtype")
+    return _voxels_of(name, tensor, logits, logits_name)
+
+
+def validate_voxel_map(
+    name: str, value: Any, logits: Tensor, logits_name: str = "logits"
+) -> Tensor:
+    """A floating map as a view [B, *S]."""
+    tensor = plain_tensor(name, value)
+    _require_dtype(name, tensor, FLOATING_DTYPES, "float64, float32, float16 or bfloat16")
+    return _voxels_of(name, tensor, logits, logits_name)
+
+
+def validate_mask(name: str, value: Any, logits: Tensor, logits_name: str = "logits") -> Tensor:
+    """A bool or integer mask (non-zero is inside) as a view [B, *S]."""
+    tensor = plain_tensor(name, value)
+    _require_dtype(name, tensor, INTEGER_DTYPES, "bool or an integer dtype")
+    return _voxels_of(name, tensor, logits, logits_name)
+
+
+def validate_conditional(value: Any, source: Tensor) -> Tensor:
+    """P(y|z) as a floating tensor [C, Z] on the device of ``source`` [B, Z, *S]."""
+    tensor = plain_tensor("conditional", value)
+    _require_dtype("conditional", tensor, FLOATING_DTYPES, "a floating dtype")
+    if tensor.dim() != 2 or tensor.size(0) == 0 or tensor.size(1) != source.size(1):
+        raise ValueError(
+            f"conditional: expected [C, {source.size(1)}], one column per class of source "
+            f"{_shape(source)}, got shape {_shape(tensor)}"
+        )
+    _require_device("conditional", tensor, "source", source)
+    return tensor
+
+
+def validate_joint(value: Any) -> Tensor:
+    tensor = plain_tensor("joint", value)
+    _require_dtype("joint", tensor, FLOATING_DTYPES, "a floating dtype")
+    if tensor.dim() != 2:
+        raise ValueError(f"joint: expected [C, Z], got shape {_shape(tensor)}")
+    return tensor
+
+
+def validate_class_weight(value: Any, logits: Tensor) -> Tensor:
+    tensor = plain_tensor("weight", value)
+    _require_dtype("weight", tensor, FLOATING_DTYPES, "a floating dtype")
+    if tensor.dim() != 1 or tensor.size(0) != logits.size(1):
+        raise ValueError(
+            f"weight: expected [{logits.size(1)}], one value per class of logits "
+            f"{_shape(logits)}, got shape {_shape(tensor)}"
+        )
+    _require_device("weight", tensor, "logits", logits)
+    return tensor
+
+
+def validate_range(value: Any) -> tuple[float, float] | None:
+    """The hardness range (lo, hi) as floats, or None for the scope of each image."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"range: expected None or (lo, hi), got {value!r}")
+    lo, hi = number("range", value[0]), number("range", value[1])
+    if hi < lo:
+        raise ValueError(f"range: expected lo <= hi, got ({lo}, {hi})")
+    return lo, hi
+
+
+class LeepArguments(NamedTuple):
+    source: Tensor
+    target: Tensor
+    num_classes: int
+    ignore_index: int
+
+
+def leep_arguments(source: Any, target: Any, num_classes: Any, ignore_index: Any) -> LeepArguments:
+    source = validate_logits("source", source)
+    return LeepArguments(
+        source,
+        validate_labels("target", target, source, "source"),
+        integer("num_classes", num_classes, 1),
+        integer("ignore_index", ignore_index),
+    )
+
+
+class MapArguments(NamedTuple):
+    source: Tensor
+    target: Tensor
+    conditional: Tensor
+    ignore_index: int
+
+
+def map_arguments(source: Any, target: Any, conditional: Any, ignore_index: Any) -> MapArguments:
+    source = validate_logits("source", source)
+    return MapArguments(
+        source,
+        validate_labels("target", target, source, "source"),
+        validate_conditional(conditional, source),
+        integer("ignore_index", ignore_index),
+    )
+
+
+class RiskOptions(NamedTuple):
+    scheme: str
+    base: float
+    alpha: float
+    scale: float
+    range: tuple[float, float] | None
+    background: int | None
+
+
+def risk_options(
+    scheme: Any,
+    base: Any,
+    alpha: Any,
+    scale: Any,
+    range: Any,  # the name is the public one
+    background: Any,
+    num_classes: int,
+) -> RiskOptions:
+    return RiskOptions(
+        validate_choice("scheme", scheme, SCHEMES),
+        number("base", base, 0.0, exclusive_low=True),
+        number("alpha", alpha, 0.0, 1.0, exclusive_low=True),
+        number("scale", scale, 0.0),
+        validate_range(range),
+        validate_background(background, num_classes),
+    )
+
+
+class LossTensors(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    risk: Tensor | None
+    weight: Tensor | None
+    foreground: Tensor | None
+
+
+def loss_tensors(logits: Any, target: Any, risk: Any, weight: Any, foreground: Any) -> LossTensors:
+    logits = validate_logits("logits", logits)
+    return LossTensors(
+        logits,
+        validate_labels("target", target, logits),
+        None if risk is None else validate_voxel_map("risk", risk, logits),
+        None if weight is None else validate_class_weight(weight, logits),
+        None if foreground is None else validate_mask("foreground", foreground, logits),
+    )
+
+
+class LossOptions(NamedTuple):
+    ignore_index: int
+    background: int | None
+    foreground_floor: float
+    normalization: str
+    region: str
+    reduction: str
+    label_smoothing: float
+    ce_weight: float
+    dice_weight: float
+    include_background: bool
+    batch_dice: bool
+
+
+def loss_options(
+    num_classes: int,
+    *,
+    ignore_index: Any,
+    background: Any,
+    foreground_floor: Any,
+    normalization: Any,
+    region: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    ce_weight: Any,
+    dice_weight: Any,
+    include_background: Any,
+    batch_dice: Any,
+) -> LossOptions:
+    options = LossOptions(
+        integer("ignore_index", ignore_index),
+        validate_background(background, num_classes),
+        number("foreground_floor", foreground_floor, 0.0, 1.0),
+        validate_choice("normalization", normalization, NORMALIZATIONS),
+        validate_choice("region", region, REGIONS),
+        validate_choice("reduction", reduction, REDUCTIONS),
+        number("label_smoothing", label_smoothing, 0.0, 1.0),
+        number("ce_weight", ce_weight, 0.0),
+        number("dice_weight", dice_weight, 0.0),
+        validate_flag("include_background", include_background),
+        validate_flag("batch_dice", batch_dice),
+    )
+    if options.dice_weight > 0:
+        if options.reduction == "none":
+            raise ValueError(
+                "dice_weight: expected 0 with reduction='none', as Dice has no voxel map, "
+                f"got {options.dice_weight}"
+            )
+        # Counted without listing them: nn asks with a number of classes that stands for "enough".
+        without_background = options.background is not None and not options.include_background
+        if num_classes - without_background < 1:
+            raise ValueError(
+                "dice_weight: expected at least one class besides the background, got logits "
+                "with 1 class; set include_background=True or background=None"
+            )
+    return options
+
+
+def dice_classes(
+    num_classes: int, background: int | None, include_background: bool
+) -> tuple[int, ...]:
+    """The classes whose Dice is averaged."""
+    skip = None if include_background else background
+    return tuple(k for k in range(num_classes) if k != skip)
+
+
+def _voxels_of(name: str, tensor: Tensor, logits: Tensor, logits_name: str) -> Tensor:
+    plain = (logits.size(0), *logits.shape[2:])
+    has_channel = tensor.dim() == logits.dim() and tensor.size(1) == 1
+    voxels = tensor.squeeze(1) if has_channel else tensor
+    if tuple(voxels.shape) != plain:
+        channel = (logits.size(0), 1, *logits.shape[2:])
+        raise ValueError(
+            f"{name}: expected shape {list(plain)} or {list(channel)} to go with {logits_name} "
+            f"{_shape(logits)}, got {_shape(tensor)}"
+        )
+    _require_device(name, voxels, logits_name, logits)
+    return voxels
+
+
+def _require_dtype(
+    name: str, tensor: Tensor, allowed: Sequence[torch.dtype], expected: str
+) -> None:
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+
+
+def _require_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: expected on {other.device} as {other_name} is, got {tensor.device}"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _names(allowed: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in allowed)
+
+
+def _interval(low: float, high: float, exclusive_low: bool) -> str:
+    if high < math.inf:
+        return f"a number in {'(' if exclusive_low else '['}{low:g}, {high:g}]"
+    if low > -math.inf:
+        return f"a finite number {'>' if exclusive_low else '>='} {low:g}"
+    return "a finite number"

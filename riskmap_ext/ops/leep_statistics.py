@@ -1,0 +1,52 @@
+"""LEEP statistics: how the classes of a source model meet the labels of the target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import leep_arguments
+from riskmap_ext.reference.leep import conditional  # a [C, Z] table: plain torch is enough
+
+__all__ = ["conditional", "leep_statistics"]
+
+
+def leep_statistics(
+    source: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> Tensor:
+    r"""Joint mass of target labels and source classes, the statistics that LEEP is made of.
+
+    .. math:: J_{yz} = \sum_{p\,:\,y_p = y} \theta_p[z], \qquad \theta_p = \mathrm{softmax}(s_p)
+
+    ``J.sum()`` is the number of valid voxels. Add the results of batches, files or processes to
+    get those of their union; :class:`riskmap_ext.TransferStatistics` does that.
+
+    Args:
+        source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
+            float32, float64, float16 or bfloat16. Contiguous and channels-last memory is read in
+            place, other strides are copied first. No gradient flows to it.
+        target: labels 0 .. num_classes - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any
+            integer dtype, bool, or integral floats.
+        num_classes: number of target classes C.
+        ignore_index: label of voxels that count nowhere.
+
+    Returns:
+        J, [C, Z] float64. Sums run in float32 (float64 for a float64 source) over at most 2048
+        voxels and in float64 beyond; bitwise the same for any number of threads.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, or a label outside 0 .. num_classes - 1.
+
+    Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
+    Representations", ICML 2020.
+    """
+    arguments = leep_arguments(source, target, num_classes, ignore_index)
+    return torch.ops.riskmap_ext.leep_statistics(
+        arguments.source.detach(), arguments.target, arguments.num_classes, arguments.ignore_index
+    )
+
+
+@torch.library.register_fake("riskmap_ext::leep_statistics")
+def _fake(source: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return source.new_empty((num_classes, source.size(1)), dtype=torch.float64)

@@ -1,0 +1,86 @@
+"""Transfer risk map: voxel weights from the transferability of a source model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import SCHEMES, map_arguments, risk_options
+
+
+def risk_map(
+    source: Tensor,
+    target: Tensor,
+    conditional: Tensor,
+    *,
+    scheme: str = "exponential",
+    base: float = 10.0,
+    alpha: float = 0.5,
+    scale: float = 9.0,
+    range: tuple[float, float] | None = None,
+    background: int | None = 0,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Voxel weights that are large where the source model transfers badly.
+
+    With the hardness :math:`h_p = -T_p` of :func:`transferability_map` and
+    :math:`t = \mathrm{clip}\big((h - lo) / (hi - lo), 0, 1\big)`:
+
+    ============= ============================ =============================================
+    ``scheme``    weight                       uses
+    ============= ============================ =============================================
+    exponential   :math:`base^{\,t}`           ``base``; 1 to 10 by default
+    power         :math:`p^{-alpha}`           ``alpha``; needs no range, always one pass
+    linear        :math:`1 + scale \cdot t`    ``scale``
+    ============= ============================ =============================================
+
+    Args:
+        source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
+            float32, float64, float16 or bfloat16. No gradient flows to it.
+        target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
+            bool, or integral floats.
+        conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
+        scheme: "exponential", "power" or "linear".
+        base: > 0. alpha: in (0, 1]. scale: >= 0.
+        range: (lo, hi) of the hardness over the whole data set, in nats
+            (``TransferStatistics.hardness_range``); one pass. None: the range over the valid
+            voxels of each image; two passes over the map.
+        background: class that is no foreground; None: every class is foreground.
+        ignore_index: label of voxels that count nowhere; they get weight 0.
+
+    Returns:
+        w, [B, \*S] float32, >= 0. Where the range is degenerate (hi - lo < 0.1), and with
+        ``range=None`` in an image without foreground, w = 1: background noise would be stretched
+        to ``base`` otherwise.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, or a table that
+            holds no probabilities.
+
+    Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
+    Segmentation", ICASSP 2025 (arXiv 2502.02340).
+    """
+    arguments = map_arguments(source, target, conditional, ignore_index)
+    options = risk_options(
+        scheme, base, alpha, scale, range, background, arguments.conditional.size(0)
+    )
+    low, high = options.range if options.range is not None else (None, None)
+    return torch.ops.riskmap_ext.risk_map(
+        arguments.source.detach(),
+        arguments.target,
+        arguments.conditional.detach(),
+        SCHEMES.index(options.scheme),
+        options.base,
+        options.alpha,
+        options.scale,
+        low,
+        high,
+        options.background,
+        arguments.ignore_index,
+    )
+
+
+@torch.library.register_fake("riskmap_ext::risk_map")
+def _fake(source: Tensor, target: Tensor, conditional: Tensor, *options: object) -> Tensor:
+    return source.new_empty((source.size(0), *source.shape[2:]), dtype=torch.float32)

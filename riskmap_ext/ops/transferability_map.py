@@ -1,0 +1,53 @@
+"""Voxel-wise transferability (LEEP) of a source model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import map_arguments
+
+
+def transferability_map(
+    source: Tensor, target: Tensor, conditional: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    r"""Log-likelihood of each voxel's label under the source model, in nats.
+
+    .. math:: T_p = \log \max\Big(\sum_z P(y_p|z)\,\theta_p[z],\; 10^{-6}\Big) \in [-13.82, 0],
+              \qquad \theta_p = \mathrm{softmax}(s_p)
+
+    Its mean over the valid voxels of the target training set is the LEEP score; ``-T`` is the
+    hardness that :func:`risk_map` turns into voxel weights. Only row ``y_p`` of the table is read
+    at a voxel: nothing of size [B, C, \*S] is made.
+
+    Args:
+        source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
+            float32, float64, float16 or bfloat16. No gradient flows to it.
+        target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
+            bool, or integral floats.
+        conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
+        ignore_index: label of voxels that count nowhere; they get T = 0.
+
+    Returns:
+        T, [B, \*S] float32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, a label outside 0 .. C - 1, or a table that holds no
+            probabilities.
+
+    Source: C. V. Nguyen et al., ICML 2020 (LEEP); S. Duan et al., "Transfer Risk Map: Mitigating
+    Pixel-level Negative Transfer in Medical Segmentation", ICASSP 2025 (arXiv 2502.02340).
+    """
+    arguments = map_arguments(source, target, conditional, ignore_index)
+    return torch.ops.riskmap_ext.transferability_map(
+        arguments.source.detach(),
+        arguments.target,
+        arguments.conditional.detach(),
+        arguments.ignore_index,
+    )
+
+
+@torch.library.register_fake("riskmap_ext::transferability_map")
+def _fake(source: Tensor, target: Tensor, conditional: Tensor, ignore_index: int) -> Tensor:
+    return source.new_empty((source.size(0), *source.shape[2:]), dtype=torch.float32)

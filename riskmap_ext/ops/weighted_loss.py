@@ -1,0 +1,245 @@
+"""Risk-weighted cross-entropy plus soft Dice, with autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import (
+    NORMALIZATIONS,
+    REDUCTIONS,
+    REGIONS,
+    compute_dtype,
+    loss_options,
+    loss_tensors,
+)
+
+
+def weighted_loss(
+    logits: Tensor,
+    target: Tensor,
+    risk: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    background: int | None = 0,
+    foreground: Tensor | None = None,
+    foreground_floor: float = 0.05,
+    normalization: str = "foreground",
+    region: str = "valid",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ce_weight: float = 1.0,
+    dice_weight: float = 0.0,
+    include_background: bool = False,
+    batch_dice: bool = False,
+) -> Tensor:
+    r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
+
+    Cross-entropy part of image b, with voxel weights w (``risk``) and class weights c
+    (``weight``):
+
+    .. math:: L_b = \frac{1}{N_b} \sum_{p \in R_b} w_p\, c[y_p]\, \mathrm{CE}_p, \qquad
+              \mathrm{CE}_p = -\log \mathrm{softmax}(x_p)[y_p]
+
+    with label smoothing as in :func:`torch.nn.functional.cross_entropy`. Voxels labelled
+    ``ignore_index`` are not valid and count nowhere. An image without valid voxels adds 0 and has
+    zero gradient. F, the foreground: valid voxels with a label other than ``background``, or
+    inside the mask ``foreground``. V: all valid voxels.
+
+    ================== ========================================================================
+    ``normalization``  :math:`N_b`
+    ================== ========================================================================
+    foreground         max(#F_b, foreground_floor * #V_b); #V_b where F_b is empty
+    batch_foreground   the same from the sums over the batch, divided by the number of images
+    valid              #V_b; equals torch's mean for one image
+    none               1
+    ================== ========================================================================
+
+    Soft Dice part from the same softmax, over valid voxels, unweighted:
+
+    .. math:: D = 1 - \mathrm{mean}_k \frac{2 \sum_p \pi_p[k]\,1[y_p = k] + \epsilon}
+              {\sum_p \pi_p[k] + \sum_p 1[y_p = k] + \epsilon}, \qquad \epsilon = 10^{-5}
+
+    Args:
+        logits: [B, C, \*S] with 1 to 3 spatial dimensions; float32, float64, float16 or bfloat16.
+            Contiguous and channels-last memory is read in place, other strides are copied first.
+            Read as they are under autocast: sums and logarithms run in float32 or better.
+        target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
+            bool, or integral floats.
+        risk: voxel weights, finite and >= 0 at valid voxels, [B, \*S] or [B, 1, \*S], floating;
+            None: 1. May require grad.
+        weight: class weights [C], floating, finite and >= 0; None: 1. No gradient flows to it.
+        ignore_index: label of voxels that count nowhere.
+        background: class that is no foreground; None: every valid voxel is foreground.
+        foreground: mask of the image's own foreground (brain or body, not air), made on the
+            un-augmented image; [B, \*S] or [B, 1, \*S], bool or integer, non-zero is inside.
+        foreground_floor: in [0, 1]; 1 / foreground_floor is the most that a small foreground can
+            scale the loss up by.
+        normalization: see the table.
+        region: voxels that are summed, "valid" or "foreground" (F).
+        reduction: "mean" or "sum" over images; "none": the map ce_weight * w * c * CE, [B, \*S],
+            not normalised, 0 outside the region.
+        label_smoothing: in [0, 1].
+        ce_weight, dice_weight: finite, >= 0.
+        include_background: whether the Dice of the background class counts.
+        batch_dice: one Dice over the voxels of the whole batch instead of one per image.
+
+    Returns:
+        A scalar, or the map for reduction="none"; float32 (float64 for float64 logits).
+        Differentiable once with respect to ``logits`` and ``risk``; bitwise the same from run to
+        run and for any number of threads. An empty batch gives 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, a risk or class
+            weight that is negative or not finite.
+        RuntimeError: on a second derivative.
+
+    Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
+    Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
+    this package's reading; docs/method.md says why.
+    """
+    tensors = loss_tensors(logits, target, risk, weight, foreground)
+    options = loss_options(
+        tensors.logits.size(1),
+        ignore_index=ignore_index,
+        background=background,
+        foreground_floor=foreground_floor,
+        normalization=normalization,
+        region=region,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        ce_weight=ce_weight,
+        dice_weight=dice_weight,
+        include_background=include_background,
+        batch_dice=batch_dice,
+    )
+    loss, _, _ = torch.ops.riskmap_ext.weighted_loss(
+        tensors.logits,
+        tensors.target,
+        tensors.risk,
+        None if tensors.weight is None else tensors.weight.detach(),
+        tensors.foreground,
+        options.ignore_index,
+        options.background,
+        options.foreground_floor,
+        NORMALIZATIONS.index(options.normalization),
+        REGIONS.index(options.region),
+        REDUCTIONS.index(options.reduction),
+        options.label_smoothing,
+        options.ce_weight,
+        options.dice_weight,
+        options.include_background,
+        options.batch_dice,
+    )
+    return loss
+
+
+_NUM_INPUTS = 16
+_NONE = REDUCTIONS.index("none")
+
+
+@torch.library.register_fake("riskmap_ext::weighted_loss")
+def _fake(
+    logits: Tensor,
+    target: Tensor,
+    risk: Tensor | None,
+    weight: Tensor | None,
+    foreground: Tensor | None,
+    ignore_index: int,
+    background: int | None,
+    foreground_floor: float,
+    normalization: int,
+    region: int,
+    reduction: int,
+    label_smoothing: float,
+    ce_weight: float,
+    dice_weight: float,
+    include_background: bool,
+    batch_dice: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes = logits.shape[:2]
+    shape = (batch, *logits.shape[2:]) if reduction == _NONE else ()
+    slopes = (batch, 2, classes) if dice_weight != 0 else (0,)
+    return (
+        logits.new_empty(shape, dtype=compute_dtype(logits.dtype)),
+        logits.new_empty((batch,), dtype=torch.float64),
+        logits.new_empty(slopes, dtype=torch.float64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, risk, weight, foreground = inputs[:5]
+    ctx.ignore_index, ctx.background = inputs[5:7]
+    ctx.region, ctx.label_smoothing = inputs[9], inputs[11]
+    _, scale, dice_slopes = output
+    ctx.mark_non_differentiable(scale, dice_slopes)
+    ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory
+    ctx.save_for_backward(logits, target, risk, weight, foreground, scale, dice_slopes)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * _NUM_INPUTS
+    logits, target, risk, weight, foreground, scale, dice_slopes = ctx.saved_tensors
+    grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
+        grad_loss,
+        logits,
+        target,
+        risk,
+        weight,
+        foreground,
+        scale,
+        dice_slopes,
+        ctx.ignore_index,
+        ctx.background,
+        ctx.region,
+        ctx.label_smoothing,
+        risk is not None and ctx.needs_input_grad[2],
+    )
+    first = grad_logits if ctx.needs_input_grad[0] else None
+    third = grad_risk if ctx.needs_input_grad[2] else None
+    return (first, None, third) + (None,) * (_NUM_INPUTS - 3)
+
+
+torch.library.register_autograd(
+    "riskmap_ext::weighted_loss", _backward, setup_context=_setup_context
+)
+
+
+@torch.library.register_fake("riskmap_ext::_weighted_loss_backward")
+def _backward_fake(
+    grad_loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    risk: Tensor | None,
+    weight: Tensor | None,
+    foreground: Tensor | None,
+    scale: Tensor,
+    dice_slopes: Tensor,
+    ignore_index: int,
+    background: int | None,
+    region: int,
+    label_smoothing: float,
+    grad_risk: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_logits = torch.empty_like(logits)
+    if not grad_risk:
+        return grad_logits, logits.new_empty((0,), dtype=torch.float32)
+    assert risk is not None
+    shape = (logits.size(0), *logits.shape[2:])
+    return grad_logits, logits.new_empty(shape, dtype=risk.dtype)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "riskmap_ext.weighted_loss has no second derivative: its backward pass cannot be "
+        "differentiated (create_graph=True with a later backward, gradient penalties). Use "
+        "riskmap_ext.reference.weighted_loss for that."
+    )
+
+
+torch.library.register_autograd("riskmap_ext::_weighted_loss_backward", _no_second_derivative)

@@ -1,0 +1,162 @@
+"""The risk-weighted cross-entropy plus soft Dice in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import (
+    LossOptions,
+    compute_dtype,
+    dice_classes,
+    loss_options,
+    loss_tensors,
+)
+from riskmap_ext.reference._check_values import check_labels, check_weights, wanted
+
+DICE_EPSILON = 1e-5
+DICE_MIN_DENOMINATOR = 1e-8
+
+
+def weighted_loss(
+    logits: Tensor,
+    target: Tensor,
+    risk: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    background: int | None = 0,
+    foreground: Tensor | None = None,
+    foreground_floor: float = 0.05,
+    normalization: str = "foreground",
+    region: str = "valid",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ce_weight: float = 1.0,
+    dice_weight: float = 0.0,
+    include_background: bool = False,
+    batch_dice: bool = False,
+    _check_values: bool = True,
+) -> Tensor:
+    """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none"."""
+    logits, target, risk, weight, foreground = loss_tensors(
+        logits, target, risk, weight, foreground
+    )
+    options = loss_options(
+        logits.size(1),
+        ignore_index=ignore_index,
+        background=background,
+        foreground_floor=foreground_floor,
+        normalization=normalization,
+        region=region,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        ce_weight=ce_weight,
+        dice_weight=dice_weight,
+        include_background=include_background,
+        batch_dice=batch_dice,
+    )
+    labels = target.to(torch.int64)
+    valid = labels != options.ignore_index
+    if wanted(_check_values, target):
+        check_labels(target, logits.size(1), options.ignore_index)
+        if risk is not None:
+            check_weights("risk", risk, valid)
+        if weight is not None:
+            check_weights("weight", weight)
+
+    labels = torch.where(valid, labels, 0)
+    inside = _foreground_voxels(labels, valid, foreground, options.background)
+    summed = inside if options.region == "foreground" else valid
+    if options.ce_weight == 0:  # switched off: not even an infinite cross-entropy counts
+        summed = torch.zeros_like(summed)
+
+    # Voxels that count nowhere are blanked, so that not even their NaN reaches the gradient.
+    used = valid if options.dice_weight > 0 else summed
+    logits = torch.where(used.unsqueeze(1), logits.to(compute_dtype(logits.dtype)), 0.0)
+    log_probabilities = torch.log_softmax(logits, dim=1)
+
+    voxel_loss = _cross_entropy(log_probabilities, labels, weight, options.label_smoothing)
+    if risk is not None:
+        voxel_loss = torch.where(summed, risk, 0.0).to(voxel_loss.dtype) * voxel_loss
+    voxel_loss = options.ce_weight * torch.where(summed, voxel_loss, 0.0)
+    if options.reduction == "none":
+        return voxel_loss
+
+    image_loss = voxel_loss.flatten(1).sum(dim=1) / _normalizer(
+        valid, inside, options, voxel_loss.dtype
+    )
+    total = _reduce_images(image_loss, options.reduction)
+    if options.dice_weight > 0:
+        total = total + options.dice_weight * _dice_loss(log_probabilities, labels, valid, options)
+    return total
+
+
+def _foreground_voxels(
+    labels: Tensor, valid: Tensor, mask: Tensor | None, background: int | None
+) -> Tensor:
+    if background is None:
+        return valid
+    inside = labels != background
+    if mask is not None:
+        inside = inside | mask.to(torch.bool)
+    return inside & valid
+
+
+def _cross_entropy(
+    log_probabilities: Tensor, labels: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """[B, *S], as torch.nn.functional.cross_entropy with reduction="none"."""
+    loss = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if weight is not None:
+        weight = weight.detach().to(loss.dtype)
+        loss = weight[labels] * loss
+    if label_smoothing > 0:
+        num_classes = log_probabilities.size(1)
+        smooth = -log_probabilities
+        if weight is not None:
+            smooth = weight.view(-1, *(1,) * (smooth.dim() - 2)) * smooth
+        loss = (1 - label_smoothing) * loss + label_smoothing / num_classes * smooth.sum(dim=1)
+    return loss
+
+
+def _normalizer(valid: Tensor, inside: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """N_b, [B]; 1 where nothing is valid and the sum above it is empty."""
+    num_valid = valid.flatten(1).sum(dim=1).to(dtype)
+    if options.normalization == "none":
+        return torch.ones_like(num_valid)
+    if options.normalization == "valid":
+        size = num_valid
+    else:
+        num_inside = inside.flatten(1).sum(dim=1).to(dtype)
+        if options.normalization == "batch_foreground":
+            images = max(valid.size(0), 1)
+            num_inside = (num_inside.sum() / images).expand_as(num_inside)
+            num_valid = (num_valid.sum() / images).expand_as(num_valid)
+        floored = torch.maximum(num_inside, options.foreground_floor * num_valid)
+        size = torch.where(num_inside > 0, floored, num_valid)
+    return torch.where(size > 0, size, 1.0)
+
+
+def _dice_loss(
+    log_probabilities: Tensor, labels: Tensor, valid: Tensor, options: LossOptions
+) -> Tensor:
+    num_classes = log_probabilities.size(1)
+    valid = valid.unsqueeze(1)
+    probabilities = torch.where(valid, log_probabilities.exp(), 0.0)
+    classes = torch.arange(num_classes, device=labels.device)
+    classes = classes.view(-1, *(1,) * (labels.dim() - 1))
+    truth = ((labels.unsqueeze(1) == classes) & valid).to(probabilities.dtype)
+
+    overlap = (probabilities * truth).flatten(2).sum(dim=2)  # [B, C]
+    size = probabilities.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
+    if options.batch_dice:
+        overlap, size = overlap.sum(dim=0), size.sum(dim=0)
+    dice = (2 * overlap + DICE_EPSILON) / (size + DICE_EPSILON).clamp(min=DICE_MIN_DENOMINATOR)
+    averaged = list(dice_classes(num_classes, options.background, options.include_background))
+    loss = 1 - dice[..., averaged].mean(dim=-1)
+    return loss if options.batch_dice else _reduce_images(loss, options.reduction)
+
+
+def _reduce_images(loss: Tensor, reduction: str) -> Tensor:
+    return loss.sum() / max(loss.size(0), 1) if reduction == "mean" else loss.sum()

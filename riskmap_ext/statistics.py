@@ -1,0 +1,254 @@
+"""LEEP statistics of a whole training set: streamed, mergeable, distributed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from riskmap_ext._arguments import integer, plain_tensor
+from riskmap_ext.ops import conditional, leep_statistics, transferability_map
+
+# A score this close to that of the class frequencies alone: the source tells nothing.
+_UNINFORMATIVE = 0.01
+
+
+class TransferStatistics:
+    r"""LEEP statistics of a source model on a target training set, in two passes.
+
+    First pass, :meth:`update`: the joint mass J [C, Z] of labels and source classes, hence
+    :attr:`conditional`, P(y|z). Second pass, :meth:`update_range`, with P(y|z) fixed: the LEEP
+    :attr:`score` (mean log-likelihood of a voxel, in nats, <= 0) and the :attr:`hardness_range`
+    (smallest and largest -T over all valid voxels), which the risk map's data-set scope needs.
+
+    >>> statistics = TransferStatistics(num_classes=3)
+    >>> for image, label in loader:                      # doctest: +SKIP
+    ...     statistics.update(source(image), label)
+    >>> for image, label in loader:                      # doctest: +SKIP
+    ...     statistics.update_range(source(image), label)
+    >>> risk = riskmap_ext.risk_map(                     # doctest: +SKIP
+    ...     source(image), label, statistics.conditional, range=statistics.hardness_range)
+
+    Args:
+        num_classes: number of target classes C.
+        ignore_index: label of voxels that count nowhere.
+
+    Source: C. V. Nguyen et al., ICML 2020 (LEEP).
+    """
+
+    def __init__(self, num_classes: int, *, ignore_index: int = -100) -> None:
+        self.num_classes = integer("num_classes", num_classes, 1)
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self._joint: Tensor | None = None
+        self._log_likelihood = 0.0
+        self._range_voxels = 0
+        self._low = math.inf
+        self._high = -math.inf
+        self._joint_is_global = False
+        self._range_is_global = False
+
+    def update(self, source: Tensor, target: Tensor) -> None:
+        """First pass: adds a batch of source logits [B, Z, *S] and labels [B, *S]."""
+        if self._joint_is_global or self._range_voxels:
+            raise RuntimeError(
+                "TransferStatistics.update: the first pass is closed (all_reduce or update_range "
+                "was called); start a new TransferStatistics"
+            )
+        joint = leep_statistics(source, target, self.num_classes, ignore_index=self.ignore_index)
+        self._joint = joint if self._joint is None else self._add_joint(joint, "source")
+
+    def update_range(self, source: Tensor, target: Tensor) -> None:
+        """Second pass over the same data: adds to the score and to the hardness range."""
+        target = plain_tensor("target", target)
+        transferability = transferability_map(
+            source,
+            target,
+            self.conditional.to(plain_tensor("source", source).device),
+            ignore_index=self.ignore_index,
+        )
+        # int64: compared in uint8, -100 would be 156.
+        valid = target.reshape(transferability.shape).to(torch.int64) != self.ignore_index
+        voxels = int(valid.sum())
+        if voxels == 0:
+            return
+        self._range_voxels += voxels
+        self._log_likelihood += float(transferability.sum(dtype=torch.float64))  # 0 where ignored
+        hardness = -transferability[valid]
+        self._low = min(self._low, float(hardness.min()))
+        self._high = max(self._high, float(hardness.max()))
+
+    @property
+    def joint(self) -> Tensor:
+        """J [C, Z] float64; its sum is the number of valid voxels."""
+        if self._joint is None:
+            raise RuntimeError("TransferStatistics: nothing seen yet; call update first")
+        return self._joint
+
+    @property
+    def conditional(self) -> Tensor:
+        """P(y|z) [C, Z] float64; the column of a source class without mass is zero."""
+        return conditional(self.joint)
+
+    @property
+    def num_voxels(self) -> int:
+        """Valid voxels of the first pass."""
+        return 0 if self._joint is None else round(float(self._joint.sum()))
+
+    @property
+    def class_frequencies(self) -> Tensor:
+        """Share of each target class among the valid voxels, [C] float64; 0 without voxels."""
+        counts = self.joint.sum(dim=1)
+        return counts / counts.sum().clamp(min=1)
+
+    @property
+    def score(self) -> float:
+        """LEEP: the mean over valid voxels of log sum_z P(y|z) theta[z], in nats, <= 0.
+
+        Warns (UserWarning) when it is within 1 % of -H(Y), the score that the class frequencies
+        alone give: then the source tells nothing about the target.
+        """
+        self._require_second_pass("score")
+        if self._range_voxels != self.num_voxels:
+            raise RuntimeError(
+                f"TransferStatistics.score: the second pass saw {self._range_voxels} valid voxels, "
+                f"the first {self.num_voxels}; feed both passes the same data"
+            )
+        score = self._log_likelihood / self._range_voxels
+        if self.tells_nothing(score):
+            warnings.warn(
+                f"LEEP score {score:.4f} is within 1 % of {-self.label_entropy:.4f}, what the class "
+                "frequencies alone give: this source tells nothing about the target labels",
+                UserWarning,
+                stacklevel=2,
+            )
+        return score
+
+    @property
+    def label_entropy(self) -> float:
+        """H(Y) of the label frequencies, in nats."""
+        frequencies = self.class_frequencies
+        return -float(torch.special.xlogy(frequencies, frequencies).sum())
+
+    def tells_nothing(self, score: float) -> bool:
+        """Whether ``score`` is within 1 % of -H(Y), or below it."""
+        return score <= -(1 - _UNINFORMATIVE) * self.label_entropy
+
+    @property
+    def hardness_range(self) -> tuple[float, float]:
+        """Smallest and largest hardness -T over the valid voxels of the second pass, in nats."""
+        self._require_second_pass("hardness_range")
+        return self._low, self._high
+
+    def merge(self, other: TransferStatistics) -> None:
+        """Adds what another object has seen (another file, another process)."""
+        if not isinstance(other, TransferStatistics):
+            raise TypeError(f"other: expected TransferStatistics, got {type(other).__name__}")
+        if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
+            raise ValueError(
+                f"other: expected num_classes {self.num_classes} and ignore_index "
+                f"{self.ignore_index}, got {other.num_classes} and {other.ignore_index}"
+            )
+        if other._joint is not None:
+            self._joint = (
+                other._joint.clone() if self._joint is None else self._add_joint(other._joint, "other")
+            )
+        self._log_likelihood += other._log_likelihood
+        self._range_voxels += other._range_voxels
+        self._low = min(self._low, other._low)
+        self._high = max(self._high, other._high)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Sums over the processes of ``group``: call it once after each pass.
+
+        Each pass is reduced once; a process without data takes part all the same. Does nothing
+        where torch.distributed is not initialised.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = torch.device(
+            "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
+        )
+        if not self._joint_is_global:
+            width = 0 if self._joint is None else self._joint.size(1)
+            widths = torch.tensor([width, -width if width else -(2**31)], device=device)
+            dist.all_reduce(widths, dist.ReduceOp.MAX, group=group)
+            most, least = int(widths[0]), -int(widths[1])
+            if most == 0:
+                raise RuntimeError("TransferStatistics.all_reduce: no process has seen any data")
+            if least != most:
+                raise ValueError(
+                    f"source: processes disagree on the number of source classes, {least} to {most}"
+                )
+            joint = torch.zeros(self.num_classes, most, dtype=torch.float64, device=device)
+            home = device if self._joint is None else self._joint.device
+            if self._joint is not None:
+                joint += self._joint.to(device)
+            dist.all_reduce(joint, group=group)
+            self._joint = joint.to(home)
+            self._joint_is_global = True
+        seen = torch.tensor([self._range_voxels], device=device)
+        dist.all_reduce(seen, group=group)
+        if int(seen) and not self._range_is_global:
+            sums = torch.tensor([self._log_likelihood], dtype=torch.float64, device=device)
+            ends = torch.tensor([-self._low, self._high], dtype=torch.float64, device=device)
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+            self._range_voxels, self._log_likelihood = int(seen), float(sums)
+            self._low, self._high = -float(ends[0]), float(ends[1])
+            self._range_is_global = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers only: ``torch.load(..., weights_only=True)`` reads it back."""
+        return {
+            "num_classes": self.num_classes,
+            "ignore_index": self.ignore_index,
+            "joint": None if self._joint is None else self._joint.cpu().clone(),
+            "log_likelihood": self._log_likelihood,
+            "range_voxels": self._range_voxels,
+            "low": self._low,
+            "high": self._high,
+            "joint_is_global": self._joint_is_global,
+            "range_is_global": self._range_is_global,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned."""
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise ValueError(f"state: expected the keys of state_dict(), missing {missing}")
+        if state["num_classes"] != self.num_classes:
+            raise ValueError(
+                f"state: expected num_classes {self.num_classes}, got {state['num_classes']}"
+            )
+        self.ignore_index = int(state["ignore_index"])
+        self._joint = None if state["joint"] is None else state["joint"].clone()
+        self._log_likelihood = float(state["log_likelihood"])
+        self._range_voxels = int(state["range_voxels"])
+        self._low, self._high = float(state["low"]), float(state["high"])
+        self._joint_is_global = bool(state["joint_is_global"])
+        self._range_is_global = bool(state["range_is_global"])
+
+    def _add_joint(self, joint: Tensor, name: str) -> Tensor:
+        assert self._joint is not None
+        if joint.shape != self._joint.shape:
+            raise ValueError(
+                f"{name}: expected {self._joint.size(1)} source classes as before, "
+                f"got {joint.size(1)}"
+            )
+        return self._joint + joint.to(self._joint.device)
+
+    def _require_second_pass(self, what: str) -> None:
+        if self._range_voxels == 0:
+            raise RuntimeError(
+                f"TransferStatistics.{what}: needs the second pass; call update_range on the data"
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"TransferStatistics(num_classes={self.num_classes}, "
+            f"ignore_index={self.ignore_index}, num_voxels={self.num_voxels})"
+        )

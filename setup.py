@@ -1,0 +1,53 @@
+"""Hands the build over to CMake (CMakeLists.txt lists every source and flag)."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds all native libraries in one CMake run and puts them beside the Python package."""
+
+    def run(self) -> None:
+        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        for stale in (package / "riskmap_ext").glob("*.so"):
+            stale.unlink()  # a library of another build must not travel along
+        build = Path(os.environ.get("RISKMAP_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if cmake is None:
+            raise SystemExit("riskmap_ext: cmake not found; run `pip install cmake ninja` first")
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DRISKMAP_VERSION={self.distribution.get_version()}",
+            f"-DRISKMAP_CUDA={os.environ.get('RISKMAP_CUDA', 'AUTO')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if ninja and not (build / "CMakeCache.txt").exists():
+            options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        self._call(cmake, "-S", str(ROOT), "-B", str(build), *options)
+        self._call(cmake, "--build", str(build), "--parallel")
+        self._call(cmake, "--install", str(build), "--prefix", str(package))
+
+    @staticmethod
+    def _call(*command: str) -> None:
+        print("riskmap_ext:", shlex.join(command), flush=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit(f"riskmap_ext: `{shlex.join(command)}` failed; its messages stand above")
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in (Path(self.build_lib) / "riskmap_ext").glob("*.so")]
+
+
+# The extension entry makes wheels platform wheels; CMake knows the sources.
+setup(ext_modules=[Extension("riskmap_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
