@@ -10,17 +10,18 @@
 namespace riskmap::cpu {
 namespace {
 
-// P(y|z) as [Z, C], so that the classes of one z lie side by side.
+// P(y|z) as [Z, table_pitch(C)]: the classes of one z lie side by side.
 template <class acc_t>
 std::vector<acc_t> transposed_table(const char* op, const std::vector<double>& values, int64_t classes,
                                     int64_t source_classes) {
-  std::vector<acc_t> table(values.size());
+  const int64_t pitch = table_pitch(classes);
+  std::vector<acc_t> table(static_cast<size_t>(source_classes * pitch));
   for (int64_t y = 0; y < classes; ++y)
     for (int64_t z = 0; z < source_classes; ++z) {
       const double p = values[static_cast<size_t>(y * source_classes + z)];
       check(p >= 0 && p <= 1 + 1e-6, op, ": conditional must hold probabilities P(y|z) within [0, 1], got ", p, " at [",
             y, ", ", z, "]");
-      table[static_cast<size_t>(z * classes + y)] = static_cast<acc_t>(p);
+      table[static_cast<size_t>(z * pitch + y)] = static_cast<acc_t>(p);
     }
   return table;
 }

@@ -20,14 +20,17 @@ size_t loss_scratch_bytes(int64_t classes, size_t acc_size) {
 
 namespace {
 
-// A table in float or double, as the kernels sum.
+// A table in float or double, as the kernels sum; padded so that a whole vector can be read (see lookup).
 class Table {
  public:
   Table(const std::vector<double>& values, bool as_double) : double_(as_double) {
+    const size_t padded = values.size() + kMinTile;
     if (double_) {
       wide_ = values;
+      wide_.resize(padded);
     } else {
       narrow_.assign(values.begin(), values.end());
+      narrow_.resize(padded);
     }
   }
   const void* data() const { return double_ ? static_cast<const void*>(wide_.data()) : narrow_.data(); }
@@ -58,7 +61,7 @@ struct LossInputs {
     args.target = view_map(target_, target);
     args.risk = view_map(risk_, risk);
     args.foreground = view_map(foreground_, foreground);
-    args.class_weight = class_weight.data();
+    args.class_weight = weight ? class_weight.data() : nullptr;
     args.smooth = label_smoothing > 0 ? smooth.data() : nullptr;
     if (label_smoothing > 0) {
       for (double each : class_weights(logits_, weight, label_smoothing / static_cast<double>(logits_.size(1))))

@@ -21,12 +21,15 @@ struct TransferPartial {
   double low, high;  // smallest and largest hardness of the chunk's valid voxels
 };
 
+// Elements from one row of the table to the next: a whole vector at least, see lookup.
+inline constexpr int64_t table_pitch(int64_t num_classes) { return num_classes < kMinTile ? kMinTile : num_classes; }
+
 inline constexpr float kIgnoredMark = 1.0f;  // no transferability is above 0
 
 struct TransferArgs {
   Volume source;      // [B, Z, S]
   VoxelMap target;    // [B, S]
-  const void* table;  // acc_t[Z, C], P(y|z) with one row for each source class
+  const void* table;  // acc_t[Z, table_pitch(C)], P(y|z) with one row for each source class
   int64_t num_classes;
   int64_t ignore_index;
   int64_t background;  // -1: every valid voxel is foreground

@@ -79,8 +79,11 @@ struct Terms {
   RISKMAP_MEMBER Terms(const LossArgs& args, const Column& x, typename Simd<acc_t>::I safe_label)
       : max(math::max_logit<F>(x)),
         x_target(x.pick(safe_label) - max),
-        hot(lookup(static_cast<const acc_t*>(args.class_weight), safe_label) * static_cast<acc_t>(args.hot_factor)),
+        hot(F{} + static_cast<acc_t>(args.hot_factor)),
         smooth_dot() {
+    if (args.class_weight) {
+      hot *= lookup(static_cast<const acc_t*>(args.class_weight), args.logits.classes, safe_label);
+    }
     if (args.smooth) {
       const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
       x.each([&](int c) RISKMAP_LAMBDA { smooth_dot += (x.get(c) - max) * smooth[c]; });

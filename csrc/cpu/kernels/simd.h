@@ -66,10 +66,13 @@ RISKMAP_HD double horizontal_sum(V v) {
   return sum;
 }
 
-// table[index] lane by lane; index >= 0 and below the table's length.
+// table[index] lane by lane; 0 <= index < length. A short table, padded to kMinTile elements, is looked up in a
+// register.
 template <class acc_t>
-RISKMAP_HD typename Simd<acc_t>::F lookup(const acc_t* table, typename Simd<acc_t>::I index) {
-  typename Simd<acc_t>::F v{};
+RISKMAP_HD typename Simd<acc_t>::F lookup(const acc_t* table, int64_t length, typename Simd<acc_t>::I index) {
+  using F = typename Simd<acc_t>::F;
+  if (length <= Simd<acc_t>::kLanes) return __builtin_shuffle(load<F>(table), index);
+  F v{};
 #if defined(__AVX512F__)
   if constexpr (sizeof(acc_t) == 4) {
     return _mm512_mask_i32gather_ps(v, __mmask16(0xffff), math::bit_cast<__m512i>(index), table, 4);

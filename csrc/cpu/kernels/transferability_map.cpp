@@ -27,6 +27,8 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   int32_t* label = reinterpret_cast<int32_t*>(result + tile);
   const acc_t* table = static_cast<const acc_t*>(args.table);
 
+  const int64_t pitch_of_table = table_pitch(args.num_classes);
+
   int64_t bad_labels = 0;
   I foreground{};
   F low = F{} + acc_t(1e30), high = F{} - acc_t(1);
@@ -49,7 +51,7 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
       x.each([&](int z) RISKMAP_LAMBDA {
         const F e = math::exp(F(x.get(z) - max));
         sum += e;
-        weighted += e * lookup(table + z * args.num_classes, row_of);
+        weighted += e * lookup(table + z * pitch_of_table, args.num_classes, row_of);
       });
       const F t = math::transferability(weighted, sum);
       const F hardness = -t;

@@ -10,7 +10,7 @@ struct LossArgs {
   VoxelMap target;           // [B, S]
   VoxelMap risk;             // [B, S] or absent: 1
   VoxelMap foreground;       // [B, S] or absent
-  const void* class_weight;  // acc_t[C], all 1 where the caller gave none
+  const void* class_weight;  // acc_t[C], padded to kMinTile; nullptr: 1
   const void* smooth;        // acc_t[C], eps / C * c[k]; nullptr without label smoothing
   double smooth_total;       // their sum
   double hot_factor;         // 1 - eps
