@@ -20,8 +20,6 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        for stale in (package / "riskmap_ext").glob("*.so"):
-            stale.unlink()  # a library of another build must not travel along
         build = Path(os.environ.get("RISKMAP_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         if cmake is None:
@@ -37,6 +35,8 @@ class CMakeBuild(build_ext):
             options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         self._call(cmake, "-S", str(ROOT), "-B", str(build), *options)
         self._call(cmake, "--build", str(build), "--parallel")
+        for stale in (package / "riskmap_ext").glob("*.so"):
+            stale.unlink()  # a library of another build must not travel along
         self._call(cmake, "--install", str(build), "--prefix", str(package))
 
     @staticmethod

@@ -14,7 +14,16 @@ import riskmap_ext
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "offset", "expanded")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "transposed",
+    "sliced",
+    "offset",
+    "batch_strided",
+    "expanded",
+    "channel_expanded",
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ class Case:
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values (of image 0 for "expanded") with other strides."""
+    """The values (for "expanded" those of image 0, or channel 0) with other strides."""
     if layout == "contiguous":
         return tensor.contiguous()
     if layout == "channels_last":
@@ -159,8 +168,12 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "offset":  # storage that starts one element in, rows that do not follow closely
         larger = torch.nn.functional.pad(tensor, (1, 2))
         return larger[..., 1:-2]
+    if layout == "batch_strided":  # one of several stacked: contiguous inside an image only
+        return torch.stack([tensor, torch.zeros_like(tensor)], dim=1)[:, 0]
     if layout == "expanded":
         return tensor[:1].expand_as(tensor)
+    if layout == "channel_expanded":  # dimension 1 has stride 0
+        return tensor[:, :1].expand_as(tensor)
     raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 
@@ -199,13 +212,16 @@ SIZES = [
     Case("plane_1x64", spatial=(1, 64)),
     Case("volume_13x11x9", spatial=(13, 11, 9)),
     Case("volume_33", spatial=(33, 33, 33), batch=1),
+    Case("volume_of_ones", spatial=(1, 1, 1), batch=3),
     Case("five_images", spatial=(5, 6), batch=5),
+    Case("many_small_images", spatial=(2, 2), batch=70),
 ]
 
 CLASSES = [
     Case(f"classes_{c}_source_{z}", classes=c, source_classes=z, spatial=(7, 9))
     for c, z in (
-        (1, 3), (2, 1), (3, 8), (5, 2), (8, 9), (9, 5), (17, 33), (33, 17), (87, 3), (3, 87), (1, 1)
+        (1, 3), (2, 1), (3, 8), (5, 2), (8, 9), (9, 5), (17, 33), (33, 17), (87, 3), (3, 87),
+        (1, 1), (1000, 700),
     )
 ]  # fmt: skip
 
@@ -250,10 +266,12 @@ STRIDES = [
     for layout in LAYOUTS[1:]
     for spatial in ((37,), (17, 5), (6, 7, 9))
 ] + [
-    replace(Case("channels_last_many_classes"), layout="channels_last", classes=17),
-    replace(Case("channels_last_bfloat16"), layout="channels_last", dtype=torch.bfloat16),
-    replace(Case("transposed_float16"), layout="transposed", dtype=torch.float16),
-    replace(Case("sliced_float64"), layout="sliced", dtype=torch.float64),
+    Case("channels_last_many_classes", layout="channels_last", classes=17, source_classes=33),
+    Case("channels_last_bfloat16", layout="channels_last", dtype=torch.bfloat16),
+    Case("channels_last_float64_slim", layout="channels_last", dtype=torch.float64, spatial=(1, 9)),
+    Case("channels_last_one_class", layout="channels_last", classes=1, source_classes=1),
+    Case("transposed_float16", layout="transposed", dtype=torch.float16),
+    Case("sliced_float64", layout="sliced", dtype=torch.float64),
 ]
 
 PATTERNS = [

@@ -11,10 +11,12 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def relative_l2(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|; 0 where both are all zero."""
+    """|found - expected| / |expected|; 0 where both are all zero, infinite where one is."""
     found, expected = found.detach().double(), expected.detach().double()
-    difference = (found - expected).norm().item()
-    return 0.0 if difference == 0 else difference / expected.norm().item()
+    difference, size = (found - expected).norm().item(), expected.norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 else float("inf")
 
 
 def cosine(found: Tensor, expected: Tensor) -> float:

@@ -35,7 +35,7 @@ def test_matches_reference(capability: str) -> None:
 
     files = ("test_leep.py", "test_transferability_map.py", "test_risk_map.py")
     tests = [str(TESTS / file) for file in (*files, "test_weighted_loss.py")]
-    options = ["-q", "-p", "no:cacheprovider", "-x", "-k", "cpu and not gradcheck"]
+    options = ["-q", "-p", "no:cacheprovider", "-x", "-k", "cpu and matches_reference"]
     run = _python(capability, "-m", "pytest", *options, *tests)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout

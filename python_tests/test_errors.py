@@ -229,6 +229,17 @@ def test_ignore_index_does_not_wrap_around(function: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize("function", [*MAPS, loss])
+def test_labels_are_not_cut_to_32_bits(function: Callable[..., Any]) -> None:
+    target = TARGET.clone()
+    target[0, 0, 1] = 2**32 + 1
+    with pytest.raises(ValueError, match=str(2**32 + 1)):
+        function(target=target)
+    function(target=target, ignore_index=2**32 + 1)
+    target[0, 0, 1] = 1
+    assert torch.equal(function(target=target, ignore_index=2**32 + 1), function(target=target))
+
+
+@pytest.mark.parametrize("function", [*MAPS, loss])
 def test_bad_labels_in_a_strided_channel(function: Callable[..., Any]) -> None:
     target = TARGET.clone()
     target[1, 3, 2] = 9

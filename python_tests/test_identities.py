@@ -42,6 +42,7 @@ LEEP_CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:LEEP score")  # random sources tell little
 @pytest.mark.parametrize("case", LEEP_CASES, ids=lambda case: case.name)
 def test_score_is_the_mean_of_the_map_and_of_a_double_loop(
     case: Case, device: torch.device

@@ -12,7 +12,7 @@ from riskmap_ext import reference
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
-def test_statistics_match_reference(case: Case, device: torch.device) -> None:
+def test_matches_reference(case: Case, device: torch.device) -> None:
     call = case.leep_call(device)
     found = riskmap_ext.leep_statistics(*call[0], **call[1])
     args, kwargs = in_double(call)
@@ -34,9 +34,9 @@ def test_statistics_add_up_to_the_valid_voxels(case: Case, device: torch.device)
     valid = case.valid(device)
     labels = args[1].to(torch.int64).reshape(valid.shape)[valid]
 
-    torch.testing.assert_close(
-        joint.sum(dim=1), torch.bincount(labels, minlength=case.classes).double(), rtol=1e-6, atol=0
-    )
+    # A softmax of many classes adds up to 1 within the rounding of its float32 denominator.
+    counts = torch.bincount(labels, minlength=case.classes).double()
+    torch.testing.assert_close(joint.sum(dim=1), counts, rtol=5e-6, atol=0)
     assert joint.sum().item() == pytest.approx(int(valid.sum()), rel=1e-6)
 
 

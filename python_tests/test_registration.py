@@ -34,6 +34,11 @@ def _registered() -> set[str]:
     }
 
 
+def _regions(rows: int, device: torch.device, labels: int | None = None) -> torch.Tensor:
+    """Region r holds the labels from r on: overlapping, and label 0 is in the first alone."""
+    return torch.ones(rows, labels or rows, dtype=torch.bool, device=device).triu()
+
+
 def _loss_arguments(
     case: Case,
     device: torch.device,
@@ -41,6 +46,7 @@ def _loss_arguments(
     dice: float = 0.0,
     reduction: int = MEAN,
     whole: bool = True,
+    regions: bool = False,
 ) -> tuple[Any, ...]:
     """``whole``: with the optional tensors."""
     return (
@@ -49,6 +55,7 @@ def _loss_arguments(
         case.risk(device) if whole else None,
         case.weight(device) if whole else None,
         case.foreground(device) if whole else None,
+        _regions(case.classes, device) if regions else None,
         case.ignore_index,
         0 if whole else None,  # background
         0.05,  # foreground_floor
@@ -65,10 +72,10 @@ def _loss_arguments(
 
 def _backward_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
     arguments = _loss_arguments(case, device, **options)
-    logits, target, risk, weight, foreground, ignore_index, background = arguments[:7]
-    region, label_smoothing = arguments[9], arguments[11]
+    risk = arguments[2]
+    ignore_index, background, region, label_smoothing = (arguments[i] for i in (6, 7, 10, 12))
     loss, scale, slopes = torch.ops.riskmap_ext.weighted_loss(*arguments)
-    tensors = (torch.randn_like(loss), logits, target, risk, weight, foreground, scale, slopes)
+    tensors = (torch.randn_like(loss), *arguments[:6], scale, slopes)
     numbers = (ignore_index, background, region, label_smoothing)
     return *tensors, *numbers, risk is not None
 
@@ -77,17 +84,23 @@ SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)
 VOLUME = Case("opcheck_3d", spatial=(3, 2, 5), dtype=torch.bfloat16, layout="channels_last")
 EMPTY = Case("opcheck_empty", batch=0)
 
+
+def _source_regions(device: torch.device) -> torch.Tensor:
+    return _regions(SMALL.source(device).size(1), device, labels=4)
+
+
 SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
     "leep_statistics": [
-        lambda d, c=c: (c.source(d), c.target(d), c.classes, c.ignore_index)
+        lambda d, c=c: (c.source(d), c.target(d), None, c.classes, c.ignore_index)
         for c in (SMALL, VOLUME, EMPTY)
-    ],
+    ]
+    + [lambda d: (SMALL.source(d), SMALL.target(d), _source_regions(d), SMALL.classes, -100)],
     "transferability_map": [
-        lambda d, c=c: (c.source(d), c.target(d), c.conditional(d), c.ignore_index)
+        lambda d, c=c: (c.source(d), c.target(d), c.conditional(d), None, c.ignore_index)
         for c in (SMALL, VOLUME, EMPTY)
     ],
     "risk_map": [
-        lambda d, c=c, o=o: (c.source(d), c.target(d), c.conditional(d), *o, c.ignore_index)
+        lambda d, c=c, o=o: (c.source(d), c.target(d), c.conditional(d), None, *o, c.ignore_index)
         for c, o in (
             (SMALL, (EXPONENTIAL, 10.0, 0.5, 9.0, None, None, 0)),
             (VOLUME, (POWER, 10.0, 0.5, 9.0, None, None, None)),
@@ -100,6 +113,7 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
         lambda d: _loss_arguments(SMALL, d, reduction=NONE),
         lambda d: _loss_arguments(VOLUME, d, dice=0.5, reduction=SUM, whole=False),
         lambda d: _loss_arguments(EMPTY, d, whole=False),
+        lambda d: _loss_arguments(SMALL, d, dice=1.0, regions=True),
     ],
     "_weighted_loss_backward": [
         lambda d: _backward_arguments(SMALL, d),
@@ -107,6 +121,13 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
         lambda d: _backward_arguments(SMALL, d, reduction=NONE),
         lambda d: _backward_arguments(VOLUME, d, dice=0.5, whole=False),
         lambda d: _backward_arguments(EMPTY, d, whole=False),
+        lambda d: _backward_arguments(SMALL, d, dice=1.0, regions=True),
+    ],
+    "_weighted_loss_with_gradient": [
+        lambda d: (*_loss_arguments(SMALL, d)[:14], True),
+        lambda d: (*_loss_arguments(SMALL, d, regions=True)[:14], True),
+        lambda d: (*_loss_arguments(VOLUME, d, reduction=SUM, whole=False)[:14], False),
+        lambda d: (*_loss_arguments(EMPTY, d, whole=False)[:14], False),
     ],
 }
 
@@ -229,32 +250,49 @@ def test_compiled_by_inductor() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_double_backward_is_refused_in_words() -> None:
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_double_backward_is_refused_in_words(in_forward: bool) -> None:
     (logits, target, risk), _ = BASE.loss_call(CPU)
     logits.requires_grad_()
-    loss = riskmap_ext.weighted_loss(logits, target, risk)
+    with riskmap_ext.gradient_in_forward(in_forward):
+        loss = riskmap_ext.weighted_loss(logits, target, risk)
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match=r"(?i)(double backward|first.order|twice|second)"):
         gradient.square().sum().backward()
 
 
-def test_graph_may_be_kept() -> None:
+@pytest.mark.parametrize("dice_weight", [0.0, 1.0])
+def test_graph_may_be_kept(dice_weight: float) -> None:
     (logits, target, risk), _ = BASE.loss_call(CPU)
     logits.requires_grad_()
-    loss = riskmap_ext.weighted_loss(logits, target, risk, dice_weight=1.0)
+    risk = risk.nan_to_num(1.0).requires_grad_()
+    loss = riskmap_ext.weighted_loss(logits, target, risk, dice_weight=dice_weight)
     loss.backward(retain_graph=True)
-    once = logits.grad.clone()
+    once = logits.grad.clone(), risk.grad.clone()
+    logits.grad.mul_(0)  # the first gradient is the caller's to change
+    risk.grad = None
     loss.backward()
-    torch.testing.assert_close(logits.grad, 2 * once, rtol=0, atol=0)
+    torch.testing.assert_close((logits.grad, risk.grad), once, rtol=1e-6, atol=1e-9)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
 
 def test_changed_logits_are_noticed() -> None:
+    """The gradient is that of the logits as they were, or there is an error."""
     leaf = BASE.logits(CPU).requires_grad_()
     logits = leaf * 1
-    loss = riskmap_ext.weighted_loss(logits, BASE.target(CPU))
+    with riskmap_ext.gradient_in_forward(False):
+        loss = riskmap_ext.weighted_loss(logits, BASE.target(CPU))
     logits.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+    (expected,) = torch.autograd.grad(riskmap_ext.weighted_loss(leaf, BASE.target(CPU)), leaf)
+    logits = leaf * 1
+    loss = riskmap_ext.weighted_loss(logits, BASE.target(CPU))
+    logits.mul_(2)
+    (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(found, expected)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 

@@ -201,6 +201,41 @@ def test_nothing_is_looked_at_in_ignored_voxels(dice: float, device: torch.devic
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
+def test_nothing_is_looked_at_outside_the_region(device: torch.device) -> None:
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    kwargs["region"] = "foreground"
+    expected = loss_and_gradients(((logits, target, risk), kwargs))
+    spoiled = logits.masked_fill((target == 0).unsqueeze(1), torch.nan)
+    found = loss_and_gradients(((spoiled, target, risk), kwargs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_part_of_weight_zero_is_switched_off(device: torch.device) -> None:
+    """An infinite cross-entropy does not spoil the Dice part."""
+    (logits, target, risk), kwargs = BASE.loss_call(device)
+    target[0, 3, 4], risk[0, 3, 4] = 1, 1.0
+    logits[0, 1, 3, 4] = -torch.inf
+    kwargs.update(ce_weight=0.0, dice_weight=1.0)
+    found = loss_and_gradients(((logits, target, risk), kwargs))
+    expected = loss_and_gradients(
+        in_double(((logits, target, risk), kwargs)), reference.weighted_loss
+    )
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_gradient_close(found[1], expected[1])
+    assert torch.count_nonzero(found[2]) == 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("spatial", [(9,), (5, 7), (3, 4, 5)])
+def test_gradient_is_laid_out_as_the_logits(
+    layout: str, spatial: tuple[int, ...], device: torch.device
+) -> None:
+    call = Case("strides", layout=layout, spatial=spatial).loss_call(device)
+    _, gradient, _ = loss_and_gradients(call)
+    assert gradient.stride() == call[0][0].stride()
+
+
 @pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
 @pytest.mark.parametrize("normalization", ["foreground", "batch_foreground", "valid", "none"])
 @pytest.mark.parametrize("region", ["valid", "foreground"])

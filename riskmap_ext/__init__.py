@@ -14,6 +14,7 @@ _library.load()
 from riskmap_ext import nn, reference  # noqa: E402  (the ops must be registered first)
 from riskmap_ext.ops import (  # noqa: E402
     conditional,
+    gradient_in_forward,
     leep_statistics,
     risk_map,
     transferability_map,
@@ -30,6 +31,7 @@ __all__ = [
     "TransferStatistics",
     "__version__",
     "conditional",
+    "gradient_in_forward",
     "leep_statistics",
     "nn",
     "reference",

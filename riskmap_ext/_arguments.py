@@ -141,13 +141,13 @@ def validate_mask(name: str, value: Any, logits: Tensor, logits_name: str = "log
     return _voxels_of(name, tensor, logits, logits_name)
 
 
-def validate_conditional(value: Any, source: Tensor) -> Tensor:
-    """P(y|z) as a floating tensor [C, Z] on the device of ``source`` [B, Z, *S]."""
+def validate_conditional(value: Any, source: Tensor, source_classes: int) -> Tensor:
+    """P(y|z) as a floating tensor [C, Z] on the device of ``source``."""
     tensor = plain_tensor("conditional", value)
     _require_dtype("conditional", tensor, FLOATING_DTYPES, "a floating dtype")
-    if tensor.dim() != 2 or tensor.size(0) == 0 or tensor.size(1) != source.size(1):
+    if tensor.dim() != 2 or tensor.size(0) == 0 or tensor.size(1) != source_classes:
         raise ValueError(
-            f"conditional: expected [C, {source.size(1)}], one column per class of source "
+            f"conditional: expected [C, {source_classes}], one column per class of source "
             f"{_shape(source)}, got shape {_shape(tensor)}"
         )
     _require_device("conditional", tensor, "source", source)
@@ -174,6 +174,28 @@ def validate_class_weight(value: Any, logits: Tensor) -> Tensor:
     return tensor
 
 
+def validate_regions(value: Any, logits: Tensor, logits_name: str = "logits") -> Tensor | None:
+    """Table [R, L], true where label l is in region r, as bool on the device of ``logits``."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        table = plain_tensor("regions", value)
+        _require_dtype("regions", table, INTEGER_DTYPES, "bool or an integer dtype")
+    elif isinstance(value, (list, tuple)):
+        table = torch.tensor(value, device=logits.device)
+    else:
+        raise TypeError(
+            f"regions: expected a torch.Tensor or nested lists, got {type(value).__name__}"
+        )
+    if table.dim() != 2 or table.size(0) != logits.size(1) or table.size(1) == 0:
+        raise ValueError(
+            f"regions: expected [{logits.size(1)}, L], one row per channel of {logits_name} "
+            f"{_shape(logits)}, got shape {_shape(table)}"
+        )
+    _require_device("regions", table, logits_name, logits)
+    return table.to(torch.bool)
+
+
 def validate_range(value: Any) -> tuple[float, float] | None:
     """The hardness range (lo, hi) as floats, or None for the scope of each image."""
     if value is None:
@@ -189,15 +211,19 @@ def validate_range(value: Any) -> tuple[float, float] | None:
 class LeepArguments(NamedTuple):
     source: Tensor
     target: Tensor
+    regions: Tensor | None
     num_classes: int
     ignore_index: int
 
 
-def leep_arguments(source: Any, target: Any, num_classes: Any, ignore_index: Any) -> LeepArguments:
+def leep_arguments(
+    source: Any, target: Any, num_classes: Any, ignore_index: Any, regions: Any = None
+) -> LeepArguments:
     source = validate_logits("source", source)
     return LeepArguments(
         source,
         validate_labels("target", target, source, "source"),
+        validate_regions(regions, source, "source"),
         integer("num_classes", num_classes, 1),
         integer("ignore_index", ignore_index),
     )
@@ -207,15 +233,21 @@ class MapArguments(NamedTuple):
     source: Tensor
     target: Tensor
     conditional: Tensor
+    regions: Tensor | None
     ignore_index: int
 
 
-def map_arguments(source: Any, target: Any, conditional: Any, ignore_index: Any) -> MapArguments:
+def map_arguments(
+    source: Any, target: Any, conditional: Any, ignore_index: Any, regions: Any = None
+) -> MapArguments:
     source = validate_logits("source", source)
+    regions = validate_regions(regions, source, "source")
+    source_classes = source.size(1) if regions is None else regions.size(1)
     return MapArguments(
         source,
         validate_labels("target", target, source, "source"),
-        validate_conditional(conditional, source),
+        validate_conditional(conditional, source, source_classes),
+        regions,
         integer("ignore_index", ignore_index),
     )
 
@@ -254,9 +286,16 @@ class LossTensors(NamedTuple):
     risk: Tensor | None
     weight: Tensor | None
     foreground: Tensor | None
+    regions: Tensor | None
+
+    @property
+    def num_labels(self) -> int:
+        return self.logits.size(1) if self.regions is None else self.regions.size(1)
 
 
-def loss_tensors(logits: Any, target: Any, risk: Any, weight: Any, foreground: Any) -> LossTensors:
+def loss_tensors(
+    logits: Any, target: Any, risk: Any, weight: Any, foreground: Any, regions: Any = None
+) -> LossTensors:
     logits = validate_logits("logits", logits)
     return LossTensors(
         logits,
@@ -264,6 +303,7 @@ def loss_tensors(logits: Any, target: Any, risk: Any, weight: Any, foreground: A
         None if risk is None else validate_voxel_map("risk", risk, logits),
         None if weight is None else validate_class_weight(weight, logits),
         None if foreground is None else validate_mask("foreground", foreground, logits),
+        validate_regions(regions, logits),
     )
 
 
@@ -282,8 +322,9 @@ class LossOptions(NamedTuple):
 
 
 def loss_options(
-    num_classes: int,
+    num_labels: int,
     *,
+    has_regions: bool = False,
     ignore_index: Any,
     background: Any,
     foreground_floor: Any,
@@ -298,7 +339,7 @@ def loss_options(
 ) -> LossOptions:
     options = LossOptions(
         integer("ignore_index", ignore_index),
-        validate_background(background, num_classes),
+        validate_background(background, num_labels),
         number("foreground_floor", foreground_floor, 0.0, 1.0),
         validate_choice("normalization", normalization, NORMALIZATIONS),
         validate_choice("region", region, REGIONS),
@@ -317,7 +358,7 @@ def loss_options(
             )
         # Counted without listing them: nn asks with a number of classes that stands for "enough".
         without_background = options.background is not None and not options.include_background
-        if num_classes - without_background < 1:
+        if not has_regions and num_labels - without_background < 1:
             raise ValueError(
                 "dice_weight: expected at least one class besides the background, got logits "
                 "with 1 class; set include_background=True or background=None"

@@ -1,4 +1,4 @@
-"""Loads the native libraries; what cannot be loaded raises with what it was built for and what was found."""
+"""Loads the native libraries; a failure says what they were built for and what was found."""
 
 from __future__ import annotations
 

@@ -2,61 +2,175 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import loss_options, plain_tensor
+from riskmap_ext._arguments import loss_options, number, plain_tensor
 from riskmap_ext.ops import weighted_loss
+
+Scales = Tensor | Sequence[Tensor]
+
+_OF_FORWARD = ("weight", "foreground", "regions")  # tensors, not fixed options
 
 
 class RiskWeightedLoss(torch.nn.Module):
-    """:func:`riskmap_ext.weighted_loss` with its options fixed.
+    r""":func:`riskmap_ext.weighted_loss` with its options fixed, and with deep supervision.
+
+    With a list of logits, one for each scale of a deeply supervised network (finest first), the
+    result is :math:`\sum_i s_i L_i`. Target, risk and foreground are then lists too, or one tensor
+    of the finest scale each, which is sampled at the nearest voxel for the others.
 
     Args:
-        weight: class weights [C] or a sequence of numbers; kept as a buffer that moves with the
-            module and is not part of its state_dict.
+        weight: class weights [C], a tensor or a sequence of numbers.
+        regions: table [C, L] of overlapping regions, a tensor or nested lists.
+        scale_weights: s_i, finite and >= 0, one for each scale; None: 1, 1/2, 1/4, ... divided by
+            their sum, as nnU-Net weighs its scales. Not used for a single tensor of logits.
         options: the other keyword arguments of :func:`riskmap_ext.weighted_loss`, checked here.
+            Deep supervision needs a reduction.
 
-    Shapes: input [B, C, *S] logits, target [B, *S] or [B, 1, *S], risk and foreground like target.
+    ``weight`` and ``regions`` are buffers that move with the module and stay out of its state_dict.
+
+    Shapes: input [B, C, \*S] logits or a list of them; target, risk and foreground [B, \*S] or
+    [B, 1, \*S].
     """
 
     weight: Tensor | None
+    regions: Tensor | None
 
-    def __init__(self, weight: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        weight: Any = None,
+        *,
+        regions: Any = None,
+        scale_weights: Sequence[float] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        if weight is not None:
-            weight = (
-                plain_tensor("weight", weight).detach().clone()
-                if isinstance(weight, torch.Tensor)
-                else torch.tensor(weight, dtype=torch.float32)
-            )
+        weight = _as_buffer("weight", weight, torch.float32)
+        regions = _as_buffer("regions", regions, torch.bool)
         self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("regions", regions, persistent=False)
+        self.scale_weights = (
+            None
+            if scale_weights is None
+            else tuple(number("scale_weights", each, 0.0) for each in scale_weights)
+        )
         defaults = {
             name: value
             for name, value in (weighted_loss.__kwdefaults__ or {}).items()
-            if name not in ("weight", "foreground")
+            if name not in _OF_FORWARD
         }
         unknown = sorted(set(options) - set(defaults))
         if unknown:
             raise TypeError(
                 f"RiskWeightedLoss: unknown option {unknown[0]!r}; expected {', '.join(defaults)}"
             )
-        # The number of classes is not known yet: checked as if there were enough of them.
-        loss_options(2**31 - 1 if weight is None else len(weight), **{**defaults, **options})
+        # The number of labels may not be known yet: checked as if there were enough of them.
+        num_labels = (
+            regions.size(-1)
+            if regions is not None
+            else len(weight)
+            if weight is not None
+            else 2**31
+        )
+        loss_options(num_labels, has_regions=regions is not None, **{**defaults, **options})
         self.options = options
 
     def forward(
         self,
-        input: Tensor,  # torch's name for it
-        target: Tensor,
-        risk: Tensor | None = None,
-        foreground: Tensor | None = None,
+        input: Scales,  # torch's name for it
+        target: Scales,
+        risk: Scales | None = None,
+        foreground: Scales | None = None,
     ) -> Tensor:
+        if isinstance(input, torch.Tensor):
+            return self._one_scale(input, target, risk, foreground)
+        scale_weights = self._scale_weights(len(input))
+        targets = _for_scales("target", target, input)
+        risks = _for_scales("risk", risk, input)
+        foregrounds = _for_scales("foreground", foreground, input)
+        total: Tensor | None = None
+        for scale, *tensors in zip(scale_weights, input, targets, risks, foregrounds, strict=True):
+            if scale == 0:
+                continue  # as nnU-Net leaves out its coarsest scale
+            loss = scale * self._one_scale(*tensors)
+            total = loss if total is None else total + loss
+        return input[0].new_zeros(()) if total is None else total
+
+    def _one_scale(self, logits: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
         return weighted_loss(
-            input, target, risk, weight=self.weight, foreground=foreground, **self.options
+            logits,
+            target,
+            risk,
+            weight=self.weight,
+            foreground=foreground,
+            regions=self.regions,
+            **self.options,
         )
 
+    def _scale_weights(self, scales: int) -> Sequence[float]:
+        if scales == 0:
+            raise ValueError("input: expected at least one scale, got an empty list")
+        if self.options.get("reduction") == "none":
+            raise ValueError(
+                "reduction: expected 'mean' or 'sum' with a list of logits, got 'none'"
+            )
+        if self.scale_weights is None:
+            halves = [0.5**scale for scale in range(scales)]
+            return [each / sum(halves) for each in halves]
+        if len(self.scale_weights) != scales:
+            raise ValueError(
+                f"scale_weights: expected {scales} values, one for each scale of input, "
+                f"got {len(self.scale_weights)}"
+            )
+        return self.scale_weights
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        fixed = dict(self.options)
+        if self.scale_weights is not None:
+            fixed["scale_weights"] = self.scale_weights
+        return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+
+
+def _as_buffer(name: str, value: Any, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return plain_tensor(name, value).detach().clone()
+    return torch.tensor(value, dtype=dtype)
+
+
+def _for_scales(
+    name: str, value: Scales | None, logits: Sequence[Tensor]
+) -> Sequence[Tensor] | Sequence[None]:
+    """``value`` for each scale; one tensor is sampled at the nearest voxel."""
+    if value is None:
+        return [None] * len(logits)
+    if not isinstance(value, torch.Tensor):
+        if len(value) != len(logits):
+            raise ValueError(
+                f"{name}: expected {len(logits)} tensors, one for each scale of input, "
+                f"got {len(value)}"
+            )
+        return value
+    tensor = plain_tensor(name, value)
+    if tensor.dim() == logits[0].dim() and tensor.size(1) == 1:
+        tensor = tensor.squeeze(1)
+    return [_nearest(name, tensor, each.shape[2:]) for each in logits]
+
+
+def _nearest(name: str, tensor: Tensor, size: torch.Size) -> Tensor:
+    if tensor.dim() != len(size) + 1:
+        raise ValueError(
+            f"{name}: expected {len(size)} spatial dimensions, got shape {list(tensor.shape)}"
+        )
+    for dim, extent in enumerate(size, start=1):
+        if tensor.size(dim) != extent:
+            # The voxel whose centre is nearest, as "nearest-exact" of torch.nn.functional.interpolate.
+            index = torch.arange(extent, device=tensor.device)
+            index = ((2 * index + 1) * tensor.size(dim)) // (2 * extent)
+            tensor = tensor.index_select(dim, index)
+    return tensor

@@ -36,14 +36,20 @@ class TransferStatistics:
     Args:
         num_classes: number of target classes C.
         ignore_index: label of voxels that count nowhere.
+        regions: table [R, Z] for a source of overlapping regions, see
+            :func:`riskmap_ext.leep_statistics`.
 
     Source: C. V. Nguyen et al., ICML 2020 (LEEP).
     """
 
-    def __init__(self, num_classes: int, *, ignore_index: int = -100) -> None:
+    def __init__(
+        self, num_classes: int, *, ignore_index: int = -100, regions: Tensor | None = None
+    ) -> None:
         self.num_classes = integer("num_classes", num_classes, 1)
         self.ignore_index = integer("ignore_index", ignore_index)
+        self.regions = regions
         self._joint: Tensor | None = None
+        self._voxels = 0
         self._log_likelihood = 0.0
         self._range_voxels = 0
         self._low = math.inf
@@ -58,8 +64,15 @@ class TransferStatistics:
                 "TransferStatistics.update: the first pass is closed (all_reduce or update_range "
                 "was called); start a new TransferStatistics"
             )
-        joint = leep_statistics(source, target, self.num_classes, ignore_index=self.ignore_index)
+        joint = leep_statistics(
+            source,
+            target,
+            self.num_classes,
+            ignore_index=self.ignore_index,
+            regions=self.regions,
+        )
         self._joint = joint if self._joint is None else self._add_joint(joint, "source")
+        self._voxels += int(self._valid(plain_tensor("target", target)).sum())
 
     def update_range(self, source: Tensor, target: Tensor) -> None:
         """Second pass over the same data: adds to the score and to the hardness range."""
@@ -69,9 +82,9 @@ class TransferStatistics:
             target,
             self.conditional.to(plain_tensor("source", source).device),
             ignore_index=self.ignore_index,
+            regions=self.regions,
         )
-        # int64: compared in uint8, -100 would be 156.
-        valid = target.reshape(transferability.shape).to(torch.int64) != self.ignore_index
+        valid = self._valid(target).reshape(transferability.shape)
         voxels = int(valid.sum())
         if voxels == 0:
             return
@@ -95,8 +108,8 @@ class TransferStatistics:
 
     @property
     def num_voxels(self) -> int:
-        """Valid voxels of the first pass."""
-        return 0 if self._joint is None else round(float(self._joint.sum()))
+        """Valid voxels of the first pass, counted exactly."""
+        return self._voxels
 
     @property
     def class_frequencies(self) -> Tensor:
@@ -154,8 +167,11 @@ class TransferStatistics:
             )
         if other._joint is not None:
             self._joint = (
-                other._joint.clone() if self._joint is None else self._add_joint(other._joint, "other")
+                other._joint.clone()
+                if self._joint is None
+                else self._add_joint(other._joint, "other")
             )
+        self._voxels += other._voxels
         self._log_likelihood += other._log_likelihood
         self._range_voxels += other._range_voxels
         self._low = min(self._low, other._low)
@@ -169,9 +185,7 @@ class TransferStatistics:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        device = torch.device(
-            "cuda" if "nccl" in str(dist.get_backend(group)) else "cpu"
-        )
+        device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
         if not self._joint_is_global:
             width = 0 if self._joint is None else self._joint.size(1)
             widths = torch.tensor([width, -width if width else -(2**31)], device=device)
@@ -189,6 +203,9 @@ class TransferStatistics:
                 joint += self._joint.to(device)
             dist.all_reduce(joint, group=group)
             self._joint = joint.to(home)
+            voxels = torch.tensor([self._voxels], device=device)
+            dist.all_reduce(voxels, group=group)
+            self._voxels = int(voxels)
             self._joint_is_global = True
         seen = torch.tensor([self._range_voxels], device=device)
         dist.all_reduce(seen, group=group)
@@ -207,6 +224,7 @@ class TransferStatistics:
             "num_classes": self.num_classes,
             "ignore_index": self.ignore_index,
             "joint": None if self._joint is None else self._joint.cpu().clone(),
+            "voxels": self._voxels,
             "log_likelihood": self._log_likelihood,
             "range_voxels": self._range_voxels,
             "low": self._low,
@@ -226,11 +244,15 @@ class TransferStatistics:
             )
         self.ignore_index = int(state["ignore_index"])
         self._joint = None if state["joint"] is None else state["joint"].clone()
+        self._voxels = int(state["voxels"])
         self._log_likelihood = float(state["log_likelihood"])
         self._range_voxels = int(state["range_voxels"])
         self._low, self._high = float(state["low"]), float(state["high"])
         self._joint_is_global = bool(state["joint_is_global"])
         self._range_is_global = bool(state["range_is_global"])
+
+    def _valid(self, target: Tensor) -> Tensor:
+        return target.to(torch.int64) != self.ignore_index  # in uint8, -100 would be 156
 
     def _add_joint(self, joint: Tensor, name: str) -> Tensor:
         assert self._joint is not None

@@ -5,29 +5,29 @@
 #include <algorithm>
 
 #include "cpu/capability.h"
-#include "cpu/kernels/leep.h"
-#include "cpu/tensors.h"
+#include "cpu/transfer.h"
 
 namespace riskmap::cpu {
 
-size_t statistics_scratch_bytes(int64_t source_classes, int64_t num_classes, size_t acc_size) {
-  const int64_t padded = (source_classes + kMinTile - 1) / kMinTile * kMinTile;
-  const int64_t tile = tile_voxels(padded, acc_size);
-  const int64_t elements = padded * tile_pitch(tile) + statistics_sums(source_classes, num_classes);
+size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size) {
+  const int64_t rows = statistics_rows(args);
+  const int64_t tile = tile_voxels(rows, acc_size);
+  const int64_t elements = rows * tile_pitch(tile) + statistics_sums(args.classes, args.num_classes);
   return static_cast<size_t>(elements) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);
 }
 
-Tensor leep_statistics(Tensor source, Tensor target, int64_t num_classes, int64_t ignore_index) {
-  check_leep_statistics(source, target, num_classes);
+Tensor leep_statistics(Tensor source, Tensor target, OptionalTensor regions, int64_t num_classes,
+                       int64_t ignore_index) {
+  check_leep_statistics(source, target, regions, num_classes);
   Tensor keep_source = source, keep_target = target;
+  const SourceTables tables(source, regions);
   StatisticsArgs args{};
-  args.source = view_volume(source, keep_source);
-  args.target = view_map(target, keep_target);
+  static_cast<SourceArgs&>(args) = tables.args(source, target, keep_source, keep_target);
   args.num_classes = num_classes;
   args.ignore_index = ignore_index;
 
   // Few large chunks: each brings a table of its own to the sum.
-  const int64_t table = num_classes * args.source.classes;
+  const int64_t table = num_classes * args.classes;
   const int64_t most_chunks = std::clamp<int64_t>((1 << 17) / table, 16, 256);
   const int64_t per_chunk = (args.source.batch * args.source.voxels + most_chunks - 1) / most_chunks;
   args.chunking =
@@ -39,15 +39,14 @@ Tensor leep_statistics(Tensor source, Tensor target, int64_t num_classes, int64_
   args.joint = joint.data();
   args.bad_labels = bad_labels.data();
   auto* kernel = RISKMAP_CPU_KERNEL(leep_statistics);
-  for_chunks(args.source, args.chunking,
-             statistics_scratch_bytes(args.source.classes, num_classes, acc_size(args.source)),
+  for_chunks(args.source, args.chunking, statistics_scratch_bytes(args, acc_size(args.source)),
              [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
 
   int64_t bad = 0;
   for (int64_t count : bad_labels) bad += count;
   if (bad) raise_bad_labels("leep_statistics", target, bad, num_classes, ignore_index);
 
-  Tensor result = empty({num_classes, args.source.classes}, ScalarType::Double);
+  Tensor result = empty({num_classes, args.classes}, ScalarType::Double);
   double* sum = static_cast<double*>(result.data_ptr());
   std::fill(sum, sum + table, 0.0);
   for (size_t chunk = 0; chunk < chunks; ++chunk)

@@ -25,18 +25,19 @@ math::RiskCurve curve_of_image(const RiskMapOptions& options, const TransferPass
 
 }  // namespace
 
-Tensor risk_map(Tensor source, Tensor target, Tensor conditional, int64_t scheme, double base, double alpha,
-                double scale, std::optional<double> low, std::optional<double> high, std::optional<int64_t> background,
-                int64_t ignore_index) {
+Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor regions, int64_t scheme, double base,
+                double alpha, double scale, std::optional<double> low, std::optional<double> high,
+                std::optional<int64_t> background, int64_t ignore_index) {
   const RiskMapOptions options{
       static_cast<math::Scheme>(scheme), base, alpha, scale, low, high, background, ignore_index};
-  check_risk_map(source, target, conditional, options);
+  check_risk_map(source, target, conditional, regions, options);
   const int64_t background_class = background.value_or(-1);
   if (options.one_pass()) {
     const math::RiskCurve curve = options.curve(low.value_or(0), high.value_or(0));
-    return transfer_pass("risk_map", source, target, conditional, ignore_index, background_class, &curve).map;
+    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, &curve).map;
   }
-  TransferPass pass = transfer_pass("risk_map", source, target, conditional, ignore_index, background_class, nullptr);
+  TransferPass pass =
+      transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, nullptr);
   const int64_t voxels = pass.map.numel() / std::max<int64_t>(1, source.size(0));
   for (int64_t image = 0; image < source.size(0); ++image) {
     const math::RiskCurve curve = curve_of_image(options, pass, image);

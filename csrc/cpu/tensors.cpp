@@ -86,6 +86,16 @@ std::vector<double> values_of(const Tensor& tensor) {
   return values;
 }
 
+std::vector<double> membership_of(const Tensor& regions, int64_t pitch) {
+  const Tensor dense = torch::stable::contiguous(regions);
+  const bool* inside = static_cast<const bool*>(dense.data_ptr());
+  const int64_t labels = dense.size(1);
+  std::vector<double> table(static_cast<size_t>(dense.size(0) * pitch));
+  for (int64_t r = 0; r < dense.size(0); ++r)
+    for (int64_t l = 0; l < labels; ++l) table[static_cast<size_t>(r * pitch + l)] = inside[r * labels + l] ? 1 : 0;
+  return table;
+}
+
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::empty(sizes, dtype);
@@ -113,7 +123,7 @@ Tensor empty_gradient(const Tensor& logits) {
 void raise_bad_labels(const char* op, const Tensor& target, int64_t count, int64_t classes, int64_t ignore_index) {
   const Tensor dense = torch::stable::contiguous(target);
   int64_t position = 0;
-  double first = 0;
+  std::ostringstream first;
   with_any(dtype_of_view(dense), [&](auto tag) {
     using T = decltype(tag);
     const T* data = static_cast<const T*>(dense.data_ptr());
@@ -121,12 +131,16 @@ void raise_bad_labels(const char* op, const Tensor& target, int64_t count, int64
     for (; position < dense.numel(); ++position) {
       const int64_t y = label_value(data[position], bad);
       if (y != ignore_index && (y < 0 || y >= classes)) {
-        first = to_acc<double>(data[position]);
+        if (y != bad) {
+          first << y;
+        } else {
+          first << to_acc<double>(data[position]);  // no integer, or beyond int64
+        }
         return;
       }
     }
   });
-  fail_bad_labels(op, dense, count, classes, ignore_index, first, position);
+  fail_bad_labels(op, dense, count, classes, ignore_index, first.str(), position);
 }
 
 Chunking chunk_volume(const Volume& volume, size_t acc_size, int64_t elements) {

@@ -27,6 +27,9 @@ bool is_viewable(const Tensor& logits);
 // Values of a small floating tensor in row-major order.
 std::vector<double> values_of(const Tensor& tensor);
 
+// regions [R, L] as 0 and 1, rows `pitch` apart.
+std::vector<double> membership_of(const Tensor& regions, int64_t pitch);
+
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype);
 Tensor empty_map(const Tensor& logits, ScalarType dtype);  // [B, *S]
 // Uninitialised, laid out as `logits`; huge pages are asked for, since page faults would cost more than the kernel.

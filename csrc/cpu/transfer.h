@@ -1,10 +1,22 @@
-// Shared by transferability_map and risk_map: the pass over the source logits.
+// Shared by the ops that read source logits.
 #pragma once
 
 #include "cpu/kernels/leep.h"
 #include "cpu/tensors.h"
 
 namespace riskmap::cpu {
+
+// The table of a source of regions, as [R, Z] in both precisions.
+class SourceTables {
+ public:
+  SourceTables(const Tensor& source, const OptionalTensor& regions);
+  SourceArgs args(const Tensor& source, const Tensor& target, Tensor& keep_source, Tensor& keep_target) const;
+
+ private:
+  int64_t classes_;
+  std::vector<float> narrow_;
+  std::vector<double> wide_;
+};
 
 struct TransferPass {
   Tensor map;                             // [B, *S] float32
@@ -14,7 +26,8 @@ struct TransferPass {
 
 // curve: nullptr leaves T with ignored voxels marked, see TransferArgs.
 TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
-                           int64_t ignore_index, int64_t background, const math::RiskCurve* curve);
+                           const OptionalTensor& regions, int64_t ignore_index, int64_t background,
+                           const math::RiskCurve* curve);
 
 // Turns the marked T of `count` voxels from `begin` on into weights, or only clears the marks.
 void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve* curve);

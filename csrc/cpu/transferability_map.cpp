@@ -28,18 +28,33 @@ std::vector<acc_t> transposed_table(const char* op, const std::vector<double>& v
 
 }  // namespace
 
-size_t transfer_scratch_bytes(int64_t source_classes, size_t acc_size) {
-  const int64_t tile = tile_voxels(source_classes, acc_size);
-  return static_cast<size_t>(source_classes * tile_pitch(tile) + tile) * acc_size +
-         static_cast<size_t>(tile) * sizeof(int32_t);
+size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size) {
+  const int64_t rows = source_rows(args);
+  const int64_t tile = tile_voxels(rows, acc_size);
+  return static_cast<size_t>(rows * tile_pitch(tile) + tile) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);
+}
+
+SourceTables::SourceTables(const Tensor& source, const OptionalTensor& regions)
+    : classes_(regions ? regions->size(1) : source.size(1)) {
+  if (!regions) return;
+  wide_ = membership_of(*regions, classes_);
+  narrow_.assign(wide_.begin(), wide_.end());
+}
+
+SourceArgs SourceTables::args(const Tensor& source, const Tensor& target, Tensor& keep_source,
+                              Tensor& keep_target) const {
+  const Volume volume = view_volume(source, keep_source);
+  const void* table = volume.dtype == Dtype::kDouble ? static_cast<const void*>(wide_.data()) : narrow_.data();
+  return {volume, wide_.empty() ? nullptr : table, classes_, view_map(target, keep_target)};
 }
 
 TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
-                           int64_t ignore_index, int64_t background, const math::RiskCurve* curve) {
+                           const OptionalTensor& regions, int64_t ignore_index, int64_t background,
+                           const math::RiskCurve* curve) {
   Tensor keep_source = source, keep_target = target;
+  const SourceTables tables(source, regions);
   TransferArgs args{};
-  args.source = view_volume(source, keep_source);
-  args.target = view_map(target, keep_target);
+  static_cast<SourceArgs&>(args) = tables.args(source, target, keep_source, keep_target);
   args.num_classes = conditional.size(0);
   args.ignore_index = ignore_index;
   args.background = background;
@@ -47,8 +62,8 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.curve = curve;
 
   const std::vector<double> values = values_of(conditional);
-  const auto table32 = transposed_table<float>(op, values, args.num_classes, args.source.classes);
-  const auto table64 = transposed_table<double>(op, values, args.num_classes, args.source.classes);
+  const auto table32 = transposed_table<float>(op, values, args.num_classes, args.classes);
+  const auto table64 = transposed_table<double>(op, values, args.num_classes, args.classes);
   args.table = args.source.dtype == Dtype::kDouble ? static_cast<const void*>(table64.data()) : table32.data();
 
   const size_t chunks = static_cast<size_t>(args.source.batch * args.chunking.chunks_per_image);
@@ -56,7 +71,7 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.out = static_cast<float*>(pass.map.data_ptr());
   args.partial = pass.partials.data();
   auto* kernel = RISKMAP_CPU_KERNEL(transferability_map);
-  for_chunks(args.source, args.chunking, transfer_scratch_bytes(args.source.classes, acc_size(args.source)),
+  for_chunks(args.source, args.chunking, transfer_scratch_bytes(args, acc_size(args.source)),
              [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
 
   int64_t bad = 0;
@@ -75,9 +90,11 @@ void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve
   });
 }
 
-Tensor transferability_map(Tensor source, Tensor target, Tensor conditional, int64_t ignore_index) {
-  check_transferability_map("transferability_map", source, target, conditional);
-  TransferPass pass = transfer_pass("transferability_map", source, target, conditional, ignore_index, -1, nullptr);
+Tensor transferability_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor regions,
+                           int64_t ignore_index) {
+  check_transferability_map("transferability_map", source, target, conditional, regions);
+  TransferPass pass =
+      transfer_pass("transferability_map", source, target, conditional, regions, ignore_index, -1, nullptr);
   finish_map(pass.map, 0, pass.map.numel(), nullptr);
   return pass.map;
 }

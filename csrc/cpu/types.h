@@ -57,4 +57,7 @@ inline int64_t tile_voxels(int64_t rows, size_t element) {
 // Elements from one row of a tile to the next; the pad keeps rows from meeting in the same cache sets.
 inline int64_t tile_pitch(int64_t tile) { return tile + kMinTile; }
 
+// Elements from one row of a table over labels to the next: a whole vector at least, see lookup.
+inline int64_t table_pitch(int64_t num_labels) { return num_labels < kMinTile ? kMinTile : num_labels; }
+
 }  // namespace riskmap::cpu

@@ -21,6 +21,8 @@ RISKMAP_HD float exp(float x) { return ::expf(x); }
 RISKMAP_HD double exp(double x) { return ::exp(x); }
 RISKMAP_HD float log(float x) { return ::logf(x); }
 RISKMAP_HD double log(double x) { return ::log(x); }
+RISKMAP_HD float log1p_unit(float x) { return ::log1pf(x); }
+RISKMAP_HD double log1p_unit(double x) { return ::log1p(x); }
 
 #else
 
@@ -62,7 +64,7 @@ struct Constants<float> {
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kExpMin = -87.3365f, kExpMax = 88.0f;
   static constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
-  static constexpr int kExpTerms = 7, kLogTerms = 5;
+  static constexpr int kExpTerms = 7, kLogTerms = 5, kLog1pTerms = 8;
 };
 
 template <>
@@ -74,7 +76,7 @@ struct Constants<double> {
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpMin = -708.39, kExpMax = 709.0;
   static constexpr int64_t kSqrtHalfBits = 0x3fe6a09e667f3bcd;
-  static constexpr int kExpTerms = 14, kLogTerms = 11;
+  static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17;
 };
 
 // 1 / n!, the Taylor series of exp on [-ln 2 / 2, ln 2 / 2].
@@ -119,6 +121,19 @@ RISKMAP_HD V log(V x) {
   for (int i = K::kLogTerms - 2; i >= 0; --i) series = series * s2 + Element(1.0 / (2 * i + 1));
   const V result = e * K::kLn2High + (s * Element(2) * series + e * K::kLn2Low);
   return select(x == x, result, x);
+}
+
+// log(1 + x) for x in [0, 1], with full relative precision near 0: 2 artanh(x / (2 + x)).
+template <class V>
+RISKMAP_HD V log1p_unit(V x) {
+  using Element = typename Traits<V>::Element;
+  using K = Constants<Element>;
+  const V s = x / (x + Element(2));
+  const V s2 = s * s;
+  V series = V{} + Element(1.0 / (2 * K::kLog1pTerms - 1));
+#pragma GCC unroll 17
+  for (int i = K::kLog1pTerms - 2; i >= 0; --i) series = series * s2 + Element(1.0 / (2 * i + 1));
+  return s * Element(2) * series;
 }
 
 #endif

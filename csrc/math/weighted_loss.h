@@ -20,6 +20,26 @@ RISKMAP_HD V cross_entropy_grad(V pi, V hot_plus_total, V hot_here, V smooth_k) 
   return pi * hot_plus_total - hot_here - smooth_k;
 }
 
+// Overlapping regions, each a yes-or-no question with a sigmoid. t is 1 inside the region, smoothed to
+// t (1 - eps) + eps / 2.
+template <class V>
+struct RegionTerm {
+  V loss;  // max(x, 0) - x t + log(1 + exp(-|x|))
+  V pi;    // sigmoid(x)
+};
+
+template <class V>
+RISKMAP_HD RegionTerm<V> region_term(V x, V t) {
+  using Element = typename Traits<V>::Element;
+  const V zero{};
+  const V one = V{} + Element(1);
+  const auto negative = x < zero;
+  const V e = exp(select(negative, x, V(-x)));
+  const V inverse = one / (one + e);
+  const V positive_part = select(negative, zero, x);  // a NaN stays
+  return {V(positive_part - x * t + log1p_unit(e)), select(negative, V(e * inverse), inverse)};
+}
+
 // Dice loss of one class from its sums over voxels: 1 - (2 I + eps) / max(P + G + eps, 1e-8), with
 // I = sum pi 1[y = c], P = sum pi, G = sum 1[y = c].
 inline constexpr double kDiceSmooth = 1e-5;

@@ -60,13 +60,21 @@ void check_labels(const char* op, const char* name, const Tensor& target, const 
   check_voxel_map(op, name, target, logits_name, logits);
 }
 
+void check_regions(const char* op, const Tensor& regions, const char* logits_name, const Tensor& logits) {
+  check(regions.scalar_type() == ScalarType::Bool, op, ": regions must be bool, got ", dtype_of(regions));
+  check(regions.dim() == 2 && regions.size(0) == logits.size(1) && regions.size(1) >= 1, op,
+        ": regions must be [R, L] with R = ", logits.size(1), " as in ", logits_name, " of shape ", shape_of(logits),
+        ", got shape ", shape_of(regions));
+  check(regions.device() == logits.device(), op, ": regions must be on the same device as ", logits_name);
+}
+
 void check_range(const char* op, const char* name, double value, double low, double high) {
   check(value >= low && value <= high && std::isfinite(value), op, ": ", name, " must be within [", low, ", ", high,
         "], got ", value);
 }
 
 void fail_bad_labels(const char* op, const Tensor& target, int64_t count, int64_t classes, int64_t ignore_index,
-                     double first, int64_t position) {
+                     const std::string& first, int64_t position) {
   int64_t rest = position;
   std::string text;
   for (int64_t d = target.dim() - 1; d >= 0; --d) {

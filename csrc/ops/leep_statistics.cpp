@@ -4,15 +4,17 @@
 
 namespace riskmap {
 
-void check_leep_statistics(const Tensor& source, const Tensor& target, int64_t num_classes) {
+void check_leep_statistics(const Tensor& source, const Tensor& target, const OptionalTensor& regions,
+                           int64_t num_classes) {
   const char* op = "leep_statistics";
   check_logits(op, "source", source);
   check_labels(op, "target", target, "source", source);
+  if (regions) check_regions(op, *regions, "source", source);
   check(num_classes >= 1 && num_classes <= INT32_MAX, op, ": num_classes must be at least 1, got ", num_classes);
 }
 
 }  // namespace riskmap
 
 STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
-  m.def("leep_statistics(Tensor source, Tensor target, int num_classes, int ignore_index) -> Tensor");
+  m.def("leep_statistics(Tensor source, Tensor target, Tensor? regions, int num_classes, int ignore_index) -> Tensor");
 }

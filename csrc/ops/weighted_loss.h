@@ -20,17 +20,28 @@ struct LossOptions {
   bool include_background, batch_dice;
 
   bool dice() const { return dice_weight != 0; }
-  // Classes whose Dice counts.
-  bool in_dice(int64_t c) const { return include_background || !background || c != *background; }
+  // Classes whose Dice counts; regions have no background among them.
+  bool in_dice(int64_t c, bool regions) const {
+    return regions || include_background || !background || c != *background;
+  }
 };
 
-// logits [B, C, *S], target [B, *S], risk [B, *S] or none, weight [C] or none, foreground [B, *S] or none ->
+// The tensors of the loss: logits [B, C, *S]; target [B, *S]; risk [B, *S], class weights [C], foreground [B, *S] and
+// regions [C, L] or none. With regions the C channels are overlapping regions of L labels, and target holds labels.
+struct LossTensors {
+  Tensor logits, target;
+  OptionalTensor risk, weight, foreground, regions;
+
+  int64_t num_labels() const { return regions ? regions->size(1) : logits.size(1); }
+};
+
+// The outputs of the op:
 // loss: float32 (float64 for float64 logits) scalar, or [B, *S] without reduction;
 // scale [B] float64: what each image's sum of w c CE is multiplied by in the loss;
 // dice_slopes [B, 2, C] float64 ([0] without Dice): derivative of the loss by pi at all voxels, and the part added
-// where y = c.
-void check_weighted_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& risk,
-                         const OptionalTensor& weight, const OptionalTensor& foreground, const LossOptions& options);
+// where the voxel is in class c.
+void check_loss_tensors(const char* op, const LossTensors& tensors);
+void check_weighted_loss(const LossTensors& tensors, const LossOptions& options);
 
 // N_b of every normalisation from the counts of one image and of the batch; 0 where nothing is valid.
 double normalizer(const LossOptions& options, int64_t valid, int64_t foreground, int64_t batch_valid,

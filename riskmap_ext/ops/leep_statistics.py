@@ -12,7 +12,12 @@ __all__ = ["conditional", "leep_statistics"]
 
 
 def leep_statistics(
-    source: Tensor, target: Tensor, num_classes: int, *, ignore_index: int = -100
+    source: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = -100,
+    regions: Tensor | None = None,
 ) -> Tensor:
     r"""Joint mass of target labels and source classes, the statistics that LEEP is made of.
 
@@ -29,6 +34,10 @@ def leep_statistics(
             integer dtype, bool, or integral floats.
         num_classes: number of target classes C.
         ignore_index: label of voxels that count nowhere.
+        regions: for a source of R overlapping regions (one sigmoid each): table [R, Z], bool or
+            0/1, of the labels that make up each region; source is [B, R, \*S] then. A label's
+            logit is the sum of the logits of the regions it is in, and theta their softmax: the
+            posterior of the labels under independent sigmoids. None: a softmax source.
 
     Returns:
         J, [C, Z] float64. Sums run in float32 (float64 for a float64 source) over at most 2048
@@ -41,12 +50,19 @@ def leep_statistics(
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
     Representations", ICML 2020.
     """
-    arguments = leep_arguments(source, target, num_classes, ignore_index)
+    arguments = leep_arguments(source, target, num_classes, ignore_index, regions)
     return torch.ops.riskmap_ext.leep_statistics(
-        arguments.source.detach(), arguments.target, arguments.num_classes, arguments.ignore_index
+        arguments.source.detach(),
+        arguments.target,
+        arguments.regions,
+        arguments.num_classes,
+        arguments.ignore_index,
     )
 
 
 @torch.library.register_fake("riskmap_ext::leep_statistics")
-def _fake(source: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return source.new_empty((num_classes, source.size(1)), dtype=torch.float64)
+def _fake(
+    source: Tensor, target: Tensor, regions: Tensor | None, num_classes: int, ignore_index: int
+) -> Tensor:
+    source_classes = source.size(1) if regions is None else regions.size(1)
+    return source.new_empty((num_classes, source_classes), dtype=torch.float64)

@@ -20,6 +20,7 @@ def risk_map(
     range: tuple[float, float] | None = None,
     background: int | None = 0,
     ignore_index: int = -100,
+    regions: Tensor | None = None,
 ) -> Tensor:
     r"""Voxel weights that are large where the source model transfers badly.
 
@@ -47,6 +48,7 @@ def risk_map(
             voxels of each image; two passes over the map.
         background: class that is no foreground; None: every class is foreground.
         ignore_index: label of voxels that count nowhere; they get weight 0.
+        regions: table [R, Z] for a source of overlapping regions, see :func:`leep_statistics`.
 
     Returns:
         w, [B, \*S] float32, >= 0. Where the range is degenerate (hi - lo < 0.1), and with
@@ -61,7 +63,7 @@ def risk_map(
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340).
     """
-    arguments = map_arguments(source, target, conditional, ignore_index)
+    arguments = map_arguments(source, target, conditional, ignore_index, regions)
     options = risk_options(
         scheme, base, alpha, scale, range, background, arguments.conditional.size(0)
     )
@@ -70,6 +72,7 @@ def risk_map(
         arguments.source.detach(),
         arguments.target,
         arguments.conditional.detach(),
+        arguments.regions,
         SCHEMES.index(options.scheme),
         options.base,
         options.alpha,

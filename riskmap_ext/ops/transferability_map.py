@@ -9,7 +9,12 @@ from riskmap_ext._arguments import map_arguments
 
 
 def transferability_map(
-    source: Tensor, target: Tensor, conditional: Tensor, *, ignore_index: int = -100
+    source: Tensor,
+    target: Tensor,
+    conditional: Tensor,
+    *,
+    ignore_index: int = -100,
+    regions: Tensor | None = None,
 ) -> Tensor:
     r"""Log-likelihood of each voxel's label under the source model, in nats.
 
@@ -27,6 +32,7 @@ def transferability_map(
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
         ignore_index: label of voxels that count nowhere; they get T = 0.
+        regions: table [R, Z] for a source of overlapping regions, see :func:`leep_statistics`.
 
     Returns:
         T, [B, \*S] float32.
@@ -39,15 +45,22 @@ def transferability_map(
     Source: C. V. Nguyen et al., ICML 2020 (LEEP); S. Duan et al., "Transfer Risk Map: Mitigating
     Pixel-level Negative Transfer in Medical Segmentation", ICASSP 2025 (arXiv 2502.02340).
     """
-    arguments = map_arguments(source, target, conditional, ignore_index)
+    arguments = map_arguments(source, target, conditional, ignore_index, regions)
     return torch.ops.riskmap_ext.transferability_map(
         arguments.source.detach(),
         arguments.target,
         arguments.conditional.detach(),
+        arguments.regions,
         arguments.ignore_index,
     )
 
 
 @torch.library.register_fake("riskmap_ext::transferability_map")
-def _fake(source: Tensor, target: Tensor, conditional: Tensor, ignore_index: int) -> Tensor:
+def _fake(
+    source: Tensor,
+    target: Tensor,
+    conditional: Tensor,
+    regions: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
     return source.new_empty((source.size(0), *source.shape[2:]), dtype=torch.float32)

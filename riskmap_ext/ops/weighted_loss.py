@@ -15,6 +15,7 @@ from riskmap_ext._arguments import (
     loss_options,
     loss_tensors,
 )
+from riskmap_ext.ops import in_forward
 
 
 def weighted_loss(
@@ -35,6 +36,7 @@ def weighted_loss(
     dice_weight: float = 0.0,
     include_background: bool = False,
     batch_dice: bool = False,
+    regions: Tensor | None = None,
 ) -> Tensor:
     r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
 
@@ -63,6 +65,11 @@ def weighted_loss(
     .. math:: D = 1 - \mathrm{mean}_k \frac{2 \sum_p \pi_p[k]\,1[y_p = k] + \epsilon}
               {\sum_p \pi_p[k] + \sum_p 1[y_p = k] + \epsilon}, \qquad \epsilon = 10^{-5}
 
+    With ``regions`` the C channels are overlapping regions (one sigmoid each, as in BraTS), while
+    ``target`` stays a map of labels: :math:`\mathrm{CE}_p = \frac{1}{C} \sum_r c[r]\,
+    \mathrm{BCE}(x_p[r], t_p[r])` with :math:`t_p[r]` = ``regions[r, y_p]`` (label smoothing turns
+    t into t (1 - s) + s / 2), :math:`\pi` is the sigmoid, and the Dice of every region counts.
+
     Args:
         logits: [B, C, \*S] with 1 to 3 spatial dimensions; float32, float64, float16 or bfloat16.
             Contiguous and channels-last memory is read in place, other strides are copied first.
@@ -86,6 +93,8 @@ def weighted_loss(
         ce_weight, dice_weight: finite, >= 0.
         include_background: whether the Dice of the background class counts.
         batch_dice: one Dice over the voxels of the whole batch instead of one per image.
+        regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
+            ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 logits).
@@ -102,9 +111,10 @@ def weighted_loss(
     Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
     this package's reading; docs/method.md says why.
     """
-    tensors = loss_tensors(logits, target, risk, weight, foreground)
+    tensors = loss_tensors(logits, target, risk, weight, foreground, regions)
     options = loss_options(
-        tensors.logits.size(1),
+        tensors.num_labels,
+        has_regions=tensors.regions is not None,
         ignore_index=ignore_index,
         background=background,
         foreground_floor=foreground_floor,
@@ -117,12 +127,13 @@ def weighted_loss(
         include_background=include_background,
         batch_dice=batch_dice,
     )
-    loss, _, _ = torch.ops.riskmap_ext.weighted_loss(
+    inputs = (
         tensors.logits,
         tensors.target,
         tensors.risk,
         None if tensors.weight is None else tensors.weight.detach(),
         tensors.foreground,
+        tensors.regions,
         options.ignore_index,
         options.background,
         options.foreground_floor,
@@ -131,14 +142,14 @@ def weighted_loss(
         REDUCTIONS.index(options.reduction),
         options.label_smoothing,
         options.ce_weight,
-        options.dice_weight,
-        options.include_background,
-        options.batch_dice,
     )
-    return loss
+    dice = (options.dice_weight, options.include_background, options.batch_dice)
+    if in_forward.applies(tensors.logits, options):
+        return in_forward.weighted_loss(*inputs)
+    return torch.ops.riskmap_ext.weighted_loss(*inputs, *dice)[0]
 
 
-_NUM_INPUTS = 16
+_NUM_INPUTS = 17
 _NONE = REDUCTIONS.index("none")
 
 
@@ -149,6 +160,7 @@ def _fake(
     risk: Tensor | None,
     weight: Tensor | None,
     foreground: Tensor | None,
+    regions: Tensor | None,
     ignore_index: int,
     background: int | None,
     foreground_floor: float,
@@ -172,33 +184,26 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, risk, weight, foreground = inputs[:5]
-    ctx.ignore_index, ctx.background = inputs[5:7]
-    ctx.region, ctx.label_smoothing = inputs[9], inputs[11]
+    ctx.ignore_index, ctx.background = inputs[6:8]
+    ctx.region, ctx.label_smoothing = inputs[10], inputs[12]
     _, scale, dice_slopes = output
     ctx.mark_non_differentiable(scale, dice_slopes)
     ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory
-    ctx.save_for_backward(logits, target, risk, weight, foreground, scale, dice_slopes)
+    ctx.save_for_backward(*inputs[:6], scale, dice_slopes)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * _NUM_INPUTS
-    logits, target, risk, weight, foreground, scale, dice_slopes = ctx.saved_tensors
+    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes at every call
     grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
         grad_loss,
-        logits,
-        target,
-        risk,
-        weight,
-        foreground,
-        scale,
-        dice_slopes,
+        *saved,
         ctx.ignore_index,
         ctx.background,
         ctx.region,
         ctx.label_smoothing,
-        risk is not None and ctx.needs_input_grad[2],
+        saved[2] is not None and ctx.needs_input_grad[2],
     )
     first = grad_logits if ctx.needs_input_grad[0] else None
     third = grad_risk if ctx.needs_input_grad[2] else None
@@ -218,6 +223,7 @@ def _backward_fake(
     risk: Tensor | None,
     weight: Tensor | None,
     foreground: Tensor | None,
+    regions: Tensor | None,
     scale: Tensor,
     dice_slopes: Tensor,
     ignore_index: int,
@@ -243,3 +249,17 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
 
 
 torch.library.register_autograd("riskmap_ext::_weighted_loss_backward", _no_second_derivative)
+
+
+@torch.library.register_fake("riskmap_ext::_weighted_loss_with_gradient")
+def _with_gradient_fake(
+    logits: Tensor,
+    target: Tensor,
+    risk: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
+    grad_risk = options[-1]
+    shape = (logits.size(0), *logits.shape[2:]) if grad_risk else (0,)
+    dtype = risk.dtype if risk is not None and grad_risk else torch.float32
+    return loss, torch.empty_like(logits), logits.new_empty(shape, dtype=dtype)

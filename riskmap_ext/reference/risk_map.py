@@ -26,11 +26,12 @@ def risk_map(
     range: tuple[float, float] | None = None,
     background: int | None = 0,
     ignore_index: int = -100,
+    regions: Tensor | None = None,
     _check_values: bool = True,
 ) -> Tensor:
     """Voxel weights [B, *S] float32 from the hardness h = -T; 0 at ignored voxels."""
-    source, target, conditional, ignore_index = map_arguments(
-        source, target, conditional, ignore_index
+    source, target, conditional, regions, ignore_index = map_arguments(
+        source, target, conditional, ignore_index, regions
     )
     num_classes = conditional.size(0)
     options = risk_options(scheme, base, alpha, scale, range, background, num_classes)
@@ -39,7 +40,7 @@ def risk_map(
         check_weights("conditional", conditional)
     labels = target.to(torch.int64)
     valid = labels != ignore_index
-    hardness = -voxel_likelihood(source, target, conditional, ignore_index).log()
+    hardness = -voxel_likelihood(source, target, conditional, regions, ignore_index).log()
 
     if options.scheme == "power":
         weight = torch.exp(options.alpha * hardness)
@@ -63,10 +64,10 @@ def _position_in_range(
 ) -> Tensor:
     """clip((h - lo) / (hi - lo), 0, 1), and 0 (hence w = 1) where the range is degenerate."""
     if range is not None:
-        lo, hi = range
-        if hi - lo < MIN_RANGE:
+        span = range[1] - range[0]
+        if span < MIN_RANGE:
             return torch.zeros_like(hardness)
-        return ((hardness - lo) / (hi - lo)).clamp(0.0, 1.0)
+        return ((hardness - range[0]) / span).clamp(0.0, 1.0)
 
     per_image = (-1,) + (1,) * (hardness.dim() - 1)
     lo = torch.where(valid, hardness, math.inf).flatten(1).amin(dim=1).view(per_image)

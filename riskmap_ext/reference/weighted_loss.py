@@ -36,14 +36,15 @@ def weighted_loss(
     dice_weight: float = 0.0,
     include_background: bool = False,
     batch_dice: bool = False,
+    regions: Tensor | None = None,
     _check_values: bool = True,
 ) -> Tensor:
     """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none"."""
-    logits, target, risk, weight, foreground = loss_tensors(
-        logits, target, risk, weight, foreground
-    )
+    tensors = loss_tensors(logits, target, risk, weight, foreground, regions)
+    logits, target, risk, weight, foreground, regions = tensors
     options = loss_options(
-        logits.size(1),
+        tensors.num_labels,
+        has_regions=regions is not None,
         ignore_index=ignore_index,
         background=background,
         foreground_floor=foreground_floor,
@@ -59,7 +60,7 @@ def weighted_loss(
     labels = target.to(torch.int64)
     valid = labels != options.ignore_index
     if wanted(_check_values, target):
-        check_labels(target, logits.size(1), options.ignore_index)
+        check_labels(target, tensors.num_labels, options.ignore_index)
         if risk is not None:
             check_weights("risk", risk, valid)
         if weight is not None:
@@ -74,9 +75,19 @@ def weighted_loss(
     # Voxels that count nowhere are blanked, so that not even their NaN reaches the gradient.
     used = valid if options.dice_weight > 0 else summed
     logits = torch.where(used.unsqueeze(1), logits.to(compute_dtype(logits.dtype)), 0.0)
-    log_probabilities = torch.log_softmax(logits, dim=1)
+    if regions is None:
+        log_probabilities = torch.log_softmax(logits, dim=1)
+        probabilities = log_probabilities.exp()
+        truth = _one_hot(labels, logits.size(1), valid)
+        averaged = dice_classes(logits.size(1), options.background, options.include_background)
+        voxel_loss = _cross_entropy(log_probabilities, labels, weight, options.label_smoothing)
+    else:
+        probabilities = torch.sigmoid(logits)
+        inside_region = regions.t()[labels].movedim(-1, 1)  # [B, R, *S]
+        truth = inside_region & valid.unsqueeze(1)
+        averaged = tuple(range(logits.size(1)))
+        voxel_loss = _binary_cross_entropy(logits, inside_region, weight, options.label_smoothing)
 
-    voxel_loss = _cross_entropy(log_probabilities, labels, weight, options.label_smoothing)
     if risk is not None:
         voxel_loss = torch.where(summed, risk, 0.0).to(voxel_loss.dtype) * voxel_loss
     voxel_loss = options.ce_weight * torch.where(summed, voxel_loss, 0.0)
@@ -88,7 +99,9 @@ def weighted_loss(
     )
     total = _reduce_images(image_loss, options.reduction)
     if options.dice_weight > 0:
-        total = total + options.dice_weight * _dice_loss(log_probabilities, labels, valid, options)
+        total = total + options.dice_weight * _dice_loss(
+            probabilities, truth, valid, averaged, options
+        )
     return total
 
 
@@ -120,6 +133,24 @@ def _cross_entropy(
     return loss
 
 
+def _binary_cross_entropy(
+    logits: Tensor, inside: Tensor, weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """[B, *S], the mean over regions."""
+    target = inside.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    if weight is not None:
+        weight = weight.detach().to(loss.dtype)
+        loss = weight.view(-1, *(1,) * (loss.dim() - 2)) * loss
+    return loss.mean(dim=1)
+
+
+def _one_hot(labels: Tensor, num_classes: int, valid: Tensor) -> Tensor:
+    classes = torch.arange(num_classes, device=labels.device)
+    classes = classes.view(-1, *(1,) * (labels.dim() - 1))
+    return (labels.unsqueeze(1) == classes) & valid.unsqueeze(1)
+
+
 def _normalizer(valid: Tensor, inside: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
     """N_b, [B]; 1 where nothing is valid and the sum above it is empty."""
     num_valid = valid.flatten(1).sum(dim=1).to(dtype)
@@ -139,22 +170,21 @@ def _normalizer(valid: Tensor, inside: Tensor, options: LossOptions, dtype: torc
 
 
 def _dice_loss(
-    log_probabilities: Tensor, labels: Tensor, valid: Tensor, options: LossOptions
+    probabilities: Tensor,
+    truth: Tensor,
+    valid: Tensor,
+    averaged: tuple[int, ...],
+    options: LossOptions,
 ) -> Tensor:
-    num_classes = log_probabilities.size(1)
-    valid = valid.unsqueeze(1)
-    probabilities = torch.where(valid, log_probabilities.exp(), 0.0)
-    classes = torch.arange(num_classes, device=labels.device)
-    classes = classes.view(-1, *(1,) * (labels.dim() - 1))
-    truth = ((labels.unsqueeze(1) == classes) & valid).to(probabilities.dtype)
+    probabilities = torch.where(valid.unsqueeze(1), probabilities, 0.0)
+    truth = truth.to(probabilities.dtype)
 
     overlap = (probabilities * truth).flatten(2).sum(dim=2)  # [B, C]
     size = probabilities.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
     if options.batch_dice:
         overlap, size = overlap.sum(dim=0), size.sum(dim=0)
     dice = (2 * overlap + DICE_EPSILON) / (size + DICE_EPSILON).clamp(min=DICE_MIN_DENOMINATOR)
-    averaged = list(dice_classes(num_classes, options.background, options.include_background))
-    loss = 1 - dice[..., averaged].mean(dim=-1)
+    loss = 1 - dice[..., list(averaged)].mean(dim=-1)
     return loss if options.batch_dice else _reduce_images(loss, options.reduction)
 
 

@@ -6,9 +6,20 @@
 
 namespace riskmap::cpu {
 
-struct StatisticsArgs {
-  Volume source;    // [B, Z, S]
-  VoxelMap target;  // [B, S]
+// Logits of the source model: of Z classes, or of R overlapping regions that make up Z labels. The Z logits of a voxel
+// are then the sums of the logits of the regions that a label is in: softmax of these is the posterior of the labels
+// under independent sigmoids, restricted to the labels there are.
+struct SourceArgs {
+  Volume source;        // [B, Z, S] or [B, R, S]
+  const void* regions;  // acc_t[R, Z], 1 where the label is in the region; nullptr: softmax source
+  int64_t classes;      // Z
+  VoxelMap target;      // [B, S]
+};
+
+// Rows of scratch that a tile of the source takes.
+inline int64_t source_rows(const SourceArgs& args) { return args.classes + (args.regions ? args.source.classes : 0); }
+
+struct StatisticsArgs : SourceArgs {
   int64_t num_classes;
   int64_t ignore_index;
   Chunking chunking;
@@ -21,14 +32,9 @@ struct TransferPartial {
   double low, high;  // smallest and largest hardness of the chunk's valid voxels
 };
 
-// Elements from one row of the table to the next: a whole vector at least, see lookup.
-inline constexpr int64_t table_pitch(int64_t num_classes) { return num_classes < kMinTile ? kMinTile : num_classes; }
-
 inline constexpr float kIgnoredMark = 1.0f;  // no transferability is above 0
 
-struct TransferArgs {
-  Volume source;      // [B, Z, S]
-  VoxelMap target;    // [B, S]
+struct TransferArgs : SourceArgs {
   const void* table;  // acc_t[Z, table_pitch(C)], P(y|z) with one row for each source class
   int64_t num_classes;
   int64_t ignore_index;
@@ -49,8 +55,13 @@ inline constexpr int64_t statistics_sums(int64_t source_classes, int64_t num_cla
   return by_row > masked ? by_row : masked;
 }
 
-size_t statistics_scratch_bytes(int64_t source_classes, int64_t num_classes, size_t acc_size);
-size_t transfer_scratch_bytes(int64_t source_classes, size_t acc_size);
+// Rows of scratch for the statistics: the classes up to a whole vector.
+inline int64_t statistics_rows(const SourceArgs& args) {
+  return source_rows(args) + (args.classes + kMinTile - 1) / kMinTile * kMinTile - args.classes;
+}
+
+size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size);
+size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size);
 
 using StatisticsKernel = void(const StatisticsArgs&, int64_t chunk, void* scratch);
 using TransferKernel = void(const TransferArgs&, int64_t chunk, void* scratch);

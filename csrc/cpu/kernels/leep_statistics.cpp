@@ -2,15 +2,14 @@
 // kVoxelsPerFlush voxels, in double beyond.
 #include <type_traits>
 
-#include "cpu/kernels/column.h"
 #include "cpu/kernels/labels.h"
-#include "cpu/kernels/leep.h"
+#include "cpu/kernels/source_tile.h"
 #include "math/softmax.h"
 
 namespace riskmap::cpu {
 namespace {
 
-constexpr int64_t kVoxelsPerFlush = 2048;
+constexpr int64_t kVoxelsPerFlush = 512;
 
 template <class acc_t, class Column>
 struct Statistics {
@@ -29,12 +28,12 @@ struct Statistics {
   Statistics(const StatisticsArgs& args_, int64_t chunk, void* scratch)
       : args(args_),
         classes(args_.num_classes),
-        source_classes(args_.source.classes),
+        source_classes(args_.classes),
         pitch_z((source_classes + kMinTile - 1) / kMinTile * kMinTile),
-        tile(tile_voxels(pitch_z, sizeof(acc_t))),
+        tile(tile_voxels(statistics_rows(args_), sizeof(acc_t))),
         pitch(tile_pitch(tile)),
         rows(static_cast<acc_t*>(scratch)),
-        sums(rows + pitch_z * pitch),
+        sums(rows + statistics_rows(args_) * pitch),
         label(reinterpret_cast<int32_t*>(sums + statistics_sums(source_classes, classes))),
         joint(args_.joint + chunk * classes * source_classes),
         masked(classes * source_classes <= kMaxMaskedSums && source_classes <= kMaxRegisterClasses) {}
@@ -52,13 +51,7 @@ struct Statistics {
     for (int64_t begin = first; begin < last; begin += tile) {
       const int64_t n = begin + tile < last ? tile : last - begin;
       bad_labels += stage_labels(args.target, image, begin, n, classes, args.ignore_index, label);
-      Rows<acc_t> in{rows, pitch};
-      if (masked && usable_in_place<acc_t>(args.source, n)) {
-        in = {static_cast<acc_t*>(args.source.data) + image * args.source.stride_batch + begin,
-              args.source.stride_class};
-      } else {
-        stage_in(args.source, image, begin, n, rows, pitch);
-      }
+      const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, pitch_z - source_classes, masked);
       if (masked) {
         add_masked(in, n);
       } else {
@@ -77,11 +70,15 @@ struct Statistics {
   void clear() { std::memset(sums, 0, sizeof(acc_t) * sums_length()); }
 
   void flush() {
-    for (int64_t y = 0; y < classes; ++y)
-      for (int64_t z = 0; z < source_classes; ++z) {
-        const int64_t at = y * source_classes + z;
-        joint[at] += masked ? horizontal_sum(load<F>(sums + at * kLanes)) : static_cast<double>(sums[y * pitch_z + z]);
+    for (int64_t y = 0; y < classes; ++y) {
+      double* out = joint + y * source_classes;
+      if (masked) {
+        for (int64_t z = 0; z < source_classes; ++z)
+          out[z] += horizontal_sum(load<F>(sums + (y * source_classes + z) * kLanes));
+      } else {
+        for (int64_t z = 0; z < source_classes; ++z) out[z] += static_cast<double>(sums[y * pitch_z + z]);
       }
+    }
     clear();
   }
 
@@ -131,7 +128,7 @@ namespace RISKMAP_CPU_CAPABILITY {
 void leep_statistics(const StatisticsArgs& args, int64_t chunk, void* scratch) {
   const auto run = [&](auto acc) {
     using acc_t = decltype(acc);
-    with_column<acc_t>(args.source.classes, [&](auto* column) {
+    with_column<acc_t>(args.classes, [&](auto* column) {
       Statistics<acc_t, std::remove_pointer_t<decltype(column)>> statistics(args, chunk, scratch);
       args.bad_labels[chunk] = statistics.run(chunk);
     });

@@ -39,11 +39,14 @@ struct LossTile {
     in_mask = label + tile;
   }
 
-  // Returns the number of bad labels.
+  // Both return the number of bad labels.
   int64_t stage(int64_t begin, int64_t n) {
     if (args.risk.data) stage_map(args.risk, image, begin, n, risk);
+    return stage_labels_only(begin, n);
+  }
+  int64_t stage_labels_only(int64_t begin, int64_t n) {
     if (args.foreground.data) stage_mask(args.foreground, image, begin, n, in_mask);
-    return stage_labels(args.target, image, begin, n, args.logits.classes, args.ignore_index, label);
+    return stage_labels(args.target, image, begin, n, args.num_labels, args.ignore_index, label);
   }
 
   Rows<acc_t> logits(int64_t begin, int64_t n) {
@@ -53,6 +56,15 @@ struct LossTile {
     }
     stage_in(args.logits, image, begin, n, rows, pitch);
     return {rows, pitch};
+  }
+
+  // Where a gradient is written: straight to memory, or to scratch with finish_gradient after it.
+  Rows<acc_t> gradient_rows(const Volume& out, int64_t begin, int64_t n) const {
+    if (!usable_in_place<acc_t>(out, n)) return {rows, pitch};
+    return {static_cast<acc_t*>(out.data) + image * out.stride_batch + begin, out.stride_class};
+  }
+  void finish_gradient(Rows<acc_t> grads, const Volume& out, int64_t begin, int64_t n) const {
+    if (grads.base == rows) stage_out(rows, pitch, out, image, begin, n);
   }
 
   RISKMAP_MEMBER I labels(int64_t v) const { return load_labels<acc_t>(label + v); }
@@ -65,6 +77,18 @@ struct LossTile {
     if (args.foreground.data) inside |= load_labels<acc_t>(in_mask + v) != 0;
     return valid & inside;
   }
+
+  // Lanes whose cross-entropy counts in a gradient: a factor of 0 switches the part off.
+  RISKMAP_MEMBER I region(int64_t v, I y, I valid, acc_t factor) const {
+    if (factor == 0) return I{};
+    return args.region_foreground ? foreground(v, y, valid) : valid;
+  }
+
+  // A factor of 0 switches the part off, infinite values included.
+  RISKMAP_MEMBER static F scaled(F value, acc_t factor) { return factor == 0 ? F{} : F(value * factor); }
+
+  // Lanes whose weight no caller may give: negative, NaN or infinite.
+  RISKMAP_MEMBER static I bad_weight(F w) { return ~((w >= acc_t(0)) & (w - w == acc_t(0))); }
 
   RISKMAP_MEMBER F weight(int64_t v) const { return args.risk.data ? load<F>(risk + v) : F{} + acc_t(1); }
 };
@@ -79,7 +103,7 @@ struct Terms {
   RISKMAP_MEMBER Terms(const LossArgs& args, const Column& x, typename Simd<acc_t>::I safe_label)
       : max(math::max_logit<F>(x)),
         x_target(x.pick(safe_label) - max),
-        hot(F{} + static_cast<acc_t>(args.hot_factor)),
+        hot(F{} + static_cast<acc_t>(1 - args.label_smoothing)),
         smooth_dot() {
     if (args.class_weight) {
       hot *= lookup(static_cast<const acc_t*>(args.class_weight), args.logits.classes, safe_label);

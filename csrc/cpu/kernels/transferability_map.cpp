@@ -1,9 +1,8 @@
 // Source logits to transferability or voxel weight, one read of the logits, nothing kept but the map.
 #include <type_traits>
 
-#include "cpu/kernels/column.h"
 #include "cpu/kernels/labels.h"
-#include "cpu/kernels/leep.h"
+#include "cpu/kernels/source_tile.h"
 #include "math/softmax.h"
 #include "math/transferability_map.h"
 
@@ -20,10 +19,10 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   const int64_t first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
   const int64_t end = first + args.chunking.voxels_per_chunk;
   const int64_t last = end < source.voxels ? end : source.voxels;
-  const int64_t tile = tile_voxels(source.classes, sizeof(acc_t));
+  const int64_t tile = tile_voxels(source_rows(args), sizeof(acc_t));
   const int64_t pitch = tile_pitch(tile);
   acc_t* rows = static_cast<acc_t*>(scratch);
-  acc_t* result = rows + source.classes * pitch;
+  acc_t* result = rows + source_rows(args) * pitch;
   int32_t* label = reinterpret_cast<int32_t*>(result + tile);
   const acc_t* table = static_cast<const acc_t*>(args.table);
 
@@ -35,17 +34,12 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   for (int64_t begin = first; begin < last; begin += tile) {
     const int64_t n = begin + tile < last ? tile : last - begin;
     bad_labels += stage_labels(args.target, image, begin, n, args.num_classes, args.ignore_index, label);
-    Rows<acc_t> in{rows, pitch};
-    if (usable_in_place<acc_t>(source, n)) {
-      in = {static_cast<acc_t*>(source.data) + image * source.stride_batch + begin, source.stride_class};
-    } else {
-      stage_in(source, image, begin, n, rows, pitch);
-    }
+    const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, 0, true);
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = load_labels<acc_t>(label + v);
       const I valid = y >= 0;
       const I row_of = y & valid;
-      Column x(in.base + v, in.pitch, source.classes);
+      Column x(in.base + v, in.pitch, args.classes);
       const F max = math::max_logit<F>(x);
       F sum{}, weighted{};
       x.each([&](int z) RISKMAP_LAMBDA {
@@ -81,7 +75,7 @@ namespace RISKMAP_CPU_CAPABILITY {
 void transferability_map(const TransferArgs& args, int64_t chunk, void* scratch) {
   const auto run = [&](auto acc) {
     using acc_t = decltype(acc);
-    with_column<acc_t>(args.source.classes, [&](auto* column) {
+    with_column<acc_t>(args.classes, [&](auto* column) {
       transfer_chunk<acc_t, std::remove_pointer_t<decltype(column)>>(args, chunk, scratch);
     });
   };

@@ -10,10 +10,12 @@ struct LossArgs {
   VoxelMap target;           // [B, S]
   VoxelMap risk;             // [B, S] or absent: 1
   VoxelMap foreground;       // [B, S] or absent
-  const void* class_weight;  // acc_t[C], padded to kMinTile; nullptr: 1
+  const void* class_weight;  // acc_t[C], padded to kMinTile; nullptr: 1. With regions: c[r] / R, never nullptr
+  const void* membership;    // acc_t[R, table_pitch(L)], 1 where the label is in the region; nullptr: softmax
+  int64_t num_labels;        // L, with a softmax C
+  double label_smoothing;    // eps
   const void* smooth;        // acc_t[C], eps / C * c[k]; nullptr without label smoothing
   double smooth_total;       // their sum
-  double hot_factor;         // 1 - eps
   int64_t ignore_index;
   int64_t background;  // -1: every valid voxel is foreground
   bool region_foreground;
@@ -40,8 +42,13 @@ struct LossBackwardArgs : LossArgs {
   const void* dice_overall;  // acc_t[B, C], see math::DiceSlope
   const void* dice_hit;      // acc_t[B, C]
   Volume grad_logits;
-  VoxelMap grad_risk;  // or absent
+  VoxelMap grad_risk;    // or absent
+  LossPartial* partial;  // [chunks] where the loss is wanted from the same pass, else nullptr; only cross_entropy and
+                         // bad_risk are set
 };
+
+// Counts valid, foreground and bad labels of a chunk: what the normaliser needs before a gradient can be written.
+using LossCountKernel = void(const LossArgs&, LossPartial*, int64_t chunk, void* scratch);
 
 size_t loss_scratch_bytes(int64_t classes, size_t acc_size);
 
@@ -49,16 +56,19 @@ using LossForwardKernel = void(const LossForwardArgs&, int64_t chunk, void* scra
 using LossBackwardKernel = void(const LossBackwardArgs&, int64_t chunk, void* scratch);
 
 namespace baseline {
-LossForwardKernel weighted_loss_forward;
-LossBackwardKernel weighted_loss_backward;
+LossCountKernel weighted_loss_count;
+LossForwardKernel weighted_loss_forward, region_loss_forward;
+LossBackwardKernel weighted_loss_backward, region_loss_backward;
 }  // namespace baseline
 namespace avx2 {
-LossForwardKernel weighted_loss_forward;
-LossBackwardKernel weighted_loss_backward;
+LossCountKernel weighted_loss_count;
+LossForwardKernel weighted_loss_forward, region_loss_forward;
+LossBackwardKernel weighted_loss_backward, region_loss_backward;
 }  // namespace avx2
 namespace avx512 {
-LossForwardKernel weighted_loss_forward;
-LossBackwardKernel weighted_loss_backward;
+LossCountKernel weighted_loss_count;
+LossForwardKernel weighted_loss_forward, region_loss_forward;
+LossBackwardKernel weighted_loss_backward, region_loss_backward;
 }  // namespace avx512
 
 }  // namespace riskmap::cpu

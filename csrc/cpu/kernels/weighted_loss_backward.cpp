@@ -1,5 +1,6 @@
-// Backward pass of the weighted loss over one chunk: the softmax is made again from the logits, so that the forward
-// pass has nothing to keep; one read of the logits, one write of their gradient.
+// Gradient of the weighted loss over one chunk: one read of the logits, one write of their gradient. As a backward pass
+// it makes the softmax again, so that the forward pass has nothing to keep; where the loss is wanted too (partial), it
+// is forward and backward in one.
 #include <type_traits>
 
 #include "cpu/kernels/loss_tile.h"
@@ -17,6 +18,7 @@ struct Backward : LossTile<acc_t> {
   const LossBackwardArgs& out;
   const acc_t* overall;
   const acc_t* hit;
+  LossPartial total{};
 
   Backward(const LossBackwardArgs& args_, int64_t chunk, void* scratch)
       : LossTile<acc_t>(args_, chunk, scratch),
@@ -27,16 +29,12 @@ struct Backward : LossTile<acc_t> {
   void run() {
     for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
-      this->stage(begin, n);
+      total.bad_labels += this->stage(begin, n);
       if (out.grad_map.data) stage_map(out.grad_map, this->image, begin, n, this->grad);
       const Rows<acc_t> in = this->logits(begin, n);
-      const bool direct = usable_in_place<acc_t>(out.grad_logits, n);
-      acc_t* grad_data = static_cast<acc_t*>(out.grad_logits.data);
-      const Rows<acc_t> grads = direct ? Rows<acc_t>{grad_data + this->image * out.grad_logits.stride_batch + begin,
-                                                     out.grad_logits.stride_class}
-                                       : Rows<acc_t>{this->rows, this->pitch};
+      const Rows<acc_t> grads = this->gradient_rows(out.grad_logits, begin, n);
       tile_gradient(in, grads, n);
-      if (!direct) stage_out(this->rows, this->pitch, out.grad_logits, this->image, begin, n);
+      this->finish_gradient(grads, out.grad_logits, begin, n);
       if (out.grad_risk.data) unstage_map(this->risk, out.grad_risk, this->image, begin, n);
     }
   }
@@ -45,10 +43,13 @@ struct Backward : LossTile<acc_t> {
     const acc_t factor = static_cast<acc_t>(out.factor[this->image]);
     const acc_t smooth_total = static_cast<acc_t>(args.smooth_total);
     const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
+    F ce_sum{};
+    I bad_risk{};
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = this->labels(v);
       const I valid = y >= 0;
-      const I region = args.region_foreground ? this->foreground(v, y, valid) : valid;
+      const I region = this->region(v, y, valid, factor);
+      const I used = args.dice ? valid : region;  // elsewhere not even a NaN may reach the gradient
       Column x(in.base + v, in.pitch, args.logits.classes);
       const Terms<acc_t, Column> terms(args, x, I(y & valid));
       const F sum = math::exp_in_place(x, terms.max);
@@ -56,10 +57,13 @@ struct Backward : LossTile<acc_t> {
 
       F scale = F{} + factor;
       if (out.grad_map.data) scale *= load<F>(this->grad + v);
-      const F scaled_weight = math::select(region, F(scale * this->weight(v)), F{});
-      if (out.grad_risk.data) {
+      const F w = this->weight(v);
+      const F scaled_weight = math::select(region, F(scale * w), F{});
+      if (out.grad_risk.data || out.partial) {
         const F ce = terms.cross_entropy(args, sum);
-        store(this->risk + v, math::select(region, F(scale * ce), F{}));
+        if (out.grad_risk.data) store(this->risk + v, math::select(region, F(scale * ce), F{}));
+        ce_sum += math::select(region, F(w * ce), F{});
+        bad_risk -= valid & this->bad_weight(w);
       }
 
       const F hot = scaled_weight * terms.hot;
@@ -74,9 +78,11 @@ struct Backward : LossTile<acc_t> {
         const F smooth_c = smooth ? F(scaled_weight * smooth[c]) : F{};
         F g = math::cross_entropy_grad(pi, hot_plus_total, math::select(y == c, hot, F{}), smooth_c);
         if (args.dice) g += math::dice_grad(pi, dice_slope(c, y), mean_slope);
-        store(grads.base + c * grads.pitch + v, math::select(valid, g, F{}));
+        store(grads.base + c * grads.pitch + v, math::select(used, g, F{}));
       });
     }
+    total.cross_entropy += horizontal_sum(ce_sum);
+    total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
   }
 
   RISKMAP_MEMBER F dice_slope(int c, I y) const {
@@ -92,7 +98,9 @@ void weighted_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* s
   const auto run = [&](auto acc) {
     using acc_t = decltype(acc);
     with_column<acc_t>(args.logits.classes, [&](auto* column) {
-      Backward<acc_t, std::remove_pointer_t<decltype(column)>>(args, chunk, scratch).run();
+      Backward<acc_t, std::remove_pointer_t<decltype(column)>> backward(args, chunk, scratch);
+      backward.run();
+      if (args.partial) args.partial[chunk] = backward.total;
     });
   };
   if (args.logits.dtype == Dtype::kDouble) return run(double{});

@@ -54,10 +54,10 @@ struct Forward : LossTile<acc_t> {
       const F sum = args.dice ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
       const F ce = terms.cross_entropy(args, sum);
       const F w = this->weight(v);
-      bad_risk -= valid & ~((w >= acc_t(0)) & (w - w == acc_t(0)));  // negative, NaN or infinite
+      bad_risk -= valid & this->bad_weight(w);
       const F value = math::select(region, F(w * ce), F{});
       ce_sum += value;
-      if (out.map.data) store(this->grad + v, F(value * static_cast<acc_t>(out.map_factor)));
+      if (out.map.data) store(this->grad + v, this->scaled(value, static_cast<acc_t>(out.map_factor)));
       if (args.dice) add_dice(x, sum, y, valid);
     }
     if (out.map.data) unstage_map(this->grad, out.map, this->image, begin, n);
@@ -101,6 +101,26 @@ void weighted_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scr
   };
   if (args.logits.dtype == Dtype::kDouble) return run(double{});
   run(float{});
+}
+
+void weighted_loss_count(const LossArgs& args, LossPartial* partial, int64_t chunk, void* scratch) {
+  using I = Simd<float>::I;
+  LossTile<float> tile(args, chunk, scratch);
+  LossPartial total{};
+  for (int64_t begin = tile.first; begin < tile.last; begin += tile.tile) {
+    const int64_t n = begin + tile.tile < tile.last ? tile.tile : tile.last - begin;
+    total.bad_labels += tile.stage_labels_only(begin, n);
+    I valid_count{}, foreground_count{};
+    for (int64_t v = 0; v < n; v += Simd<float>::kLanes) {
+      const I y = tile.labels(v);
+      const I valid = y >= 0;
+      valid_count -= valid;
+      foreground_count -= tile.foreground(v, y, valid);
+    }
+    total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
+    total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
+  }
+  partial[chunk] = total;
 }
 
 }  // namespace RISKMAP_CPU_CAPABILITY

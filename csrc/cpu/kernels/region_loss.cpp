@@ -1,0 +1,170 @@
+// The weighted loss over overlapping regions: a sigmoid for each, their loss averaged; sums and gradient of one chunk.
+#include "cpu/kernels/loss_tile.h"
+
+namespace riskmap::cpu {
+namespace {
+
+template <class acc_t>
+struct RegionTile : LossTile<acc_t> {
+  using typename LossTile<acc_t>::F;
+  using typename LossTile<acc_t>::I;
+  using LossTile<acc_t>::args;
+  static constexpr int kLanes = Simd<acc_t>::kLanes;
+
+  const acc_t* membership;
+  const acc_t* weight_of;
+  const int64_t membership_pitch;
+  const acc_t keep, shift;  // t (1 - eps) + eps / 2
+  LossPartial total{};
+
+  RegionTile(const LossArgs& args_, int64_t chunk, void* scratch)
+      : LossTile<acc_t>(args_, chunk, scratch),
+        membership(static_cast<const acc_t*>(args_.membership)),
+        weight_of(static_cast<const acc_t*>(args_.class_weight)),
+        membership_pitch(table_pitch(args_.num_labels)),
+        keep(static_cast<acc_t>(1 - args_.label_smoothing)),
+        shift(static_cast<acc_t>(args_.label_smoothing / 2)) {}
+
+  RISKMAP_MEMBER F inside(int64_t r, I label_or_0) const {
+    return lookup(membership + r * membership_pitch, args.num_labels, label_or_0);
+  }
+  RISKMAP_MEMBER F smoothed(F t) const { return t * keep + shift; }
+
+  // The voxel loss of one vector: sum over regions of c[r] / R * BCE.
+  RISKMAP_MEMBER F cross_entropy(Rows<acc_t> in, int64_t v, I label_or_0) const {
+    F ce{};
+    for (int64_t r = 0; r < args.logits.classes; ++r) {
+      const F x = load<F>(in.base + r * in.pitch + v);
+      ce += math::region_term(x, smoothed(inside(r, label_or_0))).loss * weight_of[r];
+    }
+    return ce;
+  }
+
+  template <class Body>
+  void for_tiles(const Body& body) {
+    for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
+      const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
+      total.bad_labels += this->stage(begin, n);
+      body(begin, n);
+    }
+  }
+};
+
+template <class acc_t>
+void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  constexpr int kLanes = Simd<acc_t>::kLanes;
+  RegionTile<acc_t> tile(args, chunk, scratch);
+  const int64_t regions = args.logits.classes;
+  double* dice = args.dice_partial + chunk * 3 * regions;
+  if (args.dice)
+    for (int64_t i = 0; i < 3 * regions; ++i) dice[i] = 0;
+
+  tile.for_tiles([&](int64_t begin, int64_t n) {
+    const Rows<acc_t> in = tile.logits(begin, n);
+    F ce_sum{};
+    I valid_count{}, foreground_count{}, bad_risk{};
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I y = tile.labels(v);
+      const I valid = y >= 0;
+      const I foreground = tile.foreground(v, y, valid);
+      valid_count -= valid;
+      foreground_count -= foreground;
+      const F w = tile.weight(v);
+      bad_risk -= valid & tile.bad_weight(w);
+      const F ce = tile.cross_entropy(in, v, I(y & valid));
+      const F value = math::select(args.region_foreground ? foreground : valid, F(w * ce), F{});
+      ce_sum += value;
+      if (args.map.data) store(tile.grad + v, tile.scaled(value, static_cast<acc_t>(args.map_factor)));
+    }
+    if (args.map.data) unstage_map(tile.grad, args.map, tile.image, begin, n);
+    tile.total.cross_entropy += horizontal_sum(ce_sum);
+    tile.total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
+    tile.total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
+    tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    if (!args.dice) return;
+    for (int64_t r = 0; r < regions; ++r) {
+      F intersection{}, predicted{}, labelled{};
+      for (int64_t v = 0; v < n; v += kLanes) {
+        const I y = tile.labels(v);
+        const I valid = y >= 0;
+        const F t = math::select(valid, tile.inside(r, I(y & valid)), F{});
+        const F pi = math::select(valid, math::region_term(load<F>(in.base + r * in.pitch + v), F{}).pi, F{});
+        intersection += pi * t;
+        predicted += pi;
+        labelled += t;
+      }
+      dice[r] += horizontal_sum(intersection);
+      dice[regions + r] += horizontal_sum(predicted);
+      dice[2 * regions + r] += horizontal_sum(labelled);
+    }
+  });
+  args.partial[chunk] = tile.total;
+}
+
+template <class acc_t>
+void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
+  using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
+  constexpr int kLanes = Simd<acc_t>::kLanes;
+  RegionTile<acc_t> tile(args, chunk, scratch);
+  const int64_t regions = args.logits.classes;
+  const acc_t* overall = static_cast<const acc_t*>(args.dice_overall) + tile.image * regions;
+  const acc_t* hit = static_cast<const acc_t*>(args.dice_hit) + tile.image * regions;
+
+  tile.for_tiles([&](int64_t begin, int64_t n) {
+    if (args.grad_map.data) stage_map(args.grad_map, tile.image, begin, n, tile.grad);
+    const Rows<acc_t> in = tile.logits(begin, n);
+    const Rows<acc_t> grads = tile.gradient_rows(args.grad_logits, begin, n);
+    const acc_t factor = static_cast<acc_t>(args.factor[tile.image]);
+    F ce_sum{};
+    I bad_risk{};
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I y = tile.labels(v);
+      const I valid = y >= 0;
+      const I label_or_0 = y & valid;
+      const I region = tile.region(v, y, valid, factor);
+      const I used = args.dice ? valid : region;
+      F scale = F{} + factor;
+      if (args.grad_map.data) scale *= load<F>(tile.grad + v);
+      const F w = tile.weight(v);
+      const F scaled_weight = math::select(region, F(scale * w), F{});
+      F ce{};
+      for (int64_t r = 0; r < regions; ++r) {
+        const F t = tile.inside(r, label_or_0);
+        const F smooth_t = tile.smoothed(t);
+        const math::RegionTerm<F> term = math::region_term(load<F>(in.base + r * in.pitch + v), smooth_t);
+        ce += term.loss * tile.weight_of[r];
+        F g = scaled_weight * (term.pi - smooth_t) * tile.weight_of[r];
+        if (args.dice) g += term.pi * (acc_t(1) - term.pi) * (t * hit[r] + overall[r]);
+        store(grads.base + r * grads.pitch + v, math::select(used, g, F{}));
+      }
+      if (args.grad_risk.data) store(tile.risk + v, math::select(region, F(scale * ce), F{}));
+      ce_sum += math::select(region, F(w * ce), F{});
+      bad_risk -= valid & tile.bad_weight(w);
+    }
+    tile.total.cross_entropy += horizontal_sum(ce_sum);
+    tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    tile.finish_gradient(grads, args.grad_logits, begin, n);
+    if (args.grad_risk.data) unstage_map(tile.risk, args.grad_risk, tile.image, begin, n);
+  });
+  if (args.partial) args.partial[chunk] = tile.total;
+}
+
+}  // namespace
+
+namespace RISKMAP_CPU_CAPABILITY {
+
+void region_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scratch) {
+  if (args.logits.dtype == Dtype::kDouble) return forward_chunk<double>(args, chunk, scratch);
+  forward_chunk<float>(args, chunk, scratch);
+}
+
+void region_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
+  if (args.logits.dtype == Dtype::kDouble) return backward_chunk<double>(args, chunk, scratch);
+  backward_chunk<float>(args, chunk, scratch);
+}
+
+}  // namespace RISKMAP_CPU_CAPABILITY
+}  // namespace riskmap::cpu

@@ -1,0 +1,68 @@
+// Shared by the ops of the weighted loss: inputs as the kernels take them, and sums over their partial results.
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernels/weighted_loss.h"
+#include "cpu/tensors.h"
+#include "ops/weighted_loss.h"
+
+namespace riskmap::cpu {
+
+// A table in float or double, as the kernels sum; padded so that a whole vector can be read (see lookup).
+class Table {
+ public:
+  Table(const std::vector<double>& values, bool as_double);
+  const void* data() const { return double_ ? static_cast<const void*>(wide_.data()) : narrow_.data(); }
+
+ private:
+  bool double_;
+  std::vector<float> narrow_;
+  std::vector<double> wide_;
+};
+
+// Keeps the copies and tables that args points to.
+class LossInputs {
+ public:
+  LossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background, Region region,
+             double label_smoothing, bool dice);
+  LossInputs(const LossInputs&) = delete;
+  LossInputs& operator=(const LossInputs&) = delete;
+
+  LossArgs args{};
+
+  int64_t chunks() const { return args.logits.batch * args.chunking.chunks_per_image; }
+  bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
+  ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
+  size_t scratch_bytes() const { return loss_scratch_bytes(args.logits.classes, acc_size(args.logits)); }
+
+ private:
+  Tensor logits_, target_, risk_, foreground_;
+  Table class_weight_, smooth_, membership_;
+};
+
+struct LossCounts {
+  std::vector<LossPartial> images;
+  LossPartial batch{};
+};
+
+// The partial sums of each image and of the batch, added in chunk order.
+LossCounts add_up(const std::vector<LossPartial>& partials, const LossInputs& in);
+
+// What each image's sum of w c CE is multiplied by in the loss; without reduction that is ce_weight.
+std::vector<double> image_scales(const LossOptions& options, const LossCounts& counts);
+
+void raise_bad_values(const LossTensors& tensors, const LossPartial& batch, int64_t ignore_index);
+
+Tensor scalar_tensor(double value, ScalarType dtype);
+Tensor vector_tensor(const std::vector<double>& values);
+
+// Runs the gradient kernel; partial as in LossBackwardArgs.
+struct LossGradients {
+  Tensor logits, risk;  // risk is [0] where it is not wanted
+};
+LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, const std::vector<double>& factor,
+                             const Tensor* grad_map, const std::vector<double>& dice_overall,
+                             const std::vector<double>& dice_hit, bool grad_risk, LossPartial* partial);
+
+}  // namespace riskmap::cpu

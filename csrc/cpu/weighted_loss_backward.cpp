@@ -1,0 +1,122 @@
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/capability.h"
+#include "cpu/loss_inputs.h"
+
+namespace riskmap::cpu {
+
+LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, const std::vector<double>& factor,
+                             const Tensor* grad_map, const std::vector<double>& dice_overall,
+                             const std::vector<double>& dice_hit, bool grad_risk, LossPartial* partial) {
+  const Tensor& logits = tensors.logits;
+  const Table overall(dice_overall, in.is_double()), hit(dice_hit, in.is_double());
+
+  // The result is laid out as logits; where that is neither planar nor channels-last, the kernel writes a
+  // contiguous tensor first.
+  LossGradients result{empty_gradient(logits),
+                       grad_risk ? empty_map(logits, tensors.risk->scalar_type()) : empty({0}, ScalarType::Float)};
+  Tensor written = is_viewable(result.logits) ? result.logits : empty_gradient(torch::stable::contiguous(logits));
+  Tensor keep_written = written, keep_map = logits, keep_risk = result.risk;
+
+  LossBackwardArgs args{};
+  static_cast<LossArgs&>(args) = in.args;
+  args.factor = factor.data();
+  if (grad_map) args.grad_map = view_map(*grad_map, keep_map);
+  args.dice_overall = overall.data();
+  args.dice_hit = hit.data();
+  args.grad_logits = view_volume(written, keep_written);
+  if (grad_risk) args.grad_risk = view_map(result.risk, keep_risk);
+  args.partial = partial;
+  auto* kernel =
+      tensors.regions ? RISKMAP_CPU_KERNEL(region_loss_backward) : RISKMAP_CPU_KERNEL(weighted_loss_backward);
+  for_chunks(args.logits, args.chunking, in.scratch_bytes(),
+             [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
+  if (written.data_ptr() != result.logits.data_ptr()) torch::stable::copy_(result.logits, written);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
+                                                  OptionalTensor weight, OptionalTensor foreground,
+                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
+                                                  int64_t ignore_index, std::optional<int64_t> background,
+                                                  int64_t region, double label_smoothing, bool grad_risk) {
+  const char* op = "_weighted_loss_backward";
+  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  check_loss_tensors(op, tensors);
+  check(!grad_risk || risk.has_value(), op, ": grad_risk needs risk");
+  const int64_t batch = logits.size(0), classes = logits.size(1);
+  const bool as_map = grad_loss.dim() != 0;
+  if (as_map) check_voxel_map(op, "grad_loss", grad_loss, "logits", logits);
+  check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
+  check(scale.numel() == batch, op, ": scale must be [B]");
+  const bool dice = dice_slopes.numel() != 0;
+  check(!dice || dice_slopes.numel() == batch * 2 * classes, op, ": dice_slopes must be [B, 2, C] or [0]");
+  const LossInputs in(tensors, ignore_index, background, static_cast<Region>(region), label_smoothing, dice);
+
+  const double grad = as_map ? 1.0 : values_of(grad_loss)[0];
+  std::vector<double> factor = values_of(scale);
+  for (double& each : factor) each *= grad;
+  std::vector<double> overall, hit;
+  if (dice) {
+    const std::vector<double> slopes = values_of(dice_slopes);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t c = 0; c < classes; ++c) {
+        overall.push_back(grad * slopes[static_cast<size_t>(2 * b * classes + c)]);
+        hit.push_back(grad * slopes[static_cast<size_t>((2 * b + 1) * classes + c)]);
+      }
+  }
+  const LossGradients gradients =
+      loss_gradients(tensors, in, factor, as_map ? &grad_loss : nullptr, overall, hit, grad_risk, nullptr);
+  return {gradients.logits, gradients.risk};
+}
+
+std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor weight, OptionalTensor foreground,
+    OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+    int64_t normalization, int64_t region, int64_t reduction, double label_smoothing, double ce_weight,
+    bool grad_risk) {
+  const char* op = "_weighted_loss_with_gradient";
+  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  const LossOptions options{ignore_index,
+                            background,
+                            foreground_floor,
+                            static_cast<Normalization>(normalization),
+                            static_cast<Region>(region),
+                            static_cast<Reduction>(reduction),
+                            label_smoothing,
+                            ce_weight,
+                            0.0,
+                            false,
+                            false};
+  check_weighted_loss(tensors, options);
+  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
+  check(!grad_risk || risk.has_value(), op, ": grad_risk needs risk");
+  const LossInputs in(tensors, ignore_index, background, options.region, label_smoothing, false);
+
+  // The normaliser first: it needs the labels alone.
+  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
+  auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
+  for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
+             [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
+  LossCounts counts = add_up(partials, in);
+  raise_bad_values(tensors, counts.batch, ignore_index);
+  const std::vector<double> scales = image_scales(options, counts);
+
+  const LossGradients gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, grad_risk, partials.data());
+  counts = add_up(partials, in);
+  raise_bad_values(tensors, counts.batch, ignore_index);
+  double total = 0;
+  for (size_t b = 0; b < scales.size(); ++b) {
+    if (scales[b] != 0) total += scales[b] * counts.images[b].cross_entropy;
+  }
+  return {scalar_tensor(total, in.result_dtype()), gradients.logits, gradients.risk};
+}
+
+}  // namespace riskmap::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
+  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cpu::weighted_loss_backward));
+  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient));
+}

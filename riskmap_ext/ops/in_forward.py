@@ -1,0 +1,122 @@
+"""The weighted loss with its gradient made in the forward pass: one read of the logits instead of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import LossOptions
+
+_enabled = True
+
+
+@contextmanager
+def gradient_in_forward(enabled: bool) -> Iterator[None]:
+    """Within the context, allow or forbid the gradient of the loss to be made in the forward pass.
+
+    Allowed by default, and then used in eager mode where it is quicker and exact: cross-entropy
+    only (``dice_weight=0``), reduced, float32, float64 or bfloat16 logits that require grad. The
+    forward pass then reads the logits once and writes their gradient, which the backward pass
+    hands over as it is, or scaled in place where the incoming gradient is not 1. Elsewhere
+    (torch.compile, Dice, ``reduction="none"``, float16, whose small gradients need the scale of a
+    GradScaler before they are rounded) the backward pass makes the gradient from the logits.
+
+    Both give the same numbers up to rounding. Forbid it where a forward pass that needs grad is
+    often run without a backward pass.
+    """
+    global _enabled
+    before, _enabled = _enabled, bool(enabled)
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def applies(logits: Tensor, options: LossOptions) -> bool:
+    return (
+        _enabled
+        and not torch.compiler.is_compiling()
+        and options.dice_weight == 0
+        and options.reduction != "none"
+        and logits.dtype != torch.float16
+        and logits.requires_grad
+        and torch.is_grad_enabled()
+    )
+
+
+def weighted_loss(*inputs: Any) -> Tensor:
+    """``inputs`` as those of the op, up to and with ce_weight."""
+    return _GradientInForward.apply(*inputs)[0]
+
+
+class _GradientInForward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        risk = inputs[2]
+        return torch.ops.riskmap_ext._weighted_loss_with_gradient(
+            *inputs, risk is not None and risk.requires_grad
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, grad_logits, grad_risk = output
+        ctx.mark_non_differentiable(grad_logits, grad_risk)
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[6:]
+        ctx.save_for_backward(*inputs[:6])
+        ctx.gradients = grad_logits, grad_risk  # given away once, so not among the saved tensors
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (6 + len(ctx.options))
+        if grad_loss is None:
+            return nothing
+        # With retain_graph the first gradient belongs to whoever got it; with create_graph the op's
+        # backward pass is there to refuse a second derivative.
+        if ctx.gradients is None or torch.is_grad_enabled():
+            return _again(ctx, grad_loss)
+        grad_logits, grad_risk = ctx.gradients
+        ctx.gradients = None
+        wanted = ctx.needs_input_grad
+        scale = float(grad_loss)
+        if scale != 1:
+            grad_logits.mul_(scale)
+            grad_risk.mul_(scale)
+        return (
+            grad_logits if wanted[0] else None,
+            None,
+            grad_risk if wanted[2] else None,
+            *nothing[3:],
+        )
+
+
+def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient from the op that makes it in its backward pass."""
+    inputs = ctx.saved_tensors
+    ignore_index, background, _, _, region, _, label_smoothing, _ = ctx.options
+    with torch.no_grad():
+        _, scale, dice_slopes = torch.ops.riskmap_ext.weighted_loss(
+            *inputs, *ctx.options, 0.0, False, False
+        )
+    wanted = ctx.needs_input_grad
+    grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
+        grad_loss,
+        *inputs,
+        scale,
+        dice_slopes,
+        ignore_index,
+        background,
+        region,
+        label_smoothing,
+        wanted[2],
+    )
+    return (
+        grad_logits if wanted[0] else None,
+        None,
+        grad_risk if wanted[2] else None,
+        *(None,) * (3 + len(ctx.options)),
+    )
