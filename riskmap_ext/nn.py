@@ -69,13 +69,8 @@ class RiskWeightedLoss(torch.nn.Module):
                 f"RiskWeightedLoss: unknown option {unknown[0]!r}; expected {', '.join(defaults)}"
             )
         # The number of labels may not be known yet: checked as if there were enough of them.
-        num_labels = (
-            regions.size(-1)
-            if regions is not None
-            else len(weight)
-            if weight is not None
-            else 2**31
-        )
+        labelled = regions.t() if regions is not None else weight
+        num_labels = 2**31 if labelled is None else len(labelled)
         loss_options(num_labels, has_regions=regions is not None, **{**defaults, **options})
         self.options = options
 
@@ -169,7 +164,7 @@ def _nearest(name: str, tensor: Tensor, size: torch.Size) -> Tensor:
         )
     for dim, extent in enumerate(size, start=1):
         if tensor.size(dim) != extent:
-            # The voxel whose centre is nearest, as "nearest-exact" of torch.nn.functional.interpolate.
+            # The voxel whose centre is nearest: "nearest-exact" of torch's interpolate.
             index = torch.arange(extent, device=tensor.device)
             index = ((2 * index + 1) * tensor.size(dim)) // (2 * extent)
             tensor = tensor.index_select(dim, index)

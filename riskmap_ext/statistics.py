@@ -133,8 +133,8 @@ class TransferStatistics:
         score = self._log_likelihood / self._range_voxels
         if self.tells_nothing(score):
             warnings.warn(
-                f"LEEP score {score:.4f} is within 1 % of {-self.label_entropy:.4f}, what the class "
-                "frequencies alone give: this source tells nothing about the target labels",
+                f"LEEP score {score:.4f} is within 1 % of {-self.label_entropy:.4f}, what the "
+                "class frequencies alone give: this source tells nothing about the target labels",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The weighted loss with its gradient made in the forward pass: one read of the logits instead of two."""
+"""The weighted loss with its gradient made in the forward pass: one read of the logits."""
 
 from __future__ import annotations
 
