@@ -1,4 +1,7 @@
-"""Hands the build over to CMake (CMakeLists.txt lists every source and flag)."""
+"""Hands the build over to CMake (CMakeLists.txt lists every source and flag).
+
+Environment: RISKMAP_CUDA (AUTO, ON, OFF), RISKMAP_BUILD_DIR, CMAKE_ARGS.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 class CMakeBuild(build_ext):
@@ -20,8 +24,9 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        build = Path(os.environ.get("RISKMAP_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
-        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        tag = f"cmake-{sys.implementation.cache_tag}"
+        build = Path(os.environ.get("RISKMAP_BUILD_DIR", ROOT / "build" / tag))
+        cmake = shutil.which("cmake", path=SEARCH_PATH)
         if cmake is None:
             raise SystemExit("riskmap_ext: cmake not found; run `pip install cmake ninja` first")
         options = [
@@ -30,23 +35,24 @@ class CMakeBuild(build_ext):
             f"-DRISKMAP_CUDA={os.environ.get('RISKMAP_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        ninja = shutil.which("ninja", path=SEARCH_PATH)
         if ninja and not (build / "CMakeCache.txt").exists():
             options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        self._call(cmake, "-S", str(ROOT), "-B", str(build), *options)
-        self._call(cmake, "--build", str(build), "--parallel")
+        _call(cmake, "-S", str(ROOT), "-B", str(build), *options)
+        _call(cmake, "--build", str(build), "--parallel")
         for stale in (package / "riskmap_ext").glob("*.so"):
             stale.unlink()  # a library of another build must not travel along
-        self._call(cmake, "--install", str(build), "--prefix", str(package))
-
-    @staticmethod
-    def _call(*command: str) -> None:
-        print("riskmap_ext:", shlex.join(command), flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            raise SystemExit(f"riskmap_ext: `{shlex.join(command)}` failed; its messages stand above")
+        _call(cmake, "--install", str(build), "--prefix", str(package))
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in (Path(self.build_lib) / "riskmap_ext").glob("*.so")]
+
+
+def _call(*command: str) -> None:
+    line = shlex.join(command)
+    print("riskmap_ext:", line, flush=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        raise SystemExit(f"riskmap_ext: `{line}` failed; its messages stand above")
 
 
 # The extension entry makes wheels platform wheels; CMake knows the sources.
