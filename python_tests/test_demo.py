@@ -1,0 +1,207 @@
+"""The demo: a tiny run end to end, and a page that says what the numbers say."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import os
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+for _package in ("monai", "nibabel", "nilearn", "matplotlib", "pydantic", "rich"):
+    pytest.importorskip(_package, reason="needs the extra demo")
+
+from rich.console import Console  # noqa: E402
+
+from riskmap_ext.finetune import demo, demo_page  # noqa: E402
+from riskmap_ext.finetune.errors import ConfigError  # noqa: E402
+
+CLASSES = ["caudate", "putamen", "thalamus", "hippocampus", "ventricles"]
+TINY = demo.Settings(
+    source_subjects=2,
+    source_test_subjects=1,
+    source_steps=8,
+    labelled_subjects=2,
+    test_subjects=2,
+    steps=6,
+    resolution=5.0,
+    channels=(4, 8),
+    patch_size=32,
+    batch_size=2,
+)
+
+
+def results(**scores):
+    """ArmResults of one Dice value per seed and arm, in points."""
+    return [
+        demo.ArmResult(seed, arm, dict.fromkeys(CLASSES, value / 100), {"case_0001": 0.5}, 1.0)
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def sources(seeds, remark=None):
+    return [demo.SourceResult(seed, {"csf": 0.8}, -0.1, 0.15, remark) for seed in range(seeds)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    (output / "mine.txt").write_text("kept")
+    (output / "seed_7" / "target_data").mkdir(parents=True)
+    (output / "seed_7" / "target_data" / "dataset.json").write_text("{}")
+    return demo.run(output, seeds=1, workers=1, settings=TINY)
+
+
+class Page(HTMLParser):
+    """Text, table cells and everything that the page would load."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.rows, self.links, self.open = "", [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [v for k, v in attrs if k in ("src", "href", "data", "action")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+@pytest.mark.slow
+def test_tiny_run_writes_table_picture_and_page(tiny):
+    assert [(a.seed, a.arm) for a in tiny.arms] == [(0, arm.key) for arm in demo.ARMS]
+    assert all(list(a.dice) == CLASSES and len(a.subjects) == 2 for a in tiny.arms)
+    assert all(0 <= value <= 1 for a in tiny.arms for value in a.dice.values())
+    (source,) = tiny.sources
+    assert source.leep <= 0
+    assert source.label_entropy > 0
+
+    with tiny.csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == [arm.key for arm in demo.ARMS]
+    for row, arm in zip(rows, tiny.arms, strict=True):
+        assert float(row["mean_dice"]) == pytest.approx(100 * arm.mean_dice, abs=1e-3)
+        assert float(row["source_leep"]) == pytest.approx(source.leep, abs=1e-5)
+
+    html = tiny.page.read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert [link.split(",")[0] for link in page.links] == ["data:image/png;base64"]
+    embedded = base64.b64decode(page.links[0].partition(",")[2])
+    assert embedded == tiny.picture.read_bytes()
+    header, *body = page.rows
+    assert header == ["structure", *(arm.name for arm in demo.ARMS)]
+    assert [row[0] for row in body[:6]] == [*CLASSES, "mean"]
+    assert body[5][1:] == [f"{100 * arm.mean_dice:.1f}" for arm in tiny.arms]
+    assert "one seed alone shows no spread" in page.text
+    assert not re.search(r"https?://|@import|<script", html)
+
+    assert (tiny.output / "mine.txt").read_text() == "kept"
+    assert not (tiny.output / "seed_7").exists()
+    assert not (tiny.output / "seed_0" / "cache").exists()
+
+
+@pytest.mark.slow
+def test_arms_of_a_seed_differ_in_their_loss_alone(tiny):
+    import yaml
+
+    configs = {
+        arm.key: yaml.safe_load((tiny.output / "seed_0" / arm.key / "config.yaml").read_text())
+        for arm in demo.ARMS
+    }
+    for config in configs.values():
+        del config["output"]
+    different = {
+        section
+        for config in configs.values()
+        for section in config
+        if config[section] != configs["ce"][section]
+    }
+    assert different == {"loss", "risk"}
+
+
+def test_findings_follow_the_numbers():
+    kinds = {"ce": [20, 20], "ce_dice": [50, 52], "class_dice": [60, 60]}
+
+    def told(risk):
+        return demo_page.findings(sources(2), results(risk_dice=risk, **kinds))
+
+    better = told([70, 70])
+    assert "+19.0 ± 1.4 Dice points, ahead in 2 of 2 seeds (higher in every seed)" in better[0]
+    assert "the map gave more than class weights do" in better[1]
+    worse = told([40, 40])
+    assert "-11.0 ± 1.4 Dice points, ahead in 0 of 2 seeds (lower or equal in every" in worse[0]
+    assert "class weights did as well or better" in worse[1]
+    assert "so the gain" not in worse[1]
+    mixed = told([49, 61])
+    assert "ahead in 1 of 2 seeds (the seeds disagree" in mixed[0]
+    assert "not told apart from plain class weights" in mixed[1]
+    between = told([55, 55])
+    assert "needs no map here" in between[1]
+    assert "LEEP score on the structures is -0.100" in between[3]
+    assert "would score -0.150" in between[3]
+    warned = demo_page.findings(
+        sources(1, "it tells nothing"), results(risk_dice=[70, 70], **kinds)
+    )
+    assert warned[-1] == "seed 0: it tells nothing"
+
+
+def test_terminal_table_shows_spread_and_pairs():
+    arms = results(ce=[10, 20], ce_dice=[50, 60], risk_dice=[55, 70], class_dice=[50, 40])
+    console = Console(width=110)
+    with console.capture() as captured:
+        console.print(demo_page.terminal_table(sources(2), arms, demo.ARMS))
+    text = captured.get()
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
+    assert "15.0 ± 7.1" in lines["mean"]
+    assert "62.5 ± 10.6" in lines["mean"]
+    assert "+7.5 ± 3.5" in lines["minus CE + Dice"]
+    assert "2 of 2" in lines["ahead in seeds"]
+    assert "LEEP score of the source network: -0.100 ± 0.000" in text
+
+
+@pytest.mark.parametrize("name", ["seeds", "steps", "workers"])
+def test_counts_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
+        demo.run(tmp_path / "out", **{name: 0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file; expected a folder"):
+        demo.run(tmp_path / "out")
+
+
+def die(*_):
+    os._exit(9)
+
+
+def fail(*_):
+    raise ConfigError("output: the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "message"),
+    [(die, RuntimeError, "worker process of the demo ended"), (fail, ConfigError, "disk is full")],
+)
+def test_worker_failures_are_told(tmp_path, monkeypatch, job, error, message):
+    monkeypatch.setattr(demo, "train_source", job)
+    with pytest.raises(error, match=message):
+        demo.run(tmp_path, seeds=1, workers=1, settings=replace(TINY, steps=1))
+    assert not (tmp_path / "index.html").exists()

@@ -1,0 +1,155 @@
+"""Source checkpoints: what is read, what is loaded, and what the report says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+from finetune_data import NETWORK_2D
+
+from riskmap_ext.finetune import CheckpointError
+from riskmap_ext.finetune.checkpoint import load_source, save_checkpoint, start_from_source
+from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.network import build_network, head_keys
+
+NETWORK = NetworkConfig(**NETWORK_2D)
+NAMES = ["background", "a", "b"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "source.pt"
+    save_checkpoint(path, build_network(NETWORK, 3), NETWORK, NAMES, {"spacing": None}, {"step": 4})
+    return path
+
+
+def load(path: Path, **options):
+    return load_source(SourceConfig(checkpoint=path, **options))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_plain_types_only(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["network"] == NETWORK_2D
+    assert content["classes"] == NAMES
+    assert content["progress"] == {"step": 4}
+
+
+def test_source_is_frozen_and_complete(checkpoint):
+    source = load(checkpoint)
+    assert source.classes == NAMES
+    assert source.config == NETWORK
+    assert not source.network.training
+    assert not any(p.requires_grad for p in source.network.parameters())
+    state = source.network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in weights(checkpoint).items())
+
+
+def test_digest_follows_the_weights(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    next(iter(content["state_dict"].values())).view(-1)[0] += 1
+    torch.save(content, tmp_path / "other.pt")
+    assert load(checkpoint).digest == load(checkpoint).digest
+    assert load(checkpoint).digest != load(tmp_path / "other.pt").digest
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"network_weights": state},
+        lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}},
+    ],
+    ids=["bare", "monai", "nnunet", "parallel", "compiled", "lightning"],
+)
+def test_checkpoints_of_other_tools(checkpoint, tmp_path, wrap):
+    state = weights(checkpoint)
+    torch.save(wrap(state), tmp_path / "foreign.pt")
+    source = load(tmp_path / "foreign.pt", network=NETWORK, classes=3)
+    assert source.classes == ["class 0", "class 1", "class 2"]
+    assert all(torch.equal(source.network.state_dict()[k], v) for k, v in state.items())
+
+
+def test_head_is_new_where_class_counts_differ(checkpoint):
+    torch.manual_seed(1)
+    network = build_network(NETWORK, 5)
+    fresh = {key: value.clone() for key, value in network.state_dict().items()}
+    source = load(checkpoint)
+    report = start_from_source(network, NETWORK, 5, source, "auto")
+    assert set(report.reinitialized) == head_keys(NETWORK, 5)
+    assert set(report.loaded) == set(fresh) - set(report.reinitialized)
+    assert report.new == report.skipped == report.mismatched == []
+    for key, value in network.state_dict().items():
+        expected = fresh[key] if key in report.reinitialized else weights(checkpoint)[key]
+        assert torch.equal(value, expected), key
+    assert "reinitialized" in report.summary()
+
+
+def test_head_is_kept_where_class_counts_agree(checkpoint):
+    for head, renewed in (("auto", False), ("keep", False), ("reinitialize", True)):
+        report = start_from_source(build_network(NETWORK, 3), NETWORK, 3, load(checkpoint), head)
+        assert bool(report.reinitialized) is renewed
+    with pytest.raises(CheckpointError, match=r"source\.head: keep needs"):
+        start_from_source(build_network(NETWORK, 4), NETWORK, 4, load(checkpoint), "keep")
+
+
+def test_other_network(checkpoint):
+    wider = NetworkConfig(name="UNet", args={**NETWORK.args, "channels": [4, 12]})
+    report = start_from_source(build_network(wider, 3), wider, 3, load(checkpoint), "auto")
+    assert report.loaded
+    assert report.mismatched
+    deeper = NetworkConfig(name="UNet", args={**NETWORK.args, "num_res_units": 2})
+    report = start_from_source(build_network(deeper, 3), deeper, 3, load(checkpoint), "auto")
+    assert report.new
+    other = NetworkConfig(name="SegResNet", args={"spatial_dims": 2, "init_filters": 8})
+    with pytest.raises(CheckpointError, match=r"source\.initialize=false"):
+        start_from_source(build_network(other, 3), other, 3, load(checkpoint), "auto")
+
+
+def test_keys_that_the_network_lacks_are_skipped(tmp_path):
+    deeper = NetworkConfig(name="UNet", args={**NETWORK.args, "num_res_units": 2})
+    save_checkpoint(tmp_path / "s.pt", build_network(deeper, 3), deeper, NAMES, {}, {})
+    source = load(tmp_path / "s.pt")
+    report = start_from_source(build_network(NETWORK, 3), NETWORK, 3, source, "auto")
+    assert report.skipped
+    assert not set(report.skipped) & set(build_network(NETWORK, 3).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "told"),
+    [
+        (None, {}, "no such checkpoint"),
+        (b"rubbish", {}, "cannot be read"),
+        ([1, 2], {}, "expected a dictionary"),
+        ({"epoch": 3}, {}, "no weights"),
+        ({"w": torch.zeros(1)}, {}, "source.network.name"),
+        ({"w": torch.zeros(1)}, {"network": NETWORK}, "source.classes"),
+        ({"w": torch.zeros(1)}, {"network": NETWORK, "classes": 3}, "do not fit UNet with 3"),
+    ],
+)
+def test_bad_checkpoints(tmp_path, content, options, told):
+    path = tmp_path / "bad.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError) as caught:
+        load(path, **options)
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"state_dict": build_network(NETWORK, 3)}, tmp_path / "pickled.pt")
+    with pytest.raises(CheckpointError, match="tensors and plain types"):
+        load(tmp_path / "pickled.pt", network=NETWORK, classes=3)

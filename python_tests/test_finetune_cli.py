@@ -1,0 +1,180 @@
+"""The `riskmap` command: what it runs, and how it tells its user what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+from finetune_data import configuration, settings, write_cases
+
+import riskmap_ext
+from riskmap_ext.finetune import cli, finetune
+
+CLASSES = "background,box,crate"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_cases(folder, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(root, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("source") / "run"
+    train = {"steps": 20, "validate_every": 0}
+    return finetune(configuration(root, output, train=train), progress=False).checkpoint
+
+
+@pytest.fixture
+def riskmap(monkeypatch, capsys):
+    """Runs the command in this process; returns exit code, standard output and error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["riskmap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_finetune_with_overrides(riskmap, root, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(root, tmp_path / "out")))
+    output = tmp_path / "else"
+    code, out, err = riskmap("finetune", path, "train.steps=1", f"output={output}")
+    assert (code, err) == (0, "")
+    assert "step 1/1" in out
+    assert "mean Dice" in out
+    assert (output / "last.pt").is_file()
+    assert not (tmp_path / "out").exists()
+    code, out, _ = riskmap("finetune", path, f"output={output}", "overwrite=true", "--quiet")
+    assert (code, out) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.stepz=1", "train.stepz: unknown key; did you mean steps"),
+        ("data.train=9", "data.train: asks for 9 cases"),
+        ("data.root=/nowhere", "/nowhere: no such folder"),
+        ("source.checkpoint=/none.pt", "/none.pt: no such checkpoint"),
+    ],
+)
+def test_input_errors_are_one_message(riskmap, root, tmp_path, override, told):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(root, tmp_path / "out")))
+    code, out, err = riskmap("finetune", path, override)
+    assert code == 2
+    assert told in err
+    assert err.startswith("riskmap: error: ")
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "out").exists()
+
+
+def test_map_of_folders(riskmap, root, source, tmp_path):
+    output = tmp_path / "maps"
+    code, out, err = riskmap(
+        "map",
+        *("--source", source, "--image", root / "images", "--label", root / "labels"),
+        *("--output", output, "--classes", CLASSES),
+    )
+    assert (code, err) == (0, "")
+    assert "LEEP score" in out
+    for name in ("case00", "case01", "case02"):
+        for kind in ("risk", "transferability"):
+            written = nib.load(output / "maps" / f"{name}_{kind}.nii.gz")
+            assert written.get_data_dtype() == np.float32
+        assert (output / "overlays" / f"{name}.png").stat().st_size > 5000
+    assert nib.load(output / "maps" / "case00_transferability.nii.gz").get_fdata().max() <= 0
+    assert not (output / "last.pt").exists()
+
+
+def test_map_of_files_with_further_keys(riskmap, root, source, tmp_path):
+    files = [root / kind / f"case0{i}.nii.gz" for i in (2, 0) for kind in ("images", "labels")]
+    pairs = [o for i, f in zip(("--image", "--label") * 2, files, strict=True) for o in (i, f)]
+    arguments = ("map", "--source", source, *pairs, "--output", tmp_path / "maps")
+    code, out, err = riskmap(
+        *arguments, "--classes", "background,thing", "data.label_map={1: 1, 2: 1}"
+    )
+    assert (code, err) == (0, "")
+    assert "LEEP score" in out
+    names = {p.name for p in (tmp_path / "maps" / "maps").iterdir()}
+    assert names == {f"case0{i}_{k}.nii.gz" for i in (0, 2) for k in ("risk", "transferability")}
+    code, _, err = riskmap(*arguments, "--classes", CLASSES)
+    assert code == 2
+    assert "already holds a run" in err
+
+
+def test_map_errors(riskmap, root, source, tmp_path):
+    image, label = root / "images" / "case00.nii.gz", root / "labels" / "case00.nii.gz"
+    base = ("map", "--source", source, "--image", image, "--output", tmp_path / "maps")
+    code, _, err = riskmap(*base, "--label", label)
+    assert code == 2
+    assert "--classes: missing" in err
+    code, _, err = riskmap(*base, "--label", label, "--label", label, "--classes", CLASSES)
+    assert code == 2
+    assert "expected as many of each, got 1 and 2" in err
+    code, _, err = riskmap(*base, "--label", tmp_path / "none.nii.gz", "--classes", CLASSES)
+    assert code == 2
+    assert "none.nii.gz: no such file" in err
+    assert not (tmp_path / "maps").exists()
+
+
+def test_info(riskmap):
+    code, out, _ = riskmap("info")
+    assert code == 0
+    assert riskmap_ext.__version__ in out
+    assert torch.__version__ in out
+
+
+def test_demo_gets_its_options(riskmap, monkeypatch, tmp_path):
+    from riskmap_ext.finetune import demo
+
+    seen = {}
+    monkeypatch.setattr(demo, "run", lambda **options: seen.update(options))
+    code, _, _ = riskmap("demo", "--output", tmp_path, "--seeds", 2, "--steps", 5, "--workers", 1)
+    assert code == 0
+    assert seen == {"output": tmp_path, "seeds": 2, "steps": 5, "workers": 1}
+
+
+def test_usage_errors(riskmap):
+    code, _, err = riskmap("finetune")
+    assert code == 2
+    assert "CONFIG" in err
+    code, _, _ = riskmap("no-such-command")
+    assert code == 2
+
+
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["riskmap", "info"])
+    monkeypatch.setattr("riskmap_ext.info.report", lambda: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        cli.main()
+
+
+@pytest.mark.parametrize("missing", ["typer", "monai", "pydantic"])
+def test_a_missing_extra_is_told(missing, tmp_path):
+    """As in an environment without the extra: the import of one package fails."""
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "sys.argv = ['riskmap', 'finetune', 'none.yaml']\n"
+        "from riskmap_ext.finetune.__main__ import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert f"{missing}" in ran.stderr
+    assert "riskmap_ext[finetune]" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,209 @@
+"""Configuration of the driver: YAML, overrides, and errors that name the key and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+from finetune_data import NETWORK_2D, settings
+
+from riskmap_ext.finetune import ConfigError, load_config, parse_config
+from riskmap_ext.finetune.config import AugmentConfig, LossConfig
+from riskmap_ext.finetune.network import build_network, head_keys, spatial_dims
+from riskmap_ext.nn import RiskWeightedLoss
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def content(tmp_path: Path, **sections):
+    return settings(tmp_path / "data", tmp_path / "out", **sections)
+
+
+def test_relative_paths_start_from_the_file(tmp_path):
+    plain = content(tmp_path, source={"checkpoint": "../source.pt"}) | {"output": "out"}
+    plain["data"]["root"] = "data"
+    config = load_config(write(tmp_path / "run.yaml", plain))
+    assert config.output == tmp_path / "out"
+    assert config.data.root == tmp_path / "data"
+    assert config.source.checkpoint == tmp_path.parent / "source.pt"
+
+
+def test_images_and_labels_start_from_root(tmp_path):
+    plain = content(tmp_path, data={"images": "a", "labels": "/b"})
+    config = load_config(write(tmp_path / "run.yaml", plain))
+    assert config.data.images == tmp_path / "data" / "a"
+    assert config.data.labels == Path("/b")
+
+
+def test_overrides_are_yaml_and_paths_start_here(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    path = write(tmp_path / "run.yaml", content(tmp_path))
+    config = load_config(
+        path,
+        [
+            "train.steps=7",
+            "data.label_map={47: 1, 48: box}",
+            "train.augment.flip=[coronal]",
+            "train.lr=1e-4",
+            "output=elsewhere",
+            "loss.class_weights=sqrt_inverse_frequency",
+            "train.grad_clip=null",
+        ],
+    )
+    assert config.train.steps == 7
+    assert config.data.label_map == {47: 1, 48: "box"}
+    assert config.train.augment.flip == ["coronal"]
+    assert config.train.lr == 1e-4
+    assert config.train.grad_clip is None
+    assert config.output == here / "elsewhere"
+    assert config.loss.class_weights == "sqrt_inverse_frequency"
+
+
+def test_an_override_starts_a_section_that_the_file_lacks(tmp_path):
+    path = write(tmp_path / "run.yaml", content(tmp_path))
+    config = load_config(path, ["source.checkpoint=/s.pt", "risk.range=[0, 5]"])
+    assert config.source.checkpoint == Path("/s.pt")
+    assert config.risk.range == [0, 5]
+
+
+def test_resolved_configuration_loads_again(tmp_path):
+    data = {"label_map": {3: "ignore", 2: 1}, "spacing": [1, 1, 2]}
+    config = parse_config(content(tmp_path, data=data, risk={"use": False}))
+    again = load_config(write(tmp_path / "again.yaml", yaml.safe_load(config.to_yaml())))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"trian": {}}, ["trian: unknown key", "did you mean train"]),
+        ({"train": {"step": 5}}, ["train.step: unknown key", "did you mean steps"]),
+        ({"train": {"augment": {"flips": []}}}, ["train.augment.flips", "did you mean flip"]),
+        ({"train": {"steps": 0}}, ["train.steps", "greater than or equal to 1", "got 0"]),
+        ({"train": {"steps": "many"}}, ["train.steps", "integer", "'many'"]),
+        ({"train": {"optimizer": "adamw"}}, ["train.optimizer", "did you mean 'AdamW'"]),
+        ({"risk": {"scheme": "linaer"}}, ["risk.scheme", "did you mean 'linear'"]),
+        ({"risk": {"range": [2, 1]}}, ["risk.range", "lo <= hi"]),
+        ({"risk": {"use": True}}, ["risk.use", "source.checkpoint"]),
+        ({"data": {"datalist": "a.json", "images": "i", "labels": "l"}}, ["data", "one of"]),
+        ({"data": {"images": "i"}}, ["data", "images and labels together"]),
+        ({"data": {"root": None}}, ["data", "no data given", "dataset.json"]),
+        ({"data": {"classes": ["background"]}}, ["data.classes", "two or more"]),
+        ({"loss": {"ce_weight": 0, "dice_weight": 0}}, ["loss", "above 0"]),
+        ({"network": None}, ["network", "or a source"]),
+        ({"network": {"args": {}}}, ["network.name: missing"]),
+        ({"device": "gpu"}, ["device", "'gpu'"]),
+        ({"data": {"spacing": [1, 1]}}, ["data.spacing"]),
+    ],
+)
+def test_errors_name_key_and_way_out(tmp_path, change, told):
+    plain = content(tmp_path)
+    for key, value in change.items():
+        replaced = isinstance(value, dict) and key in plain and key != "network"
+        plain[key] = {**plain[key], **value} if replaced else value
+    path = write(tmp_path / "run.yaml", plain)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    for text in (str(path), *told):
+        assert text in str(caught.value)
+
+
+def test_all_errors_are_told_at_once(tmp_path):
+    plain = content(tmp_path, train={"steps": -1, "lr": -1}, seed="x")
+    with pytest.raises(ConfigError) as caught:
+        parse_config(plain)
+    for key in ("train.steps", "train.lr", "seed"):
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("train.steps=[1", "not valid YAML"),
+        ("output.sub=3", "output is a value, not a section"),
+        ("train.stepps=3", "did you mean steps"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, told):
+    path = write(tmp_path / "run.yaml", content(tmp_path))
+    with pytest.raises(ConfigError, match=told.replace("[", r"\[")):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [(None, "no such configuration"), ("a: [1", "not valid YAML"), ("- 1", "expected keys")],
+)
+def test_bad_files(tmp_path, text, told):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ({"name": "UNett"}, "did you mean"),
+        ({"name": "optim"}, "no class of monai.networks.nets"),
+        ({"name": "VoxelMorphUNet", "args": {"spatial_dims": 3}}, "segmentation network"),
+        ({"name": "UNet", "args": {"spatial_dims": 4}}, "2 (slices) or 3"),
+        ({"name": "UNet", "args": {}}, "got nothing"),
+        ({"name": "UNet", "args": {"spatial_dims": 2, "chanels": [4]}}, "did you mean channels"),
+        (
+            {"name": "UNet", "args": {"spatial_dims": 2, "channels": [4], "strides": [2]}},
+            "refuses",
+        ),
+    ],
+)
+def test_bad_networks(tmp_path, network, told):
+    config = parse_config(content(tmp_path, network=None) | {"network": network})
+
+    def build():
+        spatial_dims(config.network)
+        return build_network(config.network, 3)
+
+    with pytest.raises(ConfigError) as caught:
+        build()
+    assert told in str(caught.value)
+
+
+def test_head_is_found_by_its_shape(tmp_path):
+    config = parse_config(content(tmp_path))
+    heads = head_keys(config.network, 3)
+    state = build_network(config.network, 3).state_dict()
+    assert heads
+    assert heads < set(state)
+    assert all(3 in state[key].shape for key in heads)
+
+
+def test_the_loss_section_has_the_options_of_the_loss(tmp_path):
+    options = LossConfig().model_dump(exclude={"class_weights"})
+    loss = RiskWeightedLoss(**options)
+    assert loss.options == options
+
+
+def test_augmentation_is_gentle_by_default():
+    augment = AugmentConfig()
+    # Left and right are classes of their own in many label sets.
+    assert augment.flip == []
+    assert augment.rotation <= 15
+
+
+def test_networks_are_given_by_name_only(tmp_path):
+    config = parse_config(content(tmp_path))
+    assert config.network.model_dump() == NETWORK_2D

@@ -1,0 +1,46 @@
+"""Fine-tuning driver: `finetune(load_config("run.yaml"))`, or `riskmap finetune run.yaml`.
+
+Needs the extra `finetune`: pip install "riskmap_ext[finetune]".
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from riskmap_ext.finetune.config import Config, load_config, parse_config
+    from riskmap_ext.finetune.data import Case, Cases, prepare_cases
+    from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
+    from riskmap_ext.finetune.run import FinetuneResult, finetune, make_maps
+
+__all__ = [
+    "Case",
+    "Cases",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "FinetuneResult",
+    "InputError",
+    "finetune",
+    "load_config",
+    "make_maps",
+    "parse_config",
+    "prepare_cases",
+]
+
+_HOME = {
+    "config": ("Config", "load_config", "parse_config"),
+    "data": ("Case", "Cases", "prepare_cases"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
+    "run": ("FinetuneResult", "finetune", "make_maps"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported on first use, so that the command line can name a missing package of the extra."""
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

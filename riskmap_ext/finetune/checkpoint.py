@@ -1,0 +1,214 @@
+"""Checkpoints of tensors and plain types, and starting a network from a source model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.errors import CheckpointError
+from riskmap_ext.finetune.files import digest, write_torch
+from riskmap_ext.finetune.network import build_network, head_keys
+
+FORMAT = "riskmap_ext.checkpoint.1"
+# Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
+_STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """The frozen source network and what its checkpoint says about it."""
+
+    network: nn.Module
+    config: NetworkConfig
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    digest: str
+
+
+@dataclass
+class KeyReport:
+    """What became of each state-dict key when a network was started from a source's weights.
+
+    loaded: copied. reinitialized: the output layer, fresh. mismatched: same name, other shape,
+    left fresh. new: not in the source, left fresh. skipped: in the source, not in the network.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    reinitialized: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[str]]:
+        return dict(vars(self))
+
+    def summary(self) -> str:
+        parts = [f"{len(self.loaded)} keys loaded"]
+        for name, keys in list(vars(self).items())[1:]:
+            if keys:
+                shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+                parts.append(f"{len(keys)} {name} ({shown})")
+        return "; ".join(parts)
+
+
+def save_checkpoint(
+    path: Path,
+    network: nn.Module,
+    config: NetworkConfig,
+    classes: list[str],
+    preprocessing: Mapping[str, Any],
+    progress: Mapping[str, Any],
+) -> None:
+    """A file that torch.load(weights_only=True) reads and `source.checkpoint` takes."""
+    state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+    write_torch(
+        path,
+        {
+            "format": FORMAT,
+            "network": {"name": config.name, "args": dict(config.args)},
+            "classes": list(classes),
+            "preprocessing": dict(preprocessing),
+            "progress": dict(progress),
+            "state_dict": state,
+        },
+    )
+
+
+def load_source(source: SourceConfig) -> SourceModel:
+    """The source network with its weights, in eval mode and without gradients.
+
+    The checkpoint is one of this package's, or any file of tensors and plain types with a state
+    dict in it; then `source.network` and `source.classes` must be given.
+
+    Raises: CheckpointError naming the file and what is missing or does not fit.
+    """
+    path = source.checkpoint
+    content = _read(path)
+    state = _state_dict(path, content)
+    config = source.network or _stored_network(path, content)
+    classes = _classes(source, content, path)
+    network = build_network(config, len(classes))
+    state = _without_wrappers(state, network.state_dict().keys())
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()[1:4]]
+        raise CheckpointError(
+            f"{path}: the weights do not fit {config.name} with {len(classes)} classes "
+            f"({'; '.join(lines)}); set source.network and source.classes to the model's own"
+        ) from None
+    network.eval().requires_grad_(False)
+    ordered = network.state_dict()
+    fingerprint = digest(config.model_dump(mode="json"), *(ordered[key] for key in sorted(ordered)))
+    return SourceModel(network, config, classes, content.get("preprocessing") or {}, fingerprint)
+
+
+def start_from_source(
+    network: nn.Module, config: NetworkConfig, num_classes: int, source: SourceModel, head: str
+) -> KeyReport:
+    """Copies the source's weights into `network` and reports every key.
+
+    head: "auto" gives the output layer fresh weights where the class counts differ, "keep" asks
+    for equal counts, "reinitialize" always does.
+
+    Raises: CheckpointError where nothing can be loaded or the head cannot be kept.
+    """
+    mine = network.state_dict()
+    theirs = source.network.state_dict()
+    outputs = head_keys(config, num_classes)
+    fresh_head = head == "reinitialize" or (head == "auto" and num_classes != len(source.classes))
+    if head == "keep" and num_classes != len(source.classes):
+        raise CheckpointError(
+            f"source.head: keep needs as many classes as the source has ({len(source.classes)}), "
+            f"got {num_classes}"
+        )
+    report = KeyReport(skipped=[key for key in theirs if key not in mine])
+    for key, value in mine.items():
+        if key not in theirs:
+            report.new.append(key)
+        elif key in outputs and fresh_head:
+            report.reinitialized.append(key)
+        elif theirs[key].shape != value.shape:
+            report.mismatched.append(key)
+        else:
+            report.loaded.append(key)
+    if not report.loaded:
+        raise CheckpointError(
+            f"source: no weight of {source.config.name} fits {config.name}; use the source's "
+            "network, or set source.initialize=false to take only the risk map from it"
+        )
+    network.load_state_dict({key: theirs[key] for key in report.loaded}, strict=False)
+    return report
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint (source.checkpoint)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch errors of every kind
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain types ({text})"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def _state_dict(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    for candidate in (*(content.get(key) for key in _STATE_KEYS), content):
+        if not isinstance(candidate, dict) or not candidate:
+            continue
+        if all(isinstance(value, Tensor) for value in candidate.values()):
+            return candidate
+    raise CheckpointError(
+        f"{path}: no weights in it; expected a state dict, or one under {', '.join(_STATE_KEYS)}"
+    )
+
+
+def _stored_network(path: Path, content: dict[str, Any]) -> NetworkConfig:
+    stored = content.get("network") if content.get("format") == FORMAT else None
+    if stored is None:
+        raise CheckpointError(
+            f"{path}: does not say which network it belongs to; set source.network.name and "
+            "source.network.args"
+        )
+    try:
+        return NetworkConfig.model_validate(stored)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
+
+
+def _classes(source: SourceConfig, content: dict[str, Any], path: Path) -> list[str]:
+    stored = content.get("classes") if content.get("format") == FORMAT else None
+    classes = stored if source.classes is None else source.classes
+    if classes is None:
+        raise CheckpointError(
+            f"{path}: does not say which classes it has; set source.classes to their number or "
+            "names"
+        )
+    if isinstance(classes, int):
+        return [f"class {index}" for index in range(classes)]
+    return [str(name) for name in classes]
+
+
+def _without_wrappers(state: dict[str, Tensor], wanted: Any) -> dict[str, Tensor]:
+    """Keys without the prefixes of DataParallel, torch.compile or a surrounding module."""
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if not set(state) & set(wanted):
+        heads = {key.split(".")[0] for key in state}
+        inner = {key.partition(".")[2]: value for key, value in state.items()}
+        if len(heads) == 1 and set(inner) & set(wanted):
+            return inner
+    return state

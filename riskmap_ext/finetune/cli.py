@@ -1,0 +1,151 @@
+"""The `riskmap` command: finetune, map, demo, info."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+_EXTRA = 'pip install "riskmap_ext[finetune]"'
+
+try:
+    import typer
+except ModuleNotFoundError as error:  # main() says how to get it
+    typer = None  # type: ignore[assignment]
+    _MISSING: ModuleNotFoundError | None = error
+else:
+    _MISSING = None
+
+
+def _finetune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/finetune.md).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=500 device=cpu."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Fine-tune a segmentation network with the transfer-risk-weighted loss.
+
+    Without `source` in the configuration it trains the network plainly: that is how a source model
+    is made.
+    """
+    from riskmap_ext.finetune.config import load_config
+    from riskmap_ext.finetune.run import finetune
+
+    finetune(load_config(config, overrides or []), progress=not quiet)
+
+
+def _map(
+    source: Annotated[Path, typer.Option(help="Checkpoint of the source model.")],
+    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
+    label: Annotated[list[Path], typer.Option(help="Label file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the maps and pictures.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class names, background first, separated by commas."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Further keys of a configuration, such as risk.scheme=power "
+            "'data.label_map={47: 1, 48: 1}' data.image_suffix=_T1w overwrite=true.",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Write transferability and risk maps of labelled images as NIfTI and PNG.
+
+    Give one --image and one --label folder (paired by name), or as many --label files as --image
+    files, in the same order. The LEEP statistics come from these images.
+    """
+    from riskmap_ext.finetune.config import apply_overrides, parse_config
+    from riskmap_ext.finetune.errors import InputError
+    from riskmap_ext.finetune.run import make_maps
+
+    data: dict[str, Any] = {}
+    if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
+        data = {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
+    elif len(image) != len(label):
+        raise InputError(
+            f"--image and --label: expected as many of each, got {len(image)} and {len(label)}"
+        )
+    else:
+        pairs = zip(image, label, strict=True)
+        data = {"cases": [{"image": str(i), "label": str(n)} for i, n in pairs]}
+    if classes is not None:
+        data["classes"] = [name.strip() for name in classes.split(",")]
+    content: dict[str, Any] = {
+        "output": str(output),
+        "source": {"checkpoint": str(source)},
+        "data": data,
+    }
+    apply_overrides(content, overrides or [])
+    if not {"classes", "label_map"} & set(data):
+        raise InputError(
+            "--classes: missing; name the classes of the labels, background first, such as "
+            "--classes background,lesion"
+        )
+    make_maps(parse_config(content, origin="riskmap map"), progress=not quiet)
+
+
+def _demo(
+    output: Annotated[Path, typer.Option(help="Folder for the table, picture and page.")] = Path(
+        "demo_output"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other subjects.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps of each run.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+) -> None:
+    """Compare losses on simulated brains: offline, a few minutes on two cores."""
+    from riskmap_ext.finetune import demo
+
+    demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
+
+
+def _info() -> None:
+    """Print versions, build facts and what runs on this machine."""
+    from riskmap_ext import info
+
+    typer.echo(info.report())
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="riskmap",
+        help="Transfer risk maps and risk-weighted fine-tuning of segmentation networks.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, command in (("finetune", _finetune), ("map", _map), ("demo", _demo), ("info", _info)):
+        app.command(name)(command)
+    return app
+
+
+def main() -> None:
+    """Entry point of `riskmap`: input errors are one message and exit code 2, not a traceback."""
+    if _MISSING is not None:
+        _fail(f"the riskmap command needs the package {_MISSING.name}; install it with: {_EXTRA}")
+    try:
+        build_app()(prog_name="riskmap")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "riskmap_ext":
+            raise
+        _fail(f"the package {error.name} is missing; install it with: {_EXTRA}")
+    except ValueError as error:
+        from riskmap_ext.finetune.errors import InputError
+
+        if not isinstance(error, InputError):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"riskmap: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

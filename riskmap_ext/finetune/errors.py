@@ -1,0 +1,27 @@
+"""Errors of user input. The command line prints their message alone and exits with code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message names it and how to put it right."""
+
+
+class ConfigError(InputError):
+    """A key or value of the configuration."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint file that is not readable or does not fit the network."""
+
+
+class DataError(InputError):
+    """Image or label files; `problems` has one line for each, naming the file."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "" if count == 1 else f"{count} problems in the data:\n"
+        super().__init__(head + "\n".join(self.problems))

@@ -1,0 +1,167 @@
+"""LEEP statistics and risk maps of all cases with the frozen source model, kept on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import riskmap_ext
+from riskmap_ext.finetune.checkpoint import SourceModel
+from riskmap_ext.finetune.config import IGNORE_INDEX, RiskConfig
+from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.files import digest, write_nifti, write_torch
+from riskmap_ext.finetune.network import Predictor
+
+# Logits of the statistics pass are kept for the maps up to this size in all, else made again.
+_KEPT_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class SourceMaps:
+    """What the source model says about the target data.
+
+    score: LEEP. hardness_range: (lo, hi) over the training set. conditional: P(y|z) [C, Z]
+    float64. transferability, risk: case name -> [X, Y, Z] float32 on the prepared grid.
+    remark: the statistics' warning, if any. num_cached: cases whose maps came from the cache.
+    """
+
+    score: float
+    hardness_range: tuple[float, float]
+    conditional: Tensor
+    transferability: dict[str, Tensor]
+    risk: dict[str, Tensor]
+    remark: str | None
+    num_cached: int
+
+
+class SourceMapper:
+    """Streams the statistics over the training set and makes each case's maps, both cached.
+
+    The cache's keys are digests of what the maps depend on: prepared image and label, the source's
+    weights, the sliding window, the statistics of the training set, and the risk options.
+    """
+
+    def __init__(
+        self,
+        source: SourceModel,
+        predictor: Predictor,
+        num_classes: int,
+        risk: RiskConfig,
+        window: dict[str, Any],
+        cache: Path,
+        progress: Callable[[str], Any] | None = None,
+    ) -> None:
+        self._predictor = predictor
+        self._num_classes = num_classes
+        self._risk = risk
+        self._cache = cache
+        self._progress = progress or (lambda _: None)
+        self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
+        self._logits: dict[str, Tensor] = {}
+
+    def run(self, train: Sequence[Case], others: Sequence[Case] = ()) -> SourceMaps:
+        """Maps of all cases; the statistics and the dataset's range come from `train` alone."""
+        study = digest(self._settings, [case.digest for case in train])
+        statistics = self._statistics(train, self._cache / f"statistics-{study[:24]}.pt")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            score = statistics.score
+        transferability, risk, hits = {}, {}, 0
+        options = self._risk.model_dump(mode="json", exclude={"use"})
+        for case in (*train, *others):
+            key = digest(study, case.digest, options)
+            path = self._cache / f"maps-{key[:24]}.pt"
+            maps = _load(path)
+            if maps is None:
+                maps = self._maps(case, statistics)
+                write_torch(path, maps)
+            else:
+                hits += 1
+            transferability[case.name], risk[case.name] = maps["transferability"], maps["risk"]
+            self._logits.pop(case.name, None)
+            self._progress(f"map of {case.name}")
+        return SourceMaps(
+            score,
+            statistics.hardness_range,
+            statistics.conditional.cpu(),
+            transferability,
+            risk,
+            "; ".join(" ".join(str(w.message).split()) for w in caught) or None,
+            hits,
+        )
+
+    def _statistics(self, train: Sequence[Case], path: Path) -> Any:
+        statistics = riskmap_ext.TransferStatistics(self._num_classes, ignore_index=IGNORE_INDEX)
+        stored = _load(path)
+        if stored is not None:
+            statistics.load_state_dict(stored)
+            return statistics
+        for case in train:
+            logits = self._source_logits(case)
+            statistics.update(logits, case.label[None].to(logits.device))
+            self._progress(f"statistics of {case.name}")
+        for case in train:
+            logits = self._source_logits(case)
+            statistics.update_range(logits, case.label[None].to(logits.device))
+            self._progress(f"range of {case.name}")
+        write_torch(path, statistics.state_dict())
+        return statistics
+
+    def _maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
+        logits = self._source_logits(case)
+        label = case.label[None].to(logits.device)
+        conditional = statistics.conditional.to(logits.device)
+        wanted = self._risk.range
+        if wanted == "dataset":
+            scope = statistics.hardness_range
+        else:
+            scope = None if wanted == "image" else tuple(wanted)
+        given = (logits, label, conditional)
+        transferability = riskmap_ext.transferability_map(*given, ignore_index=IGNORE_INDEX)
+        risk = riskmap_ext.risk_map(
+            *given,
+            scheme=self._risk.scheme,
+            base=self._risk.base,
+            alpha=self._risk.alpha,
+            scale=self._risk.scale,
+            range=scope,
+            ignore_index=IGNORE_INDEX,
+        )
+        return {"transferability": transferability[0].cpu(), "risk": risk[0].cpu()}
+
+    def _source_logits(self, case: Case) -> Tensor:
+        if case.name in self._logits:
+            return self._logits[case.name]
+        logits = self._predictor(case.image)
+        kept = sum(t.numel() * t.element_size() for t in self._logits.values())
+        if kept + logits.numel() * logits.element_size() <= _KEPT_BYTES:
+            self._logits[case.name] = logits
+        return logits
+
+
+def write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
+    """<case>_transferability.nii.gz and <case>_risk.nii.gz on the image file's own grid."""
+    for kind, volume in (
+        ("transferability", maps.transferability[case.name]),
+        ("risk", maps.risk[case.name]),
+    ):
+        # Nearest, since both belong to the label of their voxel.
+        values = case.grid.to_file(case.grid.to_full(volume, mode="nearest"))
+        path = folder / f"{case.name}_{kind}.nii.gz"
+        write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """A cache entry, or None where there is none or it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged entry of any kind is made again
+        return None

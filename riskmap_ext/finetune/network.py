@@ -1,0 +1,162 @@
+"""Networks of monai.networks.nets by name, their output layer, and sliding-window inference."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.networks import nets
+from torch import Tensor, nn
+
+from riskmap_ext.finetune.config import Config, InferenceConfig, NetworkConfig
+from riskmap_ext.finetune.errors import ConfigError
+
+_OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
+_DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
+_WINDOWS_AT_ONCE = {2: 16, 3: 2}
+
+
+def network_class(name: str) -> type[nn.Module]:
+    found = getattr(nets, name, None)
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return found
+    known = [n for n in dir(nets) if inspect.isclass(getattr(nets, n))]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
+
+
+def spatial_dims(network: NetworkConfig) -> int:
+    """2 or 3: whether the network sees slices or volumes."""
+    parameters = inspect.signature(network_class(network.name)).parameters
+    default = parameters["spatial_dims"].default if "spatial_dims" in parameters else 3
+    dims = network.args.get("spatial_dims", default)
+    if dims not in (2, 3):
+        raise ConfigError(
+            "network.args.spatial_dims: expected 2 (slices) or 3 (volumes), got "
+            + ("nothing" if dims is inspect.Parameter.empty else repr(dims))
+        )
+    return int(dims)
+
+
+def build_network(network: NetworkConfig, num_classes: int) -> nn.Module:
+    """The network for one input channel and `num_classes` output channels.
+
+    Raises: ConfigError naming the argument that the class does not take or refuses.
+    """
+    cls = network_class(network.name)
+    parameters = inspect.signature(cls).parameters
+    out_name = next((n for n in _OUT_ARGUMENTS if n in parameters), None)
+    if out_name is None:
+        raise ConfigError(
+            f"network.name: {network.name} takes no {' or '.join(_OUT_ARGUMENTS)}; expected a "
+            "segmentation network such as UNet, DynUNet, SegResNet or SwinUNETR"
+        )
+    # The channels follow from the data and the classes, whatever the arguments say.
+    args = {**network.args, out_name: num_classes}
+    if "in_channels" in parameters:
+        args["in_channels"] = 1
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if open_ended else sorted(set(args) - set(parameters))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(parameters), n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
+    try:
+        return cls(**args)
+    except Exception as error:  # each network checks its own arguments in its own way
+        text = " ".join(str(error).split())
+        raise ConfigError(f"network.args: {network.name} refuses {args}: {text}") from None
+
+
+def head_keys(network: NetworkConfig, num_classes: int) -> set[str]:
+    """State-dict keys whose shape depends on the number of classes: the output layer."""
+    with torch.random.fork_rng(devices=[]):
+        shapes = [
+            {key: value.shape for key, value in build_network(network, count).state_dict().items()}
+            for count in (num_classes, num_classes + 1)
+        ]
+    return {key for key, shape in shapes[0].items() if shapes[1].get(key) != shape}
+
+
+def patch_size(config: Config, dims: int) -> list[int]:
+    """The training crop, one size per spatial dimension of the network."""
+    return _sizes("train.patch_size", config.train.patch_size or _DEFAULT_PATCH[dims], dims)
+
+
+def _sizes(key: str, sizes: Sequence[int], dims: int) -> list[int]:
+    if len(sizes) not in (1, dims):
+        raise ConfigError(f"{key}: expected 1 or {dims} sizes for this network, got {list(sizes)}")
+    return list(sizes) * (dims // len(sizes))
+
+
+def check_forward(network: nn.Module, size: Sequence[int], num_classes: int, key: str) -> None:
+    """Runs one blank patch through the network, so that a misfit is told before any work."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            out = network(torch.zeros(1, 1, *size, device=device))
+    except Exception as error:  # whatever the network's layers raise
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
+            f"({text}); sizes divisible by the product of the network's strides usually do"
+        ) from None
+    finally:
+        network.train(training)
+    shape = list(first_output(out).shape)
+    if shape != [1, num_classes, *size]:
+        raise ConfigError(
+            f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
+            f"{shape}, expected {[1, num_classes, *size]}; sizes divisible by the product of the "
+            "network's strides usually keep their size"
+        )
+
+
+def first_output(out: Any) -> Tensor:
+    """The full-resolution logits of networks that return several outputs."""
+    return out[0] if isinstance(out, (list, tuple)) else out
+
+
+class Predictor:
+    """Sliding-window logits of whole volumes, slice by slice for a 2-D network."""
+
+    def __init__(
+        self, network: nn.Module, dims: int, patch: Sequence[int], inference: InferenceConfig
+    ) -> None:
+        self.patch = _sizes("inference.patch_size", inference.patch_size or patch, dims)
+        options: dict[str, Any] = {
+            "roi_size": self.patch,
+            "sw_batch_size": inference.batch_size or _WINDOWS_AT_ONCE[dims],
+            "overlap": inference.overlap,
+            "mode": "gaussian",
+            # Crops of training repeat the border in the same way.
+            "padding_mode": "replicate",
+            # MONAI keeps the window's weights in the network's dimensions: no use for slices.
+            "cache_roi_weight_map": dims == 3,
+        }
+        self._infer = (
+            SliceInferer(spatial_dim=2, **options) if dims == 2 else SlidingWindowInferer(**options)
+        )
+        self._network = network
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Logits [1, K, X, Y, Z] float32 of an image [X, Y, Z], without gradients."""
+        device = next(self._network.parameters()).device
+        training = self._network.training
+        self._network.eval()
+        try:
+            with torch.no_grad():
+                logits: Any = self._infer(image.to(device)[None, None], self._forward)
+                return logits.float()
+        finally:
+            self._network.train(training)
+
+    def _forward(self, window: Tensor) -> Tensor:
+        return first_output(self._network(window))

@@ -1,0 +1,195 @@
+"""What a run tells its user: log, progress bars, tables, TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.evaluate import class_counts, class_means, mean_without_nan
+from riskmap_ext.finetune.files import write_csv
+
+MISSING = "\N{EN DASH}"
+
+
+class Log:
+    """Messages to the terminal (unless quiet) and, once a folder is known, to its log.txt."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._path: Path | None = None
+        self._early: list[str] = []
+
+    def open(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._path = path
+        early, self._early = self._early, []
+        for line in early:
+            self._append(line)
+
+    def __call__(self, message: str) -> None:
+        self.console.print(message, markup=False)
+        self._append(message)
+
+    def warn(self, message: str) -> None:
+        self.console.print(Text(f"Warning: {message}", style="yellow"))
+        self._append(f"Warning: {message}")
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+        plain = Console(width=120, no_color=True, highlight=False)
+        with plain.capture() as captured:
+            plain.print(table)
+        self._append(captured.get().rstrip())
+
+    def _append(self, message: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
+        if self._path is None:
+            self._early.append(line)
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def progress(self, unit: str = "it") -> Progress:
+        """A bar with count, rate and time left; it goes away when done."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+            # Where there is no terminal, the log's lines tell how far it is.
+            disable=not self.console.is_terminal,
+        )
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self._unit}/s" if speed else f"{MISSING} {self._unit}/s")
+
+
+class Metrics:
+    """metrics.csv, one row per validation, and the same as TensorBoard events."""
+
+    def __init__(self, path: Path, classes: Sequence[str], tensorboard: Path | None) -> None:
+        self._path = path
+        self._names = [f"dice_{name}" for name in classes[1:]]
+        self.header = ["step", "train_loss", *self._names, "mean_dice", "lr", "seconds"]
+        self.rows: list[dict[str, float]] = []
+        self._writer: Any = None
+        if tensorboard is not None:
+            # Slow to import, and not wanted by every run.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def add(
+        self, step: int, loss: float, dice: Sequence[float], lr: float, seconds: float
+    ) -> dict[str, float]:
+        mean = mean_without_nan(dice)
+        values = [step, loss, *dice, mean, lr, seconds]
+        row = dict(zip(self.header, values, strict=True))
+        self.rows.append(row)
+        write_csv(self._path, self.header, [map(_plain, r.values()) for r in self.rows])
+        if self._writer is not None:
+            for name, value in row.items():
+                if name not in ("step", "seconds") and not math.isnan(value):
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        return row
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_dice(path: Path, table: Mapping[str, Sequence[float]], classes: Sequence[str]) -> None:
+    """dice.csv: a row per case, then the mean over the cases that have the class, and how many."""
+    count = len(classes)
+    means = class_means(table, count)
+    rows = [[name, *row, mean_without_nan(row)] for name, row in table.items()]
+    rows.append(["mean", *means, mean_without_nan(means)])
+    counts = class_counts(table, count)
+    rows.append(["cases_with_class", *counts, sum(value > 0 for value in counts)])
+    write_csv(path, ["case", *classes[1:], "mean"], [map(_plain, row) for row in rows])
+
+
+def dice_table(table: Mapping[str, Sequence[float]], classes: Sequence[str], title: str) -> Table:
+    """Dice per class over all cases, for the terminal and the log."""
+    count = len(classes)
+    shown = Table(title=title)
+    for column in ("class", "mean Dice", "lowest", "highest", "cases with the class"):
+        shown.add_column(column, justify="left" if column == "class" else "right")
+    means, counts = class_means(table, count), class_counts(table, count)
+    for i, name in enumerate(classes[1:]):
+        known = [row[i] for row in table.values() if not math.isnan(row[i])] or [math.nan]
+        cells = [number(v) for v in (means[i], min(known), max(known))]
+        shown.add_row(name, *cells, f"{counts[i]} of {len(table)}")
+    scored = sum(value > 0 for value in counts)
+    shown.add_section()
+    overall = number(mean_without_nan(means))
+    shown.add_row("mean", overall, "", "", f"{scored} of {count - 1} classes")
+    return shown
+
+
+def write_overlay(
+    folder: Path,
+    case: Case,
+    classes: Sequence[str],
+    prediction: Tensor | None,
+    risk: Tensor | None,
+) -> None:
+    """overlays/<case>.png; all volumes on the prepared grid."""
+    # matplotlib is slow to import, and not wanted by every run.
+    from riskmap_ext.finetune.figures import overlay
+
+    def ras(volume: Tensor | None) -> Any:
+        return None if volume is None else case.grid.to_ras(volume)
+
+    overlay(
+        folder / f"{case.name}.png",
+        ras(case.image),
+        labels=ras(case.label),
+        prediction=ras(prediction),
+        risk=ras(risk),
+        class_names=classes,
+        title=case.name,
+        zooms=case.grid.ras_spacing(),
+    )
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash for NaN."""
+    return MISSING if math.isnan(value) else f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
