@@ -45,12 +45,15 @@ struct Chunking {
 };
 
 inline constexpr int kMaxTile = 512;
-inline constexpr int kMinTile = 16;  // at least one vector of any instruction set
+inline constexpr int kMinTile = 16;  // a whole number of vectors of any instruction set
 
-// Voxels in a tile, a multiple of kMinTile, so that `rows` rows of them stay within about 128 KB.
+// Voxels in a tile, a multiple of kMinTile, so that `rows` rows of them stay within about 32 KB (a first-level cache),
+// but no fewer than kUsualMinTile: shorter pieces of a row would cost more than they save.
+inline constexpr int64_t kUsualMinTile = 64;
+
 inline int64_t tile_voxels(int64_t rows, size_t element) {
-  const int64_t fit = static_cast<int64_t>((128 << 10) / element) / (rows < 1 ? 1 : rows);
-  const int64_t tile = fit < kMinTile ? kMinTile : fit > kMaxTile ? kMaxTile : fit;
+  const int64_t fit = static_cast<int64_t>((32 << 10) / element) / (rows < 1 ? 1 : rows);
+  const int64_t tile = fit < kUsualMinTile ? kUsualMinTile : fit > kMaxTile ? kMaxTile : fit;
   return tile / kMinTile * kMinTile;
 }
 

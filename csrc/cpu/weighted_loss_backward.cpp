@@ -6,6 +6,11 @@
 #include "cpu/loss_inputs.h"
 
 namespace riskmap::cpu {
+namespace {
+
+constexpr int64_t kStreamedBytes = 16 << 20;  // more than a core's share of the last cache
+
+}  // namespace
 
 LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, const std::vector<double>& factor,
                              const Tensor* grad_map, const std::vector<double>& dice_overall,
@@ -27,6 +32,7 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
   args.dice_overall = overall.data();
   args.dice_hit = hit.data();
   args.grad_logits = view_volume(written, keep_written);
+  args.streamed = written.numel() * static_cast<int64_t>(written.element_size()) >= kStreamedBytes;
   if (grad_risk) args.grad_risk = view_map(result.risk, keep_risk);
   args.partial = partial;
   auto* kernel =

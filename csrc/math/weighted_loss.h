@@ -24,7 +24,7 @@ RISKMAP_HD V cross_entropy_grad(V pi, V hot_plus_total, V hot_here, V smooth_k) 
 // t (1 - eps) + eps / 2.
 template <class V>
 struct RegionTerm {
-  V loss;  // max(x, 0) - x t + log(1 + exp(-|x|))
+  V loss;  // |x| (x < 0 ? t : 1 - t) + log(1 + exp(-|x|))
   V pi;    // sigmoid(x)
 };
 
@@ -34,10 +34,12 @@ RISKMAP_HD RegionTerm<V> region_term(V x, V t) {
   const V zero{};
   const V one = V{} + Element(1);
   const auto negative = x < zero;
-  const V e = exp(select(negative, x, V(-x)));
+  const V size = select(negative, V(-x), x);  // a NaN stays
+  const V e = exp(V(-size));
   const V inverse = one / (one + e);
-  const V positive_part = select(negative, zero, x);  // a NaN stays
-  return {V(positive_part - x * t + log1p_unit(e)), select(negative, V(e * inverse), inverse)};
+  const V wrong = select(negative, t, V(one - t));
+  const V linear = select(wrong == zero, zero, V(size * wrong));  // an infinite logit that is right costs nothing
+  return {V(linear + log1p_unit(e)), select(negative, V(e * inverse), inverse)};
 }
 
 // Dice loss of one class from its sums over voxels: 1 - (2 I + eps) / max(P + G + eps, 1e-8), with

@@ -63,8 +63,12 @@ struct LossTile {
     if (!usable_in_place<acc_t>(out, n)) return {rows, pitch};
     return {static_cast<acc_t*>(out.data) + image * out.stride_batch + begin, out.stride_class};
   }
-  void finish_gradient(Rows<acc_t> grads, const Volume& out, int64_t begin, int64_t n) const {
-    if (grads.base == rows) stage_out(rows, pitch, out, image, begin, n);
+  void finish_gradient(Rows<acc_t> grads, const Volume& out, int64_t begin, int64_t n, bool streamed) const {
+    if (grads.base == rows) stage_out(rows, pitch, out, image, begin, n, streamed);
+  }
+  // Whether every row of a tile may be streamed to; scratch may not.
+  bool may_stream(Rows<acc_t> grads) const {
+    return sizeof(acc_t) == 4 && grads.base != rows && is_aligned(grads.base) && is_aligned(grads.base + grads.pitch);
   }
 
   RISKMAP_MEMBER I labels(int64_t v) const { return load_labels<acc_t>(label + v); }

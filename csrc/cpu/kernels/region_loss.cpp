@@ -146,9 +146,10 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
     }
     tile.total.cross_entropy += horizontal_sum(ce_sum);
     tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
-    tile.finish_gradient(grads, args.grad_logits, begin, n);
+    tile.finish_gradient(grads, args.grad_logits, begin, n, args.streamed);
     if (args.grad_risk.data) unstage_map(tile.risk, args.grad_risk, tile.image, begin, n);
   });
+  if (args.streamed) end_of_streaming();
   if (args.partial) args.partial[chunk] = tile.total;
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -46,6 +46,28 @@ template <class V>
 RISKMAP_HD void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
+
+// Past the caches, for results too large to be read from them again; p must be aligned to kVectorBytes.
+RISKMAP_HD void stream(float* p, typename Simd<float>::F v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+
+// Streamed stores are not ordered with others: to be called before another thread may read them.
+RISKMAP_HD void end_of_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+RISKMAP_HD bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
 
 // Labels are int32 in tiles; widened where the mask lanes are 64 bit.
 template <class acc_t>

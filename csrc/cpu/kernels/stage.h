@@ -20,14 +20,28 @@ static void convert_row(const T* in, acc_t* out, int64_t n) {
 }
 
 template <class acc_t, class T>
-static void convert_row_back(const acc_t* in, T* out, int64_t n) {
+static void convert_row_back(const acc_t* in, T* out, int64_t n, bool streamed = false) {
   int64_t i = 0;
+  if constexpr (__is_same(T, float) && __is_same(acc_t, float)) {
+    constexpr int kLanes = Simd<float>::kLanes;
+    if (streamed && is_aligned(out)) {
+      for (; i + kLanes <= n; i += kLanes) stream(out + i, load<Simd<float>::F>(in + i));
+    }
+  }
 #if defined(__F16C__)
   if constexpr (__is_same(T, Half) && sizeof(acc_t) == 4) {
     for (; i + 8 <= n; i += 8) store(out + i, _mm256_cvtps_ph(load<__m256>(in + i), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
   for (; i < n; ++i) out[i] = from_acc<T>(in[i]);
+}
+
+// The next tile's part of a row, wanted once this tile is done: rows lie a whole channel apart, too far for the
+// hardware to see the pattern. Reaching past the end of the tensor is harmless.
+template <class T>
+static void prefetch_row(const T* row, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(row + i, 0, 2);
 }
 
 // Voxels [begin, begin + n) of image b into rows of `pitch`; the rest of the last vector becomes 0.
@@ -38,7 +52,11 @@ static void stage_in(const Volume& volume, int64_t b, int64_t begin, int64_t n, 
     using T = decltype(tag);
     const T* base = static_cast<const T*>(volume.data) + b * volume.stride_batch + begin * volume.stride_voxel;
     if (volume.stride_voxel == 1) {
-      for (int64_t c = 0; c < volume.classes; ++c) convert_row(base + c * volume.stride_class, scratch + c * pitch, n);
+      for (int64_t c = 0; c < volume.classes; ++c) {
+        const T* row = base + c * volume.stride_class;
+        prefetch_row(row + n, n);
+        convert_row(row, scratch + c * pitch, n);
+      }
     } else {
       for (int64_t v = 0; v < n; ++v)
         for (int64_t c = 0; c < volume.classes; ++c)
@@ -51,13 +69,14 @@ static void stage_in(const Volume& volume, int64_t b, int64_t begin, int64_t n, 
 
 // The way back for a gradient.
 template <class acc_t>
-static void stage_out(const acc_t* scratch, int64_t pitch, const Volume& volume, int64_t b, int64_t begin, int64_t n) {
+static void stage_out(const acc_t* scratch, int64_t pitch, const Volume& volume, int64_t b, int64_t begin, int64_t n,
+                      bool streamed) {
   with_floating(volume.dtype, [&](auto tag) {
     using T = decltype(tag);
     T* base = static_cast<T*>(volume.data) + b * volume.stride_batch + begin * volume.stride_voxel;
     if (volume.stride_voxel == 1) {
       for (int64_t c = 0; c < volume.classes; ++c)
-        convert_row_back(scratch + c * pitch, base + c * volume.stride_class, n);
+        convert_row_back(scratch + c * pitch, base + c * volume.stride_class, n, streamed);
     } else {
       for (int64_t v = 0; v < n; ++v)
         for (int64_t c = 0; c < volume.classes; ++c)

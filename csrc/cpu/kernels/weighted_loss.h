@@ -42,6 +42,7 @@ struct LossBackwardArgs : LossArgs {
   const void* dice_overall;  // acc_t[B, C], see math::DiceSlope
   const void* dice_hit;      // acc_t[B, C]
   Volume grad_logits;
+  bool streamed;         // the gradient is too large for the caches
   VoxelMap grad_risk;    // or absent
   LossPartial* partial;  // [chunks] where the loss is wanted from the same pass, else nullptr; only cross_entropy and
                          // bad_risk are set

@@ -33,13 +33,13 @@ struct Backward : LossTile<acc_t> {
       if (out.grad_map.data) stage_map(out.grad_map, this->image, begin, n, this->grad);
       const Rows<acc_t> in = this->logits(begin, n);
       const Rows<acc_t> grads = this->gradient_rows(out.grad_logits, begin, n);
-      tile_gradient(in, grads, n);
-      this->finish_gradient(grads, out.grad_logits, begin, n);
+      tile_gradient(in, grads, n, out.streamed && this->may_stream(grads));
+      this->finish_gradient(grads, out.grad_logits, begin, n, out.streamed);
       if (out.grad_risk.data) unstage_map(this->risk, out.grad_risk, this->image, begin, n);
     }
   }
 
-  void tile_gradient(Rows<acc_t> in, Rows<acc_t> grads, int64_t n) {
+  void tile_gradient(Rows<acc_t> in, Rows<acc_t> grads, int64_t n, bool streamed) {
     const acc_t factor = static_cast<acc_t>(out.factor[this->image]);
     const acc_t smooth_total = static_cast<acc_t>(args.smooth_total);
     const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
@@ -78,11 +78,18 @@ struct Backward : LossTile<acc_t> {
         const F smooth_c = smooth ? F(scaled_weight * smooth[c]) : F{};
         F g = math::cross_entropy_grad(pi, hot_plus_total, math::select(y == c, hot, F{}), smooth_c);
         if (args.dice) g += math::dice_grad(pi, dice_slope(c, y), mean_slope);
-        store(grads.base + c * grads.pitch + v, math::select(used, g, F{}));
+        store_gradient(grads.base + c * grads.pitch + v, math::select(used, g, F{}), streamed);
       });
     }
     total.cross_entropy += horizontal_sum(ce_sum);
     total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+  }
+
+  RISKMAP_MEMBER static void store_gradient(acc_t* p, F g, bool streamed) {
+    if constexpr (sizeof(acc_t) == 4) {
+      if (streamed) return stream(p, g);
+    }
+    store(p, g);
   }
 
   RISKMAP_MEMBER F dice_slope(int c, I y) const {
@@ -100,6 +107,7 @@ void weighted_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* s
     with_column<acc_t>(args.logits.classes, [&](auto* column) {
       Backward<acc_t, std::remove_pointer_t<decltype(column)>> backward(args, chunk, scratch);
       backward.run();
+      if (args.streamed) end_of_streaming();
       if (args.partial) args.partial[chunk] = backward.total;
     });
   };
