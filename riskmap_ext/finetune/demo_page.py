@@ -282,7 +282,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--wash); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 58rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+main { max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
@@ -302,7 +302,7 @@ tbody th { font-weight: 400; }
 thead th { font-size: .9rem; color: var(--soft); font-weight: 600; }
 .total th, .total td { font-weight: 700; border-top: 2px solid var(--ink); }
 figure { margin: 0; }
-figure img { display: block; width: 100%; min-width: 54rem; height: auto; }
+figure img { display: block; width: 100%; height: auto; }
 .arm { display: grid; grid-template-columns: 11rem 1fr 3rem; align-items: center; gap: .6rem;
   margin: .15rem 0; }
 .track { position: relative; height: 1.5rem; background:
@@ -320,6 +320,7 @@ dt { color: var(--soft); }
 dd { margin: 0; }
 @media (max-width: 58rem) {
   .swipe { display: inline; }
+  figure img { min-width: 54rem; }
 }
 @media (max-width: 40rem) {
   h1 { font-size: 1.4rem; }
