@@ -10,7 +10,7 @@
 namespace riskmap::cpu {
 
 size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size) {
-  const int64_t rows = statistics_rows(args);
+  const int64_t rows = padded_rows(args);
   const int64_t tile = tile_voxels(rows, acc_size);
   const int64_t elements = rows * tile_pitch(tile) + statistics_sums(args.classes, args.num_classes);
   return static_cast<size_t>(elements) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);

@@ -10,26 +10,39 @@
 namespace riskmap::cpu {
 namespace {
 
-// P(y|z) as [Z, table_pitch(C)]: the classes of one z lie side by side.
-template <class acc_t>
-std::vector<acc_t> transposed_table(const char* op, const std::vector<double>& values, int64_t classes,
-                                    int64_t source_classes) {
-  const int64_t pitch = table_pitch(classes);
-  std::vector<acc_t> table(static_cast<size_t>(source_classes * pitch));
-  for (int64_t y = 0; y < classes; ++y)
-    for (int64_t z = 0; z < source_classes; ++z) {
-      const double p = values[static_cast<size_t>(y * source_classes + z)];
-      check(p >= 0 && p <= 1 + 1e-6, op, ": conditional must hold probabilities P(y|z) within [0, 1], got ", p, " at [",
-            y, ", ", z, "]");
-      table[static_cast<size_t>(z * pitch + y)] = static_cast<acc_t>(p);
-    }
-  return table;
+void check_probabilities(const char* op, const std::vector<double>& values, int64_t source_classes) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    check(values[i] >= 0 && values[i] <= 1 + 1e-6, op,
+          ": conditional must hold probabilities P(y|z) within [0, 1], got ", values[i], " at [",
+          static_cast<int64_t>(i) / source_classes, ", ", static_cast<int64_t>(i) % source_classes, "]");
+  }
 }
+
+// P(y|z), values [C, Z], in the two layouts that TransferArgs names.
+template <class acc_t>
+struct ConditionalTables {
+  std::vector<acc_t> by_source, by_label;
+
+  ConditionalTables(const std::vector<double>& values, TransferArgs& args) {
+    const int64_t classes = args.num_classes, source_classes = args.classes;
+    const int64_t source_pitch = table_pitch(classes), label_pitch = padded_classes(args);
+    by_source.resize(static_cast<size_t>(source_classes * source_pitch));
+    by_label.resize(static_cast<size_t>(classes * label_pitch));
+    for (int64_t y = 0; y < classes; ++y)
+      for (int64_t z = 0; z < source_classes; ++z) {
+        const acc_t p = static_cast<acc_t>(values[static_cast<size_t>(y * source_classes + z)]);
+        by_source[static_cast<size_t>(z * source_pitch + y)] = p;
+        by_label[static_cast<size_t>(y * label_pitch + z)] = p;
+      }
+    args.by_source = by_source.data();
+    args.by_label = by_label.data();
+  }
+};
 
 }  // namespace
 
 size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size) {
-  const int64_t rows = source_rows(args);
+  const int64_t rows = padded_rows(args);
   const int64_t tile = tile_voxels(rows, acc_size);
   return static_cast<size_t>(rows * tile_pitch(tile) + tile) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);
 }
@@ -62,9 +75,14 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.curve = curve;
 
   const std::vector<double> values = values_of(conditional);
-  const auto table32 = transposed_table<float>(op, values, args.num_classes, args.classes);
-  const auto table64 = transposed_table<double>(op, values, args.num_classes, args.classes);
-  args.table = args.source.dtype == Dtype::kDouble ? static_cast<const void*>(table64.data()) : table32.data();
+  check_probabilities(op, values, args.classes);
+  std::optional<ConditionalTables<float>> narrow;
+  std::optional<ConditionalTables<double>> wide;
+  if (args.source.dtype == Dtype::kDouble) {
+    wide.emplace(values, args);
+  } else {
+    narrow.emplace(values, args);
+  }
 
   const size_t chunks = static_cast<size_t>(args.source.batch * args.chunking.chunks_per_image);
   TransferPass pass{empty_map(source, ScalarType::Float), std::vector<TransferPartial>(chunks), args.chunking};

@@ -35,7 +35,8 @@ struct TransferPartial {
 inline constexpr float kIgnoredMark = 1.0f;  // no transferability is above 0
 
 struct TransferArgs : SourceArgs {
-  const void* table;  // acc_t[Z, table_pitch(C)], P(y|z) with one row for each source class
+  const void* by_source;  // acc_t[Z, table_pitch(C)], P(y|z) with a row for each source class
+  const void* by_label;   // acc_t[C, padded_classes], the same with a row for each label, 0 beyond Z
   int64_t num_classes;
   int64_t ignore_index;
   int64_t background;  // -1: every valid voxel is foreground
@@ -55,10 +56,9 @@ inline constexpr int64_t statistics_sums(int64_t source_classes, int64_t num_cla
   return by_row > masked ? by_row : masked;
 }
 
-// Rows of scratch for the statistics: the classes up to a whole vector.
-inline int64_t statistics_rows(const SourceArgs& args) {
-  return source_rows(args) + (args.classes + kMinTile - 1) / kMinTile * kMinTile - args.classes;
-}
+// Z up to a whole vector; rows of scratch with as many classes.
+inline int64_t padded_classes(const SourceArgs& args) { return (args.classes + kMinTile - 1) / kMinTile * kMinTile; }
+inline int64_t padded_rows(const SourceArgs& args) { return source_rows(args) + padded_classes(args) - args.classes; }
 
 size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size);
 size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size);

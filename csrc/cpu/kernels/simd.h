@@ -95,11 +95,6 @@ RISKMAP_HD typename Simd<acc_t>::F lookup(const acc_t* table, int64_t length, ty
   using F = typename Simd<acc_t>::F;
   if (length <= Simd<acc_t>::kLanes) return __builtin_shuffle(load<F>(table), index);
   F v{};
-#if defined(__AVX512F__)
-  if constexpr (sizeof(acc_t) == 4) {
-    return _mm512_mask_i32gather_ps(v, __mmask16(0xffff), math::bit_cast<__m512i>(index), table, 4);
-  }
-#endif
   for (int i = 0; i < Simd<acc_t>::kLanes; ++i) v[i] = table[index[i]];
   return v;
 }

@@ -9,6 +9,45 @@
 namespace riskmap::cpu {
 namespace {
 
+// sum_z P(y|z) e_z with few labels: a look-up for each z.
+template <class acc_t, class Column>
+RISKMAP_HD typename Simd<acc_t>::F weigh_by_source(const TransferArgs& args, const Column& e,
+                                                   typename Simd<acc_t>::I row_of) {
+  const acc_t* table = static_cast<const acc_t*>(args.by_source);
+  const int64_t pitch = table_pitch(args.num_classes);
+  typename Simd<acc_t>::F weighted{};
+  e.each([&](int z) RISKMAP_LAMBDA { weighted += e.get(z) * lookup(table + z * pitch, args.num_classes, row_of); });
+  return weighted;
+}
+
+// The same with many labels: kLanes voxels x kLanes source classes are turned in registers, so that a row of the table
+// is read as it lies. e: [padded_classes, pitch], 0 beyond Z.
+template <class acc_t>
+RISKMAP_HD typename Simd<acc_t>::F weigh_by_label(const TransferArgs& args, const acc_t* e, int64_t pitch,
+                                                  const int32_t* label) {
+  using F = typename Simd<acc_t>::F;
+  constexpr int kLanes = Simd<acc_t>::kLanes;
+  const int64_t row = padded_classes(args);
+  const acc_t* table[kLanes];
+  F sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    table[i] = static_cast<const acc_t*>(args.by_label) + (label[i] < 0 ? 0 : label[i]) * row;
+    sums[i] = F{};
+  }
+  for (int64_t z = 0; z < args.classes; z += kLanes) {
+    F block[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = load<F>(e + (z + i) * pitch);
+    transpose<acc_t>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] += block[i] * load<F>(table[i] + z);
+  }
+  transpose<acc_t>(sums);
+  F weighted{};
+  for (int i = 0; i < kLanes; ++i) weighted += sums[i];
+  return weighted;
+}
+
 template <class acc_t, class Column>
 void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   using F = typename Simd<acc_t>::F;
@@ -19,14 +58,14 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   const int64_t first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
   const int64_t end = first + args.chunking.voxels_per_chunk;
   const int64_t last = end < source.voxels ? end : source.voxels;
-  const int64_t tile = tile_voxels(source_rows(args), sizeof(acc_t));
+  const int64_t tile = tile_voxels(padded_rows(args), sizeof(acc_t));
   const int64_t pitch = tile_pitch(tile);
   acc_t* rows = static_cast<acc_t*>(scratch);
-  acc_t* result = rows + source_rows(args) * pitch;
+  acc_t* result = rows + padded_rows(args) * pitch;
   int32_t* label = reinterpret_cast<int32_t*>(result + tile);
-  const acc_t* table = static_cast<const acc_t*>(args.table);
-
-  const int64_t pitch_of_table = table_pitch(args.num_classes);
+  const int64_t spare = padded_classes(args) - args.classes;
+  for (int64_t i = args.classes * pitch; i < (args.classes + spare) * pitch; ++i) rows[i] = 0;
+  const bool by_label = args.num_classes > kLanes && args.classes > kMaxRegisterClasses;
 
   int64_t bad_labels = 0;
   I foreground{};
@@ -34,19 +73,15 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   for (int64_t begin = first; begin < last; begin += tile) {
     const int64_t n = begin + tile < last ? tile : last - begin;
     bad_labels += stage_labels(args.target, image, begin, n, args.num_classes, args.ignore_index, label);
-    const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, 0, true);
+    const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, spare, true);
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = load_labels<acc_t>(label + v);
       const I valid = y >= 0;
-      const I row_of = y & valid;
       Column x(in.base + v, in.pitch, args.classes);
       const F max = math::max_logit<F>(x);
-      F sum{}, weighted{};
-      x.each([&](int z) RISKMAP_LAMBDA {
-        const F e = math::exp(F(x.get(z) - max));
-        sum += e;
-        weighted += e * lookup(table + z * pitch_of_table, args.num_classes, row_of);
-      });
+      const F sum = math::exp_in_place(x, max);
+      const F weighted = by_label ? weigh_by_label<acc_t>(args, in.base + v, in.pitch, label + v)
+                                  : weigh_by_source<acc_t>(args, x, I(y & valid));
       const F t = math::transferability(weighted, sum);
       const F hardness = -t;
       low = math::select(valid & (hardness < low), hardness, low);
