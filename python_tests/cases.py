@@ -32,6 +32,8 @@ class Case:
 
     ``labels``: "random", "background" (only class 0), or "ignored" (nothing valid).
     ``empty_image``: the labels of image 0 are all ignored, those of image 1 all background.
+    ``regions``, ``source_regions``: so many overlapping regions as channels of the logits and of
+    the source, made up of ``classes`` and ``source_classes`` labels; 0: a softmax.
     """
 
     name: str
@@ -52,14 +54,16 @@ class Case:
     with_risk: bool = True
     with_foreground: bool = False
     with_weight: bool = False
+    regions: int = 0
+    source_regions: int = 0
     risk_options: Mapping[str, Any] = field(default_factory=dict)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
 
     def source(self, device: torch.device) -> Tensor:
-        return self._scores("source", self.source_classes, device)
+        return self._scores("source", self.source_regions or self.source_classes, device)
 
     def logits(self, device: torch.device) -> Tensor:
-        return self._scores("logits", self.classes, device)
+        return self._scores("logits", self.regions or self.classes, device)
 
     def target(self, device: torch.device) -> Tensor:
         generator = self._generator("target")
@@ -95,7 +99,15 @@ class Case:
         return self._voxels(mask, device)
 
     def weight(self, device: torch.device) -> Tensor:
-        return (0.1 + torch.rand(self.classes, generator=self._generator("weight"))).to(device)
+        channels = self.regions or self.classes
+        return (0.1 + torch.rand(channels, generator=self._generator("weight"))).to(device)
+
+    def table(self, rows: int, labels: int, device: torch.device) -> Tensor:
+        """Regions [R, L] with every label in about half of them, and label 0 in the first alone."""
+        table = torch.rand((rows, labels), generator=self._generator("regions")) < 0.5
+        table[:, 0] = False
+        table[0, 0] = True
+        return table.to(device)
 
     def conditional(self, device: torch.device) -> Tensor:
         """P(y|z) float64 with a column without mass where there are several source classes."""
@@ -111,11 +123,11 @@ class Case:
 
     def leep_call(self, device: torch.device) -> Call:
         args = (self.source(device), self.target(device), self.classes)
-        return args, {"ignore_index": self.ignore_index}
+        return args, self._source_options(device)
 
     def map_call(self, device: torch.device) -> Call:
         args = (self.source(device), self.target(device), self.conditional(device))
-        return args, {"ignore_index": self.ignore_index}
+        return args, self._source_options(device)
 
     def risk_call(self, device: torch.device) -> Call:
         args, kwargs = self.map_call(device)
@@ -132,7 +144,15 @@ class Case:
             kwargs["foreground"] = self.foreground(device)
         if self.with_weight:
             kwargs["weight"] = self.weight(device)
+        if self.regions:
+            kwargs["regions"] = self.table(self.regions, self.classes, device)
         return args, kwargs
+
+    def _source_options(self, device: torch.device) -> dict[str, Any]:
+        options: dict[str, Any] = {"ignore_index": self.ignore_index}
+        if self.source_regions:
+            options["regions"] = self.table(self.source_regions, self.source_classes, device)
+        return options
 
     def _generator(self, what: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{what}".encode()))
@@ -187,6 +207,12 @@ def in_double(call: Call) -> Call:
 
     args, kwargs = call
     return tuple(map(convert, args)), {name: convert(value) for name, value in kwargs.items()}
+
+
+def loss_leaves(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, target and risk of a case; logits and risk are finite and require grad."""
+    (logits, target, risk), _ = case.loss_call(device)
+    return logits.requires_grad_(), target, risk.nan_to_num(1.0).requires_grad_()
 
 
 def loss_and_gradients(
@@ -359,3 +385,45 @@ LOSS_CASES = (
         )
     ]
 )
+
+# Labels background, oedema, non-enhancing and enhancing tumour; regions whole tumour, tumour core
+# and enhancing tumour.
+BRATS = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
+
+REGION_TABLES = [
+    Case(f"regions_{r}_labels_{c}", regions=r, classes=c, spatial=(7, 9), with_weight=True)
+    for r, c in (
+        (1, 1), (1, 2), (2, 1), (3, 4), (2, 16), (3, 17), (5, 33), (7, 2), (8, 15), (9, 3),
+        (16, 200), (17, 8), (40, 5), (40, 200),
+    )
+]  # fmt: skip
+
+_LOSS_OPTIONS_OF_REGIONS = tuple(
+    options for options in _LOSS_OPTIONS if not options.get("include_background")
+)
+
+REGION_CASES = (
+    REGION_TABLES
+    + [
+        replace(case, name=f"{case.name}_regions", regions=min(case.classes + 1, 9))
+        for case in (BASE, *SIZES, *DTYPES, *TARGET_DTYPES, *STRIDES, *PATTERNS)
+    ]
+    + [
+        replace(base, name=f"{base.name}_regions_{index}", loss_options=options, regions=4)
+        for base in _LOSS_INPUTS
+        for index, options in enumerate(_LOSS_OPTIONS_OF_REGIONS)
+    ]
+)
+REGION_CASES += [
+    replace(case, name=f"{case.name}_dice", loss_options={"dice_weight": 1.0, "batch_dice": b})
+    for case, b in zip(REGION_CASES, [False, True] * len(REGION_CASES), strict=False)
+    if not case.loss_options
+]
+
+SOURCE_REGION_CASES = [
+    Case(f"source_regions_{r}_labels_{z}", source_regions=r, source_classes=z, spatial=(7, 9))
+    for r, z in ((1, 1), (1, 2), (2, 4), (3, 4), (3, 8), (9, 3), (5, 33), (8, 16), (40, 200))
+] + [
+    replace(case, name=f"{case.name}_source_regions", source_regions=3)
+    for case in (BASE, *SIZES, *DTYPES, *TARGET_DTYPES, *STRIDES, *PATTERNS)
+]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+from cases import Case, in_double, loss_and_gradients
 from torch import Tensor
+
+import riskmap_ext
+from riskmap_ext import reference
 
 # Half a unit in the last place, relative: the least a result rounded to the dtype can differ by.
 # A relative L2 distance of rounded values stays below it.
@@ -50,3 +54,26 @@ def assert_gradient_close(
     # the terms, which the largest entry bounds.
     largest = expected.abs().max().item() if expected.numel() else 0.0
     assert_map_close(found, expected, rtol=10 * limit, atol=limit * largest)
+
+
+def assert_loss_matches_reference(case: Case, device: torch.device) -> None:
+    """weighted_loss and its gradients against those of the float64 reference."""
+    call = case.loss_call(device)
+    # As a gradient scaler does: float16 gradients of a mean over voxels would fall below the
+    # smallest normal number, and their rounding is then no measure of the operator.
+    grad_output = 512.0 if case.dtype == torch.float16 else 0.75
+    found = loss_and_gradients(call, riskmap_ext.weighted_loss, grad_output)
+    expected = loss_and_gradients(in_double(call), reference.weighted_loss, grad_output)
+
+    result = torch.float64 if case.dtype == torch.float64 else torch.float32
+    assert found[0].dtype == result
+    assert found[0].shape == expected[0].shape
+    assert found[0].device.type == device.type
+    assert found[1].dtype == case.dtype
+    rtol = 1e-12 if case.dtype == torch.float64 else 1e-5
+    # A voxel of the map may be a small -log(softmax) = log(1 + tiny), right to 1e-6 absolute.
+    atol = 1e-5 if found[0].dim() else 1e-7
+    assert_map_close(found[0], expected[0], rtol=rtol, atol=atol)
+    assert_gradient_close(found[1], expected[1])
+    # Even for a float64 risk the gradient is computed as the logits are, in float32.
+    assert_gradient_close(found[2], expected[2], None if case.dtype == torch.float64 else 1e-6)

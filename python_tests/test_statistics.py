@@ -94,6 +94,63 @@ def test_merge_equals_whole() -> None:
     assert second.num_voxels < whole.num_voxels
 
 
+def test_merge_of_second_passes() -> None:
+    """Workers that share the merged first pass add up; passes with different P(y|z) do not."""
+    device = torch.device("cpu")
+    source, target = _data(device)
+    parts = [slice(0, 4), slice(4, 6)]
+    whole = _complete([slice(0, 6)], device)
+    merged = TransferStatistics(CASE.classes)
+    for part in parts:
+        one = TransferStatistics(CASE.classes)
+        one.update(source[part], target[part])
+        merged.merge(one)
+    workers = []
+    for part in parts:
+        worker = TransferStatistics(CASE.classes)
+        worker.load_state_dict(merged.state_dict())
+        worker.update_range(source[part], target[part])
+        workers.append(worker)
+    workers[0].merge(workers[1])
+    assert workers[0].score == pytest.approx(whole.score, rel=1e-6)
+    assert workers[0].hardness_range == pytest.approx(whole.hardness_range, rel=1e-6)
+    assert workers[0].num_voxels == whole.num_voxels
+
+    apart = []
+    for part in parts:
+        one = TransferStatistics(CASE.classes)
+        one.update(source[part], target[part])
+        one.update_range(source[part], target[part])
+        apart.append(one)
+    with pytest.raises(ValueError, match="another P"):
+        apart[0].merge(apart[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_that_is_not_finite_is_refused_where_it_comes_in(value: float) -> None:
+    source, target = _data(torch.device("cpu"))
+    statistics = TransferStatistics(CASE.classes)
+    statistics.update(source, target)
+    before = statistics.joint.clone()
+    bad = source.clone()
+    bad[0, :, target[0] != CASE.ignore_index] = value
+    with pytest.raises(ValueError, match="source"):
+        statistics.update(bad, target)
+    assert torch.equal(statistics.joint, before)
+    with pytest.raises(ValueError, match="source"):
+        statistics.update_range(bad, target)
+    statistics.update_range(source, target)
+    assert statistics.score < 0
+
+
+def test_state_of_another_kind_is_refused() -> None:
+    statistics = TransferStatistics(CASE.classes, ignore_index=255)
+    with pytest.raises(ValueError, match="ignore_index"):
+        statistics.load_state_dict(TransferStatistics(CASE.classes).state_dict())
+    with pytest.raises(TypeError, match="state"):
+        statistics.load_state_dict(None)  # type: ignore[arg-type]
+
+
 def test_merge_refuses_other_classes() -> None:
     source, target = _data(torch.device("cpu"))
     first, second = TransferStatistics(3), TransferStatistics(4)

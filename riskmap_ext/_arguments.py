@@ -20,6 +20,8 @@ NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none")
 REGIONS = ("valid", "foreground")
 REDUCTIONS = ("mean", "sum", "none")
 
+MAX_WEIGHT = 1e38  # voxel weights are float32
+
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (
     torch.bool,
@@ -46,6 +48,8 @@ def plain_tensor(name: str, value: Any) -> Tensor:
         return value
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return value  # fake or wrapper tensors bring their own kernels
     if hasattr(value, "as_tensor"):
@@ -178,22 +182,43 @@ def validate_regions(value: Any, logits: Tensor, logits_name: str = "logits") ->
     """Table [R, L], true where label l is in region r, as bool on the device of ``logits``."""
     if value is None:
         return None
-    if isinstance(value, torch.Tensor):
-        table = plain_tensor("regions", value)
-        _require_dtype("regions", table, INTEGER_DTYPES, "bool or an integer dtype")
-    elif isinstance(value, (list, tuple)):
-        table = torch.tensor(value, device=logits.device)
-    else:
-        raise TypeError(
-            f"regions: expected a torch.Tensor or nested lists, got {type(value).__name__}"
-        )
-    if table.dim() != 2 or table.size(0) != logits.size(1) or table.size(1) == 0:
+    table = region_table(value, logits.device)
+    if table.size(0) != logits.size(1):
         raise ValueError(
             f"regions: expected [{logits.size(1)}, L], one row per channel of {logits_name} "
             f"{_shape(logits)}, got shape {_shape(table)}"
         )
     _require_device("regions", table, logits_name, logits)
+    return table
+
+
+def region_table(value: Any, device: torch.device | None = None) -> Tensor:
+    """A tensor, or nested lists of 0 and 1 (then made on ``device``), as a bool table [R, L]."""
+    if isinstance(value, torch.Tensor):
+        table = plain_tensor("regions", value)
+        _require_dtype("regions", table, INTEGER_DTYPES, "bool or an integer dtype")
+    elif isinstance(value, (list, tuple)):
+        table = _table_of_lists(value, device)
+    else:
+        raise TypeError(
+            f"regions: expected a torch.Tensor or nested lists, got {type(value).__name__}"
+        )
+    if table.dim() != 2 or table.size(0) == 0 or table.size(1) == 0:
+        raise ValueError(
+            f"regions: expected [R, L], one row per region and one column per label, "
+            f"got shape {_shape(table)}"
+        )
     return table.to(torch.bool)
+
+
+def _table_of_lists(value: Sequence[Any], device: torch.device | None) -> Tensor:
+    for row in value:
+        if not isinstance(row, (list, tuple)) or len(row) != len(value[0]):
+            raise ValueError(f"regions: expected rows of the same length, got {value!r}")
+        for inside in row:
+            if inside not in (0, 1):  # a list of labels, perhaps
+                raise ValueError(f"regions: expected 0 or 1 for each label, got {inside!r}")
+    return torch.tensor(value, dtype=torch.bool, device=device)
 
 
 def validate_range(value: Any) -> tuple[float, float] | None:
@@ -224,8 +249,8 @@ def leep_arguments(
         source,
         validate_labels("target", target, source, "source"),
         validate_regions(regions, source, "source"),
-        integer("num_classes", num_classes, 1),
-        integer("ignore_index", ignore_index),
+        integer("num_classes", num_classes, 1, 2**31 - 1),
+        integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
     )
 
 
@@ -248,7 +273,7 @@ def map_arguments(
         validate_labels("target", target, source, "source"),
         validate_conditional(conditional, source, source_classes),
         regions,
-        integer("ignore_index", ignore_index),
+        integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
     )
 
 
@@ -272,9 +297,9 @@ def risk_options(
 ) -> RiskOptions:
     return RiskOptions(
         validate_choice("scheme", scheme, SCHEMES),
-        number("base", base, 0.0, exclusive_low=True),
+        number("base", base, 0.0, MAX_WEIGHT, exclusive_low=True),
         number("alpha", alpha, 0.0, 1.0, exclusive_low=True),
-        number("scale", scale, 0.0),
+        number("scale", scale, 0.0, MAX_WEIGHT),
         validate_range(range),
         validate_background(background, num_classes),
     )
@@ -338,7 +363,7 @@ def loss_options(
     batch_dice: Any,
 ) -> LossOptions:
     options = LossOptions(
-        integer("ignore_index", ignore_index),
+        integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
         validate_background(background, num_labels),
         number("foreground_floor", foreground_floor, 0.0, 1.0),
         validate_choice("normalization", normalization, NORMALIZATIONS),
@@ -412,7 +437,7 @@ def _names(allowed: Sequence[str]) -> str:
 
 def _interval(low: float, high: float, exclusive_low: bool) -> str:
     if high < math.inf:
-        return f"a number in {'(' if exclusive_low else '['}{low:g}, {high:g}]"
+        return f"a finite number in {'(' if exclusive_low else '['}{low:g}, {high:g}]"
     if low > -math.inf:
         return f"a finite number {'>' if exclusive_low else '>='} {low:g}"
     return "a finite number"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import loss_options, number, plain_tensor
+from riskmap_ext._arguments import loss_options, number, plain_tensor, region_table
 from riskmap_ext.ops import weighted_loss
 
 Scales = Tensor | Sequence[Tensor]
@@ -27,7 +27,8 @@ class RiskWeightedLoss(torch.nn.Module):
         weight: class weights [C], a tensor or a sequence of numbers.
         regions: table [C, L] of overlapping regions, a tensor or nested lists.
         scale_weights: s_i, finite and >= 0, one for each scale; None: 1, 1/2, 1/4, ... divided by
-            their sum, as nnU-Net weighs its scales. Not used for a single tensor of logits.
+            their sum (nnU-Net gives its coarsest scale 0 besides). Not used for a single tensor
+            of logits.
         options: the other keyword arguments of :func:`riskmap_ext.weighted_loss`, checked here.
             Deep supervision needs a reduction.
 
@@ -49,15 +50,11 @@ class RiskWeightedLoss(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        weight = _as_buffer("weight", weight, torch.float32)
-        regions = _as_buffer("regions", regions, torch.bool)
+        weight = None if weight is None else _class_weights(weight)
+        regions = None if regions is None else region_table(regions).clone()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("regions", regions, persistent=False)
-        self.scale_weights = (
-            None
-            if scale_weights is None
-            else tuple(number("scale_weights", each, 0.0) for each in scale_weights)
-        )
+        self.scale_weights = None if scale_weights is None else _scale_weights(scale_weights)
         defaults = {
             name: value
             for name, value in (weighted_loss.__kwdefaults__ or {}).items()
@@ -69,8 +66,8 @@ class RiskWeightedLoss(torch.nn.Module):
                 f"RiskWeightedLoss: unknown option {unknown[0]!r}; expected {', '.join(defaults)}"
             )
         # The number of labels may not be known yet: checked as if there were enough of them.
-        labelled = regions.t() if regions is not None else weight
-        num_labels = 2**31 if labelled is None else len(labelled)
+        labelled = regions if regions is not None else weight
+        num_labels = 2**31 if labelled is None else labelled.size(-1)
         loss_options(num_labels, has_regions=regions is not None, **{**defaults, **options})
         self.options = options
 
@@ -83,17 +80,23 @@ class RiskWeightedLoss(torch.nn.Module):
     ) -> Tensor:
         if isinstance(input, torch.Tensor):
             return self._one_scale(input, target, risk, foreground)
-        scale_weights = self._scale_weights(len(input))
-        targets = _for_scales("target", target, input)
-        risks = _for_scales("risk", risk, input)
-        foregrounds = _for_scales("foreground", foreground, input)
+        if not isinstance(input, (list, tuple)):
+            raise TypeError(
+                f"input: expected a torch.Tensor or a list of them, got {type(input).__name__}"
+            )
+        logits = [plain_tensor("input", each) for each in input]
+        scale_weights = self._weights_of(len(logits))
+        targets = _for_scales("target", target, logits)
+        risks = _for_scales("risk", risk, logits)
+        foregrounds = _for_scales("foreground", foreground, logits)
         total: Tensor | None = None
-        for scale, *tensors in zip(scale_weights, input, targets, risks, foregrounds, strict=True):
+        for scale, *tensors in zip(scale_weights, logits, targets, risks, foregrounds, strict=True):
             if scale == 0:
                 continue  # as nnU-Net leaves out its coarsest scale
             loss = scale * self._one_scale(*tensors)
             total = loss if total is None else total + loss
-        return input[0].new_zeros(()) if total is None else total
+        assert total is not None  # one weight at least is above 0
+        return total
 
     def _one_scale(self, logits: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
         return weighted_loss(
@@ -106,7 +109,7 @@ class RiskWeightedLoss(torch.nn.Module):
             **self.options,
         )
 
-    def _scale_weights(self, scales: int) -> Sequence[float]:
+    def _weights_of(self, scales: int) -> Sequence[float]:
         if scales == 0:
             raise ValueError("input: expected at least one scale, got an empty list")
         if self.options.get("reduction") == "none":
@@ -130,12 +133,28 @@ class RiskWeightedLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
 
 
-def _as_buffer(name: str, value: Any, dtype: torch.dtype) -> Tensor | None:
-    if value is None:
-        return None
+def _class_weights(value: Any) -> Tensor:
     if isinstance(value, torch.Tensor):
-        return plain_tensor(name, value).detach().clone()
-    return torch.tensor(value, dtype=dtype)
+        weight = plain_tensor("weight", value).detach().clone()
+    else:
+        numbers = _numbers("weight", value)
+        weight = torch.tensor(numbers, dtype=torch.float32)
+    if weight.dim() != 1 or weight.size(0) == 0:
+        raise ValueError(f"weight: expected [C], got shape {list(weight.shape)}")
+    return weight
+
+
+def _scale_weights(value: Any) -> tuple[float, ...]:
+    weights = _numbers("scale_weights", value)
+    if not any(weights):
+        raise ValueError(f"scale_weights: expected at least one value above 0, got {value!r}")
+    return weights
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a sequence of numbers, got {type(value).__name__}")
+    return tuple(number(name, each, 0.0) for each in value)
 
 
 def _for_scales(
@@ -144,7 +163,7 @@ def _for_scales(
     """``value`` for each scale; one tensor is sampled at the nearest voxel."""
     if value is None:
         return [None] * len(logits)
-    if not isinstance(value, torch.Tensor):
+    if isinstance(value, (list, tuple)):
         if len(value) != len(logits):
             raise ValueError(
                 f"{name}: expected {len(logits)} tensors, one for each scale of input, "

@@ -71,6 +71,8 @@ class TransferStatistics:
             ignore_index=self.ignore_index,
             regions=self.regions,
         )
+        if not bool(torch.isfinite(joint).all()):
+            raise ValueError("source: expected finite logits at valid voxels, got NaN or infinity")
         self._joint = joint if self._joint is None else self._add_joint(joint, "source")
         self._voxels += int(self._valid(plain_tensor("target", target)).sum())
 
@@ -88,8 +90,11 @@ class TransferStatistics:
         voxels = int(valid.sum())
         if voxels == 0:
             return
+        log_likelihood = float(transferability.sum(dtype=torch.float64))  # 0 where ignored
+        if not math.isfinite(log_likelihood):
+            raise ValueError("source: expected finite logits at valid voxels, got NaN or infinity")
         self._range_voxels += voxels
-        self._log_likelihood += float(transferability.sum(dtype=torch.float64))  # 0 where ignored
+        self._log_likelihood += log_likelihood
         hardness = -transferability[valid]
         self._low = min(self._low, float(hardness.min()))
         self._high = max(self._high, float(hardness.max()))
@@ -157,7 +162,12 @@ class TransferStatistics:
         return self._low, self._high
 
     def merge(self, other: TransferStatistics) -> None:
-        """Adds what another object has seen (another file, another process)."""
+        """Adds what another object has seen (another file, another process).
+
+        After the first pass, the joint masses are added. A second pass is made with P(y|z) of all
+        the data: merge the first passes, give every worker the result (``state_dict``), and merge
+        again after ``update_range``; then the joint mass must be the same in both.
+        """
         if not isinstance(other, TransferStatistics):
             raise TypeError(f"other: expected TransferStatistics, got {type(other).__name__}")
         if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
@@ -165,13 +175,16 @@ class TransferStatistics:
                 f"other: expected num_classes {self.num_classes} and ignore_index "
                 f"{self.ignore_index}, got {other.num_classes} and {other.ignore_index}"
             )
-        if other._joint is not None:
-            self._joint = (
-                other._joint.clone()
-                if self._joint is None
-                else self._add_joint(other._joint, "other")
-            )
-        self._voxels += other._voxels
+        if self._range_voxels or other._range_voxels:
+            if not self._same_joint(other):
+                raise ValueError(
+                    "other: its second pass was made with another P(y|z); merge the first passes, "
+                    "then run update_range with the merged statistics, then merge again"
+                )
+        elif other._joint is not None:
+            joint = other._joint
+            self._joint = joint.clone() if self._joint is None else self._add_joint(joint, "other")
+            self._voxels += other._voxels
         self._log_likelihood += other._log_likelihood
         self._range_voxels += other._range_voxels
         self._low = min(self._low, other._low)
@@ -235,14 +248,14 @@ class TransferStatistics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` returned."""
+        if not isinstance(state, dict):
+            raise TypeError(f"state: expected a dict, got {type(state).__name__}")
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise ValueError(f"state: expected the keys of state_dict(), missing {missing}")
-        if state["num_classes"] != self.num_classes:
-            raise ValueError(
-                f"state: expected num_classes {self.num_classes}, got {state['num_classes']}"
-            )
-        self.ignore_index = int(state["ignore_index"])
+        for name in ("num_classes", "ignore_index"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"state: expected {name} {getattr(self, name)}, got {state[name]}")
         self._joint = None if state["joint"] is None else state["joint"].clone()
         self._voxels = int(state["voxels"])
         self._log_likelihood = float(state["log_likelihood"])
@@ -253,6 +266,15 @@ class TransferStatistics:
 
     def _valid(self, target: Tensor) -> Tensor:
         return target.to(torch.int64) != self.ignore_index  # in uint8, -100 would be 156
+
+    def _same_joint(self, other: TransferStatistics) -> bool:
+        mine, theirs = self._joint, other._joint
+        return (
+            mine is not None
+            and theirs is not None
+            and mine.shape == theirs.shape
+            and torch.equal(mine.cpu(), theirs.cpu())
+        )
 
     def _add_joint(self, joint: Tensor, name: str) -> Tensor:
         assert self._joint is not None

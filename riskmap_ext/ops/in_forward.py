@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,43 +10,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import LossOptions
+from riskmap_ext._arguments import LossOptions, validate_flag
 
-_enabled = True
+_state = threading.local()  # as torch keeps its grad mode
+
+
+def _enabled() -> bool:
+    return getattr(_state, "enabled", True)
 
 
 @contextmanager
 def gradient_in_forward(enabled: bool) -> Iterator[None]:
-    """Within the context, allow or forbid the gradient of the loss to be made in the forward pass.
+    """Within the context, and in this thread, allow or forbid the gradient of the loss to be made
+    in the forward pass.
 
     Allowed by default, and then used in eager mode where it is quicker and exact: cross-entropy
     only (``dice_weight=0``), reduced, float32, float64 or bfloat16 logits that require grad. The
     forward pass then reads the logits once and writes their gradient, which the backward pass
     hands over as it is, or scaled in place where the incoming gradient is not 1. Elsewhere
-    (torch.compile, Dice, ``reduction="none"``, float16, whose small gradients need the scale of a
-    GradScaler before they are rounded) the backward pass makes the gradient from the logits.
+    (torch.compile and other tracing, Dice, ``reduction="none"``, and float16 logits or risk, whose
+    small gradients need the scale of a GradScaler before they are rounded) the backward pass makes
+    the gradient from the logits.
 
     Both give the same numbers up to rounding. Forbid it where a forward pass that needs grad is
     often run without a backward pass.
     """
-    global _enabled
-    before, _enabled = _enabled, bool(enabled)
+    enabled = validate_flag("enabled", enabled)
+    before, _state.enabled = _enabled(), enabled
     try:
         yield
     finally:
-        _enabled = before
+        _state.enabled = before
 
 
-def applies(logits: Tensor, options: LossOptions) -> bool:
+def applies(logits: Tensor, risk: Tensor | None, options: LossOptions) -> bool:
     return (
-        _enabled
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and _enabled()
         and options.dice_weight == 0
         and options.reduction != "none"
         and logits.dtype != torch.float16
+        and not (risk is not None and risk.dtype == torch.float16 and risk.requires_grad)
         and logits.requires_grad
         and torch.is_grad_enabled()
+        and not _is_traced(logits)
     )
+
+
+def _is_traced(logits: Tensor) -> bool:
+    """Whether the backward pass may not ask for the value of the incoming gradient."""
+    return (
+        logits.is_meta
+        or not (type(logits) is Tensor or isinstance(logits, torch.nn.Parameter))  # FakeTensor
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether there are many incoming gradients: is_grads_batched=True, or vmap around backward."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad_loss) or functorch.is_batchedtensor(grad_loss)
 
 
 def weighted_loss(*inputs: Any) -> Tensor:
@@ -77,13 +103,16 @@ class _GradientInForward(torch.autograd.Function):
             return nothing
         # With retain_graph the first gradient belongs to whoever got it; with create_graph the op's
         # backward pass is there to refuse a second derivative.
-        if ctx.gradients is None or torch.is_grad_enabled():
+        if ctx.gradients is None or torch.is_grad_enabled() or _is_batched(grad_loss):
             return _again(ctx, grad_loss)
         grad_logits, grad_risk = ctx.gradients
         ctx.gradients = None
         wanted = ctx.needs_input_grad
         scale = float(grad_loss)
-        if scale != 1:
+        if scale == 0:  # as in the op: not even an infinite gradient counts
+            grad_logits.zero_()
+            grad_risk.zero_()
+        elif scale != 1:
             grad_logits.mul_(scale)
             grad_risk.mul_(scale)
         return (

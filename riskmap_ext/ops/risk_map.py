@@ -42,7 +42,7 @@ def risk_map(
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
         scheme: "exponential", "power" or "linear".
-        base: > 0. alpha: in (0, 1]. scale: >= 0.
+        base: > 0, alpha: in (0, 1], scale: >= 0; base and scale up to 1e38.
         range: (lo, hi) of the hardness over the whole data set, in nats
             (``TransferStatistics.hardness_range``); one pass. None: the range over the valid
             voxels of each image; two passes over the map.

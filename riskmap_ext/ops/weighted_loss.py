@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from riskmap_ext._arguments import (
     NORMALIZATIONS,
@@ -105,7 +106,7 @@ def weighted_loss(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, a risk or class
             weight that is negative or not finite.
-        RuntimeError: on a second derivative.
+        RuntimeError: on a second derivative, a forward-mode derivative, or one of torch.func.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
@@ -144,9 +145,26 @@ def weighted_loss(
         options.ce_weight,
     )
     dice = (options.dice_weight, options.include_background, options.batch_dice)
-    if in_forward.applies(tensors.logits, options):
+    _require_reverse_mode(tensors.logits, tensors.risk)
+    if in_forward.applies(tensors.logits, tensors.risk, options):
         return in_forward.weighted_loss(*inputs)
     return torch.ops.riskmap_ext.weighted_loss(*inputs, *dice)[0]
+
+
+def _require_reverse_mode(*tensors: Tensor | None) -> None:
+    """Torch drops the tangents of a custom op in silence, and does not name it in torch.func."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        of_torch_func = torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
+        if of_torch_func or unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "riskmap_ext.weighted_loss is differentiated by backward() and "
+                "torch.autograd.grad only, not by forward-mode derivatives or torch.func (grad, "
+                "vjp, jvp, ...). Use riskmap_ext.reference.weighted_loss for those."
+            )
 
 
 _NUM_INPUTS = 17

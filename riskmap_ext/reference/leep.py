@@ -106,5 +106,6 @@ def _source_probabilities(source: Tensor, regions: Tensor | None) -> Tensor:
     """theta, [B, Z, *S]; a label's logit is the sum of the logits of the regions it is in."""
     source = source.detach().to(compute_dtype(source.dtype))
     if regions is not None:
-        source = torch.einsum("rz,br...->bz...", regions.to(source.dtype), source)
+        inside = regions.view(1, *regions.shape, *(1,) * (source.dim() - 2))  # [1, R, Z, 1, ...]
+        source = torch.where(inside, source.unsqueeze(2), 0.0).sum(dim=1)
     return torch.softmax(source, dim=1)

@@ -70,8 +70,9 @@ def _position_in_range(
         return ((hardness - range[0]) / span).clamp(0.0, 1.0)
 
     per_image = (-1,) + (1,) * (hardness.dim() - 1)
-    lo = torch.where(valid, hardness, math.inf).flatten(1).amin(dim=1).view(per_image)
-    hi = torch.where(valid, hardness, -math.inf).flatten(1).amax(dim=1).view(per_image)
+    known = valid & ~hardness.isnan()  # a NaN marks its own voxel, not the whole image
+    lo = torch.where(known, hardness, math.inf).flatten(1).amin(dim=1).view(per_image)
+    hi = torch.where(known, hardness, -math.inf).flatten(1).amax(dim=1).view(per_image)
     foreground = valid if background is None else valid & (labels != background)
     usable = foreground.flatten(1).any(dim=1).view(per_image) & ~(hi - lo < MIN_RANGE)
     position = (hardness - lo) / torch.where(usable, hi - lo, 1.0)

@@ -138,7 +138,10 @@ def _binary_cross_entropy(
 ) -> Tensor:
     """[B, *S], the mean over regions."""
     target = inside.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    # torch's binary_cross_entropy_with_logits, but an infinite logit that is right costs nothing.
+    logsigmoid = torch.nn.functional.logsigmoid
+    loss = torch.where(target > 0, -target * logsigmoid(logits), 0.0)
+    loss = loss + torch.where(target < 1, (target - 1) * logsigmoid(-logits), 0.0)
     if weight is not None:
         weight = weight.detach().to(loss.dtype)
         loss = weight.view(-1, *(1,) * (loss.dim() - 2)) * loss

@@ -1,0 +1,170 @@
+"""The Dice part against MONAI's loss and against nnU-Net's formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import BRATS, Case
+from compare import assert_gradient_close
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+import riskmap_ext
+
+DICE = {"ce_weight": 0.0, "dice_weight": 1.0}
+SPATIAL = ((31,), (9, 11), (5, 6, 7))
+BOTH = pytest.mark.parametrize("include_background", [False, True], ids=["foreground", "all"])
+BATCH = pytest.mark.parametrize("batch", [False, True], ids=["images", "batch"])
+SHAPES = pytest.mark.parametrize("spatial", SPATIAL, ids=lambda spatial: f"{len(spatial)}d")
+CLASSES = pytest.mark.parametrize("classes", [2, 5, 13])
+
+
+def _inputs(device: torch.device, **options: Any) -> tuple[Tensor, Tensor]:
+    case = Case("dice_peers", batch=3, dtype=torch.float64, **options)
+    return case.logits(device).requires_grad_(), case.target(device)
+
+
+def _assert_same(logits: Tensor, found: Tensor, expected: Tensor) -> None:
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    assert torch.count_nonzero(gradients[0]) > 0
+    assert_gradient_close(*gradients)
+
+
+@SHAPES
+@CLASSES
+@BOTH
+@BATCH
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_monai(
+    reduction: str,
+    batch: bool,
+    include_background: bool,
+    classes: int,
+    spatial: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    logits, target = _inputs(device, classes=classes, spatial=spatial, ignored=0.0)
+    peer = losses.DiceLoss(
+        softmax=True,
+        to_onehot_y=True,
+        include_background=include_background,
+        batch=batch,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+        reduction=reduction,
+    )
+    found = riskmap_ext.weighted_loss(
+        logits,
+        target,
+        **DICE,
+        include_background=include_background,
+        batch_dice=batch,
+        reduction=reduction,
+    )
+    expected = peer(logits, target.unsqueeze(1))
+    if reduction == "sum":  # MONAI adds the classes up too
+        expected = expected / (classes - (not include_background))
+    _assert_same(logits, found, expected)
+
+
+@BATCH
+def test_monai_with_sigmoids(batch: bool, device: torch.device) -> None:
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    logits, target = _inputs(device, classes=4, regions=3, spatial=(5, 6, 7), ignored=0.0)
+    peer = losses.DiceLoss(sigmoid=True, batch=batch, smooth_nr=1e-5, smooth_dr=1e-5)
+    inside = BRATS.t().to(device)[target].movedim(-1, 1)  # [B, R, *S]
+    found = riskmap_ext.weighted_loss(
+        logits, target, **DICE, batch_dice=batch, regions=BRATS.to(device)
+    )
+    _assert_same(logits, found, peer(logits, inside))
+
+
+@BOTH
+def test_monai_with_cross_entropy(include_background: bool, device: torch.device) -> None:
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    logits, target = _inputs(device, classes=5, spatial=(5, 6, 7), ignored=0.0)
+    peer = losses.DiceCELoss(
+        softmax=True,
+        to_onehot_y=True,
+        include_background=include_background,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+        lambda_dice=0.7,
+        lambda_ce=1.3,
+    )
+    found = riskmap_ext.weighted_loss(
+        logits,
+        target,
+        normalization="valid",
+        ce_weight=1.3,
+        dice_weight=0.7,
+        include_background=include_background,
+    )
+    _assert_same(logits, found, peer(logits, target.unsqueeze(1)))
+
+
+def _nnunet_soft_dice(
+    logits: Tensor, target: Tensor, *, batch_dice: bool, do_bg: bool, smooth: float = 1e-5
+) -> Tensor:
+    """Minus the mean Dice of softmax and one-hot labels, ignored voxels masked out of both."""
+    classes = logits.size(1)
+    mask = (target != -100).to(logits.dtype).unsqueeze(1)
+    truth = one_hot(target.clamp(min=0), classes).movedim(-1, 1).to(logits.dtype) * mask
+    predicted = torch.softmax(logits, dim=1)
+    if not do_bg:
+        predicted, truth = predicted[:, 1:], truth[:, 1:]
+    axes = tuple(range(2, logits.dim()))
+    if batch_dice:
+        axes = (0, *axes)
+    both = (predicted * truth * mask).sum(axes)
+    size = (predicted * mask).sum(axes) + truth.sum(axes)
+    return -((2 * both + smooth) / (size + smooth).clamp(min=1e-8)).mean()
+
+
+@SHAPES
+@CLASSES
+@BOTH
+@BATCH
+@pytest.mark.parametrize("empty_image", [False, True])
+def test_nnunet(
+    empty_image: bool,
+    batch: bool,
+    include_background: bool,
+    classes: int,
+    spatial: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """With ignored voxels, and with an image where all are: its Dice is 1 there and here."""
+    logits, target = _inputs(device, classes=classes, spatial=spatial, empty_image=empty_image)
+    found = riskmap_ext.weighted_loss(
+        logits, target, **DICE, include_background=include_background, batch_dice=batch
+    )
+    expected = 1 + _nnunet_soft_dice(logits, target, batch_dice=batch, do_bg=include_background)
+    _assert_same(logits, found, expected)
+
+
+def test_nnunet_with_cross_entropy(device: torch.device) -> None:
+    logits, target = _inputs(device, classes=5, spatial=(5, 6, 7))
+    logits, target = logits.detach()[:1].requires_grad_(), target[:1]
+    found = riskmap_ext.weighted_loss(
+        logits, target, normalization="valid", dice_weight=1.0, batch_dice=True
+    )
+    dice = _nnunet_soft_dice(logits, target, batch_dice=True, do_bg=False)
+    _assert_same(logits, found, 1 + dice + cross_entropy(logits, target))
+
+
+def test_perfect_and_absent_classes(device: torch.device) -> None:
+    """A class that is neither labelled nor predicted has a Dice of 1, one that is missed 0."""
+    target = torch.tensor([[0, 0, 1, 1, 1, 0]], device=device)
+    certain = torch.full((1, 4, 6), -200.0, dtype=torch.float64, device=device)
+    perfect = certain.scatter(1, target.unsqueeze(1), 200.0)
+    loss = riskmap_ext.weighted_loss(perfect, target, **DICE)
+    assert loss.item() == pytest.approx(0.0, abs=1e-12)
+    missed = certain.clone()
+    missed[:, 0] = 200.0
+    loss = riskmap_ext.weighted_loss(missed, target, **DICE)
+    assert loss.item() == pytest.approx(1 / 3, abs=1e-5)
