@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_2D
+from finetune_data import NETWORK_2D, phantom, save
 
-from riskmap_ext.finetune import CheckpointError
+from riskmap_ext.finetune import CheckpointError, ConfigError
 from riskmap_ext.finetune.checkpoint import load_source, save_checkpoint, start_from_source
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.network import build_network, head_keys
@@ -112,8 +113,55 @@ def test_other_network(checkpoint):
     report = start_from_source(build_network(deeper, 3), deeper, 3, load(checkpoint), "auto")
     assert report.new
     other = NetworkConfig(name="SegResNet", args={"spatial_dims": 2, "init_filters": 8})
-    with pytest.raises(CheckpointError, match=r"source\.initialize=false"):
+    with pytest.raises(CheckpointError) as caught:
         start_from_source(build_network(other, 3), other, 3, load(checkpoint), "auto")
+    for told in (str(checkpoint), "the file holds UNet(", "SegResNet(", "source.initialize=false"):
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_a_network_that_the_file_is_not_of(checkpoint, tmp_path, kind):
+    other = NetworkConfig(name="SegResNet", args={"spatial_dims": 2, "init_filters": 8})
+    path, told = checkpoint, "it holds UNet with 3 classes"
+    if kind == "foreign":
+        path, told = tmp_path / "foreign.pt", "its keys are such as model.0."
+        torch.save(weights(checkpoint), path)
+    with pytest.raises(CheckpointError) as caught:
+        load(path, network=other, classes=3)
+    for text in (str(path), "no weight in it belongs to SegResNet(", told, "source.network"):
+        assert text in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"do not fit UNet\(.*with 5 classes"):
+        load(path, network=NETWORK, classes=5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [("out_channels", "3 (the number of classes)"), ("in_channels", "1 (one image per case)")],
+)
+def test_channels_of_the_source(checkpoint, argument, told):
+    args = {**NETWORK.args, argument: 7}
+    with pytest.raises(ConfigError) as caught:
+        load(checkpoint, network=NetworkConfig(name="UNet", args=args))
+    assert f"source.network.args.{argument}: expected {told}, got 7" in str(caught.value)
+    right = {"in_channels": 1, "out_channels": 3, **NETWORK.args}
+    source = load(checkpoint, network=NetworkConfig(name="UNet", args=right))
+    # The target's classes are others: they must not meet the source's channels.
+    assert source.config == NETWORK
+    assert source.digest == load(checkpoint).digest
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    image = save(tmp_path / "image.nii.gz", phantom(0)[0])
+    (tmp_path / "run.yaml").write_text("output: a")
+    told = {
+        image: "is an image",
+        tmp_path / "run.yaml": "is a text file",
+        tmp_path: "is a folder; expected a checkpoint file",
+    }
+    for path, text in told.items():
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        assert f"{path}: {text}" in str(caught.value)
 
 
 def test_keys_that_the_network_lacks_are_skipped(tmp_path):
@@ -129,12 +177,21 @@ def test_keys_that_the_network_lacks_are_skipped(tmp_path):
     ("content", "options", "told"),
     [
         (None, {}, "no such checkpoint"),
-        (b"rubbish", {}, "cannot be read"),
+        (b"", {}, "is empty"),
+        (b"\xff\x00\x17", {}, "is not a torch checkpoint"),
+        (b"PK\x03\x04 cut", {}, "is damaged or incomplete"),
+        (b"rubbish", {}, "is a text file; expected a torch checkpoint"),
         ([1, 2], {}, "expected a dictionary"),
         ({"epoch": 3}, {}, "no weights"),
         ({"w": torch.zeros(1)}, {}, "source.network.name"),
+        ({"w": torch.tensor([1.0, math.nan])}, {}, "NaN or infinite weights in 1 of 1 tensors (w)"),
+        ({"w": torch.tensor([-math.inf])}, {}, "NaN or infinite weights"),
         ({"w": torch.zeros(1)}, {"network": NETWORK}, "source.classes"),
-        ({"w": torch.zeros(1)}, {"network": NETWORK, "classes": 3}, "do not fit UNet with 3"),
+        (
+            {"w": torch.zeros(1)},
+            {"network": NETWORK, "classes": 3},
+            "no weight in it belongs to UNet(",
+        ),
     ],
 )
 def test_bad_checkpoints(tmp_path, content, options, told):
@@ -151,5 +208,17 @@ def test_bad_checkpoints(tmp_path, content, options, told):
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"state_dict": build_network(NETWORK, 3)}, tmp_path / "pickled.pt")
-    with pytest.raises(CheckpointError, match="tensors and plain types"):
+    with pytest.raises(CheckpointError) as caught:
         load(tmp_path / "pickled.pt", network=NETWORK, classes=3)
+    told = str(caught.value)
+    assert "objects other than tensors and plain types (such as monai." in told
+    assert "would run its code" in told
+    # torch's own advice.
+    assert "weights_only" not in told
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_archive(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match="TorchScript archive"):
+        load(tmp_path / "script.pt")

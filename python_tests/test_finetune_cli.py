@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -131,6 +133,88 @@ def test_map_errors(riskmap, root, source, tmp_path):
     assert code == 2
     assert "none.nii.gz: no such file" in err
     assert not (tmp_path / "maps").exists()
+
+
+def test_map_of_files_that_share_a_name(riskmap, root, source, tmp_path):
+    pairs = []
+    for subject, case in (("a", "case00"), ("b", "case01")):
+        for kind, option in (("images", "--image"), ("labels", "--label")):
+            path = tmp_path / subject / "mri" / f"{option[2:]}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((root / kind / f"{case}.nii.gz").read_bytes())
+            pairs += [option, path]
+    arguments = ("map", "--source", source, "--classes", CLASSES, "--output", tmp_path / "maps")
+    code, _, err = riskmap(*arguments, *pairs)
+    assert (code, err) == (0, "")
+    names = {p.name for p in (tmp_path / "maps" / "overlays").iterdir()}
+    assert names == {"a_mri_image.png", "b_mri_image.png"}
+    code, _, err = riskmap(*arguments, *pairs[:4], *pairs[:4], "overwrite=true")
+    assert code == 2
+    assert f"more than one case is named image ({pairs[1]}, {pairs[1]})" in err
+
+
+@pytest.mark.parametrize("classes", ["b,,p", "b,p,", "b,p,p"])
+def test_class_names_of_map(riskmap, root, source, tmp_path, classes):
+    code, _, err = riskmap(
+        *("map", "--source", source, "--image", root / "images", "--label", root / "labels"),
+        *("--output", tmp_path / "maps", "--classes", classes),
+    )
+    assert code == 2
+    assert "expected a name for each class" in err or "expected distinct names, got p" in err
+    assert "classes" in err
+
+
+def test_folders_where_files_are_expected(riskmap, root, source, tmp_path):
+    image, label = root / "images" / "case00.nii.gz", root / "labels" / "case00.nii.gz"
+    folder = tmp_path / "x.nii.gz"
+    folder.mkdir()
+    for given in ((image, root / "labels"), (folder, label)):
+        paths = ("--image", given[0], "--label", given[1], "--classes", CLASSES)
+        code, _, err = riskmap("map", "--source", source, *paths, "--output", tmp_path / "maps")
+        assert code == 2
+        assert f"{next(p for p in given if p.is_dir())}: is a folder; expected" in err
+        assert "no such" not in err
+    pair = ("--image", image, "--label", label, "--classes", CLASSES)
+    code, _, err = riskmap("map", "--source", root, *pair, "--output", tmp_path / "maps")
+    assert code == 2
+    assert f"{root}: is a folder; expected a checkpoint file" in err
+
+
+def test_warnings_of_libraries_show_no_source_lines(riskmap, monkeypatch):
+    monkeypatch.setattr("riskmap_ext.info.report", lambda: str(warnings.warn("odd", stacklevel=1)))
+    code, _, err = riskmap("info")
+    assert (code, err) == (0, "riskmap: warning: odd\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
+    from riskmap_ext.finetune.train import _Stepper
+
+    plain, calls = _Stepper.__call__, []
+
+    def stopped_in_the_third(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return plain(self, batch)
+
+    monkeypatch.setattr(_Stepper, "__call__", stopped_in_the_third)
+    path, output = tmp_path / "run.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(settings(root, output, train={"steps": 9})))
+    before = signal.getsignal(signal.SIGTERM)
+    ended, _, err = riskmap("finetune", path)
+    told = f"stopped at step 3; {output} holds an unfinished run"
+    assert (ended, err) == (code, f"riskmap: {told}\n")
+    assert told in (output / "log.txt").read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
+    ended, _, err = riskmap("finetune", path)
+    assert ended == 2
+    assert "holds an unfinished run" in err
+    assert "overwrite=true" in err
+    ended, _, err = riskmap("finetune", path, "overwrite=true", "train.steps=1")
+    assert (ended, err) == (0, "")
+    assert "already holds a run" in riskmap("finetune", path)[2]
 
 
 def test_info(riskmap):

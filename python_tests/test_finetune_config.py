@@ -14,6 +14,7 @@ from finetune_data import NETWORK_2D, settings
 from riskmap_ext.finetune import ConfigError, load_config, parse_config
 from riskmap_ext.finetune.config import AugmentConfig, LossConfig
 from riskmap_ext.finetune.network import build_network, head_keys, spatial_dims
+from riskmap_ext.finetune.yaml_text import read_yaml
 from riskmap_ext.nn import RiskWeightedLoss
 
 
@@ -101,7 +102,25 @@ def test_resolved_configuration_loads_again(tmp_path):
         ({"loss": {"ce_weight": 0, "dice_weight": 0}}, ["loss", "above 0"]),
         ({"network": None}, ["network", "or a source"]),
         ({"network": {"args": {}}}, ["network.name: missing"]),
-        ({"device": "gpu"}, ["device", "'gpu'"]),
+        ({"device": "gpu"}, ["device: expected auto, cpu, cuda or cuda:N", "'gpu'"]),
+        ({"device": "mps"}, ["device: expected auto, cpu, cuda or cuda:N", "'mps'"]),
+        ({"output": None}, ["output: expected a folder, got None"]),
+        ({"output": " "}, ["output: expected a path, got an empty text"]),
+        (
+            {"data": {"train": 0}},
+            ["data.train: expected a number >= 1 or a list of case names, got 0"],
+        ),
+        (
+            {"data": {"train": ["a", 2]}},
+            ["data.train: expected a number >= 1 or a list of case names, got ['a', 2]"],
+        ),
+        ({"write": {"overlays": -1}}, ["write.overlays: expected true, false or a number >= 0"]),
+        ({"data": {"classes": ["b", "p", "p"]}}, ["data.classes: expected distinct names, got p"]),
+        ({"data": {"classes": ["b", "", "p"]}}, ["data.classes: expected a name for each class"]),
+        (
+            {"source": {"checkpoint": "s.pt", "classes": ["b", "b"]}},
+            ["source.classes: expected distinct names, got b"],
+        ),
         ({"data": {"spacing": [1, 1]}}, ["data.spacing"]),
     ],
 )
@@ -115,6 +134,8 @@ def test_errors_name_key_and_way_out(tmp_path, change, told):
         load_config(path)
     for text in (str(path), *told):
         assert text in str(caught.value)
+    # How the checks are made is not the reader's business.
+    assert "constrained" not in str(caught.value)
 
 
 def test_all_errors_are_told_at_once(tmp_path):
@@ -133,6 +154,10 @@ def test_all_errors_are_told_at_once(tmp_path):
         ("train.steps=[1", "not valid YAML"),
         ("output.sub=3", "output is a value, not a section"),
         ("train.stepps=3", "did you mean steps"),
+        ("data.label_map={47: 1, 48: 2, 47: 2}", "the key 47 is given twice"),
+        ("output=", "output: expected a folder"),
+        ("output=''", "output: expected a path, got an empty text"),
+        ("data.root=''", "data.root: expected a path, got an empty text"),
     ],
 )
 def test_bad_overrides(tmp_path, override, told):
@@ -143,7 +168,16 @@ def test_bad_overrides(tmp_path, override, told):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "no such configuration"), ("a: [1", "not valid YAML"), ("- 1", "expected keys")],
+    [
+        (None, "no such configuration"),
+        ("a: [1", "not valid YAML"),
+        ("- 1", "expected keys"),
+        (
+            "train:\n  steps: 1\n  lr: 1\n  steps: 2",
+            "line 4: the key steps is given twice, first in",
+        ),
+        ("output: a\noutput: a", "line 2: the key output is given twice, first in line 1"),
+    ],
 )
 def test_bad_files(tmp_path, text, told):
     path = tmp_path / "run.yaml"
@@ -153,6 +187,16 @@ def test_bad_files(tmp_path, text, told):
         load_config(path)
     assert str(path) in str(caught.value)
     assert told in str(caught.value)
+
+
+def test_merged_keys_may_be_given_again():
+    text = "train: &t {steps: 3, lr: 1}\nother: {<<: *t, steps: 4}"
+    assert read_yaml(text) == {"train": {"steps": 3, "lr": 1}, "other": {"steps": 4, "lr": 1}}
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(

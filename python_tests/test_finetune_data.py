@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +17,7 @@ from finetune_data import RAS, SHAPE, configuration, phantom, real_data, save, s
 
 from riskmap_ext.finetune import ConfigError, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.config import IGNORE_INDEX
+from riskmap_ext.finetune.resample import available_memory
 
 ORIENTATIONS = [
     "".join(codes)
@@ -66,21 +66,6 @@ def oriented(values: np.ndarray, codes: str, affine: np.ndarray = RAS):
 
 
 # Bad files.
-
-
-def test_missing_image(root):
-    image_of(root).unlink()
-    data = {"cases": None, "images": "images", "labels": "labels"}
-    with pytest.raises(ConfigError, match="case00"):
-        read(root, train=["case00"], **data)
-
-
-def test_missing_file_of_a_datalist(root):
-    entries = [{"image": "images/none.nii.gz", "label": "labels/case00.nii.gz"}]
-    (root / "dataset.json").write_text(json.dumps({"training": entries}))
-    told = problem(root, train=1, validation=0)
-    assert str(root / "images" / "none.nii.gz") in told
-    assert "no such file" in told
 
 
 @pytest.mark.parametrize("which", [image_of, label_of])
@@ -214,6 +199,52 @@ def test_singular_affine(root):
 def test_complex_voxels(root):
     save(image_of(root), np.ones(SHAPE, dtype=np.complex64))
     assert "real numbers" in problem(root)
+
+
+@pytest.mark.parametrize("largest", [1e300, -2e38])
+def test_voxels_beyond_float32(root, largest, recwarn):
+    image = phantom(0)[0].astype(np.float64)
+    image[3, 3, 3] = largest
+    save(image_of(root), image)
+    told = problem(root)
+    assert f"{image_of(root)}: 1 of 5760 voxels are too large for float32" in told
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "told"),
+    [
+        ([1e-3, 1e-3, 1e-3], "makes 19001 x 23001 x 11001 of its 20 x 24 x 12 voxels"),
+        ([1e-12, 1, 1], "expected less than 2^31"),
+        ([100, 100, 100], "makes 1 x 1 x 1 of its 20 x 24 x 12 voxels of 1 x 1 x 1 mm"),
+        ([1, 1, 5], "expected 4 or more along each axis"),
+    ],
+)
+def test_absurd_spacing(root, spacing, told):
+    message = problem(root, spacing=spacing)
+    assert f"{image_of(root)}: data.spacing" in message
+    assert told in message
+
+
+def test_spacing_that_memory_does_not_hold(root, monkeypatch):
+    monkeypatch.setattr("riskmap_ext.finetune.resample.available_memory", lambda: 2**20)
+    told = problem(root, spacing=[0.5, 0.5, 0.5])
+    assert "makes 39 x 47 x 23" in told
+    assert "takes about 0.00251 GiB; expected no more than half of the 0.000977 GiB" in told
+    monkeypatch.setattr("riskmap_ext.finetune.resample.available_memory", lambda: None)
+    assert read(root, spacing=[0.5, 0.5, 0.5]).train[0].image.shape == (39, 47, 23)
+
+
+def test_memory_is_known_here():
+    assert available_memory() is None or available_memory() > 2**20
+
+
+def test_thin_volumes_may_be_resampled_in_plane(tmp_path):
+    values, label = phantom(0, shape=(20, 24, 12))
+    save(tmp_path / "i.nii.gz", values[..., :3])
+    save(tmp_path / "l.nii.gz", label[..., :3])
+    case = one_case(tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", spacing=[2, 2, 1])
+    assert case.image.shape == (10, 12, 3)
 
 
 def test_all_problems_are_told_at_once(root):
@@ -364,115 +395,6 @@ def test_resampling_and_back(root):
     assert float((back.numpy() == label).mean()) > 0.9
     smooth = case.grid.to_full(torch.ones(2, *case.image.shape), mode="bilinear")
     np.testing.assert_allclose(smooth, np.ones((2, *label.shape)), rtol=1e-5)
-
-
-# Which files.
-
-
-def test_numbers_count_in_the_order_of_names(root):
-    cases = read(root, train=1, validation=2)
-    assert [c.name for c in cases.train] == ["case00"]
-    assert [c.name for c in cases.validation] == ["case01", "case02"]
-
-
-def test_named_cases(root):
-    cases = read(root, train=["case02"], validation=["case00"])
-    assert [c.name for c in cases.train] == ["case02"]
-    assert [c.name for c in cases.validation] == ["case00"]
-
-
-def test_the_rest_is_for_training(root):
-    cases = read(root, train=None, validation=1)
-    assert [c.name for c in cases.train] == ["case00", "case01"]
-    assert [c.name for c in cases.validation] == ["case02"]
-
-
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
-        ({"train": 4}, "asks for 4 cases, but 3"),
-        ({"train": 2, "validation": 2}, "data.validation: asks for 2 cases, but 1"),
-        ({"train": ["case00"], "validation": ["case00"]}, "both name case00"),
-        ({"train": ["case09"]}, "no case is named case09"),
-        ({"train": None, "validation": 3}, "no case is left"),
-        ({"classes": None}, "data.classes: missing"),
-    ],
-)
-def test_bad_selections(root, data, told):
-    with pytest.raises(ConfigError, match=told):
-        read(root, **data)
-
-
-def test_suffixes_tell_contrasts_apart(tmp_path):
-    for name in ("a", "b", "c"):
-        values, label = phantom(0)
-        save(tmp_path / "images" / f"{name}_T1w.nii.gz", values)
-        save(tmp_path / "images" / f"{name}_T2w.nii.gz", values)
-        save(tmp_path / "labels" / f"{name}_seg.nii.gz", label)
-    cases = read(tmp_path, image_suffix="_T2w", label_suffix="_seg")
-    assert [c.name for c in cases.train] == ["a", "b"]
-    assert cases.train[0].files.image.name == "a_T2w.nii.gz"
-    told = problem(tmp_path)
-    assert "a_T1w.nii.gz and a_seg.nii.gz" in told
-    assert "data.image_suffix" in told
-
-
-def test_first_nnunet_channel_needs_no_suffix(tmp_path):
-    for name in ("a", "b", "c"):
-        values, label = phantom(0)
-        save(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", values)
-        save(tmp_path / "labelsTr" / f"{name}.nii.gz", label)
-    names = ["background", "box", "crate"]
-    content = {"labels": {n: i for i, n in enumerate(names)}, "file_ending": ".nii.gz"}
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    cases = read(tmp_path, classes=None)
-    assert cases.classes == names
-    assert [c.name for c in cases.train] == ["a", "b"]
-    (tmp_path / "dataset.json").unlink()
-    assert [c.name for c in read(tmp_path).train] == ["a", "b"]
-
-
-def test_images_without_a_label_are_told(root):
-    label_of(root).unlink()
-    cases = read(root, train=1)
-    assert [c.name for c in cases.train] == ["case01"]
-    assert any("case00" in note for note in cases.notes)
-
-
-def test_decathlon_datalist(tmp_path):
-    names = write_cases(tmp_path, 3)
-    entries = [{"image": f"./images/{n}.nii.gz", "label": f"./labels/{n}.nii.gz"} for n in names]
-    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
-    content = {"labels": labels, "training": entries[:2], "validation": entries[2:]}
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    cases = read(tmp_path, classes=None, train=None, validation=None)
-    assert cases.classes == list(labels.values())
-    assert [c.name for c in cases.train] == names[:2]
-    assert [c.name for c in cases.validation] == names[2:]
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("{", "JSON"),
-        ("[]", "expected an object"),
-        ("{}", "list 'training'"),
-        ('{"training": [{"image": "x"}]}', "expected image and label"),
-        ('{"training": [{"image": ["a", "b"], "label": "c"}]}', "one image per case"),
-        ('{"training": [1], "labels": {"a": "b"}}', "labels"),
-    ],
-)
-def test_bad_datalists(tmp_path, text, told):
-    (tmp_path / "dataset.json").write_text(text)
-    message = problem(tmp_path)
-    assert str(tmp_path / "dataset.json") in message
-    assert told in message
-
-
-def test_folders_that_are_not_there(tmp_path):
-    assert "no such folder" in problem(tmp_path / "none")
-    assert "images/ and labels/" in problem(tmp_path)
-    assert str(tmp_path / "a") in problem(tmp_path, images="a", labels="b")
 
 
 def test_digest_follows_the_content(root):

@@ -14,13 +14,10 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_2D, NETWORK_3D, configuration, phantom, save, write_cases
+from finetune_data import NETWORK_3D, configuration, phantom, save, write_cases
 
 import riskmap_ext
 from riskmap_ext.finetune import (
-    ConfigError,
-    DataError,
-    InputError,
     finetune,
     load_config,
     make_maps,
@@ -447,93 +444,6 @@ def test_class_weights_keep_the_mean_at_one(root, tmp_path):
     share = torch.bincount(labels).double() / labels.numel()
     torch.testing.assert_close(weights / weights[0], (share[0] / share).sqrt().float())
     assert float((weights.double() * share).sum()) == pytest.approx(1)
-
-
-def test_a_source_with_other_preprocessing_is_told(root, source, tmp_path):
-    config = configuration(
-        root,
-        tmp_path / "out",
-        data={"spacing": [2, 2, 2]},
-        source={"checkpoint": str(source)},
-        train={"steps": 1},
-    )
-    finetune(config, progress=False)
-    log = (config.output / "log.txt").read_text()
-    assert "Warning: the source was trained with data.spacing=None" in log
-
-
-def test_a_source_that_tells_nothing_is_told(root, source, tmp_path):
-    content = torch.load(source, weights_only=True)
-    for value in content["state_dict"].values():
-        value.zero_()
-    torch.save(content, tmp_path / "blank.pt")
-    config = configuration(
-        root, tmp_path / "out", source={"checkpoint": str(tmp_path / "blank.pt")}
-    )
-    result = finetune(config, progress=False)
-    assert "tells nothing" in result.remark
-    assert "tells nothing" in (config.output / "log.txt").read_text()
-
-
-def test_a_run_is_not_replaced_unasked(root, tmp_path):
-    config = configuration(root, tmp_path / "out")
-    finetune(config, progress=False)
-    before = (config.output / "last.pt").read_bytes()
-    with pytest.raises(ConfigError, match=r"already holds a run .*overwrite=true"):
-        finetune(config, progress=False)
-    assert (config.output / "last.pt").read_bytes() == before
-    (config.output / "notes.md").write_text("mine")
-    (config.output / "predictions" / "old.nii.gz").write_text("x")
-    finetune(config.model_copy(update={"overwrite": True, "seed": 3}), progress=False)
-    assert (config.output / "notes.md").read_text() == "mine"
-    assert not (config.output / "predictions" / "old.nii.gz").exists()
-    assert (config.output / "last.pt").read_bytes() != before
-
-
-def test_the_source_is_not_overwritten(root, source, tmp_path):
-    config = configuration(root, source.parent, source={"checkpoint": str(source)}, overwrite=True)
-    with pytest.raises(ConfigError, match="would be replaced"):
-        finetune(config, progress=False)
-    assert source.is_file()
-
-
-@pytest.mark.parametrize(
-    ("sections", "told"),
-    [
-        ({"train": {"patch_size": [15, 15]}}, "train.patch_size: UNet turns a patch of [15, 15]"),
-        ({"train": {"patch_size": [8, 8, 8]}}, "train.patch_size: expected 1 or 2 sizes"),
-        ({"inference": {"patch_size": [8, 8, 8]}}, "inference.patch_size"),
-        ({"loss": {"class_weights": [1, 2]}}, "loss.class_weights: expected 3"),
-        ({"train": {"augment": {"flip": ["axial"]}}}, "slice axis"),
-        ({"train": {"amp": "fp16"}}, "train.amp: fp16 needs a CUDA device"),
-        ({"device": "cuda:7"}, "device: cuda:7"),
-        ({"source": {"checkpoint": "/none.pt"}}, "/none.pt"),
-        ({"network": {**NETWORK_2D, "name": "UNett"}}, "network.name"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_bad_settings_leave_nothing_behind(root, tmp_path, sections, told):
-    with pytest.raises(InputError) as caught:
-        finetune(configuration(root, tmp_path / "out", **sections), progress=False)
-    assert told in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_files_leave_nothing_behind(tmp_path):
-    write_cases(tmp_path / "data", 3)
-    image = phantom(0)[0]
-    image[0, 0, 0] = np.nan
-    path = save(tmp_path / "data" / "images" / "case01.nii.gz", image)
-    with pytest.raises(DataError, match="NaN") as caught:
-        finetune(configuration(tmp_path / "data", tmp_path / "out"), progress=False)
-    assert str(path) in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_loss_that_explodes_is_told(root, tmp_path):
-    train = {"steps": 30, "lr": 1e30, "optimizer": "SGD", "grad_clip": None}
-    with pytest.raises(InputError, match=r"not finite .* lower train\.lr"):
-        finetune(configuration(root, tmp_path / "out", train=train), progress=False)
 
 
 def test_random_state_and_threads_are_left_alone(root, tmp_path):

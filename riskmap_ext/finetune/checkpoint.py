@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.datalist import EXTENSIONS
 from riskmap_ext.finetune.errors import CheckpointError
 from riskmap_ext.finetune.files import digest, write_torch
-from riskmap_ext.finetune.network import build_network, head_keys
+from riskmap_ext.finetune.network import build_network, head_keys, without_channels
 
 FORMAT = "riskmap_ext.checkpoint.1"
 # Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
@@ -26,6 +30,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 class SourceModel:
     """The frozen source network and what its checkpoint says about it."""
 
+    path: Path
     network: nn.Module
     config: NetworkConfig
     classes: list[str]
@@ -93,22 +98,25 @@ def load_source(source: SourceConfig) -> SourceModel:
     path = source.checkpoint
     content = _read(path)
     state = _state_dict(path, content)
+    _check_finite(path, state)
     config = source.network or _stored_network(path, content)
     classes = _classes(source, content, path)
+    key = "source.network.args" if source.network else f"{path}: network.args"
+    config = without_channels(config, len(classes), key)
     network = build_network(config, len(classes))
     state = _without_wrappers(state, network.state_dict().keys())
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        lines = [" ".join(line.split()) for line in str(error).splitlines()[1:4]]
         raise CheckpointError(
-            f"{path}: the weights do not fit {config.name} with {len(classes)} classes "
-            f"({'; '.join(lines)}); set source.network and source.classes to the model's own"
+            _misfit(path, content, config, classes, network, state, error)
         ) from None
     network.eval().requires_grad_(False)
     ordered = network.state_dict()
     fingerprint = digest(config.model_dump(mode="json"), *(ordered[key] for key in sorted(ordered)))
-    return SourceModel(network, config, classes, content.get("preprocessing") or {}, fingerprint)
+    return SourceModel(
+        path, network, config, classes, content.get("preprocessing") or {}, fingerprint
+    )
 
 
 def start_from_source(
@@ -142,8 +150,10 @@ def start_from_source(
             report.loaded.append(key)
     if not report.loaded:
         raise CheckpointError(
-            f"source: no weight of {source.config.name} fits {config.name}; use the source's "
-            "network, or set source.initialize=false to take only the risk map from it"
+            f"{source.path}: none of its weights fits the network: the file holds "
+            f"{_described(source.config)}, and network says {_described(config)}; leave network "
+            "out to take the file's, or set source.initialize=false to take only the risk map "
+            "from it"
         )
     network.load_state_dict({key: theirs[key] for key in report.loaded}, strict=False)
     return report
@@ -151,17 +161,90 @@ def start_from_source(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint (source.checkpoint)")
+        why = "is a folder; expected a checkpoint file" if path.is_dir() else "no such checkpoint"
+        raise CheckpointError(f"{path}: {why} (source.checkpoint)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of archives that are refused below.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch errors of every kind
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain types ({text})"
-        ) from None
+        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What the file is instead of a checkpoint. torch's own text advises to run the file's code."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror})"
+    with path.open("rb") as file:
+        start = file.read(512)
+    expected = "; expected a torch checkpoint (source.checkpoint)"
+    if not start:
+        return "is empty" + expected
+    if path.name.lower().endswith((*EXTENSIONS, ".img")):
+        return "is an image" + expected
+    if start.startswith(b"PK") or start.startswith(b"\x80"):
+        if "TorchScript" in str(error):
+            return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            example = f" (such as {found[1]})" if found else ""
+            return (
+                f"holds objects other than tensors and plain types{example}, and is not loaded, "
+                "since that would run its code; save the model's state_dict() alone"
+            )
+        return "is damaged or incomplete" + expected
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError:
+        return "is not a torch checkpoint" + expected.replace("a torch checkpoint", "one")
+    return "is a text file" + expected
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    bad = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise CheckpointError(
+            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors ({shown}); its "
+            "training has failed, choose another checkpoint"
+        )
+
+
+def _described(config: NetworkConfig) -> str:
+    args = ", ".join(f"{name}={value}" for name, value in config.args.items())
+    return f"{config.name}({args})"
+
+
+def _misfit(
+    path: Path,
+    content: Mapping[str, Any],
+    config: NetworkConfig,
+    classes: Sequence[str],
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    error: RuntimeError,
+) -> str:
+    """Which network the file is of, as far as it tells, and how that differs from `config`."""
+    wanted = f"{_described(config)} with {len(classes)} classes"
+    stored = content.get("network") if content.get("format") == FORMAT else None
+    if isinstance(stored, dict):
+        file = f"it holds {stored.get('name')} with {len(content.get('classes') or [])} classes"
+        remedy = "leave source.network and source.classes out to take the file's own"
+    else:
+        file = f"its keys are such as {', '.join(list(state)[:3])}"
+        remedy = "set source.network and source.classes to the model's own"
+    if not set(state) & set(network.state_dict()):
+        return f"{path}: no weight in it belongs to {wanted}: {file}; {remedy}"
+    lines = "; ".join(" ".join(line.split()) for line in str(error).splitlines()[1:4])
+    return f"{path}: the weights do not fit {wanted}: {file} ({lines}); {remedy}"
 
 
 def _state_dict(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:

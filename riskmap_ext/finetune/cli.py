@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,10 +34,11 @@ def _finetune(
     Without `source` in the configuration it trains the network plainly: that is how a source model
     is made.
     """
-    from riskmap_ext.finetune.config import load_config
-    from riskmap_ext.finetune.run import finetune
+    with _stoppable():
+        from riskmap_ext.finetune.config import load_config
+        from riskmap_ext.finetune.run import finetune
 
-    finetune(load_config(config, overrides or []), progress=not quiet)
+        finetune(load_config(config, overrides or []), progress=not quiet)
 
 
 def _map(
@@ -60,34 +65,50 @@ def _map(
     Give one --image and one --label folder (paired by name), or as many --label files as --image
     files, in the same order. The LEEP statistics come from these images.
     """
-    from riskmap_ext.finetune.config import apply_overrides, parse_config
-    from riskmap_ext.finetune.errors import InputError
-    from riskmap_ext.finetune.run import make_maps
+    with _stoppable():
+        from riskmap_ext.finetune.config import apply_overrides, parse_config
+        from riskmap_ext.finetune.errors import InputError
+        from riskmap_ext.finetune.run import make_maps
 
-    data: dict[str, Any] = {}
+        data = _map_files(image, label)
+        if classes is not None:
+            data["classes"] = [name.strip() for name in classes.split(",")]
+            if not all(data["classes"]):
+                raise InputError(f"--classes: expected a name for each class, got {classes!r}")
+        content: dict[str, Any] = {
+            "output": str(output),
+            "source": {"checkpoint": str(source)},
+            "data": data,
+        }
+        apply_overrides(content, overrides or [])
+        if not {"classes", "label_map"} & set(data):
+            raise InputError(
+                "--classes: missing; name the classes of the labels, background first, such as "
+                "--classes background,lesion"
+            )
+        make_maps(parse_config(content, origin="riskmap map"), progress=not quiet)
+
+
+def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
+    """The `data` section of --image and --label."""
+    from riskmap_ext.finetune.errors import InputError
+
     if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
-        data = {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
-    elif len(image) != len(label):
+        return {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
+    folders = [
+        f"--{k} {p}" for k, v in (("image", image), ("label", label)) for p in v if p.is_dir()
+    ]
+    if folders:
+        raise InputError(
+            f"{', '.join(folders)}: is a folder; expected one folder for --image and one for "
+            "--label, or files for both"
+        )
+    if len(image) != len(label):
         raise InputError(
             f"--image and --label: expected as many of each, got {len(image)} and {len(label)}"
         )
-    else:
-        pairs = zip(image, label, strict=True)
-        data = {"cases": [{"image": str(i), "label": str(n)} for i, n in pairs]}
-    if classes is not None:
-        data["classes"] = [name.strip() for name in classes.split(",")]
-    content: dict[str, Any] = {
-        "output": str(output),
-        "source": {"checkpoint": str(source)},
-        "data": data,
-    }
-    apply_overrides(content, overrides or [])
-    if not {"classes", "label_map"} & set(data):
-        raise InputError(
-            "--classes: missing; name the classes of the labels, background first, such as "
-            "--classes background,lesion"
-        )
-    make_maps(parse_config(content, origin="riskmap map"), progress=not quiet)
+    pairs = zip(image, label, strict=True)
+    return {"cases": [{"image": str(i), "label": str(n)} for i, n in pairs]}
 
 
 def _demo(
@@ -111,6 +132,31 @@ def _info() -> None:
     typer.echo(info.report())
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a command with one line and the shell's code, 130 or 143."""
+    from riskmap_ext.finetune.errors import Terminated
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = stop.args[0] if stop.args else "stopped"
+        print(f"riskmap: {message}", file=sys.stderr)
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A library's warning in the way of this command, without lines of source code."""
+    print(f"riskmap: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def build_app() -> typer.Typer:
     app = typer.Typer(
         name="riskmap",
@@ -129,7 +175,11 @@ def main() -> None:
     if _MISSING is not None:
         _fail(f"the riskmap command needs the package {_MISSING.name}; install it with: {_EXTRA}")
     try:
-        build_app()(prog_name="riskmap")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
+            build_app()(prog_name="riskmap")
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "riskmap_ext":
             raise

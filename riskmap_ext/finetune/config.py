@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from riskmap_ext.finetune.errors import ConfigError
+from riskmap_ext.finetune.yaml_text import DuplicateKeyError, read_yaml
 
 IGNORE_INDEX = -100
 
@@ -29,8 +31,22 @@ def _against_base(value: Any, info: ValidationInfo) -> Any:
     """Relative paths of a config file start from the file's folder."""
     if not isinstance(value, (str, Path)):
         return value
+    if not str(value).strip():
+        raise ValueError("expected a path, got an empty text")
     base = (info.context or {}).get("base") or Path.cwd()
     return Path(os.path.normpath(Path(base) / Path(value).expanduser()))
+
+
+def check_names(names: Any) -> Any:
+    """Class names as they are; ValueError for empty ones and for the same name twice."""
+    if isinstance(names, list):
+        empty = [place for place, name in enumerate(names) if not name.strip()]
+        if empty:
+            raise ValueError(f"expected a name for each class, got none for class {empty[0]}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected distinct names, got {', '.join(twice)} more than once")
+    return names
 
 
 def _one_or_many(value: Any) -> Any:
@@ -82,9 +98,9 @@ class DataConfig(_Section):
     @field_validator("classes")
     @classmethod
     def _distinct_classes(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and (len(value) < 2 or len(set(value)) < len(value)):
+        if value is not None and len(value) < 2:
             raise ValueError(f"expected two or more distinct names, background first, got {value}")
-        return value
+        return check_names(value)
 
     @model_validator(mode="after")
     def _one_way_to_list_files(self, info: ValidationInfo) -> DataConfig:
@@ -123,6 +139,11 @@ class SourceConfig(_Section):
     classes: Annotated[int, Field(ge=1)] | list[str] | None = None
     initialize: bool = True
     head: Literal["auto", "keep", "reinitialize"] = "auto"
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_classes(cls, value: int | list[str] | None) -> int | list[str] | None:
+        return check_names(value)
 
 
 class RiskConfig(_Section):
@@ -221,7 +242,7 @@ class Config(_Section):
     overwrite: bool = False
     cache: FilePath | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: str = "auto"
     threads: PositiveInt | None = None
     data: DataConfig
     network: NetworkConfig | None = None
@@ -231,6 +252,16 @@ class Config(_Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     write: WriteConfig = Field(default_factory=WriteConfig)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError(
+                "expected auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA "
+                f"devices), got {value!r}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _network_known(self) -> Config:
@@ -255,6 +286,19 @@ class Config(_Section):
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
+# What the keys take that allow values of several kinds.
+_EXPECTED = {
+    "output": "a folder",
+    "cache": "a folder",
+    "data.train": "a number >= 1 or a list of case names",
+    "data.validation": "a number >= 0 or a list of case names",
+    "data.spacing": "[x, y, z] in mm, each above 0",
+    "source.checkpoint": "a file",
+    "source.classes": "a number >= 1 or a list of class names",
+    "risk.range": "dataset, image or [lo, hi]",
+    "loss.class_weights": "sqrt_inverse_frequency or a list of numbers >= 0",
+    "write.overlays": "true, false or a number >= 0",
+}
 _PATH_KEYS = ("output", "cache", "data.root", "source.checkpoint")
 _PATH_KEYS_BELOW_ROOT = ("data.datalist", "data.images", "data.labels")
 
@@ -269,11 +313,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(content, dict):
@@ -302,13 +350,17 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals or not all(parts):
             raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
+        except DuplicateKeyError as error:
+            raise ConfigError(f"{override!r}: the key {error.key} is given twice") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{override!r}: not valid YAML ({_one_line(error)})") from None
         dotted = ".".join(parts)
-        if dotted in _PATH_KEYS and isinstance(value, str):
+        # An empty path is left for the configuration to refuse: here it would become this folder.
+        given_path = isinstance(value, str) and bool(value.strip())
+        if dotted in _PATH_KEYS and given_path:
             value = str(Path.cwd() / Path(value).expanduser())
-        if dotted in _PATH_KEYS_BELOW_ROOT and isinstance(value, str):
+        if dotted in _PATH_KEYS_BELOW_ROOT and given_path:
             below_root.append((parts[-1], value))
         section: Any = content
         for depth, part in enumerate(parts[:-1]):
@@ -337,6 +389,8 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
         elif problem["type"] == "value_error":
             text = str(problem["ctx"]["error"])
             lines[key] = f"{key}: {text}" if key else text
+        elif key in _EXPECTED:
+            lines[key] = f"{key}: expected {_EXPECTED[key]}, got {_given(content, key)!r}"
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             text = f"{key}: {message}, got {problem['input']!r}"
@@ -346,11 +400,19 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
     return list(lines.values())
 
 
+def _given(content: Mapping[str, Any], key: str) -> Any:
+    value: Any = content
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
 def _keys_only(names: Sequence[str]) -> list[str]:
     """The parts of a location that are keys of the file, without pydantic's union branch tags."""
     kept: list[str] = []
     for name in names:
-        if "[" in name or name in ("int", "float", "str", "bool") or name.startswith("literal"):
+        branch = name.startswith(("literal", "constrained-", "function-"))
+        if branch or "[" in name or name in ("int", "float", "str", "bool"):
             break
         kept.append(name)
     return kept

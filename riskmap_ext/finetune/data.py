@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Spacing, SpatialResample
+from monai.transforms import SpatialResample
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
@@ -25,6 +25,7 @@ from riskmap_ext.finetune.config import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.errors import DataError
 from riskmap_ext.finetune.files import digest
+from riskmap_ext.finetune.resample import check_spacing, resample
 
 # Volumes are stored with the slice axis last; "RAS" is nibabel's canonical order.
 _ORIENTATION = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
@@ -71,8 +72,8 @@ class Grid:
             volume.reshape(-1, *volume.shape[-3:]).float(),
             affine=torch.as_tensor(self.prepared_affine),
         )
-        resample = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
-        out = resample(
+        to_grid = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
+        out = to_grid(
             meta,
             dst_affine=torch.as_tensor(self._reoriented_affine()),
             spatial_size=self._reoriented_shape(),
@@ -245,10 +246,20 @@ def _grid_problems(files: CaseFiles, image: _Volume, label: _Volume) -> list[str
 
 
 def _image_values(path: Path, volume: _Volume) -> np.ndarray:
-    image = volume.values.astype(np.float32)
-    bad = image.size - int(np.isfinite(image).sum())
+    with np.errstate(over="ignore"):
+        image = volume.values.astype(np.float32)
+    bad = image.size - int(np.isfinite(volume.values).sum())
     if bad:
         raise DataError([f"{path}: {bad} of {image.size} voxels are NaN or infinite"])
+    # A quarter of the range leaves room for differences.
+    large = int((np.abs(image) > np.finfo(np.float32).max / 4).sum())
+    if large:
+        raise DataError(
+            [
+                f"{path}: {large} of {image.size} voxels are too large for float32 (up to "
+                f"{np.abs(volume.values.astype(np.float64)).max():.3g}); rescale the image"
+            ]
+        )
     return image
 
 
@@ -306,7 +317,8 @@ def _prepare(
     ]
     full_label = moved[1]
     if data.spacing is not None:
-        moved, affine = _resample(moved, affine, data.spacing)
+        check_spacing(files.image, moved[0].shape, _voxel_sizes(affine), data.spacing)
+        moved, affine = resample(moved, affine, data.spacing)
     grid = Grid(
         orientation=orientation,
         affine=volume.affine,
@@ -358,20 +370,6 @@ def _normalize(image: np.ndarray, mask: np.ndarray, kind: str) -> np.ndarray:
     mean, std = float(inside.mean()), float(inside.std())
     # A constant image has nothing to scale by.
     return (image - mean) / (std if std > _MIN_STD else 1.0)
-
-
-def _resample(
-    volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
-) -> tuple[list[Tensor], np.ndarray]:
-    """Image linearly, label and mask to the nearest voxel."""
-    out = []
-    for volume, mode in zip(volumes, ("bilinear", "nearest", "nearest"), strict=True):
-        meta = MetaTensor(volume[None].float(), affine=torch.as_tensor(affine))
-        resampled = Spacing(pixdim=spacing, mode=mode, padding_mode="border")(meta)
-        assert isinstance(resampled, MetaTensor)
-        out.append(resampled.as_tensor()[0].to(volume.dtype).contiguous())
-        moved = np.asarray(resampled.affine, dtype=np.float64)
-    return out, moved
 
 
 def _voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext.finetune.config import IGNORE_INDEX, DataConfig
+from riskmap_ext.finetune.config import IGNORE_INDEX, DataConfig, check_names
 from riskmap_ext.finetune.errors import ConfigError, DataError
 
 # .img is the other half of .hdr.
@@ -51,7 +51,12 @@ def list_cases(data: DataConfig) -> Listing:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(
-            [f"data: more than one case is named {', '.join(twice)}; see data.cases.name"]
+            [
+                f"data: more than one case is named {name} "
+                f"({', '.join(str(c.image) for c in found.cases if c.name == name)}); list each "
+                "image once, or give each entry of data.cases a name of its own"
+                for name in twice
+            ]
         )
     train, validation = _split(data, found)
     by_name = {case.name: case for case in found.cases}
@@ -64,9 +69,9 @@ def list_cases(data: DataConfig) -> Listing:
         found.notes,
     )
     files = [f for c in (*listing.train, *listing.validation) for f in (c.image, c.label)]
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [path for path in files if not path.is_file()]
     if missing:
-        raise DataError([f"{path}: no such file" for path in missing])
+        raise DataError([_why_no_file(path) for path in missing])
     return listing
 
 
@@ -100,8 +105,7 @@ def stem(path: Path) -> str:
 
 def volumes_in(folder: Path) -> list[Path]:
     """Image files directly in `folder`, sorted by name."""
-    if not folder.is_dir():
-        raise DataError([f"{folder}: no such folder"])
+    _check_folder(folder)
     return sorted(
         path
         for path in folder.iterdir()
@@ -109,18 +113,56 @@ def volumes_in(folder: Path) -> list[Path]:
     )
 
 
+def _why_no_file(path: Path) -> str:
+    return f"{path}: is a folder; expected a file" if path.is_dir() else f"{path}: no such file"
+
+
+def _check_folder(path: Path, key: str = "") -> None:
+    if not path.is_dir():
+        why = "is a file; expected a folder" if path.exists() else "no such folder"
+        raise DataError([f"{path}: {why}{key}"])
+
+
+def _case_names(images: Sequence[Path]) -> list[str]:
+    """File names without ending; where several images share one, with the folders above them.
+
+    sub-1/mri/T1.mgz and sub-2/mri/T1.mgz become sub-1_mri_T1 and sub-2_mri_T1.
+    """
+    names = [stem(path) for path in images]
+    depth = 0
+    # Folders are added until the names differ or there are no more.
+    while depth < max((len(path.parents) for path in images), default=0):
+        twice = {name for name in names if names.count(name) > 1}
+        if not twice:
+            break
+        depth += 1
+        for index, path in enumerate(images):
+            if names[index] in twice:
+                above = [folder.name for folder in path.parents[:depth] if folder.name]
+                names[index] = "_".join([*reversed(above), stem(path)])
+    # The same file twice: the long name would tell nothing more.
+    return [
+        stem(path) if names.count(name) > 1 else name
+        for name, path in zip(names, images, strict=True)
+    ]
+
+
 def _find(data: DataConfig) -> _Found:
     if data.cases is not None:
-        cases = [CaseFiles(c.name or stem(c.image), c.image, c.label) for c in data.cases]
-        return _Found(cases)
+        derived = _case_names([c.image for c in data.cases])
+        return _Found(
+            [
+                CaseFiles(case.name or name, case.image, case.label)
+                for case, name in zip(data.cases, derived, strict=True)
+            ]
+        )
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
         return _pair_folders(data.images, data.labels, data.image_suffix, data.label_suffix)
     root = data.root
     assert root is not None  # DataConfig asks for one of the four
-    if not root.is_dir():
-        raise DataError([f"{root}: no such folder (data.root)"])
+    _check_folder(root, " (data.root)")
     if (root / "dataset.json").is_file():
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
@@ -137,6 +179,8 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError([f"{path}: no such file"]) from None
+    except IsADirectoryError:
+        raise DataError([f"{path}: is a folder; expected a JSON file (data.datalist)"]) from None
     except (OSError, ValueError) as error:
         raise DataError([f"{path}: cannot be read as JSON ({error})"]) from None
     if not isinstance(content, dict):
@@ -159,15 +203,15 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
 
 
 def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseFiles]:
-    cases = []
+    pairs = []
     for entry in content.get(key) or []:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
             raise DataError([f"{path}: expected image and label in each {key!r}, got {entry!r}"])
         if isinstance(entry["image"], list):
             raise DataError([f"{path}: {entry['image']}: one image per case is read, got a list"])
-        image, label = (path.parent / entry[k] for k in ("image", "label"))
-        cases.append(CaseFiles(stem(image), image, label))
-    return cases
+        pairs.append([path.parent / entry[k] for k in ("image", "label")])
+    names = _case_names([image for image, _ in pairs])
+    return [CaseFiles(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
 def _datalist_classes(path: Path, labels: Any) -> list[str] | None:
@@ -179,6 +223,10 @@ def _datalist_classes(path: Path, labels: Any) -> list[str] | None:
         names = {value: str(key) for key, value in labels.items()}
     else:
         raise DataError([f"{path}: labels: expected number: name, got {labels}"])
+    try:
+        check_names(list(names.values()))
+    except ValueError as error:
+        raise DataError([f"{path}: labels: {error}"]) from None
     # Gaps in the numbering are left to data.classes and data.label_map.
     gapless = sorted(names) == list(range(len(names)))
     return [names[i] for i in range(len(names))] if gapless else None

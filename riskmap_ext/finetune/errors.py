@@ -25,3 +25,7 @@ class DataError(InputError):
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the data:\n"
         super().__init__(head + "\n".join(self.problems))
+
+
+class Terminated(KeyboardInterrupt):
+    """A request to end (SIGTERM): treated as Ctrl-C is."""

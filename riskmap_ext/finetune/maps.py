@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import riskmap_ext
 from riskmap_ext.finetune.checkpoint import SourceModel
 from riskmap_ext.finetune.config import IGNORE_INDEX, RiskConfig
 from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.files import digest, write_nifti, write_torch
 from riskmap_ext.finetune.network import Predictor
 
@@ -139,6 +141,12 @@ class SourceMapper:
         if case.name in self._logits:
             return self._logits[case.name]
         logits = self._predictor(case.image)
+        # A sum is finite in float64 where, and only where, all of its float32 terms are.
+        if not math.isfinite(float(logits.sum(dtype=torch.float64))):
+            raise InputError(
+                f"{case.files.image}: the source model's logits of case {case.name} are NaN or "
+                "infinite; check its intensities and data.normalize against the source's training"
+            )
         kept = sum(t.numel() * t.element_size() for t in self._logits.values())
         if kept + logits.numel() * logits.element_size() <= _KEPT_BYTES:
             self._logits[case.name] = logits

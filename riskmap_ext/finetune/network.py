@@ -30,17 +30,34 @@ def network_class(name: str) -> type[nn.Module]:
     raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
 
 
-def spatial_dims(network: NetworkConfig) -> int:
-    """2 or 3: whether the network sees slices or volumes."""
+def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
+    """2 or 3: whether the network sees slices or volumes. Raises: ConfigError naming `key`."""
     parameters = inspect.signature(network_class(network.name)).parameters
     default = parameters["spatial_dims"].default if "spatial_dims" in parameters else 3
     dims = network.args.get("spatial_dims", default)
-    if dims not in (2, 3):
+    if type(dims) is not int or dims not in (2, 3):
         raise ConfigError(
-            "network.args.spatial_dims: expected 2 (slices) or 3 (volumes), got "
+            f"{key}.spatial_dims: expected 2 (slices) or 3 (volumes), got "
             + ("nothing" if dims is inspect.Parameter.empty else repr(dims))
         )
-    return int(dims)
+    return dims
+
+
+def without_channels(network: NetworkConfig, num_classes: int, key: str) -> NetworkConfig:
+    """`network` without the arguments that follow from the data and the classes.
+
+    Raises: ConfigError where they are given and say something else; `key` is where they stand.
+    """
+    fixed = {"in_channels": (1, "one image per case")}
+    fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_classes, "the number of classes"))
+    for name, (expected, why) in fixed.items():
+        if network.args.get(name, expected) != expected:
+            raise ConfigError(
+                f"{key}.{name}: expected {expected} ({why}), got {network.args[name]!r}; it can be "
+                "left out"
+            )
+    args = {name: value for name, value in network.args.items() if name not in fixed}
+    return network.model_copy(update={"args": args})
 
 
 def build_network(network: NetworkConfig, num_classes: int) -> nn.Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,20 @@ from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.evaluate import class_counts, class_means, mean_without_nan
 from riskmap_ext.finetune.files import write_csv
 
+# Tried for letters that matplotlib's own font lacks.
+_WIDE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "WenQuanYi Zen Hei",
+    "Source Han Sans SC",
+    "IPAexGothic",
+    "Microsoft YaHei",
+    "Hiragino Sans",
+    "Malgun Gothic",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+)
 MISSING = "\N{EN DASH}"
 
 
@@ -37,6 +53,13 @@ class Log:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._path: Path | None = None
         self._early: list[str] = []
+        # How far the run is, for the message when it is stopped.
+        self.stage = "before training"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an output folder yet."""
+        return self._path is not None
 
     def open(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -47,6 +70,10 @@ class Log:
 
     def __call__(self, message: str) -> None:
         self.console.print(message, markup=False)
+        self._append(message)
+
+    def note(self, message: str) -> None:
+        """Into log.txt alone."""
         self._append(message)
 
     def warn(self, message: str) -> None:
@@ -174,16 +201,30 @@ def write_overlay(
     def ras(volume: Tensor | None) -> Any:
         return None if volume is None else case.grid.to_ras(volume)
 
-    overlay(
-        folder / f"{case.name}.png",
-        ras(case.image),
-        labels=ras(case.label),
-        prediction=ras(prediction),
-        risk=ras(risk),
-        class_names=classes,
-        title=case.name,
-        zooms=case.grid.ras_spacing(),
-    )
+    with _any_letters():
+        overlay(
+            folder / f"{case.name}.png",
+            ras(case.image),
+            labels=ras(case.label),
+            prediction=ras(prediction),
+            risk=ras(risk),
+            class_names=classes,
+            title=case.name,
+            zooms=case.grid.ras_spacing(),
+        )
+
+
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """Names in any script: by a font that has their letters, else as boxes, without a word."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    present = set(font_manager.get_font_names())
+    family = [*matplotlib.rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": family}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
 
 
 def number(value: float) -> str:

@@ -29,11 +29,19 @@ from riskmap_ext.finetune.network import (
     check_forward,
     patch_size,
     spatial_dims,
+    without_channels,
 )
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
 from riskmap_ext.finetune.sampling import flip_axes
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
-from riskmap_ext.finetune.workspace import check_output, claim_output, run_device, torch_state
+from riskmap_ext.finetune.workspace import (
+    check_output,
+    check_threads,
+    claim_output,
+    run_device,
+    told_when_stopped,
+    torch_state,
+)
 
 
 @dataclass
@@ -93,8 +101,9 @@ def finetune(
     log = Log(quiet=not progress)
     started = time.perf_counter()
     check_output(config)
+    check_threads(config)
     device = run_device(config)
-    with torch_state(config, device):
+    with told_when_stopped(config, log), torch_state(config, device):
         run = _prepare(config, cases, device, log)
         maps = _source_maps(run)
         trained = _train(run, maps)
@@ -127,8 +136,9 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         raise ConfigError("source: missing; the maps need a source model")
     log = Log(quiet=not progress)
     check_output(config)
+    check_threads(config)
     device = run_device(config)
-    with torch_state(config, device):
+    with told_when_stopped(config, log), torch_state(config, device):
         source = load_source(config.source)
         predictor = _source_predictor(config, source, device)
         cases = _read_cases(config, log)
@@ -136,9 +146,11 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         for note in cases.notes:
             log.warn(note)
         _check_preprocessing(config, source, log)
+        log.stage = "before all maps were made"
         maps = _map_cases(config, log, source, predictor, cases, cases.validation)
-    for case in _drawn(config, [*cases.train, *cases.validation]):
-        write_overlay(config.output / "overlays", case, cases.classes, None, maps.risk[case.name])
+        for case in _drawn(config, [*cases.train, *cases.validation]):
+            risk = maps.risk[case.name]
+            write_overlay(config.output / "overlays", case, cases.classes, None, risk)
     log(f"Done: {config.output}")
     return maps
 
@@ -165,6 +177,7 @@ def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log
     patch = patch_size(config, dims)
     cases = cases or _read_cases(config, log)
     count = len(cases.classes)
+    network_config = without_channels(network_config, count, "network.args")
     weights = config.loss.class_weights
     if isinstance(weights, list) and len(weights) != count:
         raise ConfigError(f"loss.class_weights: expected {count} numbers, got {len(weights)}")
@@ -187,6 +200,8 @@ def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log
         + ", ".join(cases.classes)
     )
     parameters = sum(p.numel() for p in network.parameters())
+    if config.data.spacing is not None:
+        _warn_of_small_volumes(cases, patch, log)
     log(f"{network_config.name}, {parameters:,} parameters, patches of {patch}, on {device}")
     if source is not None:
         _check_preprocessing(config, source, log)
@@ -208,6 +223,21 @@ def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log
         patch,
         keys,
     )
+
+
+def _warn_of_small_volumes(cases: Cases, patch: list[int], log: Log) -> None:
+    small = [
+        case
+        for case in cases.train
+        if any(2 * n < p for n, p in zip(case.image.shape, patch, strict=False))
+    ]
+    if small:
+        shape = list(small[0].image.shape)
+        log.warn(
+            f"data.spacing makes {len(small)} of {len(cases.train)} training volumes less than "
+            f"half as large as the patch {patch} (such as {small[0].name}, {shape}): most of each "
+            "crop lies outside the image; use a finer spacing or a smaller train.patch_size"
+        )
 
 
 def _preprocessing(config: Config, patch: list[int]) -> dict[str, Any]:
@@ -232,7 +262,7 @@ def _check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
 
 
 def _source_predictor(config: Config, source: SourceModel, device: torch.device) -> Predictor:
-    dims = spatial_dims(source.config)
+    dims = spatial_dims(source.config, "source.network.args")
     # The source sees windows of the size it was trained with.
     patch = source.preprocessing.get("patch_size") or patch_size(config, dims)
     predictor = Predictor(source.network.to(device), dims, patch, config.inference)

@@ -78,6 +78,7 @@ def train_network(setup: TrainSetup) -> Trained:
         with setup.log.progress("steps") as bar:
             task = bar.add_task("Training", total=train.steps, note="")
             for step in range(1, train.steps + 1):
+                setup.log.stage = f"at step {step}"
                 lr = step_of.lr
                 total += step_of(sampler.next_batch())
                 since += 1
@@ -107,6 +108,7 @@ def train_network(setup: TrainSetup) -> Trained:
                     setup.save(output / "best.pt", state)
     finally:
         metrics.close()
+    setup.log.stage = "after the last step"
     return Trained(metrics.rows, predictions)
 
 
