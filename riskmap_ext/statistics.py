@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from riskmap_ext._arguments import integer, plain_tensor
+from riskmap_ext._arguments import integer, plain_tensor, region_table
 from riskmap_ext.ops import conditional, leep_statistics, transferability_map
 
 # A score this close to that of the class frequencies alone: the source tells nothing.
@@ -47,7 +47,7 @@ class TransferStatistics:
     ) -> None:
         self.num_classes = integer("num_classes", num_classes, 1)
         self.ignore_index = integer("ignore_index", ignore_index)
-        self.regions = regions
+        self.regions = None if regions is None else region_table(regions)
         self._joint: Tensor | None = None
         self._voxels = 0
         self._log_likelihood = 0.0
@@ -176,7 +176,7 @@ class TransferStatistics:
                 f"{self.ignore_index}, got {other.num_classes} and {other.ignore_index}"
             )
         if self._range_voxels or other._range_voxels:
-            if not self._same_joint(other):
+            if self._joint is None or not _equal(self._joint, other._joint):
                 raise ValueError(
                     "other: its second pass was made with another P(y|z); merge the first passes, "
                     "then run update_range with the merged statistics, then merge again"
@@ -236,6 +236,7 @@ class TransferStatistics:
         return {
             "num_classes": self.num_classes,
             "ignore_index": self.ignore_index,
+            "regions": None if self.regions is None else self.regions.cpu().clone(),
             "joint": None if self._joint is None else self._joint.cpu().clone(),
             "voxels": self._voxels,
             "log_likelihood": self._log_likelihood,
@@ -256,6 +257,8 @@ class TransferStatistics:
         for name in ("num_classes", "ignore_index"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"state: expected {name} {getattr(self, name)}, got {state[name]}")
+        if not _equal(state["regions"], self.regions):
+            raise ValueError("state: expected the same table of regions")
         self._joint = None if state["joint"] is None else state["joint"].clone()
         self._voxels = int(state["voxels"])
         self._log_likelihood = float(state["log_likelihood"])
@@ -266,15 +269,6 @@ class TransferStatistics:
 
     def _valid(self, target: Tensor) -> Tensor:
         return target.to(torch.int64) != self.ignore_index  # in uint8, -100 would be 156
-
-    def _same_joint(self, other: TransferStatistics) -> bool:
-        mine, theirs = self._joint, other._joint
-        return (
-            mine is not None
-            and theirs is not None
-            and mine.shape == theirs.shape
-            and torch.equal(mine.cpu(), theirs.cpu())
-        )
 
     def _add_joint(self, joint: Tensor, name: str) -> Tensor:
         assert self._joint is not None
@@ -296,3 +290,10 @@ class TransferStatistics:
             f"TransferStatistics(num_classes={self.num_classes}, "
             f"ignore_index={self.ignore_index}, num_voxels={self.num_voxels})"
         )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both tables are the same, wherever they lie."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other.cpu())
