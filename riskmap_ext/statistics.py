@@ -175,6 +175,8 @@ class TransferStatistics:
                 f"other: expected num_classes {self.num_classes} and ignore_index "
                 f"{self.ignore_index}, got {other.num_classes} and {other.ignore_index}"
             )
+        if not _equal(self.regions, other.regions):
+            raise ValueError("other: expected the same table of regions")
         if self._range_voxels or other._range_voxels:
             if self._joint is None or not _equal(self._joint, other._joint):
                 raise ValueError(
