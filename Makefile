@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format sanitize install clean
+.PHONY: demo test bench bench-full instructions lint format sanitize install clean
 
 install: $(VENV)/.installed
 
@@ -27,8 +27,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-enable -q
+sanitize: install
+	PYTHON=$(BIN)/python python_tests/run_sanitized.sh
+
+bench: install benchmarks/.peers
+	$(BIN)/python -m benchmarks.run
+
+bench-full: install benchmarks/.peers
+	$(BIN)/python -m benchmarks.run --full
+
+instructions: install
+	$(BIN)/python -m benchmarks.instructions
+
+# nnU-Net's loss needs torch alone; without network its columns stay empty.
+benchmarks/.peers:
+	-$(BIN)/python -m pip install --quiet --no-deps --target $@ nnunetv2==2.8.1
 
 lint: install
 	$(BIN)/ruff check .
