@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -47,7 +48,7 @@ inline size_t acc_size(const Volume& volume) { return volume.dtype == Dtype::kDo
 template <class F>
 void for_chunks(const Volume& volume, const Chunking& chunking, size_t scratch_bytes, const F& f) {
   const int64_t chunks = volume.batch * chunking.chunks_per_image;
-  const int64_t elements = chunking.voxels_per_chunk * volume.classes;
+  const int64_t elements = std::min(chunking.voxels_per_chunk, volume.voxels) * volume.classes;
   const int64_t grain = elements < (1 << 15) ? (1 << 15) / (elements + 1) + 1 : 1;
   std::atomic<bool> out_of_memory{false};  // nothing may be thrown across threads
   torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
