@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench bench-full instructions lint format sanitize install clean
+.PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan gpu-check
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,20 @@ test: install
 
 sanitize: install
 	PYTHON=$(BIN)/python python_tests/run_sanitized.sh
+
+# The CUDA kernels on CPU tensors, and under sanitizers: no GPU and no nvcc needed.
+cuda-on-host: install
+	PYTHON=$(BIN)/python python_tests/run_cuda_on_host.sh none
+
+cuda-on-host-asan: install
+	PYTHON=$(BIN)/python python_tests/run_cuda_on_host.sh address
+
+cuda-on-host-tsan: install
+	PYTHON=$(BIN)/python python_tests/run_cuda_on_host.sh thread
+
+# With the Python and the torch of a machine that has a GPU: no environment is made.
+gpu-check:
+	$(PYTHON) python_tests/gpu_check.py $(GPU_CHECK_OPTIONS)
 
 bench: install benchmarks/.peers
 	$(BIN)/python -m benchmarks.run

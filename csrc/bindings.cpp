@@ -18,4 +18,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_abi_target") = torch_target();
   m.attr("compiler") = RISKMAP_COMPILER;
   m.attr("cuda_reason") = RISKMAP_CUDA_REASON;
+  m.attr("cuda_toolkit") = RISKMAP_CUDA_TOOLKIT;              // version of nvcc, empty without CUDA
+  m.attr("cuda_architectures") = RISKMAP_CUDA_ARCHITECTURES;  // as "80 90", empty without CUDA
 }

@@ -6,6 +6,26 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cuda-on-host",
+        action="store_true",
+        help="run the CUDA kernels on CPU tensors in the place of the CPU kernels",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--cuda-on-host"):
+        yield
+        return
+    import cuda_on_host
+
+    cuda_on_host.load(cuda_on_host.library())
+    with cuda_on_host.in_place_of_the_cpu_kernels():
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda":

@@ -129,6 +129,9 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
         lambda d: (*_loss_arguments(VOLUME, d, reduction=SUM, whole=False)[:14], False),
         lambda d: (*_loss_arguments(EMPTY, d, whole=False)[:14], False),
     ],
+    "_scale_gradient_": [
+        lambda d, f=f: (SMALL.logits(d), torch.tensor(f, device=d)) for f in (1.0, 0.0, -2.5)
+    ],
 }
 
 

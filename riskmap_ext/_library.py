@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 _HERE = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_CUDA_LIBRARY = "libriskmap_cuda"
+_CUDA_OPS = (
+    "leep_statistics",
+    "transferability_map",
+    "risk_map",
+    "weighted_loss",
+    "_weighted_loss_backward",
+    "_weighted_loss_with_gradient",
+    "_scale_gradient_",
+)
+
+_no_cuda: str | None = None  # why the CUDA kernels are not there, once load() has looked
+_refusals: torch.library.Library | None = None
 
 
 def _found() -> str:
@@ -17,7 +32,7 @@ def _found() -> str:
 
 
 def _load(name: str) -> None:
-    path = _HERE / f"{name}{_SUFFIX}"
+    path = _path(name)
     if not path.exists():
         raise ImportError(
             f"riskmap_ext: {path} is missing; build it with "
@@ -34,6 +49,61 @@ def _load(name: str) -> None:
         ) from error
 
 
+def _path(name: str) -> Path:
+    return _HERE / f"{name}{_SUFFIX}"
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA library where torch can use it, or says why not.
+
+    Never an error: the CPU ops work without it. Another major version is not even tried: the
+    loader could bring in a second CUDA runtime beside torch's.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    facts = build_facts()
+    if not _path(_CUDA_LIBRARY).exists():
+        reason = facts["cuda_reason"] if facts else "the module of build facts is missing"
+        return f"riskmap_ext was built without CUDA kernels ({reason})"
+    if facts is None:
+        return "the module of build facts is missing, so the CUDA version is unknown"
+    built = facts["cuda_toolkit"]
+    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"its CUDA kernels were built for CUDA {built}, and torch {torch.__version__} is for "
+            f"CUDA {torch.version.cuda}: the major versions must agree"
+        )
+    try:
+        _load(_CUDA_LIBRARY)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _refuse_cuda(reason: str) -> torch.library.Library:
+    """Lets the ops say in words why they cannot take CUDA tensors."""
+    library = torch.library.Library("riskmap_ext", "IMPL")
+
+    def refusal(name: str) -> Callable[..., NoReturn]:
+        def refuse(*_: Any) -> NoReturn:
+            raise RuntimeError(
+                f"riskmap_ext.{name.strip('_')}: got CUDA tensors, but {reason}. "
+                "`python -m riskmap_ext.info` shows what is there; move the tensors to the CPU, "
+                "or build riskmap_ext with nvcc and --no-build-isolation beside this torch."
+            )
+
+        return refuse
+
+    for name in _CUDA_OPS:
+        library.impl(name, refusal(name), "CUDA")
+    return library
+
+
+def no_cuda_reason() -> str | None:
+    """Why the CUDA kernels are not there, or None where they are."""
+    return _no_cuda
+
+
 def built_for() -> str:
     """The torch that the native libraries were built with, and the oldest they run with."""
     facts = build_facts()
@@ -48,12 +118,19 @@ def build_facts() -> dict[str, str] | None:
         from riskmap_ext import _C  # type: ignore[attr-defined]
     except ImportError:
         return None
-    names = ("version", "torch_built_with", "torch_abi_target", "compiler", "cuda_reason")
-    return {name: str(getattr(_C, name)) for name in names}
+    names = (
+        *("version", "torch_built_with", "torch_abi_target", "compiler"),
+        *("cuda_reason", "cuda_toolkit", "cuda_architectures"),
+    )
+    return {name: str(getattr(_C, name, "")) for name in names}
 
 
 def load() -> None:
-    """Loads the CPU library (schemas and CPU kernels). Called once, on import."""
+    """Loads the CPU library (schemas and CPU kernels), and the CUDA library where torch can use it.
+
+    Called once, on import.
+    """
+    global _no_cuda, _refusals
     if not hasattr(torch.library, "register_autograd"):
         raise ImportError(f"riskmap_ext: needs torch >= 2.10. Found: {_found()}.")
     _load("libriskmap_cpu")
@@ -61,12 +138,15 @@ def load() -> None:
         torch.ops.riskmap_ext._cpu_capability()
     except ValueError as error:
         raise ImportError(f"riskmap_ext: {error}") from None
+    _no_cuda = _load_cuda()
+    if _no_cuda is not None:
+        _refusals = _refuse_cuda(_no_cuda)
 
 
 def loaded_path(name: str) -> Path | None:
     """Where the library lies, or None where it was not built."""
-    path = _HERE / f"{name}{_SUFFIX}"
+    path = _path(name)
     return path if path.exists() else None
 
 
-__all__ = ["build_facts", "built_for", "load", "loaded_path"]
+__all__ = ["build_facts", "built_for", "load", "loaded_path", "no_cuda_reason"]

@@ -18,7 +18,6 @@ def facts() -> dict[str, str]:
     unknown = "unknown (the module of build facts is missing)"
     forced = os.environ.get("RISKMAP_CPU_CAPABILITY")
     capability = torch.ops.riskmap_ext._cpu_capability()
-    cuda_library = _library.loaded_path("libriskmap_cuda")
     return {
         "riskmap_ext": riskmap_ext.__version__,
         "built for torch": _library.built_for() if built else unknown,
@@ -28,9 +27,33 @@ def facts() -> dict[str, str]:
         "CPU instruction set": capability
         + (" (forced by RISKMAP_CPU_CAPABILITY)" if forced else " (best of this machine)"),
         "CPU threads": str(torch.get_num_threads()),
-        "CUDA": str(cuda_library) if cuda_library else f"no: {built.get('cuda_reason', unknown)}",
+        "CUDA": _cuda(built),
         "installed in": os.path.dirname(riskmap_ext.__file__),
     }
+
+
+def _cuda(built: dict[str, str]) -> str:
+    reason = _library.no_cuda_reason()
+    architectures = built.get("cuda_architectures", "")
+    kernels = f"CUDA {built.get('cuda_toolkit')}, architectures {architectures}"
+    if reason is not None:
+        library = _library.loaded_path("libriskmap_cuda")
+        return f"no: {reason}" + (f" (built: {kernels})" if library else "")
+    return kernels + "".join(f"; {gpu}" for gpu in _gpus(architectures))
+
+
+def _gpus(architectures: str) -> list[str]:
+    """The GPUs of this machine, and whether the kernels run on them."""
+    built = [int(each) for each in architectures.split()]
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        capability = 10 * major + minor
+        same_major = any(each // 10 == major and each <= capability for each in built)
+        runs = same_major or capability > max(built, default=capability)  # later ones by PTX
+        verdict = "" if runs else ", which the kernels were not built for"
+        gpus.append(f"{torch.cuda.get_device_name(index)} (architecture {capability}{verdict})")
+    return gpus or ["no GPU found"]
 
 
 def report() -> str:

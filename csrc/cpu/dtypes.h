@@ -2,54 +2,18 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 #include "cpu/types.h"
 #include "math/elementary.h"
+#include "math/float16.h"
 
 namespace riskmap::cpu {
 namespace {
 
-RISKMAP_HD float bfloat16_to_float(uint16_t bits) { return math::bit_cast<float>(uint32_t(bits) << 16); }
-
-RISKMAP_HD uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even
-  const uint32_t bits = math::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
-}
-
-RISKMAP_HD float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  // Shift exponent and mantissa into place and let a multiplication rescale, subnormals included.
-  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
-  const uint32_t sign = uint32_t(h & 0x8000) << 16;
-  const float scaled = math::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = (h & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : math::bit_cast<uint32_t>(scaled);
-  return math::bit_cast<float>(sign | special);
-#endif
-}
-
-RISKMAP_HD uint16_t float_to_half(float value) {  // to nearest, ties to even
-#if defined(__F16C__)
-  return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
-#else
-  const uint32_t bits = math::bit_cast<uint32_t>(value);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds up to 65536 and beyond
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 aligns the bits and rounds
-    const float aligned = math::bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (math::bit_cast<uint32_t>(aligned) - 0x3f000000));
-  }
-  const uint32_t rebased = magnitude - 0x38000000;
-  return static_cast<uint16_t>(sign | ((rebased + 0xfff + ((rebased >> 13) & 1)) >> 13));
-#endif
-}
+using math::bfloat16_to_float;
+using math::float_to_bfloat16;
+using math::float_to_half;
+using math::half_to_float;
 
 struct Half {
   uint16_t bits;

@@ -94,13 +94,12 @@ LossCounts add_up(const std::vector<LossPartial>& partials, const LossInputs& in
 
 std::vector<double> image_scales(const LossOptions& options, const LossCounts& counts) {
   const int64_t batch = static_cast<int64_t>(counts.images.size());
+  const math::VoxelCounts whole{counts.batch.valid, counts.batch.foreground};
   std::vector<double> scales;
   for (const LossPartial& image : counts.images) {
-    const double n =
-        normalizer(options, image.valid, image.foreground, counts.batch.valid, counts.batch.foreground, batch);
-    const double share = options.reduction == Reduction::kMean ? 1.0 / static_cast<double>(batch) : 1.0;
-    const bool as_map = options.reduction == Reduction::kNone;
-    scales.push_back(as_map ? options.ce_weight : n > 0 ? options.ce_weight * share / n : 0);
+    const double n = math::normalizer(options.normalization, options.foreground_floor, {image.valid, image.foreground},
+                                      whole, batch);
+    scales.push_back(math::image_scale(options.reduction, options.ce_weight, n, batch));
   }
   return scales;
 }

@@ -12,18 +12,9 @@
 
 #include "cpu/types.h"
 #include "ops/check.h"
+#include "ops/views.h"
 
 namespace riskmap::cpu {
-
-// A view of logits [B, C, *S]. Planar and channels-last strides are read as they are; anything else is copied into
-// `keep`, which must outlive the view.
-Volume view_volume(const Tensor& tensor, Tensor& keep);
-
-// A view of a map [B, *S]; copied into `keep` unless its voxels are contiguous.
-VoxelMap view_map(const Tensor& tensor, Tensor& keep);
-VoxelMap view_map(const OptionalTensor& tensor, Tensor& keep);  // absent: data is nullptr
-
-bool is_viewable(const Tensor& logits);
 
 // Values of a small floating tensor in row-major order.
 std::vector<double> values_of(const Tensor& tensor);
@@ -32,7 +23,6 @@ std::vector<double> values_of(const Tensor& tensor);
 std::vector<double> membership_of(const Tensor& regions, int64_t pitch);
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype);
-Tensor empty_map(const Tensor& logits, ScalarType dtype);  // [B, *S]
 // Uninitialised, laid out as `logits`; huge pages are asked for, since page faults would cost more than the kernel.
 Tensor empty_gradient(const Tensor& logits);
 

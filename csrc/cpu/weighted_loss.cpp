@@ -29,8 +29,7 @@ double dice_loss(const LossOptions& options, const LossInputs& in, const std::ve
 
   int64_t counted = 0;
   for (int64_t c = 0; c < classes; ++c) counted += options.in_dice(c, in.args.membership);
-  const bool mean = options.reduction == Reduction::kMean;
-  const double share = options.dice_weight / static_cast<double>(counted) / (mean ? static_cast<double>(groups) : 1.0);
+  const double share = math::dice_share(options.reduction, options.dice_weight, counted, groups);
   double loss = 0;
   for (int64_t b = 0; b < batch; ++b) {
     const double* sum = sums.data() + (options.batch_dice ? 0 : b * row);

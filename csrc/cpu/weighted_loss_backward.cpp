@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "cpu/capability.h"
+#include "cpu/dtypes.h"
 #include "cpu/loss_inputs.h"
 
 namespace riskmap::cpu {
@@ -48,17 +50,11 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
                                                   OptionalTensor regions, Tensor scale, Tensor dice_slopes,
                                                   int64_t ignore_index, std::optional<int64_t> background,
                                                   int64_t region, double label_smoothing, bool grad_risk) {
-  const char* op = "_weighted_loss_backward";
   const LossTensors tensors{logits, target, risk, weight, foreground, regions};
-  check_loss_tensors(op, tensors);
-  check(!grad_risk || risk.has_value(), op, ": grad_risk needs risk");
+  check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
   const int64_t batch = logits.size(0), classes = logits.size(1);
   const bool as_map = grad_loss.dim() != 0;
-  if (as_map) check_voxel_map(op, "grad_loss", grad_loss, "logits", logits);
-  check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
-  check(scale.numel() == batch, op, ": scale must be [B]");
   const bool dice = dice_slopes.numel() != 0;
-  check(!dice || dice_slopes.numel() == batch * 2 * classes, op, ": dice_slopes must be [B, 2, C] or [0]");
   const LossInputs in(tensors, ignore_index, background, static_cast<Region>(region), label_smoothing, dice);
 
   const double grad = as_map ? 1.0 : values_of(grad_loss)[0];
@@ -83,7 +79,6 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
     OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
     int64_t normalization, int64_t region, int64_t reduction, double label_smoothing, double ce_weight,
     bool grad_risk) {
-  const char* op = "_weighted_loss_with_gradient";
   const LossTensors tensors{logits, target, risk, weight, foreground, regions};
   const LossOptions options{ignore_index,
                             background,
@@ -96,9 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
                             0.0,
                             false,
                             false};
-  check_weighted_loss(tensors, options);
-  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
-  check(!grad_risk || risk.has_value(), op, ": grad_risk needs risk");
+  check_loss_with_gradient(tensors, options, grad_risk);
   const LossInputs in(tensors, ignore_index, background, options.region, label_smoothing, false);
 
   // The normaliser first: it needs the labels alone.
@@ -120,9 +113,25 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
   return {scalar_tensor(total, in.result_dtype()), gradients.logits, gradients.risk};
 }
 
+void scale_gradient(Tensor gradient, Tensor factor) {
+  check_scale_gradient(gradient, factor);
+  const double scale = values_of(factor)[0];
+  if (scale == 1) return;
+  with_floating(dtype_of_view(gradient), [&](auto tag) {
+    using T = decltype(tag);
+    using acc_t = std::conditional_t<__is_same(T, double), double, float>;
+    T* data = static_cast<T*>(gradient.data_ptr());
+    torch::stable::parallel_for(0, gradient.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        data[i] = from_acc<T>(scale == 0 ? acc_t(0) : to_acc<acc_t>(data[i]) * static_cast<acc_t>(scale));
+    });
+  });
+}
+
 }  // namespace riskmap::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
   m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cpu::weighted_loss_backward));
   m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient));
+  m.impl("_scale_gradient_", TORCH_BOX(&riskmap::cpu::scale_gradient));
 }

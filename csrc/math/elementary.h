@@ -9,22 +9,11 @@
 
 #include "math/portability.h"
 
-#if defined(__CUDACC__)
+#if RISKMAP_CUDA_SIDE
 #include <cmath>
 #endif
 
 namespace riskmap::math {
-
-#if defined(__CUDACC__)
-
-RISKMAP_HD float exp(float x) { return ::expf(x); }
-RISKMAP_HD double exp(double x) { return ::exp(x); }
-RISKMAP_HD float log(float x) { return ::logf(x); }
-RISKMAP_HD double log(double x) { return ::log(x); }
-RISKMAP_HD float log1p_unit(float x) { return ::log1pf(x); }
-RISKMAP_HD double log1p_unit(double x) { return ::log1p(x); }
-
-#else
 
 // Element: float or double; Bits: the integer type of the same width and number of lanes (that of a comparison).
 template <class V>
@@ -51,6 +40,17 @@ RISKMAP_HD To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+#if RISKMAP_CUDA_SIDE
+
+RISKMAP_HD float exp(float x) { return ::expf(x); }
+RISKMAP_HD double exp(double x) { return ::exp(x); }
+RISKMAP_HD float log(float x) { return ::logf(x); }
+RISKMAP_HD double log(double x) { return ::log(x); }
+RISKMAP_HD float log1p_unit(float x) { return ::log1pf(x); }
+RISKMAP_HD double log1p_unit(double x) { return ::log1p(x); }
+
+#else
 
 template <class Element>
 struct Constants;

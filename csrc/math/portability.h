@@ -1,6 +1,13 @@
 // What lets one formula serve a CUDA thread (V = float or double) and a CPU vector of voxels.
 #pragma once
 
+// Which side it is: 1 for the kernels of csrc/cuda, compiled by nvcc, or by g++ for csrc/cuda_on_host.
+#if defined(__CUDACC__) || defined(RISKMAP_CUDA_ON_HOST)
+#define RISKMAP_CUDA_SIDE 1
+#else
+#define RISKMAP_CUDA_SIDE 0
+#endif
+
 #if defined(__CUDACC__)
 #define RISKMAP_HD __host__ __device__ __forceinline__
 #define RISKMAP_MEMBER __host__ __device__ __forceinline__  // for member functions

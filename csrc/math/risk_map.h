@@ -19,7 +19,8 @@ struct RiskCurve {
 inline constexpr double kMinHardnessRange = 0.1;
 
 // base: exponential, w = base^t. alpha: power, w = p^-alpha = exp(alpha h). scale: linear, w = 1 + scale * t.
-inline RiskCurve make_risk_curve(Scheme scheme, double log_base, double alpha, double scale, double low, double high) {
+RISKMAP_HD RiskCurve make_risk_curve(Scheme scheme, double log_base, double alpha, double scale, double low,
+                                     double high) {
   const double rate = scheme == Scheme::kExponential ? log_base : scheme == Scheme::kPower ? alpha : scale;
   const bool degenerate = !(high - low >= kMinHardnessRange);
   return {scheme, rate, degenerate ? 0.0 : low, degenerate ? 0.0 : 1.0 / (high - low)};

@@ -42,6 +42,19 @@ RISKMAP_HD RegionTerm<V> region_term(V x, V t) {
   return {V(linear + log1p_unit(e)), select(negative, V(e * inverse), inverse)};
 }
 
+// d (weight BCE) / d x with a smoothed t.
+template <class V>
+RISKMAP_HD V region_cross_entropy_grad(V pi, V t, V weight) {
+  return weight * (pi - t);
+}
+
+// d D / d x: t is not smoothed; overall and hit as in DiceSlope.
+template <class V>
+RISKMAP_HD V region_dice_grad(V pi, V t, V overall, V hit) {
+  using Element = typename Traits<V>::Element;
+  return pi * (V{} + Element(1) - pi) * (t * hit + overall);
+}
+
 // Dice loss of one class from its sums over voxels: 1 - (2 I + eps) / max(P + G + eps, 1e-8), with
 // I = sum pi 1[y = c], P = sum pi, G = sum 1[y = c].
 inline constexpr double kDiceSmooth = 1e-5;

@@ -1,7 +1,5 @@
 #include "ops/leep_statistics.h"
 
-#include <torch/csrc/stable/library.h>
-
 namespace riskmap {
 
 void check_leep_statistics(const Tensor& source, const Tensor& target, const OptionalTensor& regions,
@@ -10,11 +8,7 @@ void check_leep_statistics(const Tensor& source, const Tensor& target, const Opt
   check_logits(op, "source", source);
   check_labels(op, "target", target, "source", source);
   if (regions) check_regions(op, *regions, "source", source);
-  check(num_classes >= 1 && num_classes <= INT32_MAX, op, ": num_classes must be at least 1, got ", num_classes);
+  check(num_classes >= 1 && num_classes <= INT32_MAX, op, ": num_classes must be 1 to 2^31 - 1, got ", num_classes);
 }
 
 }  // namespace riskmap
-
-STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
-  m.def("leep_statistics(Tensor source, Tensor target, Tensor? regions, int num_classes, int ignore_index) -> Tensor");
-}

@@ -1,10 +1,13 @@
 #include "ops/risk_map.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "ops/transferability_map.h"
 
 namespace riskmap {
+namespace {
+
+constexpr double kMaxWeight = 1e38;  // weights are float32
+
+}  // namespace
 
 math::RiskCurve RiskMapOptions::curve(double range_low, double range_high) const {
   return math::make_risk_curve(scheme, std::log(base), alpha, scale, range_low, range_high);
@@ -16,10 +19,9 @@ void check_risk_map(const Tensor& source, const Tensor& target, const Tensor& co
   check_transferability_map(op, source, target, conditional, regions);
   const int scheme = static_cast<int>(options.scheme);
   check(scheme >= 0 && scheme <= 2, op, ": scheme must be 0 (exponential), 1 (power) or 2 (linear), got ", scheme);
-  check(std::isfinite(options.base) && options.base > 0, op, ": base must be finite and above 0, got ", options.base);
+  check(options.base > 0 && options.base <= kMaxWeight, op, ": base must be within (0, 1e38], got ", options.base);
   check(options.alpha > 0 && options.alpha <= 1, op, ": alpha must be within (0, 1], got ", options.alpha);
-  check(std::isfinite(options.scale) && options.scale >= 0, op, ": scale must be finite and at least 0, got ",
-        options.scale);
+  check(options.scale >= 0 && options.scale <= kMaxWeight, op, ": scale must be within [0, 1e38], got ", options.scale);
   check(!options.background || (*options.background >= 0 && *options.background < conditional.size(0)), op,
         ": background must be a class 0 to ", conditional.size(0) - 1, " or none, got ",
         options.background.value_or(0));
@@ -31,11 +33,3 @@ void check_risk_map(const Tensor& source, const Tensor& target, const Tensor& co
 }
 
 }  // namespace riskmap
-
-STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
-  // scheme: 0 exponential, 1 power, 2 linear. low and high: the range of hardness, or none for that of each image.
-  m.def(
-      "risk_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int scheme, float base, float "
-      "alpha, float scale, "
-      "float? low, float? high, int? background, int ignore_index) -> Tensor");
-}

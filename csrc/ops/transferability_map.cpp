@@ -1,7 +1,5 @@
 #include "ops/transferability_map.h"
 
-#include <torch/csrc/stable/library.h>
-
 namespace riskmap {
 
 void check_transferability_map(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
@@ -17,9 +15,3 @@ void check_transferability_map(const char* op, const Tensor& source, const Tenso
 }
 
 }  // namespace riskmap
-
-STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
-  m.def(
-      "transferability_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int ignore_index) -> "
-      "Tensor");
-}

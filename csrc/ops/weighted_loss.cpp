@@ -1,9 +1,5 @@
 #include "ops/weighted_loss.h"
 
-#include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-
 namespace riskmap {
 
 void check_loss_tensors(const char* op, const LossTensors& tensors) {
@@ -57,38 +53,40 @@ void check_weighted_loss(const LossTensors& tensors, const LossOptions& options)
   }
 }
 
-double normalizer(const LossOptions& options, int64_t valid, int64_t foreground, int64_t batch_valid,
-                  int64_t batch_foreground, int64_t batch) {
-  const auto floored = [&](int64_t f, int64_t v) {
-    return f > 0 ? std::max(static_cast<double>(f), options.foreground_floor * static_cast<double>(v))
-                 : static_cast<double>(v);
-  };
-  switch (options.normalization) {
-    case Normalization::kForeground: return floored(foreground, valid);
-    case Normalization::kBatchForeground: return floored(batch_foreground, batch_valid) / static_cast<double>(batch);
-    case Normalization::kValid: return static_cast<double>(valid);
-    default: return valid > 0 ? 1 : 0;
-  }
+void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
+                         const Tensor& dice_slopes, bool grad_risk) {
+  const char* op = "_weighted_loss_backward";
+  const Tensor& logits = tensors.logits;
+  check_loss_tensors(op, tensors);
+  check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
+  if (grad_loss.dim() != 0) check_voxel_map(op, "grad_loss", grad_loss, "logits", logits);
+  check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
+  check(scale.numel() == logits.size(0) && scale.scalar_type() == ScalarType::Double, op,
+        ": scale must be [B] float64");
+  const int64_t slopes = logits.size(0) * 2 * logits.size(1);
+  check(dice_slopes.numel() == 0 || (dice_slopes.numel() == slopes && dice_slopes.scalar_type() == ScalarType::Double),
+        op, ": dice_slopes must be [B, 2, C] or [0], float64");
+  for (const Tensor* tensor : {&grad_loss, &scale, &dice_slopes})
+    check(tensor->device() == logits.device(), op,
+          ": grad_loss, scale and dice_slopes must be on the device of logits");
+}
+
+void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk) {
+  const char* op = "_weighted_loss_with_gradient";
+  check_weighted_loss(tensors, options);
+  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
+  check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
+}
+
+void check_scale_gradient(const Tensor& gradient, const Tensor& factor) {
+  const char* op = "_scale_gradient_";
+  check(is_floating(gradient), op, ": gradient must be floating, got ", dtype_of(gradient));
+  check(is_floating(factor) && factor.dim() == 0, op, ": factor must be a floating scalar, got ", dtype_of(factor),
+        " of shape ", shape_of(factor));
+  check(factor.device() == gradient.device(), op, ": factor must be on the same device as gradient");
+  int64_t last = 0;  // of the elements in memory
+  for (int64_t d = 0; d < gradient.dim(); ++d) last += (gradient.size(d) - 1) * gradient.stride(d);
+  check(gradient.numel() == 0 || last == gradient.numel() - 1, op, ": gradient must be dense in memory");
 }
 
 }  // namespace riskmap
-
-STABLE_TORCH_LIBRARY_FRAGMENT(riskmap_ext, m) {
-  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 none. region: 0 valid, 1 foreground.
-  // reduction: 0 mean, 1 sum, 2 none.
-  m.def(
-      "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, Tensor? regions, "
-      "int ignore_index, int? background, float foreground_floor, int normalization, int region, int reduction, "
-      "float label_smoothing, float ce_weight, float dice_weight, bool include_background, bool batch_dice) "
-      "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
-  m.def(
-      "_weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? risk, Tensor? weight, "
-      "Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, int ignore_index, int? background, "
-      "int region, float label_smoothing, bool grad_risk) -> (Tensor grad_logits, Tensor grad_risk)");
-  // Cross-entropy only, reduced: loss and gradient for grad_loss = 1 in one pass over the logits.
-  m.def(
-      "_weighted_loss_with_gradient(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, "
-      "Tensor? regions, int ignore_index, int? background, float foreground_floor, int normalization, int region, "
-      "int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
-      "-> (Tensor loss, Tensor grad_logits, Tensor grad_risk)");
-}

@@ -1,13 +1,13 @@
 #pragma once
 
+#include "math/reduction.h"
 #include "ops/check.h"
 
 namespace riskmap {
 
-// Numbers as in the schema.
-enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3 };
-enum class Region : int64_t { kValid = 0, kForeground = 1 };
-enum class Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
+using math::Normalization;
+using math::Reduction;
+using math::Region;
 
 struct LossOptions {
   int64_t ignore_index;
@@ -43,8 +43,11 @@ struct LossTensors {
 void check_loss_tensors(const char* op, const LossTensors& tensors);
 void check_weighted_loss(const LossTensors& tensors, const LossOptions& options);
 
-// N_b of every normalisation from the counts of one image and of the batch; 0 where nothing is valid.
-double normalizer(const LossOptions& options, int64_t valid, int64_t foreground, int64_t batch_valid,
-                  int64_t batch_foreground, int64_t batch);
+// grad_loss: scalar, or [B, *S] for the map of reduction none; scale and dice_slopes as the op returned them.
+void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
+                         const Tensor& dice_slopes, bool grad_risk);
+void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk);
+// gradient: floating, its elements dense in memory; factor: a floating scalar on the same device.
+void check_scale_gradient(const Tensor& gradient, const Tensor& factor);
 
 }  // namespace riskmap

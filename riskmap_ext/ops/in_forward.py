@@ -108,13 +108,8 @@ class _GradientInForward(torch.autograd.Function):
         grad_logits, grad_risk = ctx.gradients
         ctx.gradients = None
         wanted = ctx.needs_input_grad
-        scale = float(grad_loss)
-        if scale == 0:  # as in the op: not even an infinite gradient counts
-            grad_logits.zero_()
-            grad_risk.zero_()
-        elif scale != 1:
-            grad_logits.mul_(scale)
-            grad_risk.mul_(scale)
+        for gradient in (grad_logits, grad_risk):
+            torch.ops.riskmap_ext._scale_gradient_(gradient, grad_loss)
         return (
             grad_logits if wanted[0] else None,
             None,
@@ -149,3 +144,8 @@ def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_risk if wanted[2] else None,
         *(None,) * (3 + len(ctx.options)),
     )
+
+
+@torch.library.register_fake("riskmap_ext::_scale_gradient_")
+def _scale_gradient_fake(gradient: Tensor, factor: Tensor) -> None:
+    return None

@@ -136,8 +136,8 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
         const F smooth_t = tile.smoothed(t);
         const math::RegionTerm<F> term = math::region_term(load<F>(in.base + r * in.pitch + v), smooth_t);
         ce += term.loss * tile.weight_of[r];
-        F g = scaled_weight * (term.pi - smooth_t) * tile.weight_of[r];
-        if (args.dice) g += term.pi * (acc_t(1) - term.pi) * (t * hit[r] + overall[r]);
+        F g = math::region_cross_entropy_grad(term.pi, smooth_t, F(scaled_weight * tile.weight_of[r]));
+        if (args.dice) g += math::region_dice_grad(term.pi, t, F(F{} + overall[r]), F(F{} + hit[r]));
         store(grads.base + r * grads.pitch + v, math::select(used, g, F{}));
       }
       if (args.grad_risk.data) store(tile.risk + v, math::select(region, F(scale * ce), F{}));

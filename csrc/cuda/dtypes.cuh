@@ -1,0 +1,151 @@
+// Elements of any dtype: loads and stores of several at once, and conversion to the numbers the kernels compute with.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/types.h"
+#include "math/float16.h"
+
+namespace riskmap::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// float, and double for double.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+
+template <class acc_t>
+__device__ __forceinline__ acc_t to_acc(float v) {
+  return static_cast<acc_t>(v);
+}
+template <class acc_t>
+__device__ __forceinline__ acc_t to_acc(double v) {
+  return static_cast<acc_t>(v);
+}
+template <class acc_t>
+__device__ __forceinline__ acc_t to_acc(Half v) {
+  return static_cast<acc_t>(math::half_to_float(v.bits));
+}
+template <class acc_t>
+__device__ __forceinline__ acc_t to_acc(BFloat16 v) {
+  return static_cast<acc_t>(math::bfloat16_to_float(v.bits));
+}
+
+template <class T>
+struct FromAcc {
+  template <class acc_t>
+  __device__ __forceinline__ static T convert(acc_t v) {
+    return static_cast<T>(v);
+  }
+};
+template <>
+struct FromAcc<Half> {
+  template <class acc_t>
+  __device__ __forceinline__ static Half convert(acc_t v) {
+    return {math::float_to_half(static_cast<float>(v))};
+  }
+};
+template <>
+struct FromAcc<BFloat16> {
+  template <class acc_t>
+  __device__ __forceinline__ static BFloat16 convert(acc_t v) {
+    return {math::float_to_bfloat16(static_cast<float>(v))};
+  }
+};
+
+template <class T, class acc_t>
+__device__ __forceinline__ T from_acc(acc_t v) {
+  return FromAcc<T>::convert(v);
+}
+
+// The word that memory is read in: of 1, 2, 4, 8 or 16 bytes.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+// The largest of these that `bytes` is a whole number of.
+__host__ __device__ constexpr int word_bytes(int bytes) {
+  for (int word = 16; word > 1; word /= 2)
+    if (bytes % word == 0) return word;
+  return 1;
+}
+
+// N neighbours, read or written in the largest words that they are a whole number of; the address must be a multiple of
+// such a word.
+template <class T, int N>
+struct Pack {
+  static constexpr int kBytes = N * static_cast<int>(sizeof(T));
+  static constexpr int kWords = kBytes / word_bytes(kBytes);
+  using Word = typename WordOf<word_bytes(kBytes)>::type;
+
+  T values[N];
+
+  __device__ __forceinline__ static Pack load(const T* address) {
+    Word words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(address) + i);
+    Pack pack;
+    memcpy(&pack, words, kBytes);
+    return pack;
+  }
+
+  // For results that this op does not read again.
+  __device__ __forceinline__ void store(T* address) const {
+    Word words[kWords];
+    memcpy(words, this, kBytes);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<Word*>(address) + i, words[i]);
+  }
+};
+
+// One floating value of any dtype.
+__device__ __forceinline__ double load_scalar(const void* data, Dtype dtype, int64_t index = 0) {
+  switch (dtype) {
+    case Dtype::kDouble: return static_cast<const double*>(data)[index];
+    case Dtype::kHalf: return to_acc<double>(static_cast<const Half*>(data)[index]);
+    case Dtype::kBFloat16: return to_acc<double>(static_cast<const BFloat16*>(data)[index]);
+    default: return static_cast<double>(static_cast<const float*>(data)[index]);
+  }
+}
+
+// Calls f with a value of the C++ type for the dtype of logits; on the host.
+template <class F>
+void with_floating(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kDouble: f(double{}); break;
+    case Dtype::kHalf: f(Half{}); break;
+    case Dtype::kBFloat16: f(BFloat16{}); break;
+    default: f(float{}); break;
+  }
+}
+
+}  // namespace riskmap::cuda

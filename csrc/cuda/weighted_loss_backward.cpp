@@ -1,0 +1,130 @@
+#include <tuple>
+
+#include "cuda/loss_inputs.h"
+
+namespace riskmap::cuda {
+namespace {
+
+void launch_gradient(const LossBackward& args, cudaStream_t stream) {
+  if (args.in.membership) {
+    launch_region_loss_backward(args, stream);
+  } else {
+    launch_weighted_loss_backward(args, stream);
+  }
+}
+
+Tensor empty_grad_risk(const LossTensors& tensors, bool wanted) {
+  return wanted ? empty_map(tensors.logits, tensors.risk->scalar_type())
+                : empty_on(tensors.logits, {0}, ScalarType::Float);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
+                                                  OptionalTensor weight, OptionalTensor foreground,
+                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
+                                                  int64_t ignore_index, std::optional<int64_t> background,
+                                                  int64_t region, double label_smoothing, bool grad_risk) {
+  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  const bool dice = dice_slopes.numel() != 0;
+  check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
+  const DeviceGuard guard(logits);
+  const cudaStream_t stream = stream_of(logits);
+  const DeviceLossInputs in(tensors, ignore_index, background, static_cast<Region>(region), label_smoothing, dice,
+                            stream);
+
+  GradientTensor gradient(logits);
+  Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient, keep_map = logits;
+  const Tensor scales = torch::stable::contiguous(scale), slopes = torch::stable::contiguous(dice_slopes);
+  LossBackward args{};
+  args.in = in.args;
+  args.chunking = in.chunking();
+  if (grad_loss.dim() != 0) {
+    args.grad_map = view_map(grad_loss, keep_map);
+  } else {
+    args.grad_loss = grad_loss.data_ptr();
+    args.grad_dtype = dtype_of_view(grad_loss);
+  }
+  args.scale = static_cast<const double*>(scales.data_ptr());
+  args.dice_slopes = static_cast<const double*>(slopes.data_ptr());
+  args.grad_logits = gradient.view();
+  if (grad_risk) args.grad_risk = view_map(risk_gradient, keep_risk);
+  launch_gradient(args, stream);
+  gradient.finish();
+  return {gradient.result, risk_gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor weight, OptionalTensor foreground,
+    OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+    int64_t normalization, int64_t region, int64_t reduction, double label_smoothing, double ce_weight,
+    bool grad_risk) {
+  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  const LossOptions options{ignore_index,
+                            background,
+                            foreground_floor,
+                            static_cast<Normalization>(normalization),
+                            static_cast<Region>(region),
+                            static_cast<Reduction>(reduction),
+                            label_smoothing,
+                            ce_weight,
+                            0.0,
+                            false,
+                            false};
+  check_loss_with_gradient(tensors, options, grad_risk);
+  const DeviceGuard guard(logits);
+  const cudaStream_t stream = stream_of(logits);
+  const DeviceLossInputs in(tensors, ignore_index, background, options.region, label_smoothing, false, stream);
+  const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
+
+  // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take four or eight.
+  LossBackward args{};
+  args.in = in.args;
+  Tensor codes = logits;
+  LossCount count{in.args, count_chunking(in.args), nullptr, nullptr};
+  if (size_of(in.args.target.dtype) >= 4 && in.args.num_labels <= kMaxCodedLabels) {
+    codes = empty_on(logits, {batch * voxels}, ScalarType::Byte);
+    count.codes = static_cast<uint8_t*>(codes.data_ptr());
+    args.in.target = {count.codes, Dtype::kUInt8, voxels};
+    args.in.label = label_code(Dtype::kUInt8, in.args.num_labels, kIgnoredCode);
+  }
+  const PartialSums counts(logits, batch, kLossColumns, count.chunking);
+  count.partial = counts.data();
+  count_voxels(count, stream);
+  Tensor scale = empty_on(logits, {batch}, ScalarType::Double), loss = empty_on(logits, {}, in.result_dtype());
+  LossFinish finish = in.finish(options);
+  counts.tell(finish, count.chunking);
+  finish.scale = static_cast<double*>(scale.data_ptr());
+  finish_loss(finish, stream);
+
+  GradientTensor gradient(logits);
+  Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient;
+  args.chunking = in.chunking();
+  const PartialSums sums(logits, batch, kLossColumns, args.chunking);
+  args.scale = finish.scale;
+  args.grad_logits = gradient.view();
+  if (grad_risk) args.grad_risk = view_map(risk_gradient, keep_risk);
+  args.partial = sums.data();
+  launch_gradient(args, stream);
+  sums.tell(finish, args.chunking);
+  finish.loss = loss.data_ptr();
+  total_loss({finish, args.grad_logits, args.grad_risk}, stream);
+  gradient.finish();
+  return {loss, gradient.result, risk_gradient};
+}
+
+void scale_gradient_in_place(Tensor gradient, Tensor factor) {
+  check_scale_gradient(gradient, factor);
+  const DeviceGuard guard(gradient);
+  scale_gradient(
+      {gradient.data_ptr(), dtype_of_view(gradient), gradient.numel(), factor.data_ptr(), dtype_of_view(factor)},
+      stream_of(gradient));
+}
+
+}  // namespace riskmap::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(RISKMAP_NAMESPACE, RISKMAP_CUDA_KEY, m) {
+  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cuda::weighted_loss_backward));
+  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cuda::weighted_loss_with_gradient));
+  m.impl("_scale_gradient_", TORCH_BOX(&riskmap::cuda::scale_gradient_in_place));
+}

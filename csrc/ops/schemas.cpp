@@ -1,0 +1,35 @@
+// The schemas of all ops. In the CPU library alone: every backend checks the contract with the other files of this
+// folder, but a schema may be defined once.
+#include "ops/library.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
+  m.def("leep_statistics(Tensor source, Tensor target, Tensor? regions, int num_classes, int ignore_index) -> Tensor");
+  m.def(
+      "transferability_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int ignore_index) -> "
+      "Tensor");
+  // scheme: 0 exponential, 1 power, 2 linear. low and high: the range of hardness, or none for that of each image.
+  m.def(
+      "risk_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int scheme, float base, float "
+      "alpha, float scale, "
+      "float? low, float? high, int? background, int ignore_index) -> Tensor");
+  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 none. region: 0 valid, 1 foreground.
+  // reduction: 0 mean, 1 sum, 2 none.
+  m.def(
+      "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, Tensor? regions, "
+      "int ignore_index, int? background, float foreground_floor, int normalization, int region, int reduction, "
+      "float label_smoothing, float ce_weight, float dice_weight, bool include_background, bool batch_dice) "
+      "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
+  m.def(
+      "_weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? risk, Tensor? weight, "
+      "Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, int ignore_index, int? background, "
+      "int region, float label_smoothing, bool grad_risk) -> (Tensor grad_logits, Tensor grad_risk)");
+  // Cross-entropy only, reduced: loss and gradient for grad_loss = 1 in one pass over the logits.
+  m.def(
+      "_weighted_loss_with_gradient(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, "
+      "Tensor? regions, int ignore_index, int? background, float foreground_floor, int normalization, int region, "
+      "int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
+      "-> (Tensor loss, Tensor grad_logits, Tensor grad_risk)");
+  // Multiplies a gradient that nobody else can see by a scalar tensor, in place; 0 gives 0 whatever was there. The
+  // factor is read on its device: no host waits for it.
+  m.def("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");
+}
