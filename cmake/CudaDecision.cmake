@@ -12,7 +12,7 @@ set(RISKMAP_CUDA_TOOLKIT "")
 set(RISKMAP_CUDA_ARCHITECTURES "")
 
 if(RISKMAP_CUDA STREQUAL "OFF")
-  set(RISKMAP_CUDA_REASON "off by default, since the CUDA kernels have not run on hardware yet; RISKMAP_CUDA=ON builds them")
+  set(RISKMAP_CUDA_REASON "off by default, since the CUDA kernels have not run on hardware yet: RISKMAP_CUDA=ON builds them")
 elseif(RISKMAP_CUDA STREQUAL "AUTO" AND RISKMAP_SANITIZE)
   set(RISKMAP_CUDA_REASON "sanitizers are for the CPU library")
 else()
