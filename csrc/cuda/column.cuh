@@ -2,6 +2,8 @@
 // warps that share the voxel, or in memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/voxels.cuh"
 #include "math/softmax.h"
 
@@ -257,49 +259,41 @@ __device__ __forceinline__ void store_columns(const VolumeView& volume, int64_t 
   }
 }
 
-// What the warps that share a voxel tell each other. A post, a meeting of all threads of the block, a collection.
-template <class acc_t, int V, int kValues, bool kShared>
+// What the warps that share a voxel tell each other, in shared memory: a post of every thread, a meeting of the block, and
+// then the maximum or the sum of what was posted about voxel i. For columns that are shared.
+template <class acc_t, int V, int kSlots>
 struct Exchange {
-  __device__ __forceinline__ explicit Exchange(const BlockShape&) {}
-  __device__ __forceinline__ void post(int, const acc_t (&)[V]) {}
-  __device__ __forceinline__ void meet() {}
-  __device__ __forceinline__ void collect_sum(int, acc_t (&)[V]) {}
-  __device__ __forceinline__ void collect_max(int, acc_t (&)[V]) {}
-};
-
-template <class acc_t, int V, int kValues>
-struct Exchange<acc_t, V, kValues, true> {
-  acc_t (*values)[kWarps][V * kWarp];
+  acc_t (*values)[kWarps][V][kWarp];
   int first, parts;
 
   __device__ __forceinline__ explicit Exchange(const BlockShape& shape)
       : first(warp_index() - shape.part), parts(shape.parts) {
-    __shared__ acc_t memory[kValues][kWarps][V * kWarp];
+    __shared__ acc_t memory[kSlots][kWarps][V][kWarp];
     values = memory;
   }
-  __device__ __forceinline__ void post(int slot, const acc_t (&value)[V]) {
-    if (parts == 1) return;
-#pragma unroll
-    for (int i = 0; i < V; ++i) values[slot][warp_index()][i * kWarp + lane_index()] = value[i];
+  __device__ __forceinline__ void post(int slot, int i, acc_t value) {
+    values[slot][warp_index()][i][lane_index()] = value;
   }
   __device__ __forceinline__ void meet() {
     if (parts > 1) __syncthreads();
   }
-  __device__ __forceinline__ void collect_sum(int slot, acc_t (&value)[V]) {
-    if (parts == 1) return;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      value[i] = 0;
-      for (int w = 0; w < parts; ++w) value[i] += values[slot][first + w][i * kWarp + lane_index()];
-    }
+  __device__ __forceinline__ acc_t sum(int slot, int i) const {
+    acc_t sum = 0;
+    for (int w = 0; w < parts; ++w) sum += values[slot][first + w][i][lane_index()];
+    return sum;
   }
-  __device__ __forceinline__ void collect_max(int slot, acc_t (&value)[V]) {
-    if (parts == 1) return;
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      for (int w = 0; w < parts; ++w)
-        value[i] = math::maximum(values[slot][first + w][i * kWarp + lane_index()], value[i]);
+  __device__ __forceinline__ acc_t max(int slot, int i) const {
+    acc_t max = values[slot][first][i][lane_index()];
+    for (int w = 1; w < parts; ++w) max = math::maximum(values[slot][first + w][i][lane_index()], max);
+    return max;
   }
 };
+
+struct NoExchange {
+  __device__ __forceinline__ explicit NoExchange(const BlockShape&) {}
+};
+
+template <class Column, int V, int kSlots>
+using ExchangeFor = std::conditional_t<Column::kShared, Exchange<typename Column::acc_t, V, kSlots>, NoExchange>;
 
 }  // namespace riskmap::cuda

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) statistics_in_tables(const Statistic
   const SourceViews& in = args.in;
   const BlockShape shape(in.parts, false);
   const Chunk chunk(in.chunking, in.voxels);
-  Exchange<float, 1, 2, true> exchange(shape);
+  Exchange<float, 1, 2> exchange(shape);
   Column x[1];
   assign_classes(shape.part, in.classes_per_part, in.classes, x);
   const int lane = lane_index(), warp = warp_index(), groups = kWarps / in.parts;
@@ -106,15 +106,11 @@ __global__ void __launch_bounds__(kThreads) statistics_in_tables(const Statistic
     int label[1];
     load_labels(in.target, in.label, chunk.image, span, label);
     bad += label[0] == kBadLabel;
-    float max[1] = {math::max_logit<float>(x[0])};
-    exchange.post(0, max);
+    exchange.post(0, 0, math::max_logit<float>(x[0]));
     exchange.meet();
-    exchange.collect_max(0, max);
-    float sum[1] = {x[0].exps(max[0])};
-    exchange.post(1, sum);
+    exchange.post(1, 0, x[0].exps(exchange.max(0, 0)));
     exchange.meet();
-    exchange.collect_sum(1, sum);
-    const float inverse = 1.0f / sum[0];
+    const float inverse = 1.0f / exchange.sum(1, 0);
     const bool valid = label[0] >= 0;
     x[0].each([&](int z) { turned[warp][z][lane] = valid ? x[0].get(z) * inverse : 0.0f; });
     labels[warp][lane] = valid ? label[0] : kIgnored;

@@ -115,33 +115,29 @@ __device__ __forceinline__ void for_voxels(const LossViews& in, Column (&x)[V], 
                                            Exchange& exchange, const Post& post, const Finish& finish) {
   using acc_t = typename Column::acc_t;
   if constexpr (Column::kShared) {
-    acc_t max[V], sum[V], target[V], smooth_dot[V], extra[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) max[i] = math::max_logit<acc_t>(x[i]);
-    exchange.post(0, max);
+    for (int i = 0; i < V; ++i) exchange.post(0, i, math::max_logit<acc_t>(x[i]));
     exchange.meet();
-    exchange.collect_max(0, max);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       Softmax<acc_t> softmax;
-      softmax.max = max[i];
+      softmax.max = exchange.max(0, i);
       softmax.run(in, x[i], label[i]);
-      sum[i] = softmax.sum;
-      target[i] = softmax.target;
-      smooth_dot[i] = softmax.smooth_dot;
-      extra[i] = post(i, max[i]);
+      exchange.post(1, i, softmax.sum);
+      exchange.post(2, i, softmax.target);
+      if (in.smooth) exchange.post(3, i, softmax.smooth_dot);
+      if (in.dice) exchange.post(4, i, post(i, softmax.max));
     }
-    exchange.post(1, sum);
-    exchange.post(2, target);
-    if (in.smooth) exchange.post(3, smooth_dot);
-    if (in.dice) exchange.post(4, extra);
     exchange.meet();
-    exchange.collect_sum(1, sum);
-    exchange.collect_sum(2, target);
-    if (in.smooth) exchange.collect_sum(3, smooth_dot);
-    if (in.dice) exchange.collect_sum(4, extra);
 #pragma unroll
-    for (int i = 0; i < V; ++i) finish(i, Softmax<acc_t>{max[i], sum[i], target[i], smooth_dot[i]}, extra[i]);
+    for (int i = 0; i < V; ++i) {
+      Softmax<acc_t> softmax;
+      softmax.max = 0;  // of no use any more; slot 0 may hold the next tile's
+      softmax.sum = exchange.sum(1, i);
+      softmax.target = exchange.sum(2, i);
+      softmax.smooth_dot = in.smooth ? exchange.sum(3, i) : acc_t(0);
+      finish(i, softmax, in.dice ? exchange.sum(4, i) : acc_t(0));
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -164,6 +160,10 @@ struct LossSums {
   __device__ __forceinline__ void add(const LossViews& in, const VoxelData<acc_t, V>& data, int i) {
     valid += data.valid(i);
     foreground += data.foreground(in, i);
+    add_bad(data, i);
+  }
+  template <class acc_t, int V>
+  __device__ __forceinline__ void add_bad(const VoxelData<acc_t, V>& data, int i) {
     bad_labels += data.label[i] == kBadLabel;
     bad_risk += data.bad_weight(i);
   }

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
       const VoxelGradient<acc_t> voxel(args.of, data, i, factor, grad_map[i]);
       grad_risk[i] = voxel.of_risk(ce[i]);
       ce_sum += voxel.region ? data.weight[i] * ce[i] : acc_t(0);
-      total.add(in, data, i);
+      total.add_bad(data, i);
     }
     total.cross_entropy += static_cast<double>(ce_sum);
     if (args.of.grad_risk.data) store_values(args.of.grad_risk, chunk.image, span, grad_risk);

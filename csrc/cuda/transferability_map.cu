@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) transfer(const
   const BlockShape shape(in.parts, in.source.layout == Layout::kVoxels);
   const Chunk chunk(in.chunking, in.voxels);
   const acc_t* table = static_cast<const acc_t*>(args.table);
-  Exchange<acc_t, V, 3, Column::kShared> exchange(shape);
+  ExchangeFor<Column, V, 3> exchange(shape);
   acc_t low = acc_t(1e30), high = acc_t(-1);
   int foreground = 0;
 
@@ -38,23 +38,40 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) transfer(const
     load_labels(in.target, in.label, chunk.image, span, label);
 
     acc_t max[V], sum[V], weighted[V], value[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) max[i] = math::max_logit<acc_t>(x[i]);
-    exchange.post(0, max);
-    exchange.meet();
-    exchange.collect_max(0, max);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
+    const auto largest = [&](int i) { max[i] = math::max_logit<acc_t>(x[i]); };
+    const auto sums = [&](int i) {
       const acc_t* row = table + static_cast<int64_t>(label[i] < 0 ? 0 : label[i]) * in.classes;
       sum[i] = x[i].exps(max[i]);
       weighted[i] = 0;
       x[i].each([&](int z) { weighted[i] += x[i].exp_at(z, max[i]) * __ldg(row + x[i].class_of(z)); });
+    };
+    if constexpr (Column::kShared) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        largest(i);
+        exchange.post(0, i, max[i]);
+      }
+      exchange.meet();
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        max[i] = exchange.max(0, i);
+        sums(i);
+        exchange.post(1, i, sum[i]);
+        exchange.post(2, i, weighted[i]);
+      }
+      exchange.meet();
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        sum[i] = exchange.sum(1, i);
+        weighted[i] = exchange.sum(2, i);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        largest(i);
+        sums(i);
+      }
     }
-    exchange.post(1, sum);
-    exchange.post(2, weighted);
-    exchange.meet();
-    exchange.collect_sum(1, sum);
-    exchange.collect_sum(2, weighted);
 
 #pragma unroll
     for (int i = 0; i < V; ++i) {

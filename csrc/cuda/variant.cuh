@@ -25,7 +25,7 @@ constexpr int min_blocks() {
 // 16 bytes of a class at once; 8 where more would take too many registers.
 template <class T, int kClasses>
 constexpr int voxels_at_once() {
-  return sizeof(T) == 2 && kClasses <= 4 ? 8 : 4;
+  return sizeof(T) == 2 && kClasses <= 3 ? 8 : 4;
 }
 
 // Calls f with the variant for up to 8 classes; false beyond.

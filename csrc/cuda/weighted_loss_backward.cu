@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const
   const acc_t factor = static_cast<acc_t>(grad * args.scale[chunk.image]);
   const double* image_slopes = in.dice ? args.dice_slopes + chunk.image * 2 * in.classes : nullptr;
   const DiceSlopes<Column> dice(image_slopes, grad, in.classes);
-  Exchange<acc_t, V, kExchangeSlots, Column::kShared> exchange(shape);
+  ExchangeFor<Column, V, kExchangeSlots> exchange(shape);
   LossSums total;
 
   for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const
           store_element<T>(args.grad_logits, chunk.image, c, span.at(i), g);
         }
       });
-      total.add(in, data, i);
+      total.add_bad(data, i);
     };
     for_voxels(in, x, data.label, exchange, slope_sum, finish);
     if constexpr (Column::kInRegisters) store_columns(args.grad_logits, chunk.image, span, x);

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) forward(const 
   const Chunk chunk(in.chunking, in.voxels);
   const DiceColumns dice_columns(args.partial, in, chunk.image);
   DiceSums<Column, V> dice(in, shape, dice_columns);
-  Exchange<acc_t, V, kExchangeSlots, Column::kShared> exchange(shape);
+  ExchangeFor<Column, V, kExchangeSlots> exchange(shape);
   LossSums total;
 
   for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
