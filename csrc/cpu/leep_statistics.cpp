@@ -9,11 +9,11 @@
 
 namespace riskmap::cpu {
 
-size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size) {
+size_t statistics_scratch_bytes(const StatisticsArgs& args) {
   const int64_t rows = padded_rows(args);
-  const int64_t tile = tile_voxels(rows, acc_size);
+  const int64_t tile = tile_voxels(rows, args.source.dtype);
   const int64_t elements = rows * tile_pitch(tile) + statistics_sums(args.classes, args.num_classes);
-  return static_cast<size_t>(elements) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);
+  return static_cast<size_t>(elements) * acc_size(args.source.dtype) + static_cast<size_t>(tile) * sizeof(int32_t);
 }
 
 Tensor leep_statistics(Tensor source, Tensor target, OptionalTensor regions, int64_t num_classes,
@@ -30,8 +30,7 @@ Tensor leep_statistics(Tensor source, Tensor target, OptionalTensor regions, int
   const int64_t table = num_classes * args.classes;
   const int64_t most_chunks = std::clamp<int64_t>((1 << 17) / table, 16, 256);
   const int64_t per_chunk = (args.source.batch * args.source.voxels + most_chunks - 1) / most_chunks;
-  args.chunking =
-      chunk_volume(args.source, acc_size(args.source), std::max<int64_t>(4096, per_chunk) * args.source.classes);
+  args.chunking = chunk_volume(args.source, std::max<int64_t>(4096, per_chunk) * args.source.classes);
 
   const size_t chunks = static_cast<size_t>(args.source.batch * args.chunking.chunks_per_image);
   std::vector<double> joint(chunks * static_cast<size_t>(table));
@@ -39,7 +38,7 @@ Tensor leep_statistics(Tensor source, Tensor target, OptionalTensor regions, int
   args.joint = joint.data();
   args.bad_labels = bad_labels.data();
   auto* kernel = RISKMAP_CPU_KERNEL(leep_statistics);
-  for_chunks(args.source, args.chunking, statistics_scratch_bytes(args, acc_size(args.source)),
+  for_chunks(args.source, args.chunking, statistics_scratch_bytes(args),
              [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
 
   int64_t bad = 0;

@@ -29,10 +29,10 @@ bool wants_double(const LossTensors& tensors) { return tensors.logits.scalar_typ
 
 }  // namespace
 
-size_t loss_scratch_bytes(int64_t classes, size_t acc_size) {
-  const int64_t tile = tile_voxels(classes, acc_size);
+size_t loss_scratch_bytes(int64_t classes, Dtype dtype) {
+  const int64_t tile = tile_voxels(classes, dtype);
   const int64_t elements = classes * tile_pitch(tile) + 3 * classes * kMinTile + 2 * tile;
-  return static_cast<size_t>(elements) * acc_size + 2 * static_cast<size_t>(tile) * sizeof(int32_t);
+  return static_cast<size_t>(elements) * acc_size(dtype) + 2 * static_cast<size_t>(tile) * sizeof(int32_t);
 }
 
 Table::Table(const std::vector<double>& values, bool as_double) : double_(as_double) {
@@ -73,7 +73,7 @@ LossInputs::LossInputs(const LossTensors& tensors, int64_t ignore_index, std::op
   args.background = background.value_or(-1);
   args.region_foreground = region == Region::kForeground;
   args.dice = dice;
-  args.chunking = chunk_volume(args.logits, acc_size(args.logits));
+  args.chunking = chunk_volume(args.logits);
 }
 
 LossCounts add_up(const std::vector<LossPartial>& partials, const LossInputs& in) {

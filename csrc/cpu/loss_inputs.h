@@ -34,7 +34,7 @@ class LossInputs {
   int64_t chunks() const { return args.logits.batch * args.chunking.chunks_per_image; }
   bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
   ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
-  size_t scratch_bytes() const { return loss_scratch_bytes(args.logits.classes, acc_size(args.logits)); }
+  size_t scratch_bytes() const { return loss_scratch_bytes(args.logits.classes, args.logits.dtype); }
 
  private:
   Tensor logits_, target_, risk_, foreground_;

@@ -70,8 +70,8 @@ void raise_bad_labels(const char* op, const Tensor& target, int64_t count, int64
   fail_bad_labels(op, dense, count, classes, ignore_index, first.str(), position);
 }
 
-Chunking chunk_volume(const Volume& volume, size_t acc_size, int64_t elements) {
-  const int64_t tile = tile_voxels(volume.classes, acc_size);
+Chunking chunk_volume(const Volume& volume, int64_t elements) {
+  const int64_t tile = tile_voxels(volume.classes, volume.dtype);
   const int64_t voxels = std::max<int64_t>(1, elements / volume.classes / tile) * tile;
   return {voxels, (volume.voxels + voxels - 1) / voxels};
 }

@@ -30,9 +30,7 @@ Tensor empty_gradient(const Tensor& logits);
                                    int64_t ignore_index);
 
 // Chunks of about `elements` logits, a whole number of tiles.
-Chunking chunk_volume(const Volume& volume, size_t acc_size, int64_t elements = 1 << 17);
-
-inline size_t acc_size(const Volume& volume) { return volume.dtype == Dtype::kDouble ? sizeof(double) : sizeof(float); }
+Chunking chunk_volume(const Volume& volume, int64_t elements = 1 << 17);
 
 // Calls f(chunk, scratch) for every chunk; scratch is 64-byte aligned and not cleared.
 template <class F>

@@ -41,10 +41,11 @@ struct ConditionalTables {
 
 }  // namespace
 
-size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size) {
+size_t transfer_scratch_bytes(const TransferArgs& args) {
   const int64_t rows = padded_rows(args);
-  const int64_t tile = tile_voxels(rows, acc_size);
-  return static_cast<size_t>(rows * tile_pitch(tile) + tile) * acc_size + static_cast<size_t>(tile) * sizeof(int32_t);
+  const int64_t tile = tile_voxels(rows, args.source.dtype);
+  return static_cast<size_t>(rows * tile_pitch(tile) + tile) * acc_size(args.source.dtype) +
+         static_cast<size_t>(tile) * sizeof(int32_t);
 }
 
 SourceTables::SourceTables(const Tensor& source, const OptionalTensor& regions)
@@ -71,7 +72,7 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.num_classes = conditional.size(0);
   args.ignore_index = ignore_index;
   args.background = background;
-  args.chunking = chunk_volume(args.source, acc_size(args.source));
+  args.chunking = chunk_volume(args.source);
   args.curve = curve;
 
   const std::vector<double> values = values_of(conditional);
@@ -89,7 +90,7 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.out = static_cast<float*>(pass.map.data_ptr());
   args.partial = pass.partials.data();
   auto* kernel = RISKMAP_CPU_KERNEL(transferability_map);
-  for_chunks(args.source, args.chunking, transfer_scratch_bytes(args, acc_size(args.source)),
+  for_chunks(args.source, args.chunking, transfer_scratch_bytes(args),
              [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
 
   int64_t bad = 0;

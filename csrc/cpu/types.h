@@ -18,13 +18,15 @@ struct Chunking {
 inline constexpr int kMaxTile = 512;
 inline constexpr int kMinTile = 16;  // a whole number of vectors of any instruction set
 
-// Voxels in a tile, a multiple of kMinTile, so that `rows` rows of them stay within about 32 KB (a first-level cache),
-// but no fewer than kUsualMinTile: shorter pieces of a row would cost more than they save.
-inline constexpr int64_t kUsualMinTile = 64;
+// Volumes of doubles are computed in double, all others in float.
+inline size_t acc_size(Dtype dtype) { return dtype == Dtype::kDouble ? sizeof(double) : sizeof(float); }
 
-inline int64_t tile_voxels(int64_t rows, size_t element) {
-  const int64_t fit = static_cast<int64_t>((32 << 10) / element) / (rows < 1 ? 1 : rows);
-  const int64_t tile = fit < kUsualMinTile ? kUsualMinTile : fit > kMaxTile ? kMaxTile : fit;
+// Voxels in a tile, a multiple of kMinTile, so that `rows` rows of them stay within about 32 KB (a first-level cache),
+// but no fewer than take 256 bytes in memory: shorter pieces of a row would cost more than they save.
+inline int64_t tile_voxels(int64_t rows, Dtype dtype) {
+  const int64_t fewest = dtype == Dtype::kHalf || dtype == Dtype::kBFloat16 ? 128 : 64;
+  const int64_t fit = static_cast<int64_t>((32 << 10) / acc_size(dtype)) / (rows < 1 ? 1 : rows);
+  const int64_t tile = fit < fewest ? fewest : fit > kMaxTile ? kMaxTile : fit;
   return tile / kMinTile * kMinTile;
 }
 

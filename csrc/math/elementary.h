@@ -11,6 +11,8 @@
 
 #if RISKMAP_CUDA_SIDE
 #include <cmath>
+#elif defined(__AVX512F__)
+#include <immintrin.h>
 #endif
 
 namespace riskmap::math {
@@ -79,10 +81,23 @@ struct Constants<double> {
   static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17;
 };
 
+inline constexpr double kLog2E = 1.4426950408889634;
+
 // 1 / n!, the Taylor series of exp on [-ln 2 / 2, ln 2 / 2].
 inline constexpr double kInverseFactorial[14] = {
     1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
     1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+
+// e^r for |r| <= ln 2 / 2.
+template <class V>
+RISKMAP_HD V exp_reduced(V r) {
+  using Element = typename Traits<V>::Element;
+  constexpr int kTerms = Constants<Element>::kExpTerms;
+  V p = V{} + Element(kInverseFactorial[kTerms - 1]);
+#pragma GCC unroll 14
+  for (int i = kTerms - 2; i >= 0; --i) p = p * r + Element(kInverseFactorial[i]);
+  return p;
+}
 
 // e^x; 0 below the smallest normal result.
 template <class V>
@@ -90,14 +105,20 @@ RISKMAP_HD V exp(V x) {
   using Element = typename Traits<V>::Element;
   using Bits = typename Traits<V>::Bits;
   using K = Constants<Element>;
+#if defined(__AVX512F__)
+  // The same with its instructions for rounding and for scaling by a power of two.
+  if constexpr (sizeof(V) == 64 && sizeof(Element) == 4) {
+    const V clamped = _mm512_min_ps(V{} + K::kExpMax, x);
+    const V n = _mm512_roundscale_ps(clamped * Element(kLog2E), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V p = exp_reduced(V((clamped - n * K::kLn2High) - n * K::kLn2Low));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, V{} + K::kExpMin, _CMP_NLT_UQ), p, n);
+  }
+#endif
   const auto underflow = x < K::kExpMin;
   const V clamped = select(x > K::kExpMax, V{} + K::kExpMax, x);
-  const V shifted = clamped * Element(1.4426950408889634) + K::kRound;
+  const V shifted = clamped * Element(kLog2E) + K::kRound;
   const V n = shifted - K::kRound;
-  const V r = (clamped - n * K::kLn2High) - n * K::kLn2Low;
-  V p = V{} + Element(kInverseFactorial[K::kExpTerms - 1]);
-#pragma GCC unroll 14
-  for (int i = K::kExpTerms - 2; i >= 0; --i) p = p * r + Element(kInverseFactorial[i]);
+  const V p = exp_reduced(V((clamped - n * K::kLn2High) - n * K::kLn2Low));
   const Bits power = (bit_cast<Bits>(shifted) - K::kRoundBits + K::kBias) << K::kMantissa;
   return select(underflow, V{}, p * bit_cast<V>(power));
 }

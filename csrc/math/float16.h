@@ -12,15 +12,21 @@ namespace riskmap::math {
 
 RISKMAP_HD float bfloat16_to_float(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
 
+// In the low 16 bits. U: uint32_t, or a vector of them for a vector of floats.
+template <class U, class V>
+RISKMAP_HD U bfloat16_bits(V value) {
+  const U bits = bit_cast<U>(value);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return select(value == value, rounded, U(U{} + 0x7fc0u));
+}
+
 RISKMAP_HD uint16_t float_to_bfloat16(float value) {  // to nearest, ties to even
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint16_t rounded;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
   return rounded;
 #else
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0);
+  return static_cast<uint16_t>(bfloat16_bits<uint32_t>(value));
 #endif
 }
 

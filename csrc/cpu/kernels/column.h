@@ -3,21 +3,30 @@
 
 #include <utility>
 
-#include "cpu/kernels/simd.h"
+#include "cpu/kernels/stage.h"
 
 namespace riskmap::cpu {
 namespace {
 
 constexpr int kMaxRegisterClasses = 8;
 
+// The rows of a tile, one for each class: of the tensor where it is read in place, else of scratch.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t pitch;
+};
+
 template <class acc_t, int kClasses>
 struct RegisterColumn {
+  static constexpr bool kInRegisters = true;
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   F x[kClasses];
 
-  RISKMAP_MEMBER RegisterColumn(const acc_t* base, int64_t pitch, int64_t) {
-    each([&](int c) RISKMAP_LAMBDA { x[c] = load<F>(base + c * pitch); });
+  template <class T>
+  RISKMAP_MEMBER RegisterColumn(Rows<T> rows, int64_t v, int64_t) {
+    each([&](int c) RISKMAP_LAMBDA { x[c] = load_values(rows.base + c * rows.pitch + v); });
   }
   // Written out for every class: an index that is no constant would move x to memory.
   template <class Body, int... kEach>
@@ -40,14 +49,15 @@ struct RegisterColumn {
 
 template <class acc_t>
 struct ScratchColumn {
+  static constexpr bool kInRegisters = false;
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   acc_t* base;
   int64_t pitch;
   int count;
 
-  RISKMAP_MEMBER ScratchColumn(acc_t* base_, int64_t pitch_, int64_t count_)
-      : base(base_), pitch(pitch_), count(static_cast<int>(count_)) {}
+  RISKMAP_MEMBER ScratchColumn(Rows<acc_t> rows, int64_t v, int64_t count_)
+      : base(rows.base + v), pitch(rows.pitch), count(static_cast<int>(count_)) {}
   template <class Body>
   RISKMAP_MEMBER void each(const Body& body) const {
     for (int c = 0; c < count; ++c) body(c);
@@ -79,18 +89,22 @@ static void with_column(int64_t classes, F&& f) {
   f(static_cast<ScratchColumn<acc_t>*>(nullptr));
 }
 
-// Where a kernel finds the rows of a tile: straight in memory when that is possible and pays, else in scratch.
-template <class acc_t>
-struct Rows {
-  acc_t* base;
-  int64_t pitch;
-};
+template <class T>
+static Rows<T> rows_in_place(const Volume& volume, int64_t image, int64_t begin) {
+  return {static_cast<T*>(volume.data) + image * volume.stride_batch + begin, volume.stride_class};
+}
 
-template <class acc_t>
-static bool usable_in_place(const Volume& volume, int64_t n) {
-  const Dtype own = sizeof(acc_t) == 4 ? Dtype::kFloat : Dtype::kDouble;
-  return volume.dtype == own && volume.stride_voxel == 1 && volume.classes <= kMaxRegisterClasses &&
-         sizeof(acc_t) == 4 && n % kMinTile == 0;
+// Calls body with the rows of a tile where they lie, if that is possible and pays; else returns false.
+template <class Body>
+static bool visit_in_place(const Volume& volume, int64_t image, int64_t begin, int64_t n, const Body& body) {
+  if (volume.stride_voxel != 1 || volume.classes > kMaxRegisterClasses || n % kMinTile != 0) return false;
+  const auto visit = [&](auto tag) {
+    body(rows_in_place<decltype(tag)>(volume, image, begin));
+    return true;
+  };
+  if (volume.dtype == Dtype::kFloat) return visit(float{});
+  if (volume.dtype == Dtype::kBFloat16) return visit(BFloat16{});
+  return false;
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ static int64_t stage_labels(const VoxelMap& map, int64_t b, int64_t begin, int64
   with_any(map.dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* in = static_cast<const T*>(map.data) + b * map.stride_batch + begin;
+    prefetch_row(in + n, n);
     int64_t v = 0;
     if constexpr (__is_same(T, int64_t)) v = stage_long_labels(in, n, classes, ignore_index, out, &bad_count);
     for (; v < n; ++v) {

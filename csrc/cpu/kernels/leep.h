@@ -60,8 +60,8 @@ inline constexpr int64_t statistics_sums(int64_t source_classes, int64_t num_cla
 inline int64_t padded_classes(const SourceArgs& args) { return (args.classes + kMinTile - 1) / kMinTile * kMinTile; }
 inline int64_t padded_rows(const SourceArgs& args) { return source_rows(args) + padded_classes(args) - args.classes; }
 
-size_t statistics_scratch_bytes(const StatisticsArgs& args, size_t acc_size);
-size_t transfer_scratch_bytes(const TransferArgs& args, size_t acc_size);
+size_t statistics_scratch_bytes(const StatisticsArgs& args);
+size_t transfer_scratch_bytes(const TransferArgs& args);
 
 using StatisticsKernel = void(const StatisticsArgs&, int64_t chunk, void* scratch);
 using TransferKernel = void(const TransferArgs&, int64_t chunk, void* scratch);

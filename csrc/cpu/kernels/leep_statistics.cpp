@@ -30,7 +30,7 @@ struct Statistics {
         classes(args_.num_classes),
         source_classes(args_.classes),
         pitch_z(padded_classes(args_)),
-        tile(tile_voxels(padded_rows(args_), sizeof(acc_t))),
+        tile(tile_voxels(padded_rows(args_), args_.source.dtype)),
         pitch(tile_pitch(tile)),
         rows(static_cast<acc_t*>(scratch)),
         sums(rows + padded_rows(args_) * pitch),
@@ -51,11 +51,13 @@ struct Statistics {
     for (int64_t begin = first; begin < last; begin += tile) {
       const int64_t n = begin + tile < last ? tile : last - begin;
       bad_labels += stage_labels(args.target, image, begin, n, classes, args.ignore_index, label);
-      const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, pitch_z - source_classes, masked);
-      if (masked) {
-        add_masked(in, n);
-      } else {
-        add_rows(in, n);
+      if (!masked || !masked_in_place(image, begin, n)) {
+        const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, pitch_z - source_classes);
+        if (masked) {
+          add_masked(in, n);
+        } else {
+          add_rows(in, n);
+        }
       }
       since_flush += n;
       if (since_flush + tile > kVoxelsPerFlush || begin + tile >= last) {
@@ -82,10 +84,18 @@ struct Statistics {
     clear();
   }
 
-  void add_masked(Rows<acc_t> in, int64_t n) {
+  bool masked_in_place(int64_t image, int64_t begin, int64_t n) {
+    if constexpr (Column::kInRegisters) {
+      if (!args.regions) return visit_in_place(args.source, image, begin, n, [&](auto in) { add_masked(in, n); });
+    }
+    return false;
+  }
+
+  template <class T>
+  void add_masked(Rows<T> in, int64_t n) {
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = load_labels<acc_t>(label + v);
-      Column x(in.base + v, in.pitch, source_classes);
+      Column x(in, v, source_classes);
       const F inverse = acc_t(1) / math::exp_in_place(x, math::max_logit<F>(x));
       x.each([&](int z) RISKMAP_LAMBDA { x.set(z, x.get(z) * inverse); });
       for (int64_t c = 0; c < classes; ++c) {
@@ -101,7 +111,7 @@ struct Statistics {
   // Turns kLanes voxels x kLanes source classes in registers, then adds whole rows of theta to row y of the sums.
   void add_rows(Rows<acc_t> in, int64_t n) {
     for (int64_t v = 0; v < n; v += kLanes) {
-      ScratchColumn<acc_t> x(in.base + v, in.pitch, source_classes);
+      ScratchColumn<acc_t> x(in, v, source_classes);
       const F sum = math::exp_in_place(x, math::max_logit<F>(x));
       const F inverse = acc_t(1) / sum;
       for (int64_t z = 0; z < source_classes; z += kLanes) {

@@ -1,6 +1,8 @@
 // The part of a weighted-loss tile that forward and backward share.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/column.h"
 #include "cpu/kernels/labels.h"
 #include "cpu/kernels/weighted_loss.h"
@@ -29,7 +31,7 @@ struct LossTile {
     first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
     last = first + args.chunking.voxels_per_chunk;
     if (last > args.logits.voxels) last = args.logits.voxels;
-    tile = tile_voxels(args.logits.classes, sizeof(acc_t));
+    tile = tile_voxels(args.logits.classes, args.logits.dtype);
     pitch = tile_pitch(tile);
     rows = static_cast<acc_t*>(scratch);
     sums = rows + args.logits.classes * pitch;
@@ -49,26 +51,34 @@ struct LossTile {
     return stage_labels(args.target, image, begin, n, args.num_labels, args.ignore_index, label);
   }
 
-  Rows<acc_t> logits(int64_t begin, int64_t n) {
-    if (usable_in_place<acc_t>(args.logits, n)) {
-      acc_t* data = static_cast<acc_t*>(args.logits.data);
-      return {data + image * args.logits.stride_batch + begin, args.logits.stride_class};
-    }
+  Rows<acc_t> staged_logits(int64_t begin, int64_t n) {
     stage_in(args.logits, image, begin, n, rows, pitch);
     return {rows, pitch};
   }
 
-  // Where a gradient is written: straight to memory, or to scratch with finish_gradient after it.
-  Rows<acc_t> gradient_rows(const Volume& out, int64_t begin, int64_t n) const {
-    if (!usable_in_place<acc_t>(out, n)) return {rows, pitch};
-    return {static_cast<acc_t*>(out.data) + image * out.stride_batch + begin, out.stride_class};
+  // Calls body with the logits of a tile.
+  template <bool kInPlace, class Body>
+  void for_rows(int64_t begin, int64_t n, const Body& body) {
+    if constexpr (kInPlace) {
+      if (visit_in_place(args.logits, image, begin, n, body)) return;
+    }
+    body(staged_logits(begin, n));
   }
-  void finish_gradient(Rows<acc_t> grads, const Volume& out, int64_t begin, int64_t n, bool streamed) const {
-    if (grads.base == rows) stage_out(rows, pitch, out, image, begin, n, streamed);
-  }
-  // Whether every row of a tile may be streamed to; scratch may not.
-  bool may_stream(Rows<acc_t> grads) const {
-    return sizeof(acc_t) == 4 && grads.base != rows && is_aligned(grads.base) && is_aligned(grads.base + grads.pitch);
+
+  // Calls body with the logits of a tile, with where their gradient goes and whether past the caches.
+  template <bool kInPlace, class Body>
+  void for_gradient_rows(const LossBackwardArgs& out, int64_t begin, int64_t n, const Body& body) {
+    if constexpr (kInPlace) {
+      const bool done =
+          out.grad_logits.stride_voxel == 1 && visit_in_place(args.logits, image, begin, n, [&](auto in) {
+            const auto grads = rows_in_place<std::remove_pointer_t<decltype(in.base)>>(out.grad_logits, image, begin);
+            body(in, grads, out.streamed && is_aligned(grads.base) && is_aligned(grads.base + grads.pitch));
+          });
+      if (done) return;
+    }
+    const Rows<acc_t> in = staged_logits(begin, n);
+    body(in, in, false);
+    stage_out(rows, pitch, out.grad_logits, image, begin, n, out.streamed);
   }
 
   RISKMAP_MEMBER I labels(int64_t v) const { return load_labels<acc_t>(label + v); }

@@ -30,14 +30,17 @@ struct RegionTile : LossTile<acc_t> {
   }
   RISKMAP_MEMBER F smoothed(F t) const { return t * keep + shift; }
 
-  // The voxel loss of one vector: sum over regions of c[r] / R * BCE.
-  RISKMAP_MEMBER F cross_entropy(Rows<acc_t> in, int64_t v, I label_or_0) const {
-    F ce{};
-    for (int64_t r = 0; r < args.logits.classes; ++r) {
-      const F x = load<F>(in.base + r * in.pitch + v);
-      ce += math::region_term(x, smoothed(inside(r, label_or_0))).loss * weight_of[r];
+  RISKMAP_MEMBER void add_dice(int64_t r, F pi, F t) {
+    const F terms[3] = {pi * t, pi, t};
+    for (int64_t i = 0; i < 3; ++i) {
+      acc_t* at = this->sums + (i * args.logits.classes + r) * kLanes;
+      store(at, F(load<F>(at) + terms[i]));
     }
-    return ce;
+  }
+
+  template <class T>
+  RISKMAP_MEMBER F logit(Rows<T> in, int64_t r, int64_t v) const {
+    return load_values(in.base + r * in.pitch + v);
   }
 
   template <class Body>
@@ -61,8 +64,8 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
   if (args.dice)
     for (int64_t i = 0; i < 3 * regions; ++i) dice[i] = 0;
 
-  tile.for_tiles([&](int64_t begin, int64_t n) {
-    const Rows<acc_t> in = tile.logits(begin, n);
+  const auto sums = [&](auto in, int64_t begin, int64_t n) {
+    if (args.dice) std::memset(tile.sums, 0, sizeof(acc_t) * 3 * regions * kLanes);
     F ce_sum{};
     I valid_count{}, foreground_count{}, bad_risk{};
     for (int64_t v = 0; v < n; v += kLanes) {
@@ -73,7 +76,13 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
       foreground_count -= foreground;
       const F w = tile.weight(v);
       bad_risk -= valid & tile.bad_weight(w);
-      const F ce = tile.cross_entropy(in, v, I(y & valid));
+      F ce{};
+      for (int64_t r = 0; r < regions; ++r) {
+        const F t = tile.inside(r, I(y & valid));
+        const math::RegionTerm<F> term = math::region_term(tile.logit(in, r, v), tile.smoothed(t));
+        ce += term.loss * tile.weight_of[r];
+        if (args.dice) tile.add_dice(r, math::select(valid, term.pi, F{}), math::select(valid, t, F{}));
+      }
       const F value = math::select(args.region_foreground ? foreground : valid, F(w * ce), F{});
       ce_sum += value;
       if (args.map.data) store(tile.grad + v, tile.scaled(value, static_cast<acc_t>(args.map_factor)));
@@ -83,22 +92,10 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
     tile.total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
     tile.total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
     tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
-    if (!args.dice) return;
-    for (int64_t r = 0; r < regions; ++r) {
-      F intersection{}, predicted{}, labelled{};
-      for (int64_t v = 0; v < n; v += kLanes) {
-        const I y = tile.labels(v);
-        const I valid = y >= 0;
-        const F t = math::select(valid, tile.inside(r, I(y & valid)), F{});
-        const F pi = math::select(valid, math::region_term(load<F>(in.base + r * in.pitch + v), F{}).pi, F{});
-        intersection += pi * t;
-        predicted += pi;
-        labelled += t;
-      }
-      dice[r] += horizontal_sum(intersection);
-      dice[regions + r] += horizontal_sum(predicted);
-      dice[2 * regions + r] += horizontal_sum(labelled);
-    }
+    for (int64_t i = 0; args.dice && i < 3 * regions; ++i) dice[i] += horizontal_sum(load<F>(tile.sums + i * kLanes));
+  };
+  tile.for_tiles([&](int64_t begin, int64_t n) {
+    tile.template for_rows<sizeof(acc_t) == 4>(begin, n, [&](auto in) { sums(in, begin, n); });
   });
   args.partial[chunk] = tile.total;
 }
@@ -113,10 +110,9 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
   const acc_t* overall = static_cast<const acc_t*>(args.dice_overall) + tile.image * regions;
   const acc_t* hit = static_cast<const acc_t*>(args.dice_hit) + tile.image * regions;
 
-  tile.for_tiles([&](int64_t begin, int64_t n) {
-    if (args.grad_map.data) stage_map(args.grad_map, tile.image, begin, n, tile.grad);
-    const Rows<acc_t> in = tile.logits(begin, n);
-    const Rows<acc_t> grads = tile.gradient_rows(args.grad_logits, begin, n);
+  const bool wants_loss = args.partial || args.grad_risk.data;
+
+  const auto gradient = [&](auto in, auto grads, int64_t n) {
     const acc_t factor = static_cast<acc_t>(args.factor[tile.image]);
     F ce_sum{};
     I bad_risk{};
@@ -134,11 +130,11 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
       for (int64_t r = 0; r < regions; ++r) {
         const F t = tile.inside(r, label_or_0);
         const F smooth_t = tile.smoothed(t);
-        const math::RegionTerm<F> term = math::region_term(load<F>(in.base + r * in.pitch + v), smooth_t);
-        ce += term.loss * tile.weight_of[r];
+        const math::RegionTerm<F> term = math::region_term(tile.logit(in, r, v), smooth_t);
+        if (wants_loss) ce += term.loss * tile.weight_of[r];
         F g = math::region_cross_entropy_grad(term.pi, smooth_t, F(scaled_weight * tile.weight_of[r]));
         if (args.dice) g += math::region_dice_grad(term.pi, t, F(F{} + overall[r]), F(F{} + hit[r]));
-        store(grads.base + r * grads.pitch + v, math::select(used, g, F{}));
+        store_values(grads.base + r * grads.pitch + v, math::select(used, g, F{}));
       }
       if (args.grad_risk.data) store(tile.risk + v, math::select(region, F(scale * ce), F{}));
       ce_sum += math::select(region, F(w * ce), F{});
@@ -146,7 +142,11 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
     }
     tile.total.cross_entropy += horizontal_sum(ce_sum);
     tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
-    tile.finish_gradient(grads, args.grad_logits, begin, n, args.streamed);
+  };
+  tile.for_tiles([&](int64_t begin, int64_t n) {
+    if (args.grad_map.data) stage_map(args.grad_map, tile.image, begin, n, tile.grad);
+    tile.template for_gradient_rows<sizeof(acc_t) == 4>(args, begin, n,
+                                                        [&](auto in, auto grads, bool) { gradient(in, grads, n); });
     if (args.grad_risk.data) unstage_map(tile.risk, args.grad_risk, tile.image, begin, n);
   });
   if (args.streamed) end_of_streaming();

@@ -11,12 +11,9 @@ namespace {
 // rows: scratch for `classes` rows, then `spare` rows, then those of the regions.
 template <class acc_t>
 static Rows<acc_t> stage_source(const SourceArgs& args, int64_t image, int64_t begin, int64_t n, acc_t* rows,
-                                int64_t pitch, int64_t spare, bool may_read_in_place) {
+                                int64_t pitch, int64_t spare) {
   const Volume& source = args.source;
   if (!args.regions) {
-    if (may_read_in_place && usable_in_place<acc_t>(source, n)) {
-      return {static_cast<acc_t*>(source.data) + image * source.stride_batch + begin, source.stride_class};
-    }
     stage_in(source, image, begin, n, rows, pitch);
     return {rows, pitch};
   }

@@ -7,10 +7,14 @@
 namespace riskmap::cpu {
 namespace {
 
-// n contiguous values. F16C conversions are written out: compilers do not find them in the scalar loop.
+// n contiguous values. Conversions of 16-bit floats are written out: compilers make less of the scalar loop.
 template <class T, class acc_t>
 static void convert_row(const T* in, acc_t* out, int64_t n) {
   int64_t i = 0;
+  if constexpr (__is_same(T, BFloat16) && sizeof(acc_t) == 4) {
+    constexpr int kLanes = Simd<float>::kLanes;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load_values(in + i));
+  }
 #if defined(__F16C__)
   if constexpr (__is_same(T, Half) && sizeof(acc_t) == 4) {
     for (; i + 8 <= n; i += 8) store(out + i, _mm256_cvtph_ps(load<__m128i>(in + i)));
@@ -27,6 +31,10 @@ static void convert_row_back(const acc_t* in, T* out, int64_t n, bool streamed =
     if (streamed && is_aligned(out)) {
       for (; i + kLanes <= n; i += kLanes) stream(out + i, load<Simd<float>::F>(in + i));
     }
+  }
+  if constexpr (__is_same(T, BFloat16) && sizeof(acc_t) == 4) {
+    constexpr int kLanes = Simd<float>::kLanes;
+    for (; i + kLanes <= n; i += kLanes) store_values(out + i, load<Simd<float>::F>(in + i));
   }
 #if defined(__F16C__)
   if constexpr (__is_same(T, Half) && sizeof(acc_t) == 4) {
@@ -90,7 +98,9 @@ template <class acc_t>
 static void stage_map(const VoxelMap& map, int64_t b, int64_t begin, int64_t n, acc_t* out) {
   with_floating(map.dtype, [&](auto tag) {
     using T = decltype(tag);
-    convert_row(static_cast<const T*>(map.data) + b * map.stride_batch + begin, out, n);
+    const T* row = static_cast<const T*>(map.data) + b * map.stride_batch + begin;
+    prefetch_row(row + n, n);
+    convert_row(row, out, n);
   });
   for (int64_t v = n; v % kMinTile; ++v) out[v] = acc_t(0);
 }

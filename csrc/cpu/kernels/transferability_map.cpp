@@ -49,6 +49,15 @@ RISKMAP_HD typename Simd<acc_t>::F weigh_by_label(const TransferArgs& args, cons
 }
 
 template <class acc_t, class Column>
+RISKMAP_HD typename Simd<acc_t>::F weigh(const TransferArgs& args, const Column& e, const int32_t* label,
+                                         typename Simd<acc_t>::I row_of) {
+  if constexpr (!Column::kInRegisters) {
+    if (args.num_classes > Simd<acc_t>::kLanes) return weigh_by_label<acc_t>(args, e.base, e.pitch, label);
+  }
+  return weigh_by_source<acc_t>(args, e, row_of);
+}
+
+template <class acc_t, class Column>
 void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
@@ -58,14 +67,13 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   const int64_t first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
   const int64_t end = first + args.chunking.voxels_per_chunk;
   const int64_t last = end < source.voxels ? end : source.voxels;
-  const int64_t tile = tile_voxels(padded_rows(args), sizeof(acc_t));
+  const int64_t tile = tile_voxels(padded_rows(args), source.dtype);
   const int64_t pitch = tile_pitch(tile);
   acc_t* rows = static_cast<acc_t*>(scratch);
   acc_t* result = rows + padded_rows(args) * pitch;
   int32_t* label = reinterpret_cast<int32_t*>(result + tile);
   const int64_t spare = padded_classes(args) - args.classes;
   for (int64_t i = args.classes * pitch; i < (args.classes + spare) * pitch; ++i) rows[i] = 0;
-  const bool by_label = args.num_classes > kLanes && args.classes > kMaxRegisterClasses;
 
   int64_t bad_labels = 0;
   I foreground{};
@@ -73,25 +81,30 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
   for (int64_t begin = first; begin < last; begin += tile) {
     const int64_t n = begin + tile < last ? tile : last - begin;
     bad_labels += stage_labels(args.target, image, begin, n, args.num_classes, args.ignore_index, label);
-    const Rows<acc_t> in = stage_source(args, image, begin, n, rows, pitch, spare, true);
-    for (int64_t v = 0; v < n; v += kLanes) {
-      const I y = load_labels<acc_t>(label + v);
-      const I valid = y >= 0;
-      Column x(in.base + v, in.pitch, args.classes);
-      const F max = math::max_logit<F>(x);
-      const F sum = math::exp_in_place(x, max);
-      const F weighted = by_label ? weigh_by_label<acc_t>(args, in.base + v, in.pitch, label + v)
-                                  : weigh_by_source<acc_t>(args, x, I(y & valid));
-      const F t = math::transferability(weighted, sum);
-      const F hardness = -t;
-      low = math::select(valid & (hardness < low), hardness, low);
-      high = math::select(valid & (hardness > high), hardness, high);
-      using Bits = typename math::Traits<acc_t>::Bits;
-      foreground -= args.background < 0 ? valid : valid & (y != static_cast<Bits>(args.background));
-      const F value = args.curve ? math::select(valid, math::risk_weight(hardness, *args.curve), F{})
-                                 : math::select(valid, t, F{} + acc_t(kIgnoredMark));
-      store(result + v, value);
+    const auto transfer = [&](auto in) {
+      for (int64_t v = 0; v < n; v += kLanes) {
+        const I y = load_labels<acc_t>(label + v);
+        const I valid = y >= 0;
+        Column x(in, v, args.classes);
+        const F max = math::max_logit<F>(x);
+        const F sum = math::exp_in_place(x, max);
+        const F weighted = weigh<acc_t>(args, x, label + v, I(y & valid));
+        const F t = math::transferability(weighted, sum);
+        const F hardness = -t;
+        low = math::select(valid & (hardness < low), hardness, low);
+        high = math::select(valid & (hardness > high), hardness, high);
+        using Bits = typename math::Traits<acc_t>::Bits;
+        foreground -= args.background < 0 ? valid : valid & (y != static_cast<Bits>(args.background));
+        const F value = args.curve ? math::select(valid, math::risk_weight(hardness, *args.curve), F{})
+                                   : math::select(valid, t, F{} + acc_t(kIgnoredMark));
+        store(result + v, value);
+      }
+    };
+    bool done = false;
+    if constexpr (Column::kInRegisters) {
+      if (!args.regions) done = visit_in_place(source, image, begin, n, transfer);
     }
+    if (!done) transfer(stage_source(args, image, begin, n, rows, pitch, spare));
     float* out = args.out + image * source.voxels + begin;
     for (int64_t v = 0; v < n; ++v) out[v] = static_cast<float>(result[v]);
   }

@@ -51,7 +51,7 @@ struct LossBackwardArgs : LossArgs {
 // Counts valid, foreground and bad labels of a chunk: what the normaliser needs before a gradient can be written.
 using LossCountKernel = void(const LossArgs&, LossPartial*, int64_t chunk, void* scratch);
 
-size_t loss_scratch_bytes(int64_t classes, size_t acc_size);
+size_t loss_scratch_bytes(int64_t classes, Dtype dtype);
 
 using LossForwardKernel = void(const LossForwardArgs&, int64_t chunk, void* scratch);
 using LossBackwardKernel = void(const LossBackwardArgs&, int64_t chunk, void* scratch);

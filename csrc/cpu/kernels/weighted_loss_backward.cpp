@@ -31,15 +31,14 @@ struct Backward : LossTile<acc_t> {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
       total.bad_labels += this->stage(begin, n);
       if (out.grad_map.data) stage_map(out.grad_map, this->image, begin, n, this->grad);
-      const Rows<acc_t> in = this->logits(begin, n);
-      const Rows<acc_t> grads = this->gradient_rows(out.grad_logits, begin, n);
-      tile_gradient(in, grads, n, out.streamed && this->may_stream(grads));
-      this->finish_gradient(grads, out.grad_logits, begin, n, out.streamed);
+      this->template for_gradient_rows<Column::kInRegisters>(
+          out, begin, n, [&](auto in, auto grads, bool streamed) { tile_gradient(in, grads, n, streamed); });
       if (out.grad_risk.data) unstage_map(this->risk, out.grad_risk, this->image, begin, n);
     }
   }
 
-  void tile_gradient(Rows<acc_t> in, Rows<acc_t> grads, int64_t n, bool streamed) {
+  template <class T>
+  void tile_gradient(Rows<T> in, Rows<T> grads, int64_t n, bool streamed) {
     const acc_t factor = static_cast<acc_t>(out.factor[this->image]);
     const acc_t smooth_total = static_cast<acc_t>(args.smooth_total);
     const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
@@ -50,7 +49,7 @@ struct Backward : LossTile<acc_t> {
       const I valid = y >= 0;
       const I region = this->region(v, y, valid, factor);
       const I used = args.dice ? valid : region;  // elsewhere not even a NaN may reach the gradient
-      Column x(in.base + v, in.pitch, args.logits.classes);
+      Column x(in, v, args.logits.classes);
       const Terms<acc_t, Column> terms(args, x, I(y & valid));
       const F sum = math::exp_in_place(x, terms.max);
       const F inverse = acc_t(1) / sum;
@@ -85,11 +84,12 @@ struct Backward : LossTile<acc_t> {
     total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
   }
 
-  RISKMAP_MEMBER static void store_gradient(acc_t* p, F g, bool streamed) {
-    if constexpr (sizeof(acc_t) == 4) {
+  template <class T>
+  RISKMAP_MEMBER static void store_gradient(T* p, F g, bool streamed) {
+    if constexpr (__is_same(T, float)) {
       if (streamed) return stream(p, g);
     }
-    store(p, g);
+    store_values(p, g);
   }
 
   RISKMAP_MEMBER F dice_slope(int c, I y) const {

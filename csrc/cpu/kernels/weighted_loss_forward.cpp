@@ -29,13 +29,13 @@ struct Forward : LossTile<acc_t> {
     for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
       total.bad_labels += this->stage(begin, n);
-      tile_sums(begin, n);
+      this->template for_rows<Column::kInRegisters>(begin, n, [&](auto in) { tile_sums(in, begin, n); });
       if (args.dice) flush_dice();
     }
   }
 
-  void tile_sums(int64_t begin, int64_t n) {
-    const Rows<acc_t> in = this->logits(begin, n);
+  template <class T>
+  void tile_sums(Rows<T> in, int64_t begin, int64_t n) {
     const int64_t classes = args.logits.classes;
     if (args.dice) std::memset(this->sums, 0, sizeof(acc_t) * 3 * classes * kLanes);
     F ce_sum{};
@@ -48,7 +48,7 @@ struct Forward : LossTile<acc_t> {
       valid_count -= valid;
       foreground_count -= foreground;
 
-      Column x(in.base + v, in.pitch, classes);
+      Column x(in, v, classes);
       const I label_or_0 = y & valid;
       const Terms<acc_t, Column> terms(args, x, label_or_0);
       const F sum = args.dice ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
