@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) transfer(const
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const bool valid = label[i] >= 0;
-      const acc_t t = math::transferability(weighted[i], sum[i]), hardness = -t;
+      const acc_t t = math::transferability(weighted[i] / sum[i]), hardness = -t;
       if (valid && hardness < low) low = hardness;
       if (valid && hardness > high) high = hardness;
       foreground += valid && label[i] != args.background;

@@ -116,10 +116,11 @@ RISKMAP_HD V exp(V x) {
 #endif
   const auto underflow = x < K::kExpMin;
   const V clamped = select(x > K::kExpMax, V{} + K::kExpMax, x);
-  const V shifted = clamped * Element(kLog2E) + K::kRound;
-  const V n = shifted - K::kRound;
+  constexpr Element kShift = K::kRound + K::kBias;  // leaves n + bias in the low bits
+  const V shifted = clamped * Element(kLog2E) + kShift;
+  const V n = shifted - kShift;
   const V p = exp_reduced(V((clamped - n * K::kLn2High) - n * K::kLn2Low));
-  const Bits power = (bit_cast<Bits>(shifted) - K::kRoundBits + K::kBias) << K::kMantissa;
+  const Bits power = bit_cast<Bits>(shifted) << K::kMantissa;
   return select(underflow, V{}, p * bit_cast<V>(power));
 }
 

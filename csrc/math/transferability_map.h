@@ -7,11 +7,9 @@ namespace riskmap::math {
 
 inline constexpr double kMinLikelihood = 1e-6;
 
-// weighted_sum: sum_z P(y|z) e_z with e_z = exp(x_z - max); sum: sum_z e_z.
 template <class V>
-RISKMAP_HD V transferability(V weighted_sum, V sum) {
+RISKMAP_HD V transferability(V p) {
   using Element = typename Traits<V>::Element;
-  const V p = weighted_sum / sum;
   const V floor = V{} + Element(kMinLikelihood);
   return minimum(V{}, log(select(p < floor, floor, p)));  // rounding may pass 0; a NaN stays
 }

@@ -88,8 +88,13 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
         Column x(in, v, args.classes);
         const F max = math::max_logit<F>(x);
         const F sum = math::exp_in_place(x, max);
-        const F weighted = weigh<acc_t>(args, x, label + v, I(y & valid));
-        const F t = math::transferability(weighted, sum);
+        store(result + v, F(weigh<acc_t>(args, x, label + v, I(y & valid)) / sum));
+      }
+      // A loop of its own: one long chain of operations for each voxel would leave the processor waiting.
+      for (int64_t v = 0; v < n; v += kLanes) {
+        const I y = load_labels<acc_t>(label + v);
+        const I valid = y >= 0;
+        const F t = math::transferability(load<F>(result + v));
         const F hardness = -t;
         low = math::select(valid & (hardness < low), hardness, low);
         high = math::select(valid & (hardness > high), hardness, high);
