@@ -11,6 +11,8 @@ from torch import Tensor
 from riskmap_ext._arguments import loss_options, number, plain_tensor, region_table
 from riskmap_ext.ops import weighted_loss
 
+__all__ = ["RiskWeightedLoss"]
+
 Scales = Tensor | Sequence[Tensor]
 
 _OF_FORWARD = ("weight", "foreground", "regions")  # tensors, not fixed options

@@ -72,7 +72,7 @@ class TransferStatistics:
             regions=self.regions,
         )
         if not bool(torch.isfinite(joint).all()):
-            raise ValueError("source: expected finite logits at valid voxels, got NaN or infinity")
+            raise ValueError(self._not_finite(source))
         self._joint = joint if self._joint is None else self._add_joint(joint, "source")
         self._voxels += int(self._valid(plain_tensor("target", target)).sum())
 
@@ -92,7 +92,7 @@ class TransferStatistics:
             return
         log_likelihood = float(transferability.sum(dtype=torch.float64))  # 0 where ignored
         if not math.isfinite(log_likelihood):
-            raise ValueError("source: expected finite logits at valid voxels, got NaN or infinity")
+            raise ValueError(self._not_finite(source))
         self._range_voxels += voxels
         self._log_likelihood += log_likelihood
         hardness = -transferability[valid]
@@ -268,6 +268,12 @@ class TransferStatistics:
         self._low, self._high = float(state["low"]), float(state["high"])
         self._joint_is_global = bool(state["joint_is_global"])
         self._range_is_global = bool(state["range_is_global"])
+
+    def _not_finite(self, source: Tensor) -> str:
+        message = "source: expected finite logits at valid voxels, got NaN or infinity"
+        if source.device.type == "cpu":
+            return message
+        return f"{message}; or target: a label outside 0 .. {self.num_classes - 1}"
 
     def _valid(self, target: Tensor) -> Tensor:
         return target.to(torch.int64) != self.ignore_index  # in uint8, -100 would be 156

@@ -14,10 +14,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from riskmap_ext._files import digest, write_torch
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.datalist import EXTENSIONS
 from riskmap_ext.finetune.errors import CheckpointError
-from riskmap_ext.finetune.files import digest, write_torch
 from riskmap_ext.finetune.network import build_network, head_keys, without_channels
 
 FORMAT = "riskmap_ext.checkpoint.1"

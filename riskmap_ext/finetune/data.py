@@ -21,10 +21,10 @@ from nibabel.orientations import (
 )
 from torch import Tensor
 
+from riskmap_ext._files import digest
 from riskmap_ext.finetune.config import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.errors import DataError
-from riskmap_ext.finetune.files import digest
 from riskmap_ext.finetune.resample import check_spacing, resample
 
 # Volumes are stored with the slice axis last; "RAS" is nibabel's canonical order.

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from riskmap_ext.finetune.files import written_beside
+from riskmap_ext._files import written_beside
 
 # Okabe and Ito's palette without black: told apart with every common colour-vision deficiency.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import riskmap_ext
+from riskmap_ext._files import digest, read_torch, write_torch
 from riskmap_ext.finetune.checkpoint import SourceModel
 from riskmap_ext.finetune.config import IGNORE_INDEX, RiskConfig
 from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.errors import InputError
-from riskmap_ext.finetune.files import digest, write_nifti, write_torch
+from riskmap_ext.finetune.files import write_nifti
 from riskmap_ext.finetune.network import Predictor
 
 # Logits of the statistics pass are kept for the maps up to this size in all, else made again.
@@ -79,7 +80,7 @@ class SourceMapper:
         for case in (*train, *others):
             key = digest(study, case.digest, options)
             path = self._cache / f"maps-{key[:24]}.pt"
-            maps = _load(path)
+            maps = read_torch(path)
             if maps is None:
                 maps = self._maps(case, statistics)
                 write_torch(path, maps)
@@ -100,7 +101,7 @@ class SourceMapper:
 
     def _statistics(self, train: Sequence[Case], path: Path) -> Any:
         statistics = riskmap_ext.TransferStatistics(self._num_classes, ignore_index=IGNORE_INDEX)
-        stored = _load(path)
+        stored = read_torch(path)
         if stored is not None:
             statistics.load_state_dict(stored)
             return statistics
@@ -163,13 +164,3 @@ def write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
         values = case.grid.to_file(case.grid.to_full(volume, mode="nearest"))
         path = folder / f"{case.name}_{kind}.nii.gz"
         write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    """A cache entry, or None where there is none or it cannot be read."""
-    if not path.is_file():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged entry of any kind is made again
-        return None

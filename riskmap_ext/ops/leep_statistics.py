@@ -45,7 +45,8 @@ def leep_statistics(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, or a label outside 0 .. num_classes - 1.
+        ValueError: shapes that do not fit, or a label outside 0 .. num_classes - 1. On a GPU an
+            error for a label would have to wait for the device: there J is NaN throughout.
 
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
     Representations", ICML 2020.

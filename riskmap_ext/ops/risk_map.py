@@ -58,7 +58,8 @@ def risk_map(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, or a table that
-            holds no probabilities.
+            holds no probabilities. On a GPU an error for values would have to wait for the device:
+            there the weight of a voxel with such a label is NaN, with such a table every weight.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340).

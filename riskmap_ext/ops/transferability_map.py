@@ -40,7 +40,8 @@ def transferability_map(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, a label outside 0 .. C - 1, or a table that holds no
-            probabilities.
+            probabilities. On a GPU an error for values would have to wait for the device: there a
+            voxel with such a label is NaN, with such a table every voxel.
 
     Source: C. V. Nguyen et al., ICML 2020 (LEEP); S. Duan et al., "Transfer Risk Map: Mitigating
     Pixel-level Negative Transfer in Medical Segmentation", ICASSP 2025 (arXiv 2502.02340).

@@ -105,7 +105,9 @@ def weighted_loss(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, a risk or class
-            weight that is negative or not finite.
+            weight that is negative or not finite. On a GPU an error for values would have to wait
+            for the device: there the loss is NaN (for reduction="none", that of the voxel), and
+            with it the gradient of the image.
         RuntimeError: on a second derivative, a forward-mode derivative, or one of torch.func.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical

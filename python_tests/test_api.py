@@ -1,0 +1,108 @@
+"""The public API is what docs/api.md says: names, signatures, docstrings, types."""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import riskmap_ext
+from riskmap_ext import nn, reference
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+MODULES = {"riskmap_ext": riskmap_ext, "riskmap_ext.nn": nn, "riskmap_ext.reference": reference}
+
+
+def documented() -> dict[str, str]:
+    """Qualified name -> signature, from the page's headings."""
+    found = re.findall(r"^### `([\w.]+)(\(.*\))?`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return dict(found)
+
+
+def public() -> dict[str, Any]:
+    objects = {}
+    for prefix, module in MODULES.items():
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not inspect.ismodule(value) and name != "__version__":
+                objects[f"{prefix}.{name}"] = value
+    statistics = riskmap_ext.TransferStatistics
+    for name, value in vars(statistics).items():
+        if not name.startswith("_"):
+            objects[f"riskmap_ext.{statistics.__name__}.{name}"] = value
+    return objects
+
+
+def signature(value: Callable[..., Any] | property) -> str:
+    """Names and defaults: the docstrings have the types."""
+    if isinstance(value, property):
+        return ""
+    found = inspect.signature(value)
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for name, parameter in found.parameters.items()
+        if name != "self" and not name.startswith("_")
+    ]
+    return str(found.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def test_every_public_name_is_documented() -> None:
+    assert set(documented()) == set(public())
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_signature(name: str) -> None:
+    assert documented()[name] == signature(public()[name])
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_docstring_and_types(name: str) -> None:
+    value = public()[name]
+    assert len(inspect.getdoc(value) or "") > 30
+    function = value.__init__ if inspect.isclass(value) else value
+    if isinstance(value, property):
+        function = value.fget
+    untyped = {
+        parameter
+        for parameter in inspect.signature(function).parameters
+        if parameter not in (*typing.get_type_hints(function), "self")
+    }
+    assert not untyped
+
+
+def test_names_are_sorted() -> None:
+    for module in MODULES.values():
+        assert list(module.__all__) == sorted(module.__all__)
+
+
+def test_is_marked_as_typed() -> None:
+    assert importlib.resources.files(riskmap_ext).joinpath("py.typed").is_file()
+
+
+def test_the_core_imports_torch_alone() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import torch, riskmap_ext; "
+        "print(*{name.partition('.')[0] for name in sys.modules} & "
+        "{'monai', 'ignite', 'nnunetv2', 'lightning', 'nibabel', 'pydantic', 'typer', 'yaml'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("monai", "monai", r"riskmap-ext\[monai\]"), ("nnunet", "nnunetv2", "pip install nnunetv2")],
+)
+def test_a_missing_framework_is_named(module: str, package: str, extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import riskmap_ext.integrations.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search(f"ImportError: riskmap_ext.integrations.{module} needs .*{extra}", done.stderr)

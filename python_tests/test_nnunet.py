@@ -1,0 +1,270 @@
+"""riskmap_ext.integrations.nnunet with nnU-Net itself: a tiny data set, one epoch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from finetune_data import real_data
+from test_howto import blocks
+from torch import Tensor
+
+pytest.importorskip("nnunetv2", reason="needs nnU-Net")
+pytest.importorskip("dynamic_network_architectures", reason="needs nnU-Net's networks")
+
+import riskmap_ext
+from riskmap_ext.integrations import nnunet
+
+pytestmark = pytest.mark.slow
+CASES = 6
+LABELS = {
+    "whole": {"background": 0, "hippocampus": 1},
+    "parts": {"background": 0, "anterior": 1, "posterior": 2},
+    "ignored": {"background": 0, "anterior": 1, "posterior": 2, "ignore": 3},
+    "regions": {"background": 0, "hippocampus": [1, 2], "posterior": [2]},
+}
+NAMES = {kind: f"Dataset{401 + index}_{kind}" for index, kind in enumerate(LABELS)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """nnU-Net's three folders with the hippocampus set in four ways, planned and preprocessed."""
+    data = real_data("hippocampus")
+    root = tmp_path_factory.mktemp("nnunet")
+    environment = {
+        "nnUNet_n_proc_DA": "1",  # the planner takes no 0
+        "nnUNet_compile": "f",
+        "nnUNet_extTrainer": nnunet.trainer_folder(),
+        **{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        for kind in LABELS:
+            _raw_data_set(root / "raw" / NAMES[kind], data, kind)
+        _prepare()
+        patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process
+        yield root
+
+
+def _raw_data_set(folder: Path, data: Path, kind: str) -> None:
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for image in sorted((data / "images").iterdir())[:CASES]:
+        case = image.name.removesuffix(".nii.gz")
+        shutil.copyfile(image, folder / "imagesTr" / f"{case}_0000.nii.gz")
+        label = nib.load(data / "labels" / image.name)
+        values = np.asarray(label.dataobj).astype(np.uint8)
+        if kind == "whole":
+            values = (values > 0).astype(np.uint8)
+        if kind == "ignored":
+            values[:3] = 3
+        nib.save(nib.Nifti1Image(values, nib.load(image).affine), folder / "labelsTr" / image.name)
+    content: dict[str, Any] = {
+        "channel_names": {"0": "MRI"},
+        "labels": LABELS[kind],
+        "numTraining": CASES,
+        "file_ending": ".nii.gz",
+    }
+    if kind == "regions":
+        content["regions_class_order"] = [1, 2]
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def _prepare() -> None:
+    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+
+    numbers = [int(name[7:10]) for name in NAMES.values()]
+    api.extract_fingerprints(numbers, num_processes=1)
+    api.plan_experiments(numbers)
+    api.preprocess(numbers, configurations=["3d_fullres"], num_processes=[1])
+
+
+def trainer_of(kind: str, make: type = nnunet.nnUNetTrainerRiskMap) -> Any:
+    folder = Path(os.environ["nnUNet_preprocessed"]) / NAMES[kind]  # noqa: SIM112
+    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    labels = json.loads((folder / "dataset.json").read_text())
+    trainer = make(plans, "3d_fullres", 0, labels, torch.device("cpu"))
+    trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folders: Path) -> Path:
+    """A model of the whole hippocampus, as nnU-Net's own trainer leaves it after an epoch."""
+    torch.manual_seed(0)
+    trainer = trainer_of("whole", nnunet.nnUNetTrainer)
+    trainer.num_iterations_per_epoch = 4
+    trainer.run_training()
+    return Path(trainer.output_folder) / "checkpoint_final.pth"
+
+
+@pytest.fixture
+def source(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RISKMAP_SOURCE", str(checkpoint))
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", ["parts", "ignored", "regions"])
+def test_trains_an_epoch(kind: str, source: Path) -> None:
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    trainer = trainer_of(kind)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(source))
+    trainer.run_training()
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=-1))
+    assert trainer.statistics.joint.shape == (3, 2)
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").exists()
+
+
+def test_statistics_are_those_of_whole_volumes(source: Path) -> None:
+    """Tiles cover every voxel once: the counts are exact."""
+    trainer = trainer_of("ignored")
+    trainer.initialize()
+    trainer.on_train_start()
+    keys, _ = trainer.do_split()
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, keys)
+    labels = [torch.from_numpy(np.array(dataset.load_case(key)[1])).clamp(min=0) for key in keys]
+    counts = torch.bincount(torch.cat([label.flatten() for label in labels]).long(), minlength=4)
+    assert counts[3] > 0
+    assert trainer.statistics.num_voxels == int(counts[:3].sum())
+    torch.testing.assert_close(
+        trainer.statistics.joint.sum(1), counts[:3].double(), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_a_step_is_that_of_the_weighted_loss(source: Path) -> None:
+    trainer = trainer_of("parts")
+    trainer.initialize()
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    network = copy.deepcopy(trainer.network)
+    loss = trainer.train_step(batch)["loss"]
+    with torch.no_grad():
+        risk = riskmap_ext.risk_map(
+            trainer.source.network(batch["data"]),
+            batch["target"][0],
+            trainer.statistics.conditional,
+            range=trainer.statistics.hardness_range,
+        )
+        outputs = network(batch["data"])
+        expected = riskmap_ext.nn.RiskWeightedLoss(
+            dice_weight=1.0,
+            batch_dice=trainer.configuration_manager.batch_dice,
+            scale_weights=_weights(len(outputs)),
+        )(outputs, batch["target"], risk)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.loss.risk is None
+
+
+def _weights(scales: int) -> list[float]:
+    weights = [0.5**scale for scale in range(scales - 1)] + [0.0]
+    return [weight / sum(weights) for weight in weights]
+
+
+def test_regions_are_the_data_sets(source: Path) -> None:
+    trainer = trainer_of("regions")
+    trainer.initialize()
+    expected = torch.tensor([[False, True, True], [False, False, True]])
+    assert torch.equal(trainer.loss.weighted.regions, expected)
+    trainer.on_train_start()
+    target: Tensor = next(trainer.dataloader_train)["target"][0]
+    assert target.shape[1] == 1
+    assert next(trainer.dataloader_val)["target"][0].shape[1] == 2
+
+
+def test_statistics_are_kept_with_the_run(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = trainer_of("parts")
+    first.initialize()
+    first.on_train_start()
+    monkeypatch.delenv("RISKMAP_SOURCE")
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "402", "3d_fullres", "0", "--c"])
+    again = trainer_of("parts")
+    again.initialize()
+    monkeypatch.setattr(nnunet.nnUNetTrainerRiskMap, "_tiles", None)
+    again.on_train_start()
+    assert again.source.path == source
+    assert torch.equal(again.statistics.joint, first.statistics.joint)
+
+
+def test_finds_the_checkpoint_on_the_command_line(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RISKMAP_SOURCE")
+    arguments = ["402", "3d_fullres", "0", "-tr", "x", "-pretrained_weights", str(source), "--npz"]
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", *arguments])
+    assert trainer_of("parts")._source_path() == source
+
+
+def test_says_what_is_missing(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RISKMAP_SOURCE", raising=False)
+    trainer = trainer_of("parts")
+    monkeypatch.setattr(trainer, "_statistics_path", lambda: folders / "none.pt")
+    with pytest.raises(RuntimeError, match="expected the source model's checkpoint"):
+        trainer._source_path()
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def test_refuses_a_checkpoint_that_runs_code(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"network_weights": {}, "init_args": {}, "logging": _Runs()}, tmp_path / "bad.pth")
+    cpu = torch.device("cpu")
+    with pytest.raises(RuntimeError, match=r"bad\.pth: not loaded: .*would run code"):
+        nnunet.SourceNetwork(tmp_path / "bad.pth", 1, cpu)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(RuntimeError, match=r"none\.pth: no such checkpoint"):
+        nnunet.SourceNetwork(tmp_path / "none.pth", 1, cpu)
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(RuntimeError, match=r"other\.pth: expected an nnU-Net checkpoint"):
+        nnunet.SourceNetwork(tmp_path / "other.pth", 1, cpu)
+    with pytest.raises(RuntimeError, match="expected a model of 2 input channels"):
+        nnunet.SourceNetwork(checkpoint, 2, cpu)
+
+
+def test_example(source: Path, tmp_path: Path) -> None:
+    _, example = blocks("nnunet")
+    small = {"DATASET": NAMES["parts"], "EPOCHS": "1", "ITERATIONS": "1"}
+    output = _run([sys.executable, "-c", example], tmp_path, **small)
+    assert re.search(r"LEEP -\d\.\d", output)
+
+
+def test_is_found_in_its_folder() -> None:
+    folder = Path(nnunet.trainer_folder())
+    assert [path.name for path in folder.glob("nn*.py")] == ["nnUNetTrainerRiskMap.py"]
+    found = _run([sys.executable, "-m", "riskmap_ext.integrations.nnunet"], folder)
+    assert Path(found.strip()) == folder
+    code = "import nnUNetTrainerRiskMap as m; print(m.nnUNetTrainerRiskMap.__mro__[1].__name__)"
+    assert _run([sys.executable, "-c", code], folder).strip() == "nnUNetTrainer"
+
+
+def _run(command: list[str], folder: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,60 @@
+"""Digests of contents, and files written beside and then renamed, so that none is half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder (same ending), renamed to `path` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The ending stays: nibabel and torch choose the format by it.
+    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    with written_beside(path) as partial:
+        torch.save(content, partial)
+
+
+def read_torch(path: Path) -> Any:
+    """What `write_torch` wrote, or None where it is missing or cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged zip raises errors of many types
+        return None
+
+
+def digest(*parts: Any) -> str:
+    """Hex digest of arrays, bytes and plain values, in order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            total.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            values = part.detach().cpu().contiguous().reshape(-1)
+            total.update(values.view(torch.uint8).numpy().data)
+        elif isinstance(part, np.ndarray):
+            total.update(f"{part.dtype.str}{part.shape}".encode())
+            total.update(np.ascontiguousarray(part).data)
+        elif isinstance(part, bytes):
+            total.update(part)
+        else:
+            total.update(json.dumps(part, sort_keys=True, default=str).encode())
+        total.update(b"\0")
+    return total.hexdigest()
