@@ -1,6 +1,6 @@
 """Hands the build over to CMake (CMakeLists.txt lists every source and flag).
 
-Environment: RISKMAP_CUDA (AUTO, ON, OFF; OFF), RISKMAP_BUILD_DIR, CMAKE_ARGS.
+Environment: RISKMAP_CUDA (AUTO, ON, OFF; AUTO), RISKMAP_BUILD_DIR, CMAKE_ARGS.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CMakeBuild(build_ext):
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRISKMAP_VERSION={self.distribution.get_version()}",
-            f"-DRISKMAP_CUDA={os.environ.get('RISKMAP_CUDA', 'OFF')}",
+            f"-DRISKMAP_CUDA={os.environ.get('RISKMAP_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         ninja = shutil.which("ninja", path=SEARCH_PATH)

@@ -36,6 +36,20 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture
+def cuda_kernels(request: pytest.FixtureRequest, device: torch.device) -> None:
+    """For what they do otherwise than the CPU kernels."""
+    if device.type == "cpu" and not request.config.getoption("--cuda-on-host"):
+        pytest.skip("of the CUDA kernels alone: make cuda-on-host, or a GPU")
+
+
+@pytest.fixture
+def cpu_kernels(request: pytest.FixtureRequest, device: torch.device) -> None:
+    """For what the CUDA kernels do otherwise."""
+    if device.type != "cpu" or request.config.getoption("--cuda-on-host"):
+        pytest.skip("of the CPU kernels alone: test_cuda_bad_values has the counterpart")
+
+
 def _has_cuda_ops() -> bool:
     import riskmap_ext  # noqa: F401  (registers the operators)
 

@@ -24,9 +24,9 @@ case $sanitizer in
   none)
     "${run[@]}" python_tests/test_cuda_on_host.py python_tests/test_cuda_faults.py "$@"
     for order in forward random:3; do
-      RISKMAP_CUDA_ON_HOST_ORDER=$order "${run[@]}" --cuda-on-host -k "not cuda and not compile and not threads" \
+      RISKMAP_CUDA_ON_HOST_ORDER=$order "${run[@]}" --cuda-on-host -m "not cuda" -k "not compile and not threads" \
         python_tests/test_{weighted_loss,regions,gradient_in_forward,dice,leep,source_regions,transferability_map}.py \
-        python_tests/test_{risk_map,identities}.py "$@"
+        python_tests/test_{risk_map,identities,cuda_bad_values}.py "$@"
     done
     ;;
   address)

@@ -360,6 +360,7 @@ def test_compiled_code_takes_the_operator() -> None:
     assert _is_on()
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_errors_of_the_values_come_on_both_paths(device: torch.device) -> None:
     for path in (True, False):
         for bad in (-1.0, math.nan, math.inf):

@@ -403,6 +403,7 @@ def test_bad_table(function: str, table: Any, error: type[Exception], parts: lis
         assert part in message
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_labels_beyond_the_table(device: torch.device) -> None:
     (logits, target, _), _ = BRATS_CASE.loss_call(device)
     target[1, 2, 3, 4] = 4

@@ -29,7 +29,6 @@
 extern "C" {
 [[gnu::weak]] void* __tsan_get_current_fiber();
 [[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
-[[gnu::weak]] void __tsan_destroy_fiber(void* fiber);
 [[gnu::weak]] void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 [[gnu::weak]] void __tsan_acquire(void* address);
 [[gnu::weak]] void __tsan_release(void* address);
@@ -46,7 +45,9 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kNoSync = 1;  // __tsan_switch_to_fiber_no_sync: a switch orders nothing, only barriers do
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxEnded = 4000;  // ThreadSanitizer knows 8128 threads at most
+// Fibers that the blocks of a grid take turns with under ThreadSanitizer, which sees what happens on one fiber in
+// order: only blocks of different seats are unordered. A fiber costs it a quarter of a megabyte.
+constexpr size_t kSeats = 4;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   std::va_list arguments;
@@ -107,7 +108,7 @@ struct Block {
   std::vector<Warp> warps;
   int at_barrier = 0;
   unsigned phase = 0;
-  SyncPoint points[2];
+  SyncPoint start, points[2];
 };
 
 thread_local volatile unsigned char anchor;  // touched, it brings the thread-local storage of this library into being
@@ -186,20 +187,20 @@ class Runner {
     std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
     std::iota(blocks.begin(), blocks.end(), uint64_t{0});
     order.arrange(blocks);
-    for (const uint64_t b : blocks) {
+    for (size_t turn = 0; turn < blocks.size(); ++turn) {
+      const uint64_t b = blocks[turn];
       blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y)};
       if (__tsan_create_fiber) {
-        // Stacks and shared memory that ThreadSanitizer has not seen before: nothing orders threads of different
-        // blocks, and what lies in the same place is not the same memory to it.
-        fibers_.clear();
+        // Other fibers than the last block's, and shared memory (of a thread) that is new to ThreadSanitizer: nothing
+        // orders threads of different blocks.
+        seat_ = &seats_[turn % kSeats];
         std::thread([&] { run_block(order); }).join();
       } else {
         run_block(order);
       }
     }
     acquire(grid_done_);  // what the kernel wrote is there for the host
-    destroy_ended();
   }
 
   Fiber& current() { return *current_; }
@@ -254,22 +255,25 @@ class Runner {
     Runner& runner = instance();
     runner.arrived();
     for (;;) {
+      acquire(runner.block_->start);
       runner.body_(runner.context_);
       runner.wait(State::kExited, {"exit", "", 0});
     }
   }
 
+  Fiber& fiber_of(int i) { return *(*seat_)[static_cast<size_t>(i)]; }
+
   Fiber& prepare(int i) {
-    if (fibers_.size() == static_cast<size_t>(i)) {
-      fibers_.push_back(std::make_unique<Fiber>());
-      fibers_.back()->context.start(fibers_.back()->stack, kStack, &Runner::entry);
+    if (seat_->size() == static_cast<size_t>(i)) {
+      seat_->push_back(std::make_unique<Fiber>());
+      seat_->back()->context.start(seat_->back()->stack, kStack, &Runner::entry);
+      if (__tsan_create_fiber) seat_->back()->tsan = __tsan_create_fiber(0);
     }
-    Fiber& fiber = *fibers_[static_cast<size_t>(i)];  // else it waits in its loop for the next block
+    Fiber& fiber = fiber_of(i);  // one that has run waits in its loop
     const unsigned linear = static_cast<unsigned>(i);
     fiber.linear = i;
     fiber.index = {linear % blockDim.x, linear / blockDim.x % blockDim.y, linear / blockDim.x / blockDim.y};
     fiber.state = State::kReady;
-    if (__tsan_create_fiber) fiber.tsan = __tsan_create_fiber(0);
     return fiber;
   }
 
@@ -279,6 +283,7 @@ class Runner {
     std::vector<Fiber*> turns;
     for (int i = 0; i < threads_; ++i) turns.push_back(&prepare(i));
     block_ = std::make_unique<Block>(threads_);
+    release(block_->start);
     if (!order.is_random()) order.arrange(turns);
     for (int left = threads_; left > 0;) {
       if (order.is_random()) order.arrange(turns);
@@ -293,23 +298,15 @@ class Runner {
       }
       if (!progress) fail_divergent();
     }
-    for (int i = 0; i < threads_ && __tsan_create_fiber; ++i) ended_.push_back(fibers_[static_cast<size_t>(i)]->tsan);
-    if (ended_.size() > kMaxEnded) destroy_ended();
-  }
-
-  // Late: ThreadSanitizer gives their numbers to new fibers, and then holds what the old ones did to be ordered.
-  void destroy_ended() {
-    for (void* fiber : ended_) __tsan_destroy_fiber(fiber);
-    ended_.clear();
   }
 
   void complete_barrier() {
-    const Site& first = fibers_[0]->site;
+    const Site& first = fiber_of(0).site;
     for (int i = 0; i < threads_; ++i) {
-      const Site& site = fibers_[static_cast<size_t>(i)]->site;
+      const Site& site = fiber_of(i).site;
       if (site.line != first.line || std::strcmp(site.file, first.file) != 0) fail_divergent();
     }
-    for (int i = 0; i < threads_; ++i) fibers_[static_cast<size_t>(i)]->state = State::kReady;
+    for (int i = 0; i < threads_; ++i) fiber_of(i).state = State::kReady;
     block_->at_barrier = 0;
     ++block_->phase;
   }
@@ -341,13 +338,13 @@ class Runner {
     ++warp.phase;
   }
 
-  Fiber& lane_of(int first, int lane_index) { return *fibers_[static_cast<size_t>(first + lane_index)]; }
+  Fiber& lane_of(int first, int lane_index) { return fiber_of(first + lane_index); }
 
   // Nobody can go on: say who waits where.
   [[noreturn]] void fail_divergent() {
     std::map<std::tuple<std::string, std::string, int, unsigned>, std::vector<int>> groups;
     for (int i = 0; i < threads_; ++i) {
-      const Fiber& fiber = *fibers_[static_cast<size_t>(i)];
+      const Fiber& fiber = fiber_of(i);
       const bool exited = fiber.state == State::kExited;
       groups[{exited ? "exit" : fiber.site.what, exited ? "" : fiber.site.file, exited ? 0 : fiber.site.line,
               fiber.state == State::kAtWarp ? fiber.mask : 0u}]
@@ -398,7 +395,10 @@ class Runner {
     }
   }
 
-  std::vector<std::unique_ptr<Fiber>> fibers_;
+  using Seat = std::vector<std::unique_ptr<Fiber>>;
+
+  Seat seats_[kSeats];
+  Seat* seat_ = &seats_[0];
   std::unique_ptr<Block> block_;
   Fiber* current_ = nullptr;
   int threads_ = 0;
@@ -406,7 +406,6 @@ class Runner {
   const void* context_ = nullptr;
   Context host_;
   void* host_tsan_ = nullptr;
-  std::vector<void*> ended_;  // ThreadSanitizer's fibers of threads that have left the kernel
   void* host_fake_stack_ = nullptr;
   const void* host_stack_ = nullptr;
   size_t host_stack_size_ = 0;
