@@ -2,12 +2,14 @@
 # Python >= 3.10, g++ and git needs. Another torch: make TORCH=torch==2.12.0 test
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+NNUNET ?= nnunetv2==2.8.1 acvl-utils==0.2.6 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 \
+  batchgeneratorsv2==0.3.6
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench bench-full instructions lint format sanitize install clean
-.PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan gpu-check
+.PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release gpu-check
 
 install: $(VENV)/.installed
 
@@ -19,6 +21,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	-$(BIN)/python -m pip install --quiet --no-deps $(NNUNET)
 	$(BIN)/python -m riskmap_ext.info
 	touch $@
 
@@ -41,22 +44,29 @@ cuda-on-host-asan: install
 cuda-on-host-tsan: install
 	PYTHON=$(BIN)/python python_tests/run_cuda_on_host.sh thread
 
+# The CUDA library for all architectures of a release, and what its kernels take (csrc/cuda/resources.json).
+cuda-release: install
+ifeq ($(shell command -v $${CUDACXX:-nvcc}),)
+	@echo "cuda-release: no nvcc on PATH and no CUDACXX: nothing is compiled"
+else
+	$(BIN)/cmake -S . -B build/cuda_release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DRISKMAP_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=release
+	$(BIN)/cmake --build build/cuda_release --target riskmap_cuda
+	$(BIN)/python csrc/cuda/check_resources.py --build build/cuda_release
+endif
+
 # With the Python and the torch of a machine that has a GPU: no environment is made.
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py $(GPU_CHECK_OPTIONS)
 
-bench: install benchmarks/.peers
+bench: install
 	$(BIN)/python -m benchmarks.run
 
-bench-full: install benchmarks/.peers
+bench-full: install
 	$(BIN)/python -m benchmarks.run --full
 
 instructions: install
 	$(BIN)/python -m benchmarks.instructions
-
-# nnU-Net's loss needs torch alone; without network its columns stay empty.
-benchmarks/.peers:
-	-$(BIN)/python -m pip install --quiet --no-deps --target $@ nnunetv2==2.8.1
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from torch.nn import functional as F
 
 SMOOTH = 1e-5  # the epsilon of riskmap_ext's Dice
 FLOOR = 0.05  # its foreground_floor
-PEERS_FOLDER = Path(__file__).parent / ".peers"  # `make bench` puts nnU-Net's package there
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, risk: Tensor) -> Tensor:
@@ -136,8 +133,6 @@ def nnunet_dice_ce() -> Callable[[Tensor, Tensor], Tensor] | None:
     Its value is 1 below ours: it has -Dice where we have 1 - Dice. Its loss modules need torch
     alone, so ``pip install --no-deps nnunetv2`` will do.
     """
-    if PEERS_FOLDER.is_dir() and str(PEERS_FOLDER) not in sys.path:
-        sys.path.append(str(PEERS_FOLDER))
     try:
         from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -149,7 +144,6 @@ def nnunet_dice_ce() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def version(package: str) -> str:
     """Of an installed package, or "" where it is missing."""
-    nnunet_dice_ce()  # puts the folder of peers on the path
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
