@@ -21,6 +21,7 @@ from riskmap_ext.finetune.errors import CheckpointError
 from riskmap_ext.finetune.network import build_network, head_keys, without_channels
 
 FORMAT = "riskmap_ext.checkpoint.1"
+RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
 # Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
 _STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -74,7 +75,7 @@ def save_checkpoint(
 ) -> None:
     """A file that torch.load(weights_only=True) reads and `source.checkpoint` takes."""
     state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
-    write_torch(
+    write_checkpoint(
         path,
         {
             "format": FORMAT,
@@ -85,6 +86,15 @@ def save_checkpoint(
             "state_dict": state,
         },
     )
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Raises: CheckpointError naming the file, which is then as it was before."""
+    try:
+        write_torch(path, content)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 
 def load_source(source: SourceConfig) -> SourceModel:

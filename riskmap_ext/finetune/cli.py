@@ -27,6 +27,10 @@ def _finetune(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=500 device=cpu."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished run in the output folder."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Fine-tune a segmentation network with the transfer-risk-weighted loss.
@@ -38,7 +42,7 @@ def _finetune(
         from riskmap_ext.finetune.config import load_config
         from riskmap_ext.finetune.run import finetune
 
-        finetune(load_config(config, overrides or []), progress=not quiet)
+        finetune(load_config(config, overrides or []), progress=not quiet, resume=resume)
 
 
 def _map(

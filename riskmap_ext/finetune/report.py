@@ -61,8 +61,9 @@ class Log:
         """Whether there is an output folder yet."""
         return self._path is not None
 
-    def open(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
+    def open(self, path: Path, *, append: bool = False) -> None:
+        if not append:
+            path.unlink(missing_ok=True)
         self._path = path
         early, self._early = self._early, []
         for line in early:
@@ -126,17 +127,25 @@ class _Rate(ProgressColumn):
 class Metrics:
     """metrics.csv, one row per validation, and the same as TensorBoard events."""
 
-    def __init__(self, path: Path, classes: Sequence[str], tensorboard: Path | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str],
+        tensorboard: Path | None,
+        rows: Sequence[dict[str, float]] = (),
+    ) -> None:
+        """rows: those of the run that is gone on with; what came after them is dropped."""
         self._path = path
         self._names = [f"dice_{name}" for name in classes[1:]]
         self.header = ["step", "train_loss", *self._names, "mean_dice", "lr", "seconds"]
-        self.rows: list[dict[str, float]] = []
+        self.rows = list(rows)
         self._writer: Any = None
         if tensorboard is not None:
             # Slow to import, and not wanted by every run.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(tensorboard))
+            purge = int(self.rows[-1]["step"]) + 1 if self.rows else None
+            self._writer = SummaryWriter(str(tensorboard), purge_step=purge)
 
     def add(
         self, step: int, loss: float, dice: Sequence[float], lr: float, seconds: float

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.checkpoint import (
+    RESUME_FILE,
     KeyReport,
     SourceModel,
     load_source,
@@ -41,6 +42,7 @@ from riskmap_ext.finetune.workspace import (
     run_device,
     told_when_stopped,
     torch_state,
+    unfinished_run,
 )
 
 
@@ -84,10 +86,11 @@ class _Run:
     predictor: Predictor
     patch: list[int]
     keys: KeyReport | None
+    resumed: dict[str, Any] | None
 
 
 def finetune(
-    config: Config, *, cases: Cases | None = None, progress: bool = True
+    config: Config, *, cases: Cases | None = None, progress: bool = True, resume: bool = False
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
 
@@ -95,19 +98,26 @@ def finetune(
         config: from load_config, or built in code.
         cases: the result of prepare_cases for the same `data` section, to share between runs.
         progress: print the log and progress bars.
+        resume: go on with the unfinished run in the output folder from its last validation; begin
+            where there is none.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written.
     """
     log = Log(quiet=not progress)
     started = time.perf_counter()
-    check_output(config)
+    resumed = unfinished_run(config) if resume else None
+    if resume and resumed is None:  # nothing that would be lost
+        config = config.model_copy(update={"overwrite": True})
+    if resumed is None:
+        check_output(config)
     check_threads(config)
     device = run_device(config)
     with told_when_stopped(config, log), torch_state(config, device):
-        run = _prepare(config, cases, device, log)
+        run = _prepare(config, cases, device, log, resumed)
         maps = _source_maps(run)
         trained = _train(run, maps)
         table = _evaluate(run, maps, trained.predictions)
+    (config.output / RESUME_FILE).unlink(missing_ok=True)
     classes = run.cases.classes
     means = class_means(table, len(classes))
     seconds = time.perf_counter() - started
@@ -165,7 +175,13 @@ def _read_cases(config: Config, log: Log) -> Cases:
         return prepare_cases(config, advance)
 
 
-def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log) -> _Run:
+def _prepare(
+    config: Config,
+    cases: Cases | None,
+    device: torch.device,
+    log: Log,
+    resumed: dict[str, Any] | None,
+) -> _Run:
     """Checks every input, then makes the output folder."""
     if config.train.amp == "fp16" and device.type != "cuda":
         raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
@@ -192,7 +208,9 @@ def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"classes": cases.classes})}
     )
-    claim_output(config, log)
+    claim_output(config, log, resumed=resumed is not None)
+    if resumed is not None:
+        log(f"Going on after step {resumed['step']} of {config.train.steps}")
     for note in cases.notes:
         log.warn(note)
     log(
@@ -222,6 +240,7 @@ def _prepare(config: Config, cases: Cases | None, device: torch.device, log: Log
         predictor,
         patch,
         keys,
+        resumed,
     )
 
 
@@ -332,6 +351,7 @@ def _train(run: _Run, maps: SourceMaps | None) -> Trained:
         run.patch,
         maps.risk if maps is not None and run.config.risk.use else None,
         save,
+        run.resumed,
     )
     return train_network(setup)
 

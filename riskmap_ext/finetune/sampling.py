@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,6 +91,14 @@ class CropSampler:
         ]
         self._rng = np.random.default_rng(seed)
         self._noise = torch.Generator(device).manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where both generators stand, in tensors and plain numbers."""
+        return {"rng": self._rng.bit_generator.state, "noise": self._noise.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+        self._noise.set_state(state["noise"])
 
     def next_batch(self) -> Batch:
         picks = [self._pick() for _ in range(self._train.batch_size)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT, write_checkpoint
 from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
 from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.errors import InputError
@@ -37,6 +38,7 @@ class TrainSetup:
     patch: list[int]
     risk: Mapping[str, Tensor] | None
     save: Callable[[Path, dict[str, Any]], None]
+    resumed: Mapping[str, Any] | None = None  # what `resume.pt` holds, to go on from it
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Trained:
 
 
 def train_network(setup: TrainSetup) -> Trained:
-    """Trains in place; writes metrics.csv, last.pt and best.pt.
+    """Trains in place; writes metrics.csv, last.pt, best.pt and, after them, resume.pt.
 
-    best.pt has the highest mean Dice of all validations (the last one's where it is undefined).
+    resume.pt has everything that a step depends on: a run that goes on from it ends in the same
+    bits, on a CPU with the same number of threads. best.pt has the highest mean Dice of all
+    validations (the last one's where it is undefined).
 
     Raises: InputError when the loss is no longer finite.
     """
@@ -65,19 +69,24 @@ def train_network(setup: TrainSetup) -> Trained:
     )
     step_of = _Stepper(setup)
     output = config.output
+    resumed = setup.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}
     metrics = Metrics(
         output / "metrics.csv",
         setup.cases.classes,
         output / "tb" if config.write.tensorboard else None,
+        resumed["metrics"],
     )
-    best = -math.inf
+    best = resumed["best"]
     total, since = torch.zeros((), dtype=torch.float64, device=setup.device), 0
-    started = time.perf_counter()
+    started = time.perf_counter() - resumed["seconds"]
+    if setup.resumed is not None:
+        _restore(setup, step_of, sampler)
+    predictions: dict[str, Tensor] | None = None
     network.train()
     try:
         with setup.log.progress("steps") as bar:
-            task = bar.add_task("Training", total=train.steps, note="")
-            for step in range(1, train.steps + 1):
+            task = bar.add_task("Training", total=train.steps, completed=resumed["step"], note="")
+            for step in range(resumed["step"] + 1, train.steps + 1):
                 setup.log.stage = f"at step {step}"
                 lr = step_of.lr
                 total += step_of(sampler.next_batch())
@@ -106,10 +115,49 @@ def train_network(setup: TrainSetup) -> Trained:
                 if row["mean_dice"] > best or (best == -math.inf and last):
                     best = max(best, row["mean_dice"])
                     setup.save(output / "best.pt", state)
+                _keep(setup, step_of, sampler, metrics, step, best, seconds)
     finally:
         metrics.close()
     setup.log.stage = "after the last step"
+    if predictions is None:  # nothing was left to train
+        predictions = _validate(setup)[1]
     return Trained(metrics.rows, predictions)
+
+
+def _keep(
+    setup: TrainSetup,
+    step_of: _Stepper,
+    sampler: CropSampler,
+    metrics: Metrics,
+    step: int,
+    best: float,
+    seconds: float,
+) -> None:
+    cuda = setup.device.type == "cuda"
+    content = {
+        "format": RESUME_FORMAT,
+        "step": step,
+        "best": best,
+        "seconds": seconds,
+        "metrics": metrics.rows,
+        "network": setup.network.state_dict(),
+        "stepper": step_of.state_dict(),
+        "sampler": sampler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(setup.device) if cuda else None,
+    }
+    write_checkpoint(setup.config.output / RESUME_FILE, content)
+
+
+def _restore(setup: TrainSetup, step_of: _Stepper, sampler: CropSampler) -> None:
+    state = setup.resumed
+    assert state is not None
+    setup.network.load_state_dict(state["network"])
+    step_of.load_state_dict(state["stepper"])
+    sampler.load_state_dict(state["sampler"])
+    torch.set_rng_state(state["rng"])
+    if setup.device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], setup.device)
 
 
 class _Stepper:
@@ -128,6 +176,15 @@ class _Stepper:
         dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[train.amp]
         self._autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
         self._scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"optimizer": self._optimizer, "schedule": self._schedule, "scaler": self._scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
 
     @property
     def lr(self) -> float:

@@ -7,18 +7,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from riskmap_ext import _library
+from riskmap_ext._files import read_torch
+from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT
 from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_text
 from riskmap_ext.finetune.report import Log
 
+# Keys that may differ where an unfinished run is gone on with: none changes what is computed.
+_FREE_KEYS = ("overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
     "config.yaml",
     "keys.json",
+    RESUME_FILE,
     "last.pt",
     "best.pt",
     "metrics.csv",
@@ -64,6 +71,8 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
         message = "stopped before anything was written"
         if log.is_open:
             message = f"stopped {log.stage}; {config.output} holds an unfinished run"
+            if (config.output / RESUME_FILE).exists():
+                message += " (--resume goes on with it)"
             log.note(message)
         stop.args = (message,)
         raise
@@ -71,7 +80,7 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
 
 def run_device(config: Config) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kernels = _library.loaded_path("libriskmap_cuda") is not None
+    kernels = _library.no_cuda_reason() is None
     if config.device == "auto":
         return torch.device("cuda" if count and kernels else "cpu")
     device = torch.device(config.device)
@@ -88,9 +97,55 @@ def run_device(config: Config) -> torch.device:
     return device
 
 
-def claim_output(config: Config, log: Log) -> None:
+def unfinished_run(config: Config) -> dict[str, Any] | None:
+    """What resume.pt in the output folder holds; None where no run has come as far as that.
+
+    Raises: ConfigError where the run has come to its end, or has another configuration.
+    """
+    output = config.output
+    path = output / RESUME_FILE
+    if _finished(output):
+        raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
+    if not path.exists():
+        return None
+    state = read_torch(path)
+    if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
+        raise ConfigError(f"output: {path} is damaged; overwrite=true starts anew")
+    return state
+
+
+def check_same_run(config: Config) -> None:
+    """Raises: ConfigError naming the keys in which `config` differs from the unfinished run."""
+    path = config.output / "config.yaml"
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"output: {path} cannot be read ({error})") from None
+    changed = _differences(before, yaml.safe_load(config.to_yaml()))
+    changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)}: not as in {path}; a run is gone on with as it was "
+            "begun, or begun anew with overwrite=true"
+        )
+
+
+def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [prefix.rstrip(".")]
+    found = []
+    for key in sorted({*one, *other}, key=str):
+        found += _differences(one.get(key), other.get(key), f"{prefix}{key}.")
+    return found
+
+
+def claim_output(config: Config, log: Log, *, resumed: bool = False) -> None:
     """Makes the output folder, or clears the earlier run in it where that is allowed."""
     output = config.output
+    if resumed:
+        check_same_run(config)
+        log.open(output / "log.txt", append=True)
+        return
     for name in check_output(config):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()

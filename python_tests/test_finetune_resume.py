@@ -1,0 +1,246 @@
+"""A run that was cut off goes on from its last validation and ends in the same bits."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+from finetune_data import configuration, write_cases
+
+from riskmap_ext.finetune import finetune
+from riskmap_ext.finetune.errors import CheckpointError, ConfigError
+from riskmap_ext.finetune.sampling import CropSampler
+
+TRAIN = {
+    "steps": 8,
+    "validate_every": 2,
+    "optimizer": "AdamW",
+    "schedule": "cosine",
+    "augment": {"rotation": 15, "noise": 0.1},
+}
+NETWORK = {
+    "name": "UNet",
+    "args": {
+        "spatial_dims": 2,
+        "channels": [4, 8],
+        "strides": [2],
+        "num_res_units": 1,
+        "dropout": 0.2,
+    },
+}
+SECONDS = "seconds"  # the only column that may differ
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_cases(folder, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("source") / "run"
+    data = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
+    train = {"steps": 10, "validate_every": 0}
+    finetune(configuration(root, output, data=data, train=train), progress=False)
+    return output / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def unbroken(root: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    finetune(config(root, output, source), progress=False)
+    return output
+
+
+def config(root: Path, output: Path, source: Path, **sections: Any) -> Any:
+    sections = {
+        "train": TRAIN,
+        "network": NETWORK,
+        "source": {"checkpoint": str(source)},
+    } | sections
+    return configuration(root, output, **sections)
+
+
+def stop_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is stopped when the sampler is asked for its so many-th batch."""
+    taken = 0
+    next_batch = CropSampler.next_batch
+
+    def counted(self: CropSampler) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == batch:
+            raise KeyboardInterrupt
+        return next_batch(self)
+
+    monkeypatch.setattr(CropSampler, "next_batch", counted)
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        one, other = (torch.load(run / name, weights_only=True) for run in (found, expected))
+        assert one["progress"] == other["progress"]
+        assert one["state_dict"].keys() == other["state_dict"].keys()
+        for key, value in other["state_dict"].items():
+            assert torch.equal(one["state_dict"][key], value), key
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (found, expected)]
+    for row in (*rows[0], *rows[1]):
+        del row[SECONDS]
+    assert rows[0] == rows[1]
+    assert (found / "dice.csv").read_bytes() == (expected / "dice.csv").read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 8])
+def test_ends_in_the_same_bits(
+    batch: int,
+    root: Path,
+    source: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = config(root, tmp_path / "run", source)
+    with monkeypatch.context() as patch:
+        stop_at(batch, patch)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            finetune(run, progress=False)
+    kept = (tmp_path / "run" / "resume.pt").exists()
+    assert kept == (batch > 2)
+    assert ("--resume" in stopped.value.args[0]) == kept
+    torch.rand(3)  # what the process has drawn before is of no matter
+    result = finetune(run, progress=False, resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+    assert [row["step"] for row in result.history] == [2, 4, 6, 8]
+    assert not (tmp_path / "run" / "resume.pt").exists()
+
+
+def test_resumes_twice(
+    root: Path, source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(root, tmp_path / "run", source)
+    for batch, resume in ((4, False), (3, True)):
+        with monkeypatch.context() as patch:
+            stop_at(batch, patch)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(run, progress=False, resume=resume)
+    finetune(run, progress=False, resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_cut_off_after_the_last_step(
+    root: Path, source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(root, tmp_path / "run", source)
+    with monkeypatch.context() as patch:
+        patch.setattr("riskmap_ext.finetune.run.write_dice", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run, progress=False)
+    finetune(run, progress=False, resume=True)
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_after_sigkill(root: Path, source: Path, tmp_path: Path) -> None:
+    """Killed at whatever point it has come to, several times over."""
+    train = {**TRAIN, "steps": 400, "validate_every": 20}
+    expected = config(root, tmp_path / "expected", source, train=train)
+    finetune(expected, progress=False)
+    run = config(root, tmp_path / "run", source, train=train)
+    file = tmp_path / "run.yaml"
+    file.write_text(run.to_yaml())
+    code = "from riskmap_ext.finetune.cli import main; main()"
+    command = [sys.executable, "-c", code, "finetune", str(file), "--resume", "--quiet"]
+    kills = 0
+    for wait in (0.0, 0.1, 0.25):
+        process = subprocess.Popen(command, start_new_session=True)
+        before = _step(tmp_path / "run")
+        while process.poll() is None and _step(tmp_path / "run") == before:
+            time.sleep(0.02)
+        time.sleep(wait)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 0
+    assert subprocess.run(command, check=False).returncode == 0
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    left = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    assert len(left) <= kills  # of a file that was being written
+
+
+def _step(run: Path) -> float:
+    path = run / "resume.pt"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+class TestRefuses:
+    def stopped(self, root: Path, source: Path, tmp_path: Path, patch: Any) -> Path:
+        with patch.context() as inner:
+            stop_at(4, inner)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(config(root, tmp_path / "run", source), progress=False)
+        return tmp_path / "run"
+
+    def test_another_configuration(
+        self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = self.stopped(root, source, tmp_path, monkeypatch)
+        other = config(root, output, source, train={**TRAIN, "lr": 0.5}, seed=3)
+        with pytest.raises(ConfigError, match=r"--resume: seed, train\.lr: not as in"):
+            finetune(other, progress=False, resume=True)
+        without = config(root, output, source)
+        with pytest.raises(ConfigError, match="holds an unfinished run"):
+            finetune(without, progress=False)
+
+    def test_a_damaged_file(
+        self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = self.stopped(root, source, tmp_path, monkeypatch)
+        path = output / "resume.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ConfigError, match=r"resume\.pt is damaged"):
+            finetune(config(root, output, source), progress=False, resume=True)
+
+    def test_a_finished_run(self, root: Path, source: Path, unbroken: Path) -> None:
+        with pytest.raises(ConfigError, match="nothing to resume"):
+            finetune(config(root, unbroken, source), progress=False, resume=True)
+
+    def test_a_full_disk(
+        self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+        output = self.stopped(root, source, tmp_path, monkeypatch)
+        before = (output / "resume.pt").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("riskmap_ext.finetune.checkpoint.write_torch", full)
+            with pytest.raises(CheckpointError, match=r"last\.pt: cannot be written"):
+                finetune(config(root, output, source), progress=False, resume=True)
+        assert (output / "resume.pt").read_bytes() == before
