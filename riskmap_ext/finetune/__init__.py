@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.config import Config, load_config, parse_config
     from riskmap_ext.finetune.data import Case, Cases, prepare_cases
     from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
+    from riskmap_ext.finetune.rank import RankedSource, rank_sources
     from riskmap_ext.finetune.run import FinetuneResult, finetune, make_maps
 
 __all__ = [
@@ -23,17 +24,20 @@ __all__ = [
     "DataError",
     "FinetuneResult",
     "InputError",
+    "RankedSource",
     "finetune",
     "load_config",
     "make_maps",
     "parse_config",
     "prepare_cases",
+    "rank_sources",
 ]
 
 _HOME = {
     "config": ("Config", "load_config", "parse_config"),
     "data": ("Case", "Cases", "prepare_cases"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
+    "rank": ("RankedSource", "rank_sources"),
     "run": ("FinetuneResult", "finetune", "make_maps"),
 }
 

@@ -93,6 +93,34 @@ def _map(
         make_maps(parse_config(content, origin="riskmap map"), progress=not quiet)
 
 
+def _rank(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/finetune.md).")],
+    source: Annotated[
+        list[Path], typer.Option(help="Checkpoint of a source model; once for each of them.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Such as data.train=10 device=cpu."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Score source models by LEEP on the training cases: choose one before training for a week.
+
+    The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
+    what it gains over the class frequencies alone.
+    """
+    with _stoppable():
+        from riskmap_ext.finetune.config import load_config
+        from riskmap_ext.finetune.rank import rank_sources, write_ranking
+
+        first = f"source.checkpoint={source[0]}"
+        settings = load_config(config, [*(overrides or []), first])
+        ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
+        if output is not None:
+            write_ranking(output, ranked)
+
+
 def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
     """The `data` section of --image and --label."""
     from riskmap_ext.finetune.errors import InputError
@@ -169,8 +197,9 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for name, command in (("finetune", _finetune), ("map", _map), ("demo", _demo), ("info", _info)):
-        app.command(name)(command)
+    commands = (_rank, _map, _finetune, _demo, _info)
+    for command in commands:
+        app.command(command.__name__[1:])(command)
     return app
 
 

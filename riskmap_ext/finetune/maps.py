@@ -70,8 +70,8 @@ class SourceMapper:
 
     def run(self, train: Sequence[Case], others: Sequence[Case] = ()) -> SourceMaps:
         """Maps of all cases; the statistics and the dataset's range come from `train` alone."""
-        study = digest(self._settings, [case.digest for case in train])
-        statistics = self._statistics(train, self._cache / f"statistics-{study[:24]}.pt")
+        study = self._study(train)
+        statistics = self.statistics(train)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             score = statistics.score
@@ -99,7 +99,9 @@ class SourceMapper:
             hits,
         )
 
-    def _statistics(self, train: Sequence[Case], path: Path) -> Any:
+    def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:
+        """LEEP statistics of the training cases, both passes; from the cache where it has them."""
+        path = self._cache / f"statistics-{self._study(train)[:24]}.pt"
         statistics = riskmap_ext.TransferStatistics(self._num_classes, ignore_index=IGNORE_INDEX)
         stored = read_torch(path)
         if stored is not None:
@@ -115,6 +117,13 @@ class SourceMapper:
             self._progress(f"range of {case.name}")
         write_torch(path, statistics.state_dict())
         return statistics
+
+    def forget_logits(self) -> None:
+        """Of a mapper that is to make no maps."""
+        self._logits.clear()
+
+    def _study(self, train: Sequence[Case]) -> str:
+        return digest(self._settings, [case.digest for case in train])
 
     def _maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
         logits = self._source_logits(case)

@@ -150,12 +150,12 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     device = run_device(config)
     with told_when_stopped(config, log), torch_state(config, device):
         source = load_source(config.source)
-        predictor = _source_predictor(config, source, device)
-        cases = _read_cases(config, log)
+        predictor = predictor_of_source(config, source, device)
+        cases = read_cases(config, log)
         claim_output(config, log)
         for note in cases.notes:
             log.warn(note)
-        _check_preprocessing(config, source, log)
+        check_preprocessing(config, source, log)
         log.stage = "before all maps were made"
         maps = _map_cases(config, log, source, predictor, cases, cases.validation)
         for case in _drawn(config, [*cases.train, *cases.validation]):
@@ -165,7 +165,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     return maps
 
 
-def _read_cases(config: Config, log: Log) -> Cases:
+def read_cases(config: Config, log: Log) -> Cases:
     with log.progress("cases") as bar:
         task = bar.add_task("Reading", total=None, note="")
 
@@ -186,12 +186,12 @@ def _prepare(
     if config.train.amp == "fp16" and device.type != "cuda":
         raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
     source = None if config.source is None else load_source(config.source)
-    source_predictor = None if source is None else _source_predictor(config, source, device)
+    source_predictor = None if source is None else predictor_of_source(config, source, device)
     network_config = config.network or (source.config if source else None)
     assert network_config is not None  # Config asks for one of the two
     dims = spatial_dims(network_config)
     patch = patch_size(config, dims)
-    cases = cases or _read_cases(config, log)
+    cases = cases or read_cases(config, log)
     count = len(cases.classes)
     network_config = without_channels(network_config, count, "network.args")
     weights = config.loss.class_weights
@@ -222,7 +222,7 @@ def _prepare(
         _warn_of_small_volumes(cases, patch, log)
     log(f"{network_config.name}, {parameters:,} parameters, patches of {patch}, on {device}")
     if source is not None:
-        _check_preprocessing(config, source, log)
+        check_preprocessing(config, source, log)
     if keys is not None:
         log(f"Weights from {config.source.checkpoint}: {keys.summary()}")  # type: ignore[union-attr]
         write_json(config.output / "keys.json", keys.as_dict())
@@ -270,7 +270,7 @@ def _preprocessing(config: Config, patch: list[int]) -> dict[str, Any]:
     }
 
 
-def _check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
+def check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
     mine = _preprocessing(config, [])
     for key, theirs in source.preprocessing.items():
         if key in mine and key != "patch_size" and mine[key] != theirs:
@@ -280,7 +280,7 @@ def _check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
             )
 
 
-def _source_predictor(config: Config, source: SourceModel, device: torch.device) -> Predictor:
+def predictor_of_source(config: Config, source: SourceModel, device: torch.device) -> Predictor:
     dims = spatial_dims(source.config, "source.network.args")
     # The source sees windows of the size it was trained with.
     patch = source.preprocessing.get("patch_size") or patch_size(config, dims)

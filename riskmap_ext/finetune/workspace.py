@@ -163,8 +163,8 @@ def check_output(config: Config) -> list[str]:
     Raises: ConfigError naming output or cache where no folder can be made there.
     """
     output = config.output
-    _check_folder("output", output)
-    _check_folder("cache", config.cache or output / "cache")
+    check_folder("output", output)
+    check_folder("cache", config.cache or output / "cache")
     held = [n for n in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / n).exists()]
     if held and not config.overwrite:
         state = "already holds a run" if _finished(output) else "holds an unfinished run"
@@ -191,7 +191,7 @@ def _finished(output: Path) -> bool:
     return bool(lines) and " Done" in lines[-1]
 
 
-def _check_folder(key: str, path: Path) -> None:
+def check_folder(key: str, path: Path) -> None:
     """Refuses a path where no folder is and none can be made."""
     existing = next(p for p in (path, *path.parents) if p.exists())
     if not existing.is_dir():

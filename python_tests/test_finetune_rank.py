@@ -1,0 +1,101 @@
+"""riskmap rank: sources in the order of what they tell about the target."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+from finetune_data import NETWORK_2D, configuration, write_cases
+
+from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, rank_sources
+from riskmap_ext.finetune.checkpoint import save_checkpoint
+from riskmap_ext.finetune.config import NetworkConfig
+from riskmap_ext.finetune.network import build_network
+from riskmap_ext.finetune.rank import write_ranking
+
+MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
+SAME: dict[str, Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_cases(folder, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One trained on the target itself, one on its merged classes, one not at all."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = {}
+    for name, data in (("same", SAME), ("merged", MERGED)):
+        train = {"steps": 60, "validate_every": 0, "lr": 0.02}
+        run = configuration(root, folder / name, data=data, train=train)
+        finetune(run, progress=False)
+        found[name] = folder / name / "last.pt"
+    found["untrained"] = folder / "untrained.pt"
+    network = NetworkConfig.model_validate(NETWORK_2D)
+    blank = build_network(network, 2)
+    for parameter in blank.parameters():
+        torch.nn.init.zeros_(parameter)
+    save_checkpoint(found["untrained"], blank, network, ["background", "thing"], {}, {})
+    return found
+
+
+def test_orders_sources_of_known_quality(
+    root: Path, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = ("merged", "untrained", "same")
+    config = configuration(root, tmp_path / "run")
+    ranked = rank_sources(config, [sources[name] for name in order])
+    assert [each.checkpoint for each in ranked] == [
+        sources[name] for name in ("same", "merged", "untrained")
+    ]
+    assert [each.tells_nothing for each in ranked] == [False, False, True]
+    assert ranked[0].told > ranked[1].told > 0.05
+    assert abs(ranked[2].gain) < 1e-4
+    for each in ranked:
+        assert each.gain == pytest.approx(each.leep + each.entropy)
+    shown = capsys.readouterr().out
+    assert "untrained.pt tells nothing" in shown
+    assert not (tmp_path / "run" / "last.pt").exists()
+    write_ranking(tmp_path / "rank.csv", ranked)
+    rows = list(csv.DictReader((tmp_path / "rank.csv").open()))
+    assert [Path(row["checkpoint"]).name for row in rows] == ["last.pt", "last.pt", "untrained.pt"]
+    assert float(rows[0]["leep"]) == ranked[0].leep
+
+
+def test_the_score_is_that_of_a_run(root: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    (ranked,) = rank_sources(
+        configuration(root, tmp_path / "run"), [sources["merged"]], progress=False
+    )
+    source = {"checkpoint": str(sources["merged"])}
+    result = finetune(configuration(root, tmp_path / "run", source=source), progress=False)
+    assert ranked.leep == pytest.approx(result.leep, rel=1e-12)
+
+
+def test_errors(root: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    config = configuration(root, tmp_path / "run")
+    with pytest.raises(ConfigError, match="--source: expected at least one"):
+        rank_sources(config, [], progress=False)
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(sources["same"].read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"damaged\.pt: is damaged"):
+        rank_sources(config, [sources["same"], damaged], progress=False)
+    assert not (tmp_path / "run").exists()

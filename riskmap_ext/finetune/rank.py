@@ -1,0 +1,124 @@
+"""Several source models scored by LEEP on one target training set: which to fine-tune from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from rich.table import Table
+
+from riskmap_ext.finetune.checkpoint import load_source
+from riskmap_ext.finetune.config import Config, SourceConfig
+from riskmap_ext.finetune.data import Cases
+from riskmap_ext.finetune.errors import ConfigError
+from riskmap_ext.finetune.files import write_csv
+from riskmap_ext.finetune.maps import SourceMapper
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.run import check_preprocessing, predictor_of_source, read_cases
+from riskmap_ext.finetune.workspace import check_folder, check_threads, run_device, torch_state
+
+
+@dataclass(frozen=True)
+class RankedSource:
+    """A source model and what it tells about the target labels.
+
+    leep: mean log-likelihood of a voxel's label, in nats, <= 0. entropy: H(Y), what the class
+    frequencies alone leave open. gain: leep + entropy, the nats that the source tells. told: gain
+    over entropy, 0 to 1. tells_nothing: told is at most 1 %.
+    """
+
+    checkpoint: Path
+    classes: int
+    leep: float
+    entropy: float
+    gain: float
+    told: float
+    tells_nothing: bool
+
+
+def rank_sources(
+    config: Config,
+    checkpoints: Sequence[Path],
+    *,
+    cases: Cases | None = None,
+    progress: bool = True,
+) -> list[RankedSource]:
+    """LEEP of each source on the training cases of `config`, the best first.
+
+    A checkpoint is read as `source.checkpoint` is; `source.network` and `source.classes` of the
+    configuration hold for all of them. Statistics are kept in the cache and used by a later run.
+
+    Raises: InputError naming the file and what does not fit, before any model is run.
+    """
+    if not checkpoints:
+        raise ConfigError("--source: expected at least one checkpoint, got none")
+    log = Log(quiet=not progress)
+    cache = config.cache or config.output / "cache"
+    check_folder("cache", cache)
+    check_threads(config)
+    device = run_device(config)
+    shared = config.source or SourceConfig(checkpoint=checkpoints[0])
+    with torch_state(config, device):
+        sources = [
+            load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
+        ]
+        predictors = [predictor_of_source(config, source, device) for source in sources]
+        cases = cases or read_cases(config, log)
+        for note in cases.notes:
+            log.warn(note)
+        ranked = []
+        with log.progress("cases") as bar:
+            total = 2 * len(cases.train) * len(sources)
+            task = bar.add_task("Source models", total=total, note="")
+            for source, predictor in zip(sources, predictors, strict=True):
+                check_preprocessing(config, source, log)
+                mapper = SourceMapper(
+                    source,
+                    predictor,
+                    len(cases.classes),
+                    config.risk,
+                    {"patch_size": predictor.patch, "overlap": config.inference.overlap},
+                    cache,
+                    lambda note: bar.update(task, advance=1, note=note),
+                )
+                statistics = mapper.statistics(cases.train)
+                mapper.forget_logits()
+                with warnings.catch_warnings():  # the table says it
+                    warnings.simplefilter("ignore", UserWarning)
+                    leep = statistics.score
+                entropy = statistics.label_entropy
+                gain = leep + entropy
+                told = gain / entropy if entropy > 0 else 0.0
+                nothing = statistics.tells_nothing(leep)
+                ranked.append(
+                    RankedSource(
+                        source.path, len(source.classes), leep, entropy, gain, told, nothing
+                    )
+                )
+    ranked.sort(key=lambda each: each.leep, reverse=True)
+    log.table(_table(ranked, len(cases.train)))
+    for each in ranked:
+        if each.tells_nothing:
+            log.warn(
+                f"{each.checkpoint} tells nothing about the target labels beyond how often "
+                "each occurs; its risk map is noise"
+            )
+    return ranked
+
+
+def write_ranking(path: Path, ranked: Sequence[RankedSource]) -> None:
+    """A row for each source, the best first."""
+    write_csv(path, [each.name for each in fields(RankedSource)], map(astuple, ranked))
+
+
+def _table(ranked: Sequence[RankedSource], cases: int) -> Table:
+    table = Table(title=f"LEEP of {len(ranked)} sources on {cases} training cases")
+    for name in ("source", "classes", "LEEP (nats)", "told (nats)", "told of H(Y)"):
+        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+    for each in ranked:
+        told = "nothing" if each.tells_nothing else f"{each.told:.0%}"
+        numbers = (f"{each.leep:.4f}", f"{each.gain:.4f}", told)
+        table.add_row(str(each.checkpoint), str(each.classes), *numbers)
+    return table
