@@ -99,7 +99,7 @@ def test_the_core_imports_torch_alone() -> None:
 
 @pytest.mark.parametrize(
     ("module", "package", "extra"),
-    [("monai", "monai", r"riskmap-ext\[monai\]"), ("nnunet", "nnunetv2", "pip install nnunetv2")],
+    [("monai", "monai", "pip install monai"), ("nnunet", "nnunetv2", "pip install nnunetv2")],
 )
 def test_a_missing_framework_is_named(module: str, package: str, extra: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; import riskmap_ext.integrations.{module}"

@@ -204,7 +204,7 @@ def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
     path.write_text(yaml.safe_dump(settings(root, output, train={"steps": 9})))
     before = signal.getsignal(signal.SIGTERM)
     ended, _, err = riskmap("finetune", path)
-    told = f"stopped at step 3; {output} holds an unfinished run"
+    told = f"stopped at step 3; {output} holds an unfinished run (--resume goes on with it)"
     assert (ended, err) == (code, f"riskmap: {told}\n")
     assert told in (output / "log.txt").read_text()
     assert signal.getsignal(signal.SIGTERM) is before

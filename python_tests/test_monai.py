@@ -74,8 +74,9 @@ class TestEqualsDiceCELoss:
     def test_one_hot_targets(self, options: dict[str, Any]) -> None:
         inputs, target = logits(4), one_hot(labels(4), 4)
         keywords = {"softmax": True, **options}
-        ours = RiskMapDiceCELoss(**keywords)(inputs, target)
-        self.compare(ours, DiceCELoss(**keywords)(inputs, target.float()), inputs)
+        for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
+            ours = RiskMapDiceCELoss(**keywords)(inputs, target.to(dtype))
+            self.compare(ours, DiceCELoss(**keywords)(inputs, target.float()), inputs)
 
     @pytest.mark.parametrize("batch", [False, True])
     def test_one_channel_with_sigmoid(self, batch: bool) -> None:
@@ -96,7 +97,8 @@ class TestWithARiskMap:
         inputs, target = logits(3), labels(3)
         risk = torch.rand(2, *SHAPE) + 0.5
         loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        expected = riskmap_ext.weighted_loss(inputs, target, risk, dice_weight=1.0)
+        options = {"dice_weight": 1.0, "normalization": "valid"}
+        expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
         assert torch.equal(loss(inputs, target, risk), expected)
         assert torch.equal(loss(inputs, {"label": target, "risk": risk[:, None]}), expected)
 
@@ -104,8 +106,30 @@ class TestWithARiskMap:
         inputs, target, risk = logits(2), labels(4), torch.rand(2, *SHAPE)
         table = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])
         loss = RiskMapDiceCELoss(sigmoid=True, regions=table)
-        expected = riskmap_ext.weighted_loss(inputs, target, risk, dice_weight=1.0, regions=table)
+        options = {"dice_weight": 1.0, "normalization": "valid", "regions": table}
+        expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
         assert torch.equal(loss(inputs, target, risk), expected)
+
+    def test_a_map_of_ones_changes_nothing(self) -> None:
+        inputs, target = logits(4), labels(4)
+        target[:, :, 2:] = 0  # little foreground
+        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True)
+        found = loss(inputs, target, torch.ones(2, *SHAPE))
+        torch.testing.assert_close(found, loss(inputs, target), rtol=1e-6, atol=0)
+        by_foreground = RiskMapDiceCELoss(
+            to_onehot_y=True, softmax=True, normalization="foreground"
+        )
+        assert by_foreground(inputs, target) > 2 * found
+        mask = (torch.rand(2, 1, *SHAPE) > 0.1).float()  # as MONAI's transforms make it
+        assert by_foreground(inputs, target, foreground=mask) < 1.2 * found
+
+    def test_labels_as_resampling_leaves_them(self) -> None:
+        inputs, target = logits(3), labels(3)
+        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True)
+        assert torch.equal(loss(inputs, target + 7e-15), loss(inputs, target))
+        assert torch.equal(loss(inputs, target.float() - 2e-4), loss(inputs, target))
+        with pytest.raises(ValueError, match="target"):
+            loss(inputs, target + 0.4)
 
     def test_deep_supervision(self) -> None:
         fine, coarse = logits(3), torch.randn(2, 3, 6, 5, 5)
@@ -113,7 +137,10 @@ class TestWithARiskMap:
         loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True, scale_weights=(0.8, 0.2))
         found = loss([fine, coarse], target, risk)
         expected = riskmap_ext.nn.RiskWeightedLoss(
-            dice_weight=1.0, include_background=True, scale_weights=(0.8, 0.2)
+            dice_weight=1.0,
+            include_background=True,
+            scale_weights=(0.8, 0.2),
+            normalization="valid",
         )([fine, coarse], target, risk)
         assert torch.equal(found, expected)
 
@@ -142,12 +169,13 @@ class TestRefuses:
             {"smooth_nr": 0.0},
             {"smooth_dr": 1.0},
             {"weight": torch.ones(3)},
+            {"label_smoothing": 0.1, "sigmoid": True, "softmax": False},
         ],
         ids=lambda keywords: next(iter(keywords)),
     )
     def test_what_it_does_not_compute(self, keywords: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=f"^{next(iter(keywords))}: expected "):
-            RiskMapDiceCELoss(softmax=True, **keywords)
+            RiskMapDiceCELoss(**{"softmax": True, **keywords})
 
     @pytest.mark.parametrize("both", [True, False])
     def test_no_or_two_activations(self, both: bool) -> None:
@@ -257,7 +285,8 @@ class TestRiskMapd:
             return network(image)
 
         def add(**options: Any) -> Tensor:
-            keywords = {"statistics": statistics, "cache_dir": tmp_path, **options}
+            keywords = {"statistics": statistics, "cache_dir": tmp_path, "source_key": "a"}
+            keywords |= options
             return RiskMapd(source=counted, **keywords)(data[0])["risk"].as_tensor()
 
         first = add()
@@ -274,13 +303,55 @@ class TestRiskMapd:
         assert len(list(tmp_path.iterdir())) == 2
 
     def test_cache_knows_the_source(self, tmp_path: Path) -> None:
-        data, networks = cases(), (source(), source())
+        data, network = cases(), source()
+        relu, tanh = (
+            torch.nn.Sequential(network, activation)
+            for activation in (torch.nn.ReLU(), torch.nn.Tanh())
+        )
+        statistics = transfer_statistics(data, network, 3)
+        adds = {
+            each: RiskMapd(source=each, statistics=statistics, cache_dir=tmp_path)
+            for each in (network, relu, tanh)
+        }
+        for number, add in enumerate(adds.values(), start=1):
+            add(data[0])
+            assert len(list(tmp_path.iterdir())) == number
+        with torch.no_grad():  # and one that has been changed since
+            network.bias.add_(torch.arange(4.0))
+        fresh = RiskMapd(source=network, statistics=statistics)(data[0])["risk"]
+        assert torch.equal(adds[network](data[0])["risk"], fresh)
+        assert len(list(tmp_path.iterdir())) == 4
+
+    def test_source_is_in_eval_mode_for_the_call(self) -> None:
+        network = torch.nn.Sequential(source(), torch.nn.BatchNorm3d(4), torch.nn.Dropout(0.5))
+        data = cases()
+        add = RiskMapd(source=network, statistics=transfer_statistics(data, network, 3))
+        first = add(data[0])["risk"]
+        network.train()
+        assert torch.equal(add(data[0])["risk"], first)
+        assert network.training
+        assert int(network[1].num_batches_tracked) == 0
+
+    def test_schemes_without_a_range_need_one_pass(self) -> None:
+        network, data = source(), cases()
+        statistics = riskmap_ext.TransferStatistics(3)
         with torch.no_grad():
-            networks[1].bias.add_(1.0)
-        statistics = transfer_statistics(data, networks[0], 3)
-        for network in networks:
-            RiskMapd(source=network, statistics=statistics, cache_dir=tmp_path)(data[0])
-        assert len(list(tmp_path.iterdir())) == 2
+            for case in data:
+                image, label = (case[key].as_tensor()[None] for key in ("image", "label"))
+                statistics.update(network(image), label)
+        for options in ({"range": "image"}, {"scheme": "power"}, {"range": (0.5, 3.0)}):
+            risk = RiskMapd(source=network, statistics=statistics, **options)(data[0])["risk"]
+            assert risk.isfinite().all()
+
+    def test_arrays(self) -> None:
+        network, data = source(), cases()
+        add = RiskMapd(source=network, statistics=transfer_statistics(data, network, 3))
+        image, label = (data[0][key].numpy() for key in ("image", "label"))
+        flipped = {"image": image.astype("float64")[:, ::-1], "label": label[:, ::-1]}
+        found = add(flipped)["risk"]
+        assert type(found).__module__ == "numpy"
+        copied = {key: value.copy() for key, value in flipped.items()}
+        assert (add(copied)["risk"] == found).all()
 
     def test_arguments(self) -> None:
         statistics = transfer_statistics(cases(), source(), 3)
@@ -292,8 +363,67 @@ class TestRiskMapd:
             RiskMapd(source=source(), statistics=statistics.conditional)
         with pytest.raises(TypeError, match="source: expected a Module"):
             RiskMapd(source="checkpoint.pt", statistics=statistics)
+        with pytest.raises(TypeError, match="unknown option 'schema'"):
+            RiskMapd(source=source(), statistics=statistics, schema="power")
+        with pytest.raises(ValueError, match="scheme: expected"):
+            RiskMapd(source=source(), statistics=statistics, scheme="powr")
+        with pytest.raises(ValueError, match="range: expected"):
+            RiskMapd(source=source(), statistics=statistics, range=(3.0, 1.0))
+        with pytest.raises(ValueError, match="source_key: expected a name"):
+            RiskMapd(source=lambda x: x, statistics=statistics, cache_dir="maps")
+        case = cases()[0]
+        with pytest.raises(ValueError, match=r"label: expected labels \[1, \*S\]"):
+            RiskMapd(source=source(), statistics=statistics)({**case, "label": case["label"][0]})
+        with pytest.raises(TypeError, match=r"logits of the source: expected a torch\.Tensor"):
+            RiskMapd(source=lambda x: {"logits": x}, statistics=statistics)(case)
         with pytest.raises(RuntimeError, match="nothing seen yet"):
             RiskMapd(source=source(), statistics=riskmap_ext.TransferStatistics(3))
+
+
+class TestStatisticsOf:
+    def test_a_generator(self) -> None:
+        with pytest.raises(ValueError, match="3 cases in the first pass and 0 in the second"):
+            transfer_statistics((case for case in cases()), source(), 3)
+
+    def test_nothing(self) -> None:
+        with pytest.raises(ValueError, match="data: expected cases, got none"):
+            transfer_statistics([], source(), 3)
+        ignored = [{**case, "label": torch.full((1, *SHAPE), -100)} for case in cases()]
+        with pytest.raises(ValueError, match="data: expected labelled voxels"):
+            transfer_statistics(ignored, source(), 3)
+
+    def test_a_random_data_set(self) -> None:
+        class Random(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return 2
+
+            def __getitem__(self, index: int) -> dict[str, Tensor]:
+                valid = torch.rand(1, *SHAPE) > 0.5
+                return {"image": torch.rand(1, *SHAPE), "label": torch.where(valid, 1, -100)}
+
+        with pytest.raises(ValueError, match="other labels in the second pass"):
+            transfer_statistics(Random(), source(), 3)
+
+    def test_a_data_set_without_an_end(self) -> None:
+        class Endless(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return 2
+
+            def __getitem__(self, index: int) -> dict[str, Tensor]:
+                assert index < 2
+                return cases()[index % 3]
+
+        network = source()
+        found = transfer_statistics(Endless(), network, 3)
+        assert torch.equal(found.joint, transfer_statistics(cases()[:2], network, 3).joint)
+
+    def test_a_sigmoid_of_one_channel(self) -> None:
+        network, data = torch.nn.Conv3d(1, 1, 1), cases()
+        with pytest.raises(ValueError, match=r"source: gives one channel .* regions=\[\[0, 1\]\]"):
+            transfer_statistics(data, network, 3)
+        statistics = transfer_statistics(data, network, 3, regions=torch.tensor([[0, 1]]))
+        assert statistics.joint.shape == (3, 2)
+        assert RiskMapd(source=network, statistics=statistics)(data[0])["risk"].isfinite().all()
 
 
 def test_prepare_batch() -> None:
@@ -314,8 +444,7 @@ def test_in_a_bundle() -> None:
     text = (Path(__file__).parents[1] / "docs" / "howto" / "monai.md").read_text(encoding="utf-8")
     config = json.loads(text.split("```json\n")[1].split("```")[0])
     network = source()
-    config |= {"output_dir": "out", "source_network": network}
-    config["statistics"] = transfer_statistics(cases(), network, 3)
+    config |= {"output_dir": "out", "source_network": network, "plain_dataset": cases()}
     parser = ConfigParser(config)
     loss = parser.get_parsed_content("loss")
     assert isinstance(loss, RiskMapDiceCELoss)

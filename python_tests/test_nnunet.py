@@ -163,6 +163,7 @@ def test_a_step_is_that_of_the_weighted_loss(source: Path) -> None:
         outputs = network(batch["data"])
         expected = riskmap_ext.nn.RiskWeightedLoss(
             dice_weight=1.0,
+            normalization="valid",
             batch_dice=trainer.configuration_manager.batch_dice,
             scale_weights=_weights(len(outputs)),
         )(outputs, batch["target"], risk)
@@ -207,14 +208,49 @@ def test_finds_the_checkpoint_on_the_command_line(
     arguments = ["402", "3d_fullres", "0", "-tr", "x", "-pretrained_weights", str(source), "--npz"]
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", *arguments])
     assert trainer_of("parts")._source_path() == source
+    # -p is nnU-Net's option for plans
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", *arguments, "-p", "nnUNetPlans"])
+    assert trainer_of("parts")._source_path() == source
+    monkeypatch.setenv("RISKMAP_SOURCE", "other.pth")
+    with pytest.raises(RuntimeError, match=r"-pretrained_weights .* and RISKMAP_SOURCE=other\.pth"):
+        trainer_of("parts")._source_path()
+
+
+def test_a_map_of_ones_gives_the_loss_of_nnunet(source: Path) -> None:
+    trainer = trainer_of("parts")
+    trainer.initialize()
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    with torch.no_grad():
+        outputs = trainer.network(batch["data"])
+        trainer.loss.risk = torch.ones_like(batch["target"][0], dtype=torch.float32)
+        weighted = trainer.loss(outputs, batch["target"])
+        trainer.loss.risk = None
+        plain = trainer.loss(outputs, batch["target"])
+    assert float(weighted) == pytest.approx(float(plain) + 1, rel=1e-4)  # 1 - Dice for -Dice
+
+
+def test_statistics_follow_the_labels(source: Path) -> None:
+    trainer = trainer_of("parts")
+    trainer.initialize()
+    keys, _ = trainer.do_split()
+    before = trainer._data_digest(keys)
+    assert trainer._data_digest(keys) == before
+    folder = Path(trainer.preprocessed_dataset_folder)
+    label = next(
+        path for path in sorted(folder.iterdir()) if path.name.startswith(f"{keys[0]}_seg")
+    )
+    os.utime(label)
+    assert trainer._data_digest(keys) != before
 
 
 def test_says_what_is_missing(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RISKMAP_SOURCE", raising=False)
     trainer = trainer_of("parts")
     monkeypatch.setattr(trainer, "_statistics_path", lambda: folders / "none.pt")
+    trainer.initialize()
     with pytest.raises(RuntimeError, match="expected the source model's checkpoint"):
-        trainer._source_path()
+        trainer.on_train_start()
 
 
 class _Runs:
@@ -228,8 +264,12 @@ def test_refuses_a_checkpoint_that_runs_code(
     monkeypatch.chdir(tmp_path)
     torch.save({"network_weights": {}, "init_args": {}, "logging": _Runs()}, tmp_path / "bad.pth")
     cpu = torch.device("cpu")
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    monkeypatch.setenv("RISKMAP_SOURCE", str(tmp_path / "bad.pth"))
     with pytest.raises(RuntimeError, match=r"bad\.pth: not loaded: .*would run code"):
-        nnunet.SourceNetwork(tmp_path / "bad.pth", 1, cpu)
+        # as the command line does
+        maybe_load_checkpoint(trainer_of("parts"), False, False, str(tmp_path / "bad.pth"))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(RuntimeError, match=r"none\.pth: no such checkpoint"):
         nnunet.SourceNetwork(tmp_path / "none.pth", 1, cpu)

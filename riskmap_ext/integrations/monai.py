@@ -1,6 +1,6 @@
 """MONAI: ``DiceCELoss`` with a risk map, and a transform that makes the map of a case.
 
-Needs MONAI (``pip install "riskmap-ext[monai]"``). docs/howto/monai.md has a complete example.
+Needs MONAI, and ignite for the engines (extra ``monai``). docs/howto/monai.md has an example.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ try:
     from monai.utils import convert_to_dst_type
 except ImportError as error:
     raise ImportError(
-        "riskmap_ext.integrations.monai needs MONAI >= 1.5 with ignite: "
-        'pip install "riskmap-ext[monai]"'
+        "riskmap_ext.integrations.monai needs MONAI >= 1.5 (the extra monai): "
+        "pip install monai pytorch-ignite"
     ) from error
 
 import riskmap_ext
-from riskmap_ext._arguments import plain_tensor
+from riskmap_ext._arguments import plain_tensor, risk_options
 from riskmap_ext._files import digest, read_torch, write_torch
+from riskmap_ext.integrations._source import FrozenSource, Inferer, Source, as_plain
 
 __all__ = ["PrepareBatchRiskMap", "RiskMapDiceCELoss", "RiskMapd", "transfer_statistics"]
 
 _SMOOTH = 1e-5  # the kernels' own, and MONAI's default
+_ROUNDING = 1e-3
 _FOREGROUND = [[0, 1]]  # one channel of logits for labels 0 and 1
 
-Inferer = Callable[..., Any]
-Source = Callable[[Tensor], Any]
 Range = str | tuple[float, float]
 
 
@@ -50,6 +50,7 @@ class RiskMapDiceCELoss(_Loss):
     * ``sigmoid=True``: one channel of logits and a target [B, 1, \*S] of 0 and 1; or several
       overlapping regions with ``regions``, the table [C, L] of the labels in each, and a target of
       labels [B, 1, \*S] (MONAI's own loss has no binary cross-entropy for several channels).
+      ``label_smoothing`` is refused: MONAI does not smooth binary cross-entropy.
     * ``reduction``: "mean" alone. ``smooth_nr``, ``smooth_dr``: 1e-5 alone. ``other_act``,
       ``squared_pred``, ``jaccard`` and ``weight`` (which MONAI applies to Dice as well) are
       refused.
@@ -60,13 +61,18 @@ class RiskMapDiceCELoss(_Loss):
         regions: see above.
         scale_weights: for a list of inputs (deep supervision, finest first), see
             :class:`riskmap_ext.nn.RiskWeightedLoss`.
-        normalization: see :func:`riskmap_ext.weighted_loss`. None: "foreground" with a risk map,
-            "valid" without, which is MONAI's mean.
+        normalization: see :func:`riskmap_ext.weighted_loss`. "valid", MONAI's mean over voxels,
+            leaves cross-entropy and Dice on the scale they have there. "foreground" raises the
+            cross-entropy up to 20-fold in images with little foreground, unless the image's own
+            foreground is given.
         background, foreground_floor, region: see :func:`riskmap_ext.weighted_loss`.
+
+    It holds no state: the class weights stay out of its state_dict.
 
     Shapes: input [B, C, \*S], or a list of them; target as above, or a mapping with the keys
     "label", and "risk" and "foreground" where there are any, as :class:`PrepareBatchRiskMap` makes
-    it; risk and foreground [B, \*S] or [B, 1, \*S]. The result is a float32 scalar.
+    it; risk and foreground [B, \*S] or [B, 1, \*S]. Labels that resampling has left within 1e-3 of
+    a whole number are rounded. The result is a scalar, float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError: an argument that is not supported or does not fit, by name.
@@ -94,7 +100,7 @@ class RiskMapDiceCELoss(_Loss):
         ignore_index: int = -100,
         regions: Any = None,
         scale_weights: Sequence[float] | None = None,
-        normalization: str | None = None,
+        normalization: str = "valid",
         background: int | None = 0,
         foreground_floor: float = 0.05,
         region: str = "valid",
@@ -118,28 +124,25 @@ class RiskMapDiceCELoss(_Loss):
             )
         if regions is not None and softmax:
             raise ValueError("regions: expected sigmoid=True with it, got softmax=True")
+        if sigmoid:
+            _only("label_smoothing", label_smoothing, 0.0)
         self.to_onehot_y = bool(to_onehot_y)
         self.one_channel = bool(sigmoid) and regions is None
-        table = _FOREGROUND if self.one_channel else regions
-
-        def loss(default: str) -> riskmap_ext.nn.RiskWeightedLoss:
-            return riskmap_ext.nn.RiskWeightedLoss(
-                class_weight,
-                regions=table,
-                scale_weights=scale_weights,
-                ignore_index=ignore_index,
-                background=background,
-                foreground_floor=foreground_floor,
-                normalization=default if normalization is None else normalization,
-                region=region,
-                label_smoothing=label_smoothing,
-                ce_weight=lambda_ce,
-                dice_weight=lambda_dice,
-                include_background=bool(include_background),
-                batch_dice=bool(batch),
-            )
-
-        self.plain, self.weighted = loss("valid"), loss("foreground")
+        self.loss = riskmap_ext.nn.RiskWeightedLoss(
+            class_weight,
+            regions=_FOREGROUND if self.one_channel else regions,
+            scale_weights=scale_weights,
+            ignore_index=ignore_index,
+            background=background,
+            foreground_floor=foreground_floor,
+            normalization=normalization,
+            region=region,
+            label_smoothing=label_smoothing,
+            ce_weight=lambda_ce,
+            dice_weight=lambda_dice,
+            include_background=bool(include_background),
+            batch_dice=bool(batch),
+        )
 
     def forward(
         self,
@@ -165,20 +168,25 @@ class RiskMapDiceCELoss(_Loss):
             target = [self._labels(each, channels) for each in target]
         else:
             target = self._labels(target, channels)
-        loss = self.plain if risk is None else self.weighted
-        return loss(input, target, risk, foreground)
+        if isinstance(foreground, (list, tuple)):
+            foreground = [_mask(each) for each in foreground]
+        elif foreground is not None:
+            foreground = _mask(foreground)
+        return self.loss(input, target, risk, foreground)
 
     def _labels(self, target: Any, channels: int) -> Tensor:
         """Labels [B, 1, *S]; a one-hot target is turned into them."""
         target = plain_tensor("target", target)
-        one_hot = not self.to_onehot_y and self.plain.regions is None
+        one_hot = not self.to_onehot_y and self.loss.regions is None
         expected = channels if one_hot else 1
         if target.dim() < 3 or target.size(1) != expected:
             form = f"one-hot [B, {channels}, *S]" if one_hot else "labels [B, 1, *S]"
             hint = "; to_onehot_y=True takes labels [B, 1, *S]" if one_hot else ""
             raise ValueError(f"target: expected {form}, got shape {list(target.shape)}{hint}")
         if not one_hot:
-            return target
+            return _rounded(target)
+        if target.dtype == torch.bool:
+            target = target.to(torch.uint8)
         labels = target.argmax(dim=1, keepdim=True)
         hot = target.gather(1, labels).eq(1) & target.ne(0).sum(dim=1, keepdim=True).eq(1)
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -193,6 +201,19 @@ class RiskMapDiceCELoss(_Loss):
         return labels.masked_fill_(~hot, channels)
 
 
+def _rounded(label: Tensor) -> Tensor:
+    """Resampling, nearest too, leaves labels such as 1e-15; what is no label stays what it is."""
+    if not label.is_floating_point():
+        return label
+    whole = label.round()
+    return torch.where((label - whole).abs() <= _ROUNDING, whole, label)
+
+
+def _mask(foreground: Any) -> Tensor:
+    mask = plain_tensor("foreground", foreground)
+    return mask.ne(0) if mask.is_floating_point() else mask
+
+
 def _only(name: str, value: Any, expected: Any) -> None:
     if value != expected:
         raise ValueError(f"{name}: expected {expected!r}, the only value supported, got {value!r}")
@@ -203,7 +224,7 @@ class PrepareBatchRiskMap(PrepareBatch):
 
     The trainer hands its loss two arguments, so the map travels within the second;
     :class:`RiskMapDiceCELoss` takes it apart. Metrics of the training set find the label in
-    ``output["label"]["label"]``. A batch without ``risk_key`` has no map: the loss is then plain.
+    ``output["label"]["label"]``. A batch without ``risk_key`` has no map: its weights are 1.
     """
 
     def __init__(self, risk_key: str = "risk", foreground_key: str | None = None) -> None:
@@ -243,10 +264,15 @@ class RiskMapd(MapTransform):
         risk_key: key of the map, [1, *S] float32, with the meta data of the label.
         inferer: as of ``monai.inferers`` (SlidingWindowInferer for volumes that do not fit); None:
             the source is called on the whole volume.
-        range: "dataset" (the hardness range of ``statistics``), "image", or (lo, hi) in nats.
-        device: where the source runs; None: where its first parameter lies.
-        cache_dir: folder of maps that were made before, by the content of image, label, source,
-            statistics and options; a damaged entry is made again. None: no cache.
+        range: "dataset" (the hardness range of ``statistics``), "image", or (lo, hi) in nats. The
+            scheme "power" needs none: statistics of the first pass will do.
+        device: where the source runs; None: where its first parameter lies, or the CPU for a
+            function.
+        cache_dir: folder of maps that were made before, by the content of image, label, statistics
+            and options, and the source's weights and architecture; a damaged entry is made again.
+            None: no cache.
+        source_key: names source and inferer in the cache. Needed where one of them is a function:
+            its content is not known. Change it when they change.
         options: further options of :func:`riskmap_ext.risk_map` (scheme, base, alpha, scale,
             background).
     """
@@ -262,6 +288,7 @@ class RiskMapd(MapTransform):
         range: Range = "dataset",
         device: str | torch.device | None = None,
         cache_dir: str | Path | None = None,
+        source_key: str | None = None,
         **options: Any,
     ) -> None:
         keys = tuple(keys)
@@ -274,26 +301,36 @@ class RiskMapd(MapTransform):
             )
         if isinstance(range, str) and range not in ("dataset", "image"):
             raise ValueError(f"range: expected 'dataset', 'image' or (lo, hi), got {range!r}")
-        self.source = _Source(source, inferer, device)
+        self.source = FrozenSource(source, inferer, device, statistics.regions)
         self.risk_key = risk_key
         self.conditional = statistics.conditional.cpu()
-        self.options = {
-            "range": {"dataset": statistics.hardness_range, "image": None}.get(range, range)
-            if isinstance(range, str)
-            else range,
-            "ignore_index": statistics.ignore_index,
-            "regions": statistics.regions,
-            **options,
-        }
+        wanted: Any
+        if range == "dataset":
+            wanted = None if options.get("scheme") == "power" else statistics.hardness_range
+        else:
+            wanted = None if range == "image" else range
+        self.options = _checked({**options, "range": wanted}, statistics.num_classes)
+        self.options |= {"ignore_index": statistics.ignore_index, "regions": statistics.regions}
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._settings: str | None = None
+        self.source_key = source_key
+        if self.cache_dir is not None and source_key is None and not self.source.is_known:
+            raise ValueError(
+                "source_key: expected a name for the cache, since source or inferer is a function, "
+                "whose content is not known; got None"
+            )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         image, label = (case[key] for key in self.keys)
+        shape = tuple(label.shape)
+        if len(shape) != len(image.shape) or shape[0] != 1:
+            raise ValueError(
+                f"{self.keys[1]}: expected labels [1, *S] beside an image of shape "
+                f"{list(image.shape)}, got shape {list(shape)}"
+            )
         path = self._path(image, label)
         risk = None if path is None else read_torch(path)
-        if not isinstance(risk, Tensor) or risk.shape != label.shape:
+        if not isinstance(risk, Tensor) or tuple(risk.shape) != shape:
             risk = self._risk(image, label)
             if path is not None:
                 write_torch(path, risk)
@@ -302,24 +339,35 @@ class RiskMapd(MapTransform):
 
     def _risk(self, image: Any, label: Any) -> Tensor:
         logits = self.source(image)
-        target = torch.as_tensor(label).to(logits.device)[None]
+        target = as_plain(label).to(logits.device)[None]
         conditional = self.conditional.to(logits.device)
-        return riskmap_ext.risk_map(logits, target, conditional, **self.options).cpu()
+        return riskmap_ext.risk_map(logits, _rounded(target), conditional, **self.options).cpu()
 
     def _path(self, image: Any, label: Any) -> Path | None:
         if self.cache_dir is None:
             return None
-        if self._settings is None:
-            options = {**self.options, "regions": None, "version": riskmap_ext.__version__}
-            parts = [options, self.conditional, *self.source.identity()]
-            if self.options["regions"] is not None:
-                parts.append(self.options["regions"])
-            self._settings = digest(*parts)
-        content = (
-            plain_tensor(name, torch.as_tensor(value))
-            for name, value in (("image", image), ("label", label))
+        options = {**self.options, "regions": None, "version": riskmap_ext.__version__}
+        parts = [options, self.conditional, as_plain(image), as_plain(label)]
+        if self.options["regions"] is not None:
+            parts.append(self.options["regions"])
+        source = self.source.digest() if self.source_key is None else self.source_key
+        return self.cache_dir / f"risk-{digest(source, *parts)[:32]}.pt"
+
+
+def _checked(options: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Options of risk_map; what is wrong with them is told before any case."""
+    defaults = {
+        name: value
+        for name, value in (riskmap_ext.risk_map.__kwdefaults__ or {}).items()
+        if name not in ("ignore_index", "regions")
+    }
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        raise TypeError(
+            f"RiskMapd: unknown option {unknown[0]!r}; expected one of {', '.join(defaults)}"
         )
-        return self.cache_dir / f"risk-{digest(self._settings, *content)[:32]}.pt"
+    risk_options(**{**defaults, **options}, num_classes=num_classes)
+    return options
 
 
 def transfer_statistics(
@@ -337,62 +385,52 @@ def transfer_statistics(
 
     Args:
         data: a data set (not a loader) of cases with image [channels, *S] and label [1, *S],
-            through the transforms that are the same in every epoch; iterated over twice.
+            through the transforms that are the same in every epoch; read twice.
         source, keys, inferer, device: as for :class:`RiskMapd`.
         num_classes: number of target classes C.
         ignore_index: label of voxels that count nowhere.
-        regions: table [R, Z] for a source of overlapping regions.
+        regions: table [R, Z] for a source of overlapping regions; [[0, 1]] for one sigmoid channel.
+
+    Raises:
+        ValueError: no cases, no labelled voxels, or another data set in the second pass (a
+            generator that is used up, random transforms).
+
+    Warns where the source tells nothing about the labels.
     """
     image_key, label_key = keys
-    run = _Source(source, inferer, device)
+    run = FrozenSource(source, inferer, device, regions)
     statistics = riskmap_ext.TransferStatistics(
         num_classes, ignore_index=ignore_index, regions=regions
     )
+    counts = []
     for step in (statistics.update, statistics.update_range):
-        for case in data:
+        count = 0
+        for case in _cases(data):
             logits = run(case[image_key])
-            step(logits, torch.as_tensor(case[label_key]).to(logits.device)[None])
+            step(logits, _rounded(as_plain(case[label_key]).to(logits.device)[None]))
+            count += 1
+        counts.append(count)
+        if counts[0] == 0:
+            raise ValueError("data: expected cases, got none")
+        if statistics.num_voxels == 0:
+            raise ValueError("data: expected labelled voxels, got none that is not ignored")
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"data: gave {counts[0]} cases in the first pass and {counts[1]} in the second; "
+            "expected a data set that can be read twice, not a generator"
+        )
+    try:
+        _ = statistics.score  # warns where it tells nothing
+    except RuntimeError:
+        raise ValueError(
+            "data: gave other labels in the second pass than in the first; expected transforms "
+            "that are the same every time, no random ones"
+        ) from None
     return statistics
 
 
-class _Source:
-    """A source model as it is called on one image: without gradients, in eval mode."""
-
-    def __init__(
-        self, source: Source, inferer: Inferer | None, device: str | torch.device | None
-    ) -> None:
-        if not callable(source):
-            raise TypeError(f"source: expected a Module or a function, got {type(source).__name__}")
-        if isinstance(source, torch.nn.Module):
-            source.eval()
-            if device is None:
-                device = next((each.device for each in source.parameters()), None)
-        self.source, self.inferer = source, inferer
-        self.device = torch.device("cpu" if device is None else device)
-
-    def __call__(self, image: Any) -> Tensor:
-        inputs = torch.as_tensor(image)[None].to(self.device)
-        with torch.no_grad():
-            if self.inferer is None:
-                logits = self.source(inputs)
-            else:
-                logits = self.inferer(inputs=inputs, network=self.source)
-        return logits[0] if isinstance(logits, (list, tuple)) else logits
-
-    def identity(self) -> list[Any]:
-        """What a map depends on besides image, label and statistics."""
-        parts: list[Any] = [_described(self.inferer)]
-        if isinstance(self.source, torch.nn.Module):
-            state = self.source.state_dict()
-            return [*parts, *(part for key in sorted(state) for part in (key, state[key]))]
-        return [*parts, _described(self.source)]
-
-
-def _described(value: Any) -> str:
-    """Type and plain settings of an object; no address, which differs from run to run."""
-    settings = {
-        name: setting
-        for name, setting in sorted(getattr(value, "__dict__", {}).items())
-        if isinstance(setting, (bool, int, float, str, tuple, list, type(None)))
-    }
-    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {settings}"
+def _cases(data: Any) -> Iterable[Mapping[Hashable, Any]]:
+    """As a DataLoader reads: a data set may not know where its end is."""
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        return (data[index] for index in range(len(data)))
+    return data

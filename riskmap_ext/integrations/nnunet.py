@@ -28,7 +28,7 @@ try:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 except ImportError as error:
     raise ImportError(
-        "riskmap_ext.integrations.nnunet needs nnU-Net >= 2.6: pip install nnunetv2"
+        "riskmap_ext.integrations.nnunet needs nnU-Net >= 2.8: pip install nnunetv2"
     ) from error
 
 import riskmap_ext
@@ -101,22 +101,24 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
     """nnU-Net's trainer with risk-weighted cross-entropy + Dice in the place of its loss.
 
     The source is the pretrained checkpoint with its own head (``-pretrained_weights``, or the
-    environment variable RISKMAP_SOURCE). Before the first epoch it is run over every training case,
-    tile by tile, for the LEEP statistics; they are kept in ``riskmap_statistics.pt`` in the output
-    folder, so that ``--c`` goes on with them. In every training step the source sees the augmented
-    batch, and the risk map of the finest scale weights all scales of deep supervision. The loss of
-    the validation steps stays nnU-Net's own.
+    environment variable RISKMAP_SOURCE); it is read, and refused if it wants to run code, when the
+    trainer is initialised, which is before nnU-Net takes weights from it. Before the first epoch it
+    is run over every training case, tile by tile, for the LEEP statistics; they are kept in
+    ``riskmap_statistics.pt`` in the output folder, so that ``--c`` goes on with them. In every
+    training step the source sees the augmented batch, and the risk map of the finest scale weights
+    all scales of deep supervision. The loss of the validation steps stays nnU-Net's own.
 
     Regions and the ignore label are those of the data set. With several GPUs the Dice of each
     process is its own, as with ``batch_dice`` off.
 
     Settings are attributes, to be changed in a subclass:
         risk_options: of :func:`riskmap_ext.risk_map` (scheme, base, alpha, scale).
-        loss_options: of :func:`riskmap_ext.weighted_loss` (normalization, foreground_floor, ...).
+        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="valid"`` leaves
+            cross-entropy and Dice on the scale they have in nnU-Net's own loss.
     """
 
     risk_options: ClassVar[dict[str, Any]] = {}
-    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0}
+    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "valid"}
 
     def __init__(
         self,
@@ -158,9 +160,19 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
         kwargs["regions"] = None
         return nnUNetTrainer.get_training_transforms(*args, **kwargs)
 
+    def initialize(self) -> None:
+        super().initialize()
+        path = self._source_path()
+        if path is not None:
+            self.source = SourceNetwork(path, self.num_input_channels, self.device)
+
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.source = SourceNetwork(self._source_path(), self.num_input_channels, self.device)
+        if self.source is None:
+            raise RuntimeError(
+                "nnUNetTrainerRiskMap: expected the source model's checkpoint as "
+                f"-pretrained_weights, or in the environment variable {SOURCE}"
+            )
         self.statistics = self._statistics()
         self.print_to_log_file(
             f"transfer risk map: source {self.source.path}, LEEP {self.statistics.score:.4f} nats, "
@@ -193,19 +205,20 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             **self.risk_options,
         )
 
-    def _source_path(self) -> Path:
-        parser = argparse.ArgumentParser(add_help=False)
+    def _source_path(self) -> Path | None:
+        """From the command line, else the environment, else what the run was begun with."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("-pretrained_weights")
-        given = os.environ.get(SOURCE) or parser.parse_known_args()[0].pretrained_weights
-        if given is None:
-            stored = read_torch(self._statistics_path())
-            given = stored["source"] if stored else None
-        if given is None:
+        flag = parser.parse_known_args()[0].pretrained_weights
+        variable = os.environ.get(SOURCE)
+        if flag and variable and Path(flag).resolve() != Path(variable).resolve():
             raise RuntimeError(
-                "nnUNetTrainerRiskMap: expected the source model's checkpoint as "
-                f"-pretrained_weights, or in the environment variable {SOURCE}"
+                f"nnUNetTrainerRiskMap: -pretrained_weights {flag} and {SOURCE}={variable} differ; "
+                "unset one of them"
             )
-        return Path(given)
+        stored = read_torch(self._statistics_path()) or {}
+        given = flag or variable or stored.get("source")
+        return Path(given) if given else None
 
     def _statistics_path(self) -> Path:
         return Path(self.output_folder) / "riskmap_statistics.pt"
@@ -220,7 +233,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             ignore_index=_IGNORED if ignore is None else ignore,
             regions=self.source.regions,
         )
-        made_of = digest(self.source.digest, sorted(keys), self.configuration_name)
+        made_of = digest(self.source.digest, self.configuration_name, self._data_digest(keys))
         stored = read_torch(self._statistics_path())
         if stored and stored["made_of"] == made_of:
             statistics.load_state_dict(stored["statistics"])
@@ -243,6 +256,16 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             }
             write_torch(self._statistics_path(), content)
         return statistics
+
+    def _data_digest(self, keys: Sequence[str]) -> str:
+        """Of the preprocessed files by size and time, and of plans and labels."""
+        folder, wanted = Path(self.preprocessed_dataset_folder), set(keys)
+        files = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(folder.iterdir())
+            if path.name.split(".")[0].removesuffix("_seg") in wanted
+        ]
+        return digest(files, self.plans_manager.plans, self.dataset_json)
 
     def _tiles(self, dataset: Any, key: str, ignored: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches that cover a preprocessed case; each voxel is labelled in one of them alone."""
