@@ -10,7 +10,6 @@ Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has a complete ex
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -207,9 +206,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
 
     def _source_path(self) -> Path | None:
         """From the command line, else the environment, else what the run was begun with."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("-pretrained_weights")
-        flag = parser.parse_known_args()[0].pretrained_weights
+        flag = _option("-pretrained_weights", sys.argv)
         variable = os.environ.get(SOURCE)
         if flag and variable and Path(flag).resolve() != Path(variable).resolve():
             raise RuntimeError(
@@ -318,6 +315,16 @@ class _SwitchedLoss(nn.Module):
         if self.risk is None:
             return self.plain(output, target)
         return self.weighted(output, target, self.risk)
+
+
+def _option(name: str, arguments: Sequence[str]) -> str | None:
+    """The value of a command-line option. argparse would take nnU-Net's -p for a short form."""
+    for index, word in enumerate(arguments):
+        if word == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
 
 
 def _region_table(labels: Any) -> Tensor | None:
