@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.config import Config, load_config, parse_config
     from riskmap_ext.finetune.data import Case, Cases, prepare_cases
     from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
+    from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
     from riskmap_ext.finetune.run import FinetuneResult, finetune, make_maps
+    from riskmap_ext.finetune.scores import Score, score_files
 
 __all__ = [
     "Case",
@@ -25,20 +27,25 @@ __all__ = [
     "FinetuneResult",
     "InputError",
     "RankedSource",
+    "Score",
     "finetune",
     "load_config",
     "make_maps",
     "parse_config",
+    "predict_images",
     "prepare_cases",
     "rank_sources",
+    "score_files",
 ]
 
 _HOME = {
     "config": ("Config", "load_config", "parse_config"),
     "data": ("Case", "Cases", "prepare_cases"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
+    "predict": ("predict_images",),
     "rank": ("RankedSource", "rank_sources"),
     "run": ("FinetuneResult", "finetune", "make_maps"),
+    "scores": ("Score", "score_files"),
 }
 
 

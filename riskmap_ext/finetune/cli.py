@@ -1,4 +1,4 @@
-"""The `riskmap` command: finetune, map, demo, info."""
+"""The `riskmap` command: rank, map, finetune, predict, evaluate, demo, info."""
 
 from __future__ import annotations
 
@@ -121,6 +121,100 @@ def _rank(
             write_ranking(output, ranked)
 
 
+def _predict(
+    checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a run.")],
+    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=0.95, help="Of neighbouring windows, as a share.")
+    ] = 0.25,
+    patch_size: Annotated[
+        str | None, typer.Option(help="Window, such as 64,64,64; that of the training otherwise.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Segment images with a trained checkpoint: NAME.nii.gz on each image's own grid.
+
+    The checkpoint knows its network, its classes and how its images were prepared. Values are class
+    numbers, 0 for the background.
+    """
+    with _stoppable():
+        from riskmap_ext.finetune.config import InferenceConfig
+        from riskmap_ext.finetune.errors import InputError
+        from riskmap_ext.finetune.predict import predict_images
+
+        sizes = None
+        if patch_size is not None:
+            try:
+                sizes = [int(size) for size in patch_size.split(",")]
+            except ValueError:
+                sizes = []
+            if not sizes or min(sizes) < 1:
+                raise InputError(f"--patch-size: expected whole numbers, got {patch_size!r}")
+        inference = InferenceConfig(patch_size=sizes, overlap=overlap)
+        predict_images(
+            checkpoint,
+            image,
+            output,
+            device=device,
+            inference=inference,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+
+
+def _evaluate(
+    prediction: Annotated[Path, typer.Option(help="Segmentation file, or a folder of them.")],
+    reference: Annotated[Path, typer.Option(help="Reference label file, or a folder of them.")],
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Such as lesion=1 or whole=1,2,3; once for each structure or region.",
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    output: Annotated[Path | None, typer.Option(help="CSV file, a row a structure a case.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Compare segmentations with reference labels: Dice, HD95, surface Dice.
+
+    Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
+    that neither has is left out, one that only the prediction has is counted as extra.
+    """
+    with _stoppable():
+        from riskmap_ext.finetune.scores import score_files, write_scores
+
+        scores = score_files(
+            prediction,
+            reference,
+            structures=_structures(structure or []),
+            tolerance=tolerance,
+            progress=not quiet,
+        )
+        if output is not None:
+            write_scores(output, scores)
+
+
+def _structures(given: list[str]) -> dict[str, list[int]] | None:
+    from riskmap_ext.finetune.errors import InputError
+
+    found: dict[str, list[int]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        try:
+            found[name.strip()] = [int(value) for value in values.split(",")]
+        except ValueError:
+            raise InputError(
+                f"--structure: expected NAME=VALUE or NAME=VALUE,VALUE, got {text!r}"
+            ) from None
+    if len(found) != len(given) or "" in found:
+        raise InputError(f"--structure: expected distinct names, got {given!r}")
+    return found or None
+
+
 def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
     """The `data` section of --image and --label."""
     from riskmap_ext.finetune.errors import InputError
@@ -197,7 +291,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands = (_rank, _map, _finetune, _demo, _info)
+    commands = (_rank, _map, _finetune, _predict, _evaluate, _demo, _info)
     for command in commands:
         app.command(command.__name__[1:])(command)
     return app

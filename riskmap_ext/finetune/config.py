@@ -235,6 +235,9 @@ class WriteConfig(_Section):
     tensorboard: bool = True
 
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
 class Config(_Section):
     """A whole run. Field by field: docs/finetune.md."""
 
@@ -256,7 +259,7 @@ class Config(_Section):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not DEVICE.fullmatch(value):
             raise ValueError(
                 "expected auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA "
                 f"devices), got {value!r}"

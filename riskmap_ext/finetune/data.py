@@ -158,6 +158,69 @@ def prepare_cases(config: Config, progress: Callable[[int, str], Any] | None = N
     return Cases(train, validation, listing.classes, listing.notes)
 
 
+def read_image(path: Path, name: str, data: DataConfig) -> Case:
+    """An image without a label, prepared as `data` says; its label is all background.
+
+    Raises: DataError naming the file.
+    """
+    volume = _open_volume(path)
+    image = _image_values(path, volume)
+    label = np.zeros(image.shape, dtype=np.int16)
+    return _prepare(CaseFiles(name, path, path), volume, image, label, data)
+
+
+@dataclass(frozen=True)
+class LabelVolume:
+    """Whole numbers of a file as they are, and its voxel sizes in mm."""
+
+    values: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+def read_labels(first: Path, second: Path) -> tuple[LabelVolume, LabelVolume]:
+    """Two label files of one grid.
+
+    Raises: DataError naming the file: no whole numbers, or another grid than the first's.
+    """
+    volumes = [_open_volume(path) for path in (first, second)]
+    problems = _grid_problems(CaseFiles("", first, second), *volumes)
+    for path, volume in zip((first, second), volumes, strict=True):
+        problems += _not_whole(path, volume.values)
+    if problems:
+        raise DataError(problems)
+    one, other = (
+        LabelVolume(volume.values.astype(np.int64), _voxel_sizes(volume.affine))
+        for volume in volumes
+    )
+    return one, other
+
+
+def _not_whole(path: Path, values: np.ndarray) -> list[str]:
+    """What is wrong with values that should be labels."""
+    if values.dtype.kind != "f":
+        return []
+    if not np.isfinite(values).all():
+        return [f"{path}: NaN or infinite label values"]
+    odd = values[values != np.rint(values)]
+    if not odd.size:
+        return []
+    return [
+        f"{path}: {odd.size} label values are not whole numbers, such as {odd.flat[0]:g}; resample "
+        "labels with nearest neighbours"
+    ]
+
+
+def check_readable(path: Path) -> None:
+    """Opens the header alone. Raises: DataError naming the file."""
+    try:
+        volume: Any = nib.load(path)
+        shape = tuple(volume.shape)
+    except Exception as error:  # a damaged file can raise nearly anything in its reader
+        raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]):
+        raise DataError([f"{path}: expected a 3-D volume, got {len(shape)}-D, shape {shape}"])
+
+
 def _read_case(files: CaseFiles, data: DataConfig, listing: Listing) -> Case:
     problems: list[str] = []
     volumes = {}
@@ -266,17 +329,8 @@ def _image_values(path: Path, volume: _Volume) -> np.ndarray:
 def _label_values(path: Path, volume: _Volume, data: DataConfig, listing: Listing) -> np.ndarray:
     """Class indices, int16."""
     values = volume.values
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise DataError([f"{path}: NaN or infinite label values"])
-        odd = values[values != np.rint(values)]
-        if odd.size:
-            raise DataError(
-                [
-                    f"{path}: {odd.size} label values are not whole numbers, such as "
-                    f"{odd.flat[0]:g}; resample labels with nearest neighbours"
-                ]
-            )
+    if problems := _not_whole(path, values):
+        raise DataError(problems)
     low, high = int(values.min()), int(values.max())
     if high - low > _MAX_LABEL_SPAN:
         raise DataError([f"{path}: label values from {low} to {high}: is it a label image?"])

@@ -15,7 +15,7 @@ import yaml
 from riskmap_ext import _library
 from riskmap_ext._files import read_torch
 from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT
-from riskmap_ext.finetune.config import Config
+from riskmap_ext.finetune.config import DEVICE, Config
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_text
 from riskmap_ext.finetune.report import Log
@@ -79,19 +79,26 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
 
 
 def run_device(config: Config) -> torch.device:
+    return device_of(config.device)
+
+
+def device_of(wanted: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises: ConfigError where there is no such device."""
+    if not DEVICE.fullmatch(wanted):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {wanted!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kernels = _library.no_cuda_reason() is None
-    if config.device == "auto":
+    if wanted == "auto":
         return torch.device("cuda" if count and kernels else "cpu")
-    device = torch.device(config.device)
+    device = torch.device(wanted)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
-            f"device: {config.device} asked for, but torch {torch.__version__} sees "
+            f"device: {wanted} asked for, but torch {torch.__version__} sees "
             f"{count} CUDA devices; set device=cpu"
         )
     if device.type == "cuda" and not kernels:
         raise ConfigError(
-            f"device: {config.device} asked for, but riskmap_ext has no CUDA kernels here "
+            f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
             "(`riskmap info` says why); set device=cpu"
         )
     return device

@@ -1,0 +1,123 @@
+"""Segmentations of unlabelled images by a checkpoint of this package, on the images' own grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from riskmap_ext.finetune.checkpoint import SourceModel, load_source
+from riskmap_ext.finetune.config import DataConfig, InferenceConfig, SourceConfig
+from riskmap_ext.finetune.data import check_readable, read_image
+from riskmap_ext.finetune.datalist import stem, volumes_in
+from riskmap_ext.finetune.errors import ConfigError, DataError
+from riskmap_ext.finetune.evaluate import predict
+from riskmap_ext.finetune.files import write_nifti
+from riskmap_ext.finetune.network import Predictor, check_forward, spatial_dims
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.workspace import check_folder, device_of
+
+_PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
+
+
+def predict_images(
+    checkpoint: Path,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    device: str = "auto",
+    inference: InferenceConfig | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Segments each image by sliding window and writes OUTPUT/NAME.nii.gz.
+
+    Args:
+        checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation.
+        images: files, or folders of them.
+        output: folder of the segmentations: class numbers in uint8 (int16 beyond 256 classes), with
+            the image's shape, affine and its qform and sform codes.
+        device: as in a configuration.
+        inference: sliding window; None: that of the training's patches.
+        overwrite: replace segmentations that are there already.
+        progress: print the log and a progress bar.
+
+    Returns: the files written. Raises: InputError naming the file, before the first prediction
+    where its header shows it.
+    """
+    log = Log(quiet=not progress)
+    check_folder("--output", output)
+    where = device_of(device)
+    files = _files(images)
+    targets = {name: output / f"{name}.nii.gz" for name in files}
+    _check_targets(files, targets, overwrite)
+    model = load_source(SourceConfig(checkpoint=checkpoint))
+    predictor = _predictor(model, inference or InferenceConfig(), where)
+    data = _preparation(model)
+    log(
+        f"{len(files)} images, {len(model.classes)} classes ({', '.join(model.classes)}), "
+        f"windows of {predictor.patch}, on {where}"
+    )
+    dtype = "uint8" if len(model.classes) <= 256 else "int16"
+    with log.progress("images") as bar:
+        task = bar.add_task("Predicting", total=len(files), note="")
+        for name, path in files.items():
+            case = read_image(path, name, data)
+            segmentation = predict(predictor, case, full=True)
+            grid = case.grid
+            values = grid.to_file(segmentation).astype(dtype)
+            write_nifti(targets[name], values, grid.affine, grid.codes)
+            bar.update(task, advance=1, note=name)
+    log(f"Done: {output}")
+    return list(targets.values())
+
+
+def _files(images: Sequence[Path]) -> dict[str, Path]:
+    """Name -> image. Raises: DataError with a line for each file that cannot be used."""
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for given in images:
+        paths = volumes_in(given) if given.is_dir() else [given]
+        if not paths:
+            problems.append(f"{given}: no image in this folder")
+        for path in paths:
+            name = stem(path)
+            if name in found:
+                problems.append(f"{path}: has the same name as {found[name]}")
+                continue
+            found[name] = path
+            try:
+                check_readable(path)
+            except DataError as error:
+                problems.extend(error.problems)
+    if problems or not found:
+        raise DataError(problems or ["--image: expected at least one image, got none"])
+    return found
+
+
+def _check_targets(files: dict[str, Path], targets: dict[str, Path], overwrite: bool) -> None:
+    for name, target in targets.items():
+        if target.resolve() == files[name].resolve():
+            raise ConfigError(f"--output: {target} is the image itself; choose another folder")
+    held = [str(target) for target in targets.values() if target.exists()]
+    if held and not overwrite:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise ConfigError(f"--output: {held[0]}{more} exists already; --overwrite replaces it")
+
+
+def _predictor(model: SourceModel, inference: InferenceConfig, device: torch.device) -> Predictor:
+    dims = spatial_dims(model.config)
+    patch = inference.patch_size or model.preprocessing.get("patch_size")
+    if patch is None:
+        raise ConfigError(
+            f"{model.path}: does not say with which patches it was trained; give --patch-size"
+        )
+    predictor = Predictor(model.network.to(device), dims, patch, inference)
+    check_forward(model.network, predictor.patch, len(model.classes), "--patch-size")
+    return predictor
+
+
+def _preparation(model: SourceModel) -> DataConfig:
+    known = {key: model.preprocessing[key] for key in _PREPARATION if key in model.preprocessing}
+    return DataConfig(root=Path(), **known)

@@ -1,0 +1,174 @@
+"""Segmentation files against reference labels: Dice, HD95, surface Dice, missed structures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from rich.table import Table
+
+from riskmap_ext.finetune.data import read_labels
+from riskmap_ext.finetune.datalist import stem, volumes_in
+from riskmap_ext.finetune.errors import ConfigError, DataError
+from riskmap_ext.finetune.files import write_csv
+from riskmap_ext.finetune.report import Log, number
+
+FOUND, MISSED, EXTRA, ABSENT = "found", "missed", "extra", "absent"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One structure in one case.
+
+    outcome: found (in both), missed (in the reference alone), extra (in the prediction alone),
+    absent (in neither). dice, surface_dice: 0 where it is missed or extra, NaN where absent.
+    hd95: 95th percentile of the distances between the surfaces in mm, NaN unless found. voxels:
+    of the reference and of the prediction.
+    """
+
+    case: str
+    structure: str
+    outcome: str
+    dice: float
+    surface_dice: float
+    hd95: float
+    reference_voxels: int
+    predicted_voxels: int
+
+
+def score_files(
+    predictions: Path,
+    references: Path,
+    *,
+    structures: Mapping[str, Sequence[int]] | None = None,
+    tolerance: float = 1.0,
+    progress: bool = True,
+) -> list[Score]:
+    """Scores every prediction whose reference has the same name.
+
+    Args:
+        predictions, references: a file each, or a folder each; paired by name.
+        structures: name -> the label values that make it up; regions may overlap. None: every value
+            but 0 that occurs in a reference.
+        tolerance: of the surface Dice, in mm.
+        progress: print the table and a progress bar.
+
+    Raises: InputError naming the files: no counterpart, another grid, no whole numbers.
+    """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ConfigError(f"--tolerance: expected a number >= 0 in mm, got {tolerance!r}")
+    log = Log(quiet=not progress)
+    pairs = _pairs(predictions, references)
+    wanted = structures or _values_of(pairs.values())
+    scores = []
+    with log.progress("cases") as bar:
+        task = bar.add_task("Scoring", total=len(pairs), note="")
+        for name, paths in pairs.items():
+            prediction, reference = read_labels(*paths)
+            for structure, values in wanted.items():
+                masks = [np.isin(each.values, list(values)) for each in (prediction, reference)]
+                scores.append(_score(name, structure, *masks, reference.spacing, tolerance))
+            bar.update(task, advance=1, note=name)
+    log.table(summary(scores, tolerance))
+    return scores
+
+
+def write_scores(path: Path, scores: Sequence[Score]) -> None:
+    """A row for each structure of each case."""
+    write_csv(path, [each.name for each in fields(Score)], map(astuple, scores))
+
+
+def summary(scores: Sequence[Score], tolerance: float) -> Table:
+    """A row for each structure. Missed structures count as Dice 0; nothing is averaged away."""
+    cases = len({score.case for score in scores})
+    table = Table(title=f"{cases} cases")
+    for column in (
+        *("structure", "in cases", "missed", "extra", "mean Dice", "lowest Dice"),
+        *(f"surface Dice ({tolerance:g} mm)", "median HD95 (mm)"),
+    ):
+        table.add_column(column, justify="left" if column == "structure" else "right")
+    for structure in dict.fromkeys(score.structure for score in scores):
+        own = [score for score in scores if score.structure == structure]
+        there = [score for score in own if score.outcome in (FOUND, MISSED)]
+        found = [score.hd95 for score in own if score.outcome == FOUND]
+        dice = [score.dice for score in there]
+        counts = [sum(score.outcome == outcome for score in own) for outcome in (MISSED, EXTRA)]
+        table.add_row(
+            structure,
+            f"{len(there)} of {cases}",
+            *(str(count) if count else "-" for count in counts),
+            number(statistics.fmean(dice) if dice else math.nan),
+            number(min(dice, default=math.nan)),
+            number(statistics.fmean(s.surface_dice for s in there) if there else math.nan),
+            f"{statistics.median(found):.2f}" if found else "-",
+        )
+    return table
+
+
+def _score(
+    case: str,
+    structure: str,
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    tolerance: float,
+) -> Score:
+    counts = int(reference.sum()), int(prediction.sum())
+    if not any(counts):
+        return Score(case, structure, ABSENT, math.nan, math.nan, math.nan, 0, 0)
+    if not all(counts):
+        outcome = MISSED if counts[0] else EXTRA
+        return Score(case, structure, outcome, 0.0, 0.0, math.nan, *counts)
+    dice = 2 * int((prediction & reference).sum()) / sum(counts)
+    box = _bounding_box(prediction | reference)
+    one, other = (
+        torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)
+    )
+    options = {"include_background": True, "spacing": list(spacing)}
+    hd95 = compute_hausdorff_distance(one, other, percentile=95, **options)
+    surface = compute_surface_dice(one, other, class_thresholds=[tolerance], **options)
+    return Score(case, structure, FOUND, dice, float(surface), float(hd95), *counts)
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Of the mask, a voxel wider where there is room: distances do not change."""
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        inside = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(max(0, int(inside[0]) - 1), int(inside[-1]) + 2))
+    return tuple(box)
+
+
+def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
+    if predictions.is_dir() != references.is_dir():
+        raise ConfigError(
+            f"--prediction {predictions} and --reference {references}: expected two files or two "
+            "folders"
+        )
+    if not predictions.is_dir():
+        return {stem(predictions): (predictions, references)}
+    found, wanted = ({stem(p): p for p in volumes_in(f)} for f in (predictions, references))
+    missing = sorted(set(found) - set(wanted))
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError([f"{references}: no reference for {shown} of {predictions}"])
+    if not found:
+        raise DataError([f"{predictions}: no image in this folder"])
+    return {name: (path, wanted[name]) for name, path in sorted(found.items())}
+
+
+def _values_of(pairs: Iterable[tuple[Path, Path]]) -> dict[str, list[int]]:
+    values: set[int] = set()
+    for pair in pairs:
+        values |= set(np.unique(read_labels(*pair)[1].values).tolist())
+    values.discard(0)
+    if not values:
+        raise DataError(["--reference: every voxel of every reference is 0"])
+    return {str(value): [value] for value in sorted(values)}
