@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,8 +73,10 @@ def score_files(
         for name, paths in pairs.items():
             prediction, reference = read_labels(*paths)
             for structure, values in wanted.items():
-                masks = [np.isin(each.values, list(values)) for each in (prediction, reference)]
-                scores.append(_score(name, structure, *masks, reference.spacing, tolerance))
+                one, other = (
+                    np.isin(each.values, list(values)) for each in (prediction, reference)
+                )
+                scores.append(_score(name, structure, one, other, reference.spacing, tolerance))
             bar.update(task, advance=1, note=name)
     log.table(summary(scores, tolerance))
     return scores
@@ -130,7 +133,7 @@ def _score(
     one, other = (
         torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)
     )
-    options = {"include_background": True, "spacing": list(spacing)}
+    options: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
     hd95 = compute_hausdorff_distance(one, other, percentile=95, **options)
     surface = compute_surface_dice(one, other, class_thresholds=[tolerance], **options)
     return Score(case, structure, FOUND, dice, float(surface), float(hd95), *counts)
