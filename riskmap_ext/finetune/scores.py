@@ -90,12 +90,13 @@ def write_scores(path: Path, scores: Sequence[Score]) -> None:
 def summary(scores: Sequence[Score], tolerance: float) -> Table:
     """A row for each structure. Missed structures count as Dice 0; nothing is averaged away."""
     cases = len({score.case for score in scores})
-    table = Table(title=f"{cases} cases")
-    for column in (
-        *("structure", "in cases", "missed", "extra", "mean Dice", "lowest Dice"),
-        *(f"surface Dice ({tolerance:g} mm)", "median HD95 (mm)"),
-    ):
-        table.add_column(column, justify="left" if column == "structure" else "right")
+    table = Table(
+        title=f"{cases} cases; Dice: mean and lowest; SD: mean surface Dice at {tolerance:g} mm; "
+        "HD95: median in mm"
+    )
+    for column in ("structure", "in", "missed", "extra", "Dice", "lowest", "SD", "HD95"):
+        first = column == "structure"
+        table.add_column(column, justify="left" if first else "right", no_wrap=True)
     for structure in dict.fromkeys(score.structure for score in scores):
         own = [score for score in scores if score.structure == structure]
         there = [score for score in own if score.outcome in (FOUND, MISSED)]
