@@ -57,6 +57,15 @@ def _has_cuda_ops() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For runs that are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def restored_threads() -> Iterator[None]:
     """Puts torch's number of threads back after a test that changes it."""

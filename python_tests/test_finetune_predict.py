@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
@@ -22,15 +20,9 @@ from riskmap_ext.finetune import ConfigError, DataError, finetune, predict_image
 from riskmap_ext.finetune.cli import build_app
 from riskmap_ext.finetune.scores import summary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AFFINE = np.array([[0, 0, -1.5, 4], [-1, 0, 0, 3], [0, 2, 0, -7], [0, 0, 0, 1]], dtype=float)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,10 @@ from riskmap_ext.finetune.config import NetworkConfig
 from riskmap_ext.finetune.network import build_network
 from riskmap_ext.finetune.rank import write_ranking
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
 SAME: dict[str, Any] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from finetune_data import real_data
 from riskmap_ext.finetune import finetune, load_config, parse_config
 from riskmap_ext.finetune.checkpoint import load_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Left and right hippocampus, caudate, putamen, thalamus of labels.csv.
 STRUCTURES = {
@@ -25,14 +27,6 @@ STRUCTURES = {
     "putamen": (57, 58),
     "thalamus": (59, 60),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def example(name: str, output: Path, *overrides: str):

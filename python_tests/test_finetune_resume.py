@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from finetune_data import configuration, write_cases
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.errors import CheckpointError, ConfigError
 from riskmap_ext.finetune.sampling import CropSampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN = {
     "steps": 8,
@@ -41,14 +42,6 @@ NETWORK = {
     },
 }
 SECONDS = "seconds"  # the only column that may differ
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

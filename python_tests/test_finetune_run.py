@@ -28,17 +28,10 @@ from riskmap_ext.finetune.evaluate import dice_per_class
 from riskmap_ext.finetune.network import Predictor
 from riskmap_ext.finetune.train import class_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ["background", "box", "crate"]
 MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Runs are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,7 @@ from finetune_data import NETWORK_2D, configuration, phantom, save, write_cases
 from riskmap_ext.finetune import ConfigError, DataError, InputError, finetune, make_maps
 from riskmap_ext.finetune.workspace import run_device
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Runs are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

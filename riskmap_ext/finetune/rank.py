@@ -14,9 +14,13 @@ from riskmap_ext.finetune.config import Config, SourceConfig
 from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_csv
-from riskmap_ext.finetune.maps import SourceMapper
 from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.run import check_preprocessing, predictor_of_source, read_cases
+from riskmap_ext.finetune.run import (
+    check_preprocessing,
+    mapper_of,
+    predictor_of_source,
+    read_cases,
+)
 from riskmap_ext.finetune.workspace import check_folder, check_threads, run_device, torch_state
 
 
@@ -55,8 +59,7 @@ def rank_sources(
     if not checkpoints:
         raise ConfigError("--source: expected at least one checkpoint, got none")
     log = Log(quiet=not progress)
-    cache = config.cache or config.output / "cache"
-    check_folder("cache", cache)
+    check_folder("cache", config.cache or config.output / "cache")
     check_threads(config)
     device = run_device(config)
     shared = config.source or SourceConfig(checkpoint=checkpoints[0])
@@ -74,13 +77,11 @@ def rank_sources(
             task = bar.add_task("Source models", total=total, note="")
             for source, predictor in zip(sources, predictors, strict=True):
                 check_preprocessing(config, source, log)
-                mapper = SourceMapper(
+                mapper = mapper_of(
+                    config,
                     source,
                     predictor,
-                    len(cases.classes),
-                    config.risk,
-                    {"patch_size": predictor.patch, "overlap": config.inference.overlap},
-                    cache,
+                    cases,
                     lambda note: bar.update(task, advance=1, note=note),
                 )
                 statistics = mapper.statistics(cases.train)

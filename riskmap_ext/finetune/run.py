@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,25 @@ def predictor_of_source(config: Config, source: SourceModel, device: torch.devic
     return predictor
 
 
+def mapper_of(
+    config: Config,
+    source: SourceModel,
+    predictor: Predictor,
+    cases: Cases,
+    progress: Callable[[str], Any],
+) -> SourceMapper:
+    """Statistics and maps of a source as `config` has them, with its cache."""
+    return SourceMapper(
+        source,
+        predictor,
+        len(cases.classes),
+        config.risk,
+        {"patch_size": predictor.patch, "overlap": config.inference.overlap},
+        config.cache or config.output / "cache",
+        progress,
+    )
+
+
 def _map_cases(
     config: Config,
     log: Log,
@@ -300,14 +320,8 @@ def _map_cases(
     with log.progress("cases") as bar:
         total = 3 * len(cases.train) + len(others)
         task = bar.add_task("Source model", total=total, note="")
-        mapper = SourceMapper(
-            source,
-            predictor,
-            len(cases.classes),
-            config.risk,
-            {"patch_size": predictor.patch, "overlap": config.inference.overlap},
-            config.cache or config.output / "cache",
-            lambda note: bar.update(task, advance=1, note=note),
+        mapper = mapper_of(
+            config, source, predictor, cases, lambda note: bar.update(task, advance=1, note=note)
         )
         maps = mapper.run(cases.train, others)
     lo, hi = maps.hardness_range
