@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "python_tests"
 OP_TESTS = (
     *("weighted_loss", "regions", "gradient_in_forward", "dice", "leep", "source_regions"),
-    *("transferability_map", "risk_map", "autograd", "identities"),
+    *("transferability_map", "risk_map", "autograd", "identities", "cuda_bad_values"),
 )
 RUNTIME = "python_tests/test_cuda_runtime.py"
 TAIL = 25  # lines of a failed step that are shown
