@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
 import shutil
 from pathlib import Path
@@ -10,13 +11,22 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
 from finetune_data import configuration, phantom, save, write_cases
 from typer.testing import CliRunner
 
-from riskmap_ext.finetune import ConfigError, DataError, finetune, predict_images, score_files
+from riskmap_ext.finetune import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    finetune,
+    predict_images,
+    score_files,
+)
 from riskmap_ext.finetune.cli import build_app
 from riskmap_ext.finetune.scores import summary
 
@@ -87,6 +97,42 @@ class TestPredict:
         with pytest.raises(ConfigError, match=r"device: expected auto, .* got 'gpu'"):
             predict_images(run / "last.pt", [good], tmp_path / "out", device="gpu", progress=False)
         assert not (tmp_path / "out").exists()
+
+    def test_a_bad_image_does_not_end_the_others(
+        self, run: Path, root: Path, tmp_path: Path
+    ) -> None:
+        images = tmp_path / "images"
+        shutil.copytree(root / "images", images)
+        bad = images / "case01.nii.gz"
+        volume = nib.load(bad)
+        values = volume.get_fdata().astype(np.float32)
+        values[3, 3, 3] = np.nan
+        save(bad, values, volume.affine)
+        with pytest.raises(DataError, match=r"case01\.nii\.gz: 1 of .* voxels are NaN"):
+            predict_images(run / "last.pt", [images], tmp_path / "out", progress=False)
+        names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+        assert names == ["case00.nii.gz", "case02.nii.gz", "case03.nii.gz"]
+        shutil.copy(root / "images" / bad.name, bad)
+        found = predict_images(
+            run / "last.pt", [images], tmp_path / "out", skip_existing=True, progress=False
+        )
+        assert [path.name for path in found] == [bad.name]
+
+    def test_a_full_disk(
+        self, run: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(nib, "save", full)
+        with pytest.raises(InputError, match=r"case00\.nii\.gz: cannot be written \(No space left"):
+            predict_images(run / "last.pt", [root / "images"], tmp_path / "out", progress=False)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_resume_file_as_checkpoint(self, root: Path, tmp_path: Path) -> None:
+        torch.save({"format": "riskmap_ext.resume.1"}, tmp_path / "resume.pt")
+        with pytest.raises(CheckpointError, match=r"resume\.pt: is what --resume goes on from"):
+            predict_images(tmp_path / "resume.pt", [root / "images"], tmp_path, progress=False)
 
 
 def ball(radius: float, centre: float = 10.0, size: int = 24) -> np.ndarray:
@@ -167,6 +213,29 @@ class TestScores:
             ("a", "two"),
         ]
         assert rows[2]["outcome"] == "found"  # b: 2 for 1 is still in the region
+
+    def test_every_file_counts(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        predictions, references = self.folders(tmp_path)
+        save(predictions / "a.nii.gz", 3 * ball(2), np.diag([1.5, 1.5, 1.5, 1.0]))
+        extra = [s for s in score_files(predictions, references) if s.structure == "3"]
+        assert [score.outcome for score in extra] == ["extra", "absent", "absent"]
+        score_files(predictions, references, structures={"typo": [7]})
+        assert "structure typo occurs in no file" in capsys.readouterr().out
+        (predictions / "b.nii.gz").unlink()
+        with pytest.raises(DataError, match=r"no prediction for b of .*--partial"):
+            score_files(predictions, references, progress=False)
+        scores = score_files(predictions, references, partial=True, progress=False)
+        assert {score.case for score in scores} == {"a", "c"}
+        shutil.copy(predictions / "c.nii.gz", predictions / "c.nii.gz.nii.gz")
+        save(predictions / "a.nii", ball(2))
+        with pytest.raises(DataError, match="has the same name as"):
+            score_files(predictions, references, partial=True, progress=False)
+
+    def test_output_is_looked_at_first(self, tmp_path: Path) -> None:
+        predictions, references = self.folders(tmp_path)
+        arguments = ["evaluate", "--prediction", str(predictions), "--reference", str(references)]
+        result = CliRunner().invoke(build_app(), [*arguments, "--output", str(tmp_path)])
+        assert "is a folder; expected a file" in str(result.exception)
 
     def test_errors(self, tmp_path: Path) -> None:
         predictions, references = self.folders(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,21 @@ def test_cut_off_after_the_last_step(
     assert_same_run(tmp_path / "run", unbroken)
 
 
+def test_cut_off_while_overlays_are_drawn_and_moved(
+    root: Path, source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = {"overlays": True, "tensorboard": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("riskmap_ext.finetune.run.write_overlay", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config(root, tmp_path / "run", source, write=write), progress=False)
+    assert (tmp_path / "run" / "dice.csv").exists()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    finetune(config(root, tmp_path / "moved", source, write=write), progress=False, resume=True)
+    assert_same_run(tmp_path / "moved", unbroken)
+    assert list((tmp_path / "moved" / "overlays").iterdir())
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -210,6 +226,28 @@ class TestRefuses:
         without = config(root, output, source)
         with pytest.raises(ConfigError, match="holds an unfinished run"):
             finetune(without, progress=False)
+
+    def test_another_source_in_its_place(
+        self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = tmp_path / "source.pt"
+        shutil.copy(source, mine)
+        output = self.stopped(root, mine, tmp_path, monkeypatch)
+        content = torch.load(source, weights_only=True)
+        next(iter(content["state_dict"].values())).add_(0.1)
+        torch.save(content, mine)
+        with pytest.raises(ConfigError, match="source checkpoint or the training cases have"):
+            finetune(config(root, output, mine), progress=False, resume=True)
+
+    def test_checkpoints_that_nothing_goes_on_from(
+        self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = self.stopped(root, source, tmp_path, monkeypatch)
+        (output / "resume.pt").unlink()
+        before = (output / "best.pt").read_bytes()
+        with pytest.raises(ConfigError, match=r"holds last\.pt and best\.pt, but no resume\.pt"):
+            finetune(config(root, output, source), progress=False, resume=True)
+        assert (output / "best.pt").read_bytes() == before
 
     def test_a_damaged_file(
         self, root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,10 @@ def load_source(source: SourceConfig) -> SourceModel:
     """
     path = source.checkpoint
     content = _read(path)
+    if content.get("format") == RESUME_FORMAT:
+        raise CheckpointError(
+            f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
+        )
     state = _state_dict(path, content)
     _check_finite(path, state)
     config = source.network or _stored_network(path, content)

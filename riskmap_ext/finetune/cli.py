@@ -114,6 +114,7 @@ def _rank(
         from riskmap_ext.finetune.config import load_config
         from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
+        _check_file(output)
         first = f"source.checkpoint={source[0]}"
         settings = load_config(config, [*(overrides or []), first])
         ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
@@ -133,6 +134,9 @@ def _predict(
         str | None, typer.Option(help="Window, such as 64,64,64; that of the training otherwise.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Only images without a segmentation there.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Segment images with a trained checkpoint: NAME.nii.gz on each image's own grid.
@@ -161,6 +165,7 @@ def _predict(
             device=device,
             inference=inference,
             overwrite=overwrite,
+            skip_existing=skip_existing,
             progress=not quiet,
         )
 
@@ -176,6 +181,9 @@ def _evaluate(
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out references without a prediction.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="CSV file, a row a structure a case.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -187,15 +195,29 @@ def _evaluate(
     with _stoppable():
         from riskmap_ext.finetune.scores import score_files, write_scores
 
+        _check_file(output)
         scores = score_files(
             prediction,
             reference,
             structures=_structures(structure or []),
             tolerance=tolerance,
+            partial=partial,
             progress=not quiet,
         )
         if output is not None:
             write_scores(output, scores)
+
+
+def _check_file(output: Path | None) -> None:
+    """That a file can be written there is known before hours of work."""
+    from riskmap_ext.finetune.errors import InputError
+    from riskmap_ext.finetune.workspace import check_folder
+
+    if output is None:
+        return
+    if output.is_dir():
+        raise InputError(f"--output: {output} is a folder; expected a file")
+    check_folder("--output", output.absolute().parent)
 
 
 def _structures(given: list[str]) -> dict[str, list[int]] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,22 @@ import nibabel as nib
 import numpy as np
 
 from riskmap_ext._files import written_beside
+from riskmap_ext.finetune.errors import InputError
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Raises: InputError naming the file, which is then as it was before."""
+    try:
+        with written_beside(path) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_beside(path) as partial:
+    with _written(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -24,7 +37,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with written_beside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with _written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -39,5 +52,5 @@ def write_nifti(
     image.set_qform(affine, code=qform_code)
     image.set_sform(affine, code=sform_code)
     image.header.set_xyzt_units("mm")
-    with written_beside(path) as partial:
+    with _written(path) as partial:
         nib.save(image, partial)

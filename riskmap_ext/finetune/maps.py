@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import riskmap_ext
-from riskmap_ext._files import digest, read_torch, write_torch
-from riskmap_ext.finetune.checkpoint import SourceModel
+from riskmap_ext._files import digest, read_torch
+from riskmap_ext.finetune.checkpoint import SourceModel, write_checkpoint
 from riskmap_ext.finetune.config import IGNORE_INDEX, RiskConfig
 from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.errors import InputError
@@ -83,7 +83,7 @@ class SourceMapper:
             maps = read_torch(path)
             if maps is None:
                 maps = self._maps(case, statistics)
-                write_torch(path, maps)
+                write_checkpoint(path, maps)
             else:
                 hits += 1
             transferability[case.name], risk[case.name] = maps["transferability"], maps["risk"]
@@ -115,7 +115,7 @@ class SourceMapper:
             logits = self._source_logits(case)
             statistics.update_range(logits, case.label[None].to(logits.device))
             self._progress(f"range of {case.name}")
-        write_torch(path, statistics.state_dict())
+        write_checkpoint(path, statistics.state_dict())
         return statistics
 
     def forget_logits(self) -> None:

@@ -29,6 +29,7 @@ def predict_images(
     device: str = "auto",
     inference: InferenceConfig | None = None,
     overwrite: bool = False,
+    skip_existing: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Segments each image by sliding window and writes OUTPUT/NAME.nii.gz.
@@ -41,17 +42,20 @@ def predict_images(
         device: as in a configuration.
         inference: sliding window; None: that of the training's patches.
         overwrite: replace segmentations that are there already.
+        skip_existing: leave them, and segment the other images.
         progress: print the log and a progress bar.
 
     Returns: the files written. Raises: InputError naming the file, before the first prediction
-    where its header shows it.
+    where its header shows it; images that turn out bad later are named when all others are done.
     """
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
     files = _files(images)
     targets = {name: output / f"{name}.nii.gz" for name in files}
-    _check_targets(files, targets, overwrite)
+    _check_targets(files, targets, overwrite or skip_existing)
+    if skip_existing:
+        files = {name: path for name, path in files.items() if not targets[name].exists()}
     model = load_source(SourceConfig(checkpoint=checkpoint))
     predictor = _predictor(model, inference or InferenceConfig(), where)
     data = _preparation(model)
@@ -59,18 +63,29 @@ def predict_images(
         f"{len(files)} images, {len(model.classes)} classes ({', '.join(model.classes)}), "
         f"windows of {predictor.patch}, on {where}"
     )
+    written: list[Path] = []
+    problems: list[str] = []
     dtype = "uint8" if len(model.classes) <= 256 else "int16"
     with log.progress("images") as bar:
         task = bar.add_task("Predicting", total=len(files), note="")
         for name, path in files.items():
-            case = read_image(path, name, data)
+            try:
+                case = read_image(path, name, data)
+            except DataError as error:
+                problems.extend(error.problems)
+                bar.update(task, advance=1, note=name)
+                continue
             segmentation = predict(predictor, case, full=True)
             grid = case.grid
             values = grid.to_file(segmentation).astype(dtype)
             write_nifti(targets[name], values, grid.affine, grid.codes)
             bar.update(task, advance=1, note=name)
+            written.append(targets[name])
+    if problems:
+        log(f"{len(written)} of {len(files)} images done: {output}")
+        raise DataError(problems)
     log(f"Done: {output}")
-    return list(targets.values())
+    return written
 
 
 def _files(images: Sequence[Path]) -> dict[str, Path]:
@@ -103,7 +118,10 @@ def _check_targets(files: dict[str, Path], targets: dict[str, Path], overwrite: 
     held = [str(target) for target in targets.values() if target.exists()]
     if held and not overwrite:
         more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        raise ConfigError(f"--output: {held[0]}{more} exists already; --overwrite replaces it")
+        raise ConfigError(
+            f"--output: {held[0]}{more} exists already; --overwrite replaces it, "
+            "--skip-existing leaves it"
+        )
 
 
 def _predictor(model: SourceModel, inference: InferenceConfig, device: torch.device) -> Predictor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from riskmap_ext._files import digest
 from riskmap_ext.finetune.checkpoint import (
     RESUME_FILE,
     KeyReport,
@@ -87,6 +88,7 @@ class _Run:
     predictor: Predictor
     patch: list[int]
     keys: KeyReport | None
+    inputs: str
     resumed: dict[str, Any] | None
 
 
@@ -209,6 +211,12 @@ def _prepare(
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"classes": cases.classes})}
     )
+    inputs = digest(None if source is None else source.digest, [c.digest for c in cases.train])
+    if resumed is not None and resumed["inputs"] != inputs:
+        raise ConfigError(
+            "--resume: the source checkpoint or the training cases have changed since the run was "
+            "begun; overwrite=true without --resume starts anew"
+        )
     claim_output(config, log, resumed=resumed is not None)
     if resumed is not None:
         log(f"Going on after step {resumed['step']} of {config.train.steps}")
@@ -226,7 +234,8 @@ def _prepare(
         check_preprocessing(config, source, log)
     if keys is not None:
         log(f"Weights from {config.source.checkpoint}: {keys.summary()}")  # type: ignore[union-attr]
-        write_json(config.output / "keys.json", keys.as_dict())
+        if resumed is None:
+            write_json(config.output / "keys.json", keys.as_dict())
         if len(keys.loaded) * 2 < len(network.state_dict()):
             log.warn("less than half of the network's weights come from the source")
     return _Run(
@@ -241,6 +250,7 @@ def _prepare(
         predictor,
         patch,
         keys,
+        inputs,
         resumed,
     )
 
@@ -365,6 +375,7 @@ def _train(run: _Run, maps: SourceMaps | None) -> Trained:
         run.patch,
         maps.risk if maps is not None and run.config.risk.use else None,
         save,
+        run.inputs,
         run.resumed,
     )
     return train_network(setup)

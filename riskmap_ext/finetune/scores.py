@@ -29,8 +29,8 @@ class Score:
 
     outcome: found (in both), missed (in the reference alone), extra (in the prediction alone),
     absent (in neither). dice, surface_dice: 0 where it is missed or extra, NaN where absent.
-    hd95: 95th percentile of the distances between the surfaces in mm, NaN unless found. voxels:
-    of the reference and of the prediction.
+    hd95: the larger of the two directed 95th percentiles of the distances between the surfaces, in
+    mm; NaN unless found. voxels: of the reference and of the prediction.
     """
 
     case: str
@@ -49,15 +49,17 @@ def score_files(
     *,
     structures: Mapping[str, Sequence[int]] | None = None,
     tolerance: float = 1.0,
+    partial: bool = False,
     progress: bool = True,
 ) -> list[Score]:
-    """Scores every prediction whose reference has the same name.
+    """Scores predictions against the references of the same names.
 
     Args:
         predictions, references: a file each, or a folder each; paired by name.
         structures: name -> the label values that make it up; regions may overlap. None: every value
-            but 0 that occurs in a reference.
+            but 0 that occurs in a file of either side.
         tolerance: of the surface Dice, in mm.
+        partial: leave out references without a prediction, which is an error otherwise.
         progress: print the table and a progress bar.
 
     Raises: InputError naming the files: no counterpart, another grid, no whole numbers.
@@ -65,7 +67,7 @@ def score_files(
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ConfigError(f"--tolerance: expected a number >= 0 in mm, got {tolerance!r}")
     log = Log(quiet=not progress)
-    pairs = _pairs(predictions, references)
+    pairs = _pairs(predictions, references, partial)
     wanted = structures or _values_of(pairs.values())
     scores = []
     with log.progress("cases") as bar:
@@ -79,6 +81,9 @@ def score_files(
                 scores.append(_score(name, structure, one, other, reference.spacing, tolerance))
             bar.update(task, advance=1, note=name)
     log.table(summary(scores, tolerance))
+    for structure in wanted:
+        if all(s.outcome == ABSENT for s in scores if s.structure == structure):
+            log.warn(f"structure {structure} occurs in no file")
     return scores
 
 
@@ -150,7 +155,7 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
+def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
     if predictions.is_dir() != references.is_dir():
         raise ConfigError(
             f"--prediction {predictions} and --reference {references}: expected two files or two "
@@ -158,21 +163,41 @@ def _pairs(predictions: Path, references: Path) -> dict[str, tuple[Path, Path]]:
         )
     if not predictions.is_dir():
         return {stem(predictions): (predictions, references)}
-    found, wanted = ({stem(p): p for p in volumes_in(f)} for f in (predictions, references))
-    missing = sorted(set(found) - set(wanted))
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise DataError([f"{references}: no reference for {shown} of {predictions}"])
+    found, wanted = (_by_name(folder) for folder in (predictions, references))
     if not found:
         raise DataError([f"{predictions}: no image in this folder"])
+    problems = []
+    if missing := sorted(set(found) - set(wanted)):
+        problems.append(f"{references}: no reference for {_some(missing)} of {predictions}")
+    if (missing := sorted(set(wanted) - set(found))) and not partial:
+        problems.append(
+            f"{predictions}: no prediction for {_some(missing)} of {references}; --partial scores "
+            "the others"
+        )
+    if problems:
+        raise DataError(problems)
     return {name: (path, wanted[name]) for name, path in sorted(found.items())}
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in volumes_in(folder):
+        if stem(path) in found:
+            raise DataError([f"{path}: has the same name as {found[stem(path)]}"])
+        found[stem(path)] = path
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _values_of(pairs: Iterable[tuple[Path, Path]]) -> dict[str, list[int]]:
     values: set[int] = set()
     for pair in pairs:
-        values |= set(np.unique(read_labels(*pair)[1].values).tolist())
+        for volume in read_labels(*pair):
+            values |= set(np.unique(volume.values).tolist())
     values.discard(0)
     if not values:
-        raise DataError(["--reference: every voxel of every reference is 0"])
+        raise DataError(["--prediction, --reference: every voxel of every file is 0"])
     return {str(value): [value] for value in sorted(values)}

@@ -38,6 +38,7 @@ class TrainSetup:
     patch: list[int]
     risk: Mapping[str, Tensor] | None
     save: Callable[[Path, dict[str, Any]], None]
+    inputs: str  # digest of the source and the cases
     resumed: Mapping[str, Any] | None = None  # what `resume.pt` holds, to go on from it
 
 
@@ -136,6 +137,7 @@ def _keep(
     cuda = setup.device.type == "cuda"
     content = {
         "format": RESUME_FORMAT,
+        "inputs": setup.inputs,
         "step": step,
         "best": best,
         "seconds": seconds,

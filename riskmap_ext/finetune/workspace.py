@@ -21,7 +21,7 @@ from riskmap_ext.finetune.files import write_text
 from riskmap_ext.finetune.report import Log
 
 # Keys that may differ where an unfinished run is gone on with: none changes what is computed.
-_FREE_KEYS = ("overwrite", "threads", "device", "cache", "write")
+_FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
     "config.yaml",
     "keys.json",
@@ -114,10 +114,16 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
     if _finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
     if not path.exists():
+        held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
+        if held:
+            raise ConfigError(
+                f"output: {output} holds {' and '.join(held)}, but no {RESUME_FILE} to go on from; "
+                "overwrite=true without --resume starts anew"
+            )
         return None
     state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
-        raise ConfigError(f"output: {path} is damaged; overwrite=true starts anew")
+        raise ConfigError(f"output: {path} is damaged; overwrite=true without --resume starts anew")
     return state
 
 
@@ -133,7 +139,7 @@ def check_same_run(config: Config) -> None:
     if changed:
         raise ConfigError(
             f"--resume: {', '.join(changed)}: not as in {path}; a run is gone on with as it was "
-            "begun, or begun anew with overwrite=true"
+            "begun, or begun anew with overwrite=true and without --resume"
         )
 
 
@@ -189,6 +195,8 @@ def check_output(config: Config) -> list[str]:
 
 def _finished(output: Path) -> bool:
     """Whether the run in `output` came to its end: its scores, or the last line of its log."""
+    if (output / RESUME_FILE).exists():
+        return False
     if (output / "dice.csv").exists():
         return True
     try:
