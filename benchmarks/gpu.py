@@ -13,7 +13,6 @@ import argparse
 import csv
 import datetime
 import gc
-import os
 import re
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 import riskmap_ext
-from benchmarks import peers
+from benchmarks import peers, results
 from benchmarks.problem import COMPILE, EAGER, OURS, RECOMPUTE, Outputs, relative_error
 
 CE, CE_DICE, LEEP, RISK = "weighted CE", "weighted CE + Dice", "LEEP statistics", "risk map"
@@ -259,7 +258,7 @@ class Bench:
                 if each.compiled == compiled and time.monotonic() < self.deadline:
                     self.rows.append(self._row(work, inputs, each, expected))
             del expected
-        write(self.rows, self.path)
+        results.write(self.rows, self.path, FIELDS)
         torch.compiler.reset()
         gc.collect()
 
@@ -316,16 +315,6 @@ def facts(device: torch.device) -> Row:
         "python": sys.version.split()[0],
         "riskmap_ext": riskmap_ext.__version__,
     }
-
-
-def write(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
 
 
 def read(path: Path) -> list[Row]:

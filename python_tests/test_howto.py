@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,14 @@ def blocks(name: str) -> list[str]:
 def run(code: str, folder: Path) -> str:
     script = folder / "example.py"
     script.write_text(code, encoding="utf-8")
+    return run_command([sys.executable, "-W", "ignore", script.name], folder)
+
+
+def run_command(command: list[str], folder: Path, **environment: str) -> str:
+    """What it prints; its errors where it fails."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script.name],
+        command,
+        env={**os.environ, **environment},
         cwd=folder,
         capture_output=True,
         text=True,

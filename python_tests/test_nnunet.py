@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from finetune_data import real_data
-from test_howto import blocks
+from test_howto import blocks, run_command
 from torch import Tensor
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
@@ -283,28 +282,14 @@ def test_refuses_a_checkpoint_that_runs_code(
 def test_example(source: Path, tmp_path: Path) -> None:
     _, example = blocks("nnunet")
     small = {"DATASET": NAMES["parts"], "EPOCHS": "1", "ITERATIONS": "1"}
-    output = _run([sys.executable, "-c", example], tmp_path, **small)
+    output = run_command([sys.executable, "-c", example], tmp_path, **small)
     assert re.search(r"LEEP -\d\.\d", output)
 
 
 def test_is_found_in_its_folder() -> None:
     folder = Path(nnunet.trainer_folder())
     assert [path.name for path in folder.glob("nn*.py")] == ["nnUNetTrainerRiskMap.py"]
-    found = _run([sys.executable, "-m", "riskmap_ext.integrations.nnunet"], folder)
+    found = run_command([sys.executable, "-m", "riskmap_ext.integrations.nnunet"], folder)
     assert Path(found.strip()) == folder
     code = "import nnUNetTrainerRiskMap as m; print(m.nnUNetTrainerRiskMap.__mro__[1].__name__)"
-    assert _run([sys.executable, "-c", code], folder).strip() == "nnUNetTrainer"
-
-
-def _run(command: list[str], folder: Path, **environment: str) -> str:
-    done = subprocess.run(
-        command,
-        env={**os.environ, **environment},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert run_command([sys.executable, "-c", code], folder).strip() == "nnUNetTrainer"
