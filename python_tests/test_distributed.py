@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def process(rank: int, folder: str) -> None:
     mine = slice(2 * rank, 2 * rank + 2)
     model, joint = train(image[mine], label[mine], distributed=True)
     torch.save({"model": model.state_dict(), "joint": joint}, f"{folder}/{rank}.pt")
+    gc.collect()  # DistributedDataParallel is part of a cycle and keeps gloo's threads
     dist.destroy_process_group()
 
 
