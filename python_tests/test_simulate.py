@@ -12,7 +12,7 @@ pytest.importorskip("nilearn", reason="needs the extra demo")
 pytest.importorskip("pydantic", reason="needs the extra demo")
 
 from riskmap_ext.finetune import simulate  # noqa: E402
-from riskmap_ext.finetune.config import parse_config  # noqa: E402
+from riskmap_ext.finetune.config_file import parse_config  # noqa: E402
 from riskmap_ext.finetune.data import prepare_cases  # noqa: E402
 
 CSF, GREY, WHITE = 1, 2, 3

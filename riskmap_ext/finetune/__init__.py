@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from riskmap_ext.finetune.config import Config, load_config, parse_config
+    from riskmap_ext.finetune.config import Config
+    from riskmap_ext.finetune.config_file import load_config, parse_config
     from riskmap_ext.finetune.data import Case, Cases, prepare_cases
     from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
     from riskmap_ext.finetune.predict import predict_images
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "config": ("Config", "load_config", "parse_config"),
+    "config": ("Config",),
+    "config_file": ("load_config", "parse_config"),
     "data": ("Case", "Cases", "prepare_cases"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
     "predict": ("predict_images",),

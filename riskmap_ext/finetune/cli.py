@@ -39,7 +39,7 @@ def _finetune(
     is made.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config import load_config
+        from riskmap_ext.finetune.config_file import load_config
         from riskmap_ext.finetune.run import finetune
 
         finetune(load_config(config, overrides or []), progress=not quiet, resume=resume)
@@ -70,7 +70,7 @@ def _map(
     files, in the same order. The LEEP statistics come from these images.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config import apply_overrides, parse_config
+        from riskmap_ext.finetune.config_file import apply_overrides, parse_config
         from riskmap_ext.finetune.errors import InputError
         from riskmap_ext.finetune.run import make_maps
 
@@ -111,7 +111,7 @@ def _rank(
     what it gains over the class frequencies alone.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config import load_config
+        from riskmap_ext.finetune.config_file import load_config
         from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
         _check_file(output)

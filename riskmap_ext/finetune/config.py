@@ -1,13 +1,14 @@
-"""Configuration of a fine-tuning run: one YAML file, `key.sub=value` overrides, pydantic checks."""
+"""The keys of a fine-tuning run: their types, defaults, meaning and checks.
+
+The text below a key is its description; docs/generate.py makes the reference of it.
+"""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -15,14 +16,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-from riskmap_ext.finetune.errors import ConfigError
-from riskmap_ext.finetune.yaml_text import DuplicateKeyError, read_yaml
 
 IGNORE_INDEX = -100
 
@@ -64,36 +61,66 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class CaseConfig(_Section):
     """One image with its label."""
 
     image: FilePath
+    """Image file."""
     label: FilePath
+    """Its label file, on the same grid."""
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
+    """Name of the case. Left out, the image's file name is taken; where several images share it,
+    with the folders above: `s1/mri/T1.mgz` and `s2/mri/T1.mgz` become `s1_mri_T1` and `s2_mri_T1`.
+    """
 
 
 class DataConfig(_Section):
     """Which files are read, and how labels and intensities are prepared."""
 
     root: FilePath | None = None
+    """Folder with `dataset.json`, or with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`).
+    Where it is set, relative `datalist`, `images` and `labels` start from it."""
     datalist: Path | None = None
+    """`dataset.json` of the Decathlon, of MONAI, or of nnU-Net."""
     images: Path | None = None
+    """Folder of images, paired with `labels` by file name."""
     labels: Path | None = None
+    """Folder of labels, paired with `images` by file name."""
     cases: list[CaseConfig] | None = None
+    """Images with their labels, one by one."""
     image_suffix: str = ""
+    """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
+    passed over, so a suffix also chooses the contrast."""
     label_suffix: str = ""
+    """What follows the case's name in the label's file name, such as `_seg`."""
     train: Annotated[int, Field(ge=1)] | list[str] | None = None
+    """Training cases: how many, in the order of the list (by name for folders), or their names.
+    Left out, all that are not for validation."""
     validation: Annotated[int, Field(ge=0)] | list[str] | None = None
+    """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
+    out), or their names. Left out, those of the datalist, or none."""
     classes: list[str] | None = None
+    """Distinct class names, background first. Left out, from the datalist or the names in
+    `label_map`."""
     label_map: dict[int, int | str] | None = None
+    """`{value in the file: class number, class name or ignore}`. 0 is background unless mapped.
+    Left out, numbers are taken as they are."""
     other_labels: Literal["error", "background", "ignore"] = "error"
+    """What becomes of labels that are not in the map (or ≥ the number of classes)."""
     spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
+    """Voxel size `[x, y, z]` in mm to resample to; left out, as in the file. Refused where fewer
+    than 4 voxels would be left on an axis, or where a case would take more than half of the memory
+    available."""
     normalize: Literal["zscore", "none"] = "zscore"
+    """`zscore`: mean 0 and standard deviation 1 over the image foreground."""
     image_foreground: Literal["nonzero", "otsu", "all"] = "nonzero"
+    """How the brain or body is told from air: `nonzero`, `otsu` (a threshold: air is not 0), or
+    `all` voxels."""
     slice_axis: Axis = "axial"
+    """Which slices a 2-D network sees."""
 
     @field_validator("classes")
     @classmethod
@@ -128,17 +155,28 @@ class NetworkConfig(_Section):
     """A class of monai.networks.nets and its arguments (channels follow from the classes)."""
 
     name: str
+    """A class of `monai.networks.nets`, such as `UNet`, `DynUNet`, `SegResNet`, `SwinUNETR`."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes. Channels follow from the
+    data and the classes and can be left out; other numbers are refused."""
 
 
 class SourceConfig(_Section):
     """The frozen source model: where the weights and the transfer risk come from."""
 
     checkpoint: FilePath
+    """A checkpoint of this package, or any file of tensors and plain types with a state dict in it.
+    Files with other objects are not loaded, as that would run their code."""
     network: NetworkConfig | None = None
+    """Needed for foreign checkpoints; left out, as stored."""
     classes: Annotated[int, Field(ge=1)] | list[str] | None = None
+    """Class names, background first, or their number: needed for foreign checkpoints. Left out, as
+    stored."""
     initialize: bool = True
+    """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
+    """The output layer: `auto` is fresh where the class counts differ, `keep` takes the source's,
+    `reinitialize` is always fresh."""
 
     @field_validator("classes")
     @classmethod
@@ -150,11 +188,18 @@ class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
     use: bool = True
+    """Give the map to the loss. False is plain fine-tuning; the maps are made all the same."""
     scheme: Literal["exponential", "power", "linear"] = "exponential"
+    """How a weight follows from the hardness (docs/method.md)."""
     base: Positive = 10.0
+    """Weight of the hardest voxel, scheme `exponential`."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Exponent of the scheme `power`."""
     scale: NonNegative = 9.0
+    """What the hardest voxel weighs beyond 1, scheme `linear`."""
     range: Literal["dataset", "image"] | Interval = "dataset"
+    """Hardness that is stretched to the full weight: from the least to the largest over the
+    training set, per image, or `[lo, hi]` in nats."""
 
     @field_validator("range")
     @classmethod
@@ -168,14 +213,26 @@ class LossConfig(_Section):
     """The loss (options of riskmap_ext.weighted_loss)."""
 
     ce_weight: NonNegative = 1.0
+    """Factor of the cross-entropy part."""
     dice_weight: NonNegative = 1.0
+    """Factor of the soft Dice part."""
     normalization: Literal["foreground", "batch_foreground", "valid", "none"] = "foreground"
+    """What the weighted cross-entropy is divided by: voxels of the foreground in each image or over
+    the batch, valid voxels, or nothing."""
     foreground_floor: Fraction = 0.05
+    """Least share of the valid voxels that counts as foreground: 1 / `foreground_floor` is the most
+    the cross-entropy can be scaled up by."""
     region: Literal["valid", "foreground"] = "valid"
+    """Voxels the cross-entropy is summed over."""
     class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
+    """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
+    √(1/f) with mean 1 over the training voxels. Null: all 1."""
     label_smoothing: Fraction = 0.0
+    """As in `torch.nn.functional.cross_entropy`."""
     include_background: bool = False
+    """Whether the Dice of the background class counts."""
     batch_dice: bool = False
+    """One Dice over the voxels of the batch instead of one per image."""
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> LossConfig:
@@ -185,71 +242,114 @@ class LossConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """Random changes of each crop; angles in degrees, everything else relative."""
+    """Random changes of each crop."""
 
     flip: list[Axis] = Field(default_factory=list)
+    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right. None by default,
+    as left and right are often classes of their own."""
     affine_probability: Fraction = 0.5
+    """Share of crops that are rotated and scaled."""
     rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    """Largest angle, degrees; the crop turns in millimetres, so anisotropic voxels are fine."""
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """Largest relative change of size."""
     intensity_probability: Fraction = 0.5
+    """Share of crops whose brightness, contrast and gamma change."""
     brightness: NonNegative = 0.1
+    """Standard deviation of the shift, in standard deviations of the image foreground."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest relative change of the contrast."""
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Exponents from `1 - gamma` to `1 / (1 - gamma)`."""
     noise_probability: Fraction = 0.2
+    """Share of crops that get Gaussian noise."""
     noise: NonNegative = 0.1
+    """Its largest standard deviation, in standard deviations of the image foreground."""
 
 
 class TrainConfig(_Section):
     """The optimisation."""
 
     steps: PositiveInt = 1000
+    """Optimizer steps."""
     batch_size: PositiveInt = 2
+    """Crops in a step."""
     patch_size: Sizes | None = None
+    """The crop in voxels, one number or one per axis. Null: 128² for 2-D networks, 64³ for 3-D
+    ones."""
     lr: Positive = 1e-3
+    """Learning rate at the first step."""
     weight_decay: NonNegative = 1e-5
+    """Of the optimizer."""
     optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """A class of `torch.optim`; SGD is with Nesterov's momentum."""
     momentum: Fraction = 0.99
+    """For SGD."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Learning rate over the steps: `poly` is `(1 - step/steps)^0.9`, `cosine` half a wave."""
     validate_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between validations; 0 validates at the end alone."""
     foreground_crops: Fraction = 1 / 3
+    """Share of crops centred on a foreground voxel."""
     crop_balance: Literal["class", "voxel"] = "class"
+    """How that voxel is drawn: each class equally often, or each voxel."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision; `fp16` is for CUDA only."""
     grad_clip: Positive | None = 12.0
+    """Largest norm of the gradient; null does not clip."""
 
 
 class InferenceConfig(_Section):
     """Sliding windows of validation, of the final prediction and of the source model."""
 
     patch_size: Sizes | None = None
+    """Window in voxels, one number or one per axis. Null: the training patch (for the source, the
+    window it was trained with)."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Of neighbouring windows, as a share."""
     batch_size: PositiveInt | None = None
+    """Windows at once. Null: 16 slices, or 2 volumes."""
 
 
 class WriteConfig(_Section):
     """Which of the larger outputs are written."""
 
     maps: bool = True
+    """Transferability and risk maps."""
     predictions: bool = True
+    """Segmentations of the validation cases."""
     overlays: bool | Annotated[int, Field(ge=0)] = True
+    """Pictures of the validation cases, or how many of them."""
     tensorboard: bool = True
+    """The columns of `metrics.csv` as TensorBoard events."""
 
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class Config(_Section):
-    """A whole run. Field by field: docs/finetune.md."""
+    """A whole run. Field by field: docs/reference/config.md."""
 
     output: FilePath
+    """Folder for the results."""
     overwrite: bool = False
+    """Replace the run that is in it."""
     cache: FilePath | None = None
+    """Folder of statistics and maps, found again by content; runs may share one. Null:
+    `OUTPUT/cache`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights, crops and augmentation."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes CUDA where torch and this package have it."""
     threads: PositiveInt | None = None
+    """CPU threads, at most 4 for each CPU of the machine. Null: torch's number."""
     data: DataConfig
+    """The cases."""
     network: NetworkConfig | None = None
+    """Left out, the network is that of the source."""
     source: SourceConfig | None = None
+    """Left out, training is plain: that is how a source model is made."""
     risk: RiskConfig = Field(default_factory=RiskConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -287,171 +387,3 @@ class Config(_Section):
             # true (the default) is refused where there is no source.
             plain["risk"]["use"] = False
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
-# What the keys take that allow values of several kinds.
-_EXPECTED = {
-    "output": "a folder",
-    "cache": "a folder",
-    "data.train": "a number >= 1 or a list of case names",
-    "data.validation": "a number >= 0 or a list of case names",
-    "data.spacing": "[x, y, z] in mm, each above 0",
-    "source.checkpoint": "a file",
-    "source.classes": "a number >= 1 or a list of class names",
-    "risk.range": "dataset, image or [lo, hi]",
-    "loss.class_weights": "sqrt_inverse_frequency or a list of numbers >= 0",
-    "write.overlays": "true, false or a number >= 0",
-}
-_PATH_KEYS = ("output", "cache", "data.root", "source.checkpoint")
-_PATH_KEYS_BELOW_ROOT = ("data.datalist", "data.images", "data.labels")
-
-
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file with `key.sub=value` overrides (values parsed as YAML).
-
-    Relative paths in the file start from the file's folder, those in overrides from the current
-    folder; `data.datalist`, `data.images` and `data.labels` from `data.root` where it is set.
-
-    Raises: ConfigError naming the file, the key and what was expected.
-    """
-    path = Path(path)
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except DuplicateKeyError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys such as output, data, source; got {content!r}")
-    apply_overrides(content, overrides)
-    return parse_config(content, base=path.resolve().parent, origin=str(path))
-
-
-def parse_config(
-    content: Mapping[str, Any], *, base: Path | None = None, origin: str = "configuration"
-) -> Config:
-    """A Config from plain mappings; relative paths start from `base` (default: current folder)."""
-    try:
-        return Config.model_validate(content, context={"base": base})
-    except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error, content))
-        raise ConfigError(f"{origin}:\n{lines}") from None
-
-
-def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Writes `key.sub=value` overrides into `content`; paths become absolute."""
-    below_root: list[tuple[str, Any]] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
-        try:
-            value = read_yaml(text)
-        except DuplicateKeyError as error:
-            raise ConfigError(f"{override!r}: the key {error.key} is given twice") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: not valid YAML ({_one_line(error)})") from None
-        dotted = ".".join(parts)
-        # An empty path is left for the configuration to refuse: here it would become this folder.
-        given_path = isinstance(value, str) and bool(value.strip())
-        if dotted in _PATH_KEYS and given_path:
-            value = str(Path.cwd() / Path(value).expanduser())
-        if dotted in _PATH_KEYS_BELOW_ROOT and given_path:
-            below_root.append((parts[-1], value))
-        section: Any = content
-        for depth, part in enumerate(parts[:-1]):
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                prefix = ".".join(parts[: depth + 1])
-                raise ConfigError(f"{override!r}: {prefix} is a value, not a section")
-        section[parts[-1]] = value
-    for key, value in below_root:
-        if content["data"].get("root") is None:
-            content["data"][key] = str(Path.cwd() / Path(value).expanduser())
-
-
-def _explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
-    """One line per problem: dotted key, what was expected, what came, near names."""
-    lines: dict[str, str] = {}
-    for problem in error.errors():
-        names = [str(part) for part in problem["loc"]]
-        key = ".".join(_keys_only(names))
-        if problem["type"] == "extra_forbidden":
-            lines[key] = f"{key}: unknown key{_suggest(names)}"
-        elif problem["type"] == "missing":
-            lines[key] = f"{key}: missing"
-        elif problem["type"] == "value_error":
-            text = str(problem["ctx"]["error"])
-            lines[key] = f"{key}: {text}" if key else text
-        elif key in _EXPECTED:
-            lines[key] = f"{key}: expected {_EXPECTED[key]}, got {_given(content, key)!r}"
-        else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            text = f"{key}: {message}, got {problem['input']!r}"
-            near = _near_value(problem)
-            # A union reports one problem per alternative; they belong to one line.
-            lines[key] = f"{lines[key]}; or {message}" if key in lines else text + near
-    return list(lines.values())
-
-
-def _given(content: Mapping[str, Any], key: str) -> Any:
-    value: Any = content
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def _keys_only(names: Sequence[str]) -> list[str]:
-    """The parts of a location that are keys of the file, without pydantic's union branch tags."""
-    kept: list[str] = []
-    for name in names:
-        branch = name.startswith(("literal", "constrained-", "function-"))
-        if branch or "[" in name or name in ("int", "float", "str", "bool"):
-            break
-        kept.append(name)
-    return kept
-
-
-def _suggest(names: Sequence[str]) -> str:
-    section: Any = Config
-    for name in names[:-1]:
-        section = _section_of(section, name)
-    known = list(section.model_fields) if section is not None else []
-    near = difflib.get_close_matches(names[-1], known, n=2, cutoff=0.5)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known keys are {', '.join(known)}" if known else ""
-
-
-def _section_of(section: Any, name: str) -> Any:
-    field = section.model_fields.get(name) if section is not None else None
-    if field is None:
-        return section if name.isdigit() else None
-    candidates = [field.annotation, *get_args(field.annotation)]
-    candidates += [inner for c in candidates for inner in get_args(c)]
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _near_value(problem: Mapping[str, Any]) -> str:
-    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
-        return ""
-    expected = problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
-    by_lower = {text.strip("'").lower(): text for text in expected}
-    near = difflib.get_close_matches(problem["input"].lower(), list(by_lower), n=1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

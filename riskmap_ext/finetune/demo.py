@@ -32,7 +32,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from riskmap_ext.finetune.config import Config, parse_config
+from riskmap_ext.finetune.config import Config
+from riskmap_ext.finetune.config_file import parse_config
 from riskmap_ext.finetune.data import Cases, prepare_cases
 from riskmap_ext.finetune.demo_page import terminal_table, write_page
 from riskmap_ext.finetune.errors import ConfigError
