@@ -16,15 +16,18 @@ from riskmap_ext.finetune import CheckpointError, ConfigError
 from riskmap_ext.finetune.checkpoint import load_source, save_checkpoint, start_from_source
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.network import build_network, head_keys
+from riskmap_ext.finetune.structures import Structures
 
 NETWORK = NetworkConfig(**NETWORK_2D)
 NAMES = ["background", "a", "b"]
+NAMED = Structures(NAMES)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "source.pt"
-    save_checkpoint(path, build_network(NETWORK, 3), NETWORK, NAMES, {"spacing": None}, {"step": 4})
+    network = build_network(NETWORK, 3)
+    save_checkpoint(path, network, NETWORK, NAMED, ["T1"], {"spacing": None}, {"step": 4})
     return path
 
 
@@ -166,7 +169,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_keys_that_the_network_lacks_are_skipped(tmp_path):
     deeper = NetworkConfig(name="UNet", args={**NETWORK.args, "num_res_units": 2})
-    save_checkpoint(tmp_path / "s.pt", build_network(deeper, 3), deeper, NAMES, {}, {})
+    save_checkpoint(tmp_path / "s.pt", build_network(deeper, 3), deeper, NAMED, ["T1"], {}, {})
     source = load(tmp_path / "s.pt")
     report = start_from_source(build_network(NETWORK, 3), NETWORK, 3, source, "auto")
     assert report.skipped

@@ -110,7 +110,7 @@ def test_four_dimensions(root):
 
 def test_a_fourth_axis_of_one_is_dropped(root):
     save(image_of(root), np.ones((*SHAPE, 1), dtype=np.float32))
-    assert read(root).train[0].image.shape == SHAPE
+    assert read(root).train[0].image.shape == (1, *SHAPE)
 
 
 def test_two_dimensions(root):
@@ -232,7 +232,7 @@ def test_spacing_that_memory_does_not_hold(root, monkeypatch):
     assert "makes 39 x 47 x 23" in told
     assert "takes about 0.00251 GiB; expected no more than half of the 0.000977 GiB" in told
     monkeypatch.setattr("riskmap_ext.finetune.resample.available_memory", lambda: None)
-    assert read(root, spacing=[0.5, 0.5, 0.5]).train[0].image.shape == (39, 47, 23)
+    assert read(root, spacing=[0.5, 0.5, 0.5]).train[0].image.shape == (1, 39, 47, 23)
 
 
 def test_memory_is_known_here():
@@ -244,7 +244,7 @@ def test_thin_volumes_may_be_resampled_in_plane(tmp_path):
     save(tmp_path / "i.nii.gz", values[..., :3])
     save(tmp_path / "l.nii.gz", label[..., :3])
     case = one_case(tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", spacing=[2, 2, 1])
-    assert case.image.shape == (10, 12, 3)
+    assert case.image.shape == (1, 10, 12, 3)
 
 
 def test_all_problems_are_told_at_once(root):
@@ -274,7 +274,7 @@ def test_any_orientation_comes_to_ras_and_back(tmp_path, codes, axis):
     nib.save(oriented(values, codes, affine), tmp_path / "i.nii.gz")
     nib.save(oriented(label, codes, affine), tmp_path / "l.nii.gz")
     case = one_case(tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", normalize="none", slice_axis=axis)
-    np.testing.assert_array_equal(case.grid.to_ras(case.image), values)
+    np.testing.assert_array_equal(case.grid.to_ras(case.image[0]), values)
     np.testing.assert_array_equal(case.grid.to_ras(case.label), label)
     np.testing.assert_allclose(case.grid.ras_spacing(), (1, 2, 3))
     assert case.grid.axis_names[2] == axis
@@ -312,7 +312,7 @@ def test_scaled_and_big_endian_files(tmp_path):
     save(tmp_path / "l.nii", np.zeros(raw.shape, dtype=np.uint8))
     case = one_case(tmp_path / "i.nii", tmp_path / "l.nii", normalize="none")
     expected = nib.load(tmp_path / "i.nii").get_fdata()
-    np.testing.assert_allclose(case.image, expected)
+    np.testing.assert_allclose(case.image[0], expected)
     assert case.image.dtype == torch.float32
 
 
@@ -324,7 +324,7 @@ def test_formats(tmp_path, ending):
     nib.save(kind(values, RAS), tmp_path / f"i{ending}")
     nib.save(kind(label, RAS), tmp_path / f"l{ending}")
     case = one_case(tmp_path / f"i{ending}", tmp_path / f"l{ending}", normalize="none")
-    np.testing.assert_array_equal(case.image, values)
+    np.testing.assert_array_equal(case.image[0], values)
     np.testing.assert_array_equal(case.label, label)
     assert case.name == "i"
 
@@ -332,7 +332,7 @@ def test_formats(tmp_path, ending):
 def test_zscore_over_the_image_foreground(root):
     case = read(root).train[0]
     np.testing.assert_array_equal(case.mask, phantom(0)[0] != 0)
-    inside = case.image[case.mask].double()
+    inside = case.image[0, case.mask].double()
     assert abs(float(inside.mean())) < 1e-4
     assert abs(float(inside.std(correction=0)) - 1) < 1e-4
 
@@ -384,8 +384,8 @@ def test_unknown_class_in_the_map(root):
 def test_resampling_and_back(root):
     label = phantom(0)[1]
     case = read(root, spacing=[2, 2, 2]).train[0]
-    assert case.image.shape == (10, 12, 6)
-    assert case.image.shape == case.label.shape == case.mask.shape
+    assert case.image.shape == (1, 10, 12, 6)
+    assert case.image.shape[1:] == case.label.shape == case.mask.shape
     np.testing.assert_allclose(case.grid.spacing, (2, 2, 2))
     assert case.grid.resampled
     np.testing.assert_array_equal(case.full_label, label)
@@ -393,7 +393,7 @@ def test_resampling_and_back(root):
     assert back.shape == label.shape
     assert back.dtype == case.label.dtype
     assert float((back.numpy() == label).mean()) > 0.9
-    smooth = case.grid.to_full(torch.ones(2, *case.image.shape), mode="bilinear")
+    smooth = case.grid.to_full(torch.ones(2, *case.label.shape), mode="bilinear")
     np.testing.assert_allclose(smooth, np.ones((2, *label.shape)), rtol=1e-5)
 
 
@@ -429,7 +429,7 @@ def test_awkward_headers_are_read(tmp_path, name):
     label = save(tmp_path / "l.nii.gz", (values > values.mean()).astype(np.uint8), image.affine)
     case = one_case(path, label, normalize="none")
     assert case.grid.shape == READABLE[name]
-    np.testing.assert_allclose(case.grid.to_file(case.image), values, rtol=1e-5)
+    np.testing.assert_allclose(case.grid.to_file(case.image[0]), values, rtol=1e-5)
     np.testing.assert_allclose(case.grid.affine, image.affine)
 
 
@@ -473,7 +473,7 @@ def test_a_parcellation_with_sparse_values():
         label_map={17: 1, 53: 1, 12175: 2},
         other_labels="background",
     )
-    assert case.image.shape == (256, 256, 256)
+    assert case.image.shape == (1, 256, 256, 256)
     values = np.asarray(nib.load(folder / "aparc.a2009s+aseg.mgz").dataobj)
     counts = torch.bincount(case.label.flatten().long())
     assert counts[1:].tolist() == [np.isin(values, (17, 53)).sum(), (values == 12175).sum()]

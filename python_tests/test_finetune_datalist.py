@@ -142,7 +142,7 @@ def test_decathlon_datalist(tmp_path):
         ("[]", "expected an object"),
         ("{}", "list 'training'"),
         ('{"training": [{"image": "x"}]}', "expected image and label"),
-        ('{"training": [{"image": ["a", "b"], "label": "c"}]}', "one image per case"),
+        ('{"training": [{"image": ["a", 1], "label": "c"}]}', "expected file names"),
         ('{"training": [1], "labels": {"a": "b"}}', "labels"),
     ],
 )

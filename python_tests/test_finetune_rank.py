@@ -18,6 +18,7 @@ from riskmap_ext.finetune.checkpoint import save_checkpoint
 from riskmap_ext.finetune.config import NetworkConfig
 from riskmap_ext.finetune.network import build_network
 from riskmap_ext.finetune.rank import write_ranking
+from riskmap_ext.finetune.structures import Structures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +48,8 @@ def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     blank = build_network(network, 2)
     for parameter in blank.parameters():
         torch.nn.init.zeros_(parameter)
-    save_checkpoint(found["untrained"], blank, network, ["background", "thing"], {}, {})
+    named = Structures(["background", "thing"])
+    save_checkpoint(found["untrained"], blank, network, named, ["image"], {}, {})
     return found
 
 

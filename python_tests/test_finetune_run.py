@@ -24,9 +24,11 @@ from riskmap_ext.finetune import (
     prepare_cases,
 )
 from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.evaluate import dice_per_class
+from riskmap_ext.finetune.evaluate import dice_per_structure
 from riskmap_ext.finetune.network import Predictor
-from riskmap_ext.finetune.train import class_weights
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.stepper import class_weights
+from riskmap_ext.finetune.structures import Structures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,7 +280,7 @@ def test_same_seed_same_result(root, source, tmp_path):
 def test_prepared_cases_are_shared(root, source, tmp_path, monkeypatch):
     config = configuration(root, tmp_path / "out", source={"checkpoint": str(source)})
     cases = prepare_cases(config)
-    monkeypatch.setattr("riskmap_ext.finetune.run.prepare_cases", None)
+    monkeypatch.setattr("riskmap_ext.finetune.plan.prepare_cases", None)
     assert finetune(config, cases=cases, progress=False).history
 
 
@@ -416,7 +418,7 @@ def test_without_validation_cases(root, tmp_path):
 def test_ignored_voxels_do_not_count_in_dice():
     label = torch.tensor([[0, 1, 2, -100, -100]], dtype=torch.int16)
     prediction = torch.tensor([[0, 1, 1, 1, 2]], dtype=torch.int16)
-    dice = dice_per_class(prediction, label, 4)
+    dice = dice_per_structure(prediction, label, Structures(["background", "a", "b", "c"]))
     assert dice[0] == pytest.approx(2 / 3)
     assert dice[1] == 0
     assert math.isnan(dice[2])
@@ -426,13 +428,8 @@ def test_class_weights_keep_the_mean_at_one(root, tmp_path):
     loss = {"class_weights": "sqrt_inverse_frequency"}
     config = configuration(root, tmp_path, loss=loss)
     cases = prepare_cases(config)
-
-    class Setup:
-        device = torch.device("cpu")
-        log = print
-
-    Setup.config, Setup.cases = config, cases
-    weights = class_weights(Setup)
+    weights = class_weights(config, cases, torch.device("cpu"), Log(quiet=True))
+    assert weights is not None
     labels = torch.cat([case.label.flatten() for case in cases.train]).long()
     share = torch.bincount(labels).double() / labels.numel()
     torch.testing.assert_close(weights / weights[0], (share[0] / share).sqrt().float())

@@ -92,11 +92,11 @@ def test_the_source_is_not_overwritten(root, source, tmp_path):
         ({"train": {"amp": "fp16"}}, "train.amp: fp16 needs a CUDA device"),
         (
             {"network": {"name": "UNet", "args": {**NETWORK_2D["args"], "out_channels": 7}}},
-            "network.args.out_channels: expected 3 (the number of classes), got 7",
+            "network.args.out_channels: expected 3 (the number of classes or regions), got 7",
         ),
         (
             {"network": {"name": "UNet", "args": {**NETWORK_2D["args"], "in_channels": 2}}},
-            "network.args.in_channels: expected 1 (one image per case), got 2",
+            "network.args.in_channels: expected 1 (the number of image channels), got 2",
         ),
         (
             {"network": {"name": "UNet", "args": {**NETWORK_2D["args"], "spatial_dims": "2"}}},

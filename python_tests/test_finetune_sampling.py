@@ -31,9 +31,9 @@ def sampler(cases, patch, *, risk=None, seed=0, augment=STILL, **train) -> CropS
 
 def numbered(cases: list[Case]) -> dict[str, torch.Tensor]:
     """A risk map that numbers each voxel, so that every crop tells where it is from."""
-    count = cases[0].image.numel()
+    count = cases[0].label.numel()
     return {
-        case.name: (torch.arange(count).float() + 1 + index * count).reshape(case.image.shape)
+        case.name: (torch.arange(count).float() + 1 + index * count).reshape(case.label.shape)
         for index, case in enumerate(cases)
     }
 

@@ -33,10 +33,13 @@ def write_torch(path: Path, content: Any) -> None:
         torch.save(content, partial)
 
 
-def read_torch(path: Path) -> Any:
-    """What `write_torch` wrote, or None where it is missing or cannot be read."""
+def read_torch(path: Path, *, mapped: bool = False) -> Any:
+    """What `write_torch` wrote, or None where it is missing or cannot be read.
+
+    mapped: tensors stay in the file and are read page by page as they are used.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # a damaged zip raises errors of many types
         return None
 

@@ -19,6 +19,7 @@ from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.datalist import EXTENSIONS
 from riskmap_ext.finetune.errors import CheckpointError
 from riskmap_ext.finetune.network import build_network, head_keys, without_channels
+from riskmap_ext.finetune.structures import Structures, structures_of
 
 FORMAT = "riskmap_ext.checkpoint.1"
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
@@ -34,9 +35,14 @@ class SourceModel:
     path: Path
     network: nn.Module
     config: NetworkConfig
-    classes: list[str]
+    structures: Structures
+    channels: list[str]
     preprocessing: dict[str, Any]
     digest: str
+
+    @property
+    def classes(self) -> list[str]:
+        return self.structures.classes
 
 
 @dataclass
@@ -69,7 +75,8 @@ def save_checkpoint(
     path: Path,
     network: nn.Module,
     config: NetworkConfig,
-    classes: list[str],
+    structures: Structures,
+    channels: Sequence[str],
     preprocessing: Mapping[str, Any],
     progress: Mapping[str, Any],
 ) -> None:
@@ -80,7 +87,8 @@ def save_checkpoint(
         {
             "format": FORMAT,
             "network": {"name": config.name, "args": dict(config.args)},
-            "classes": list(classes),
+            **structures.as_dict(),
+            "channels": list(channels),
             "preprocessing": dict(preprocessing),
             "progress": dict(progress),
             "state_dict": state,
@@ -114,43 +122,48 @@ def load_source(source: SourceConfig) -> SourceModel:
     state = _state_dict(path, content)
     _check_finite(path, state)
     config = source.network or _stored_network(path, content)
-    classes = _classes(source, content, path)
+    structures = _structures(source, content, path)
     key = "source.network.args" if source.network else f"{path}: network.args"
-    config = without_channels(config, len(classes), key)
-    network = build_network(config, len(classes))
+    channels = _channels(content, config)
+    config = without_channels(config, structures.num_outputs, len(channels), key)
+    network = build_network(config, structures.num_outputs, len(channels))
     state = _without_wrappers(state, network.state_dict().keys())
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
-            _misfit(path, content, config, classes, network, state, error)
+            _misfit(path, content, config, structures, network, state, error)
         ) from None
     network.eval().requires_grad_(False)
     ordered = network.state_dict()
-    fingerprint = digest(config.model_dump(mode="json"), *(ordered[key] for key in sorted(ordered)))
-    return SourceModel(
-        path, network, config, classes, content.get("preprocessing") or {}, fingerprint
+    fingerprint = digest(
+        config.model_dump(mode="json"),
+        structures.regions,
+        *(ordered[key] for key in sorted(ordered)),
     )
+    preprocessing = content.get("preprocessing") or {}
+    return SourceModel(path, network, config, structures, channels, preprocessing, fingerprint)
 
 
 def start_from_source(
-    network: nn.Module, config: NetworkConfig, num_classes: int, source: SourceModel, head: str
+    network: nn.Module, config: NetworkConfig, num_outputs: int, source: SourceModel, head: str
 ) -> KeyReport:
     """Copies the source's weights into `network` and reports every key.
 
-    head: "auto" gives the output layer fresh weights where the class counts differ, "keep" asks
-    for equal counts, "reinitialize" always does.
+    head: "auto" gives the output layer fresh weights where the numbers of outputs differ, "keep"
+    asks for equal numbers, "reinitialize" always does.
 
     Raises: CheckpointError where nothing can be loaded or the head cannot be kept.
     """
     mine = network.state_dict()
     theirs = source.network.state_dict()
-    outputs = head_keys(config, num_classes)
-    fresh_head = head == "reinitialize" or (head == "auto" and num_classes != len(source.classes))
-    if head == "keep" and num_classes != len(source.classes):
+    outputs = head_keys(config, num_outputs)
+    theirs_count = source.structures.num_outputs
+    fresh_head = head == "reinitialize" or (head == "auto" and num_outputs != theirs_count)
+    if head == "keep" and num_outputs != theirs_count:
         raise CheckpointError(
-            f"source.head: keep needs as many classes as the source has ({len(source.classes)}), "
-            f"got {num_classes}"
+            f"source.head: keep needs as many outputs as the source has ({theirs_count}), got "
+            f"{num_outputs}"
         )
     report = KeyReport(skipped=[key for key in theirs if key not in mine])
     for key, value in mine.items():
@@ -241,16 +254,17 @@ def _misfit(
     path: Path,
     content: Mapping[str, Any],
     config: NetworkConfig,
-    classes: Sequence[str],
+    structures: Structures,
     network: nn.Module,
     state: Mapping[str, Tensor],
     error: RuntimeError,
 ) -> str:
     """Which network the file is of, as far as it tells, and how that differs from `config`."""
-    wanted = f"{_described(config)} with {len(classes)} classes"
+    wanted = f"{_described(config)} with {structures.num_outputs} outputs"
     stored = content.get("network") if content.get("format") == FORMAT else None
     if isinstance(stored, dict):
-        file = f"it holds {stored.get('name')} with {len(content.get('classes') or [])} classes"
+        outputs = len(content.get("regions") or content.get("classes") or [])
+        file = f"it holds {stored.get('name')} with {outputs} outputs"
         remedy = "leave source.network and source.classes out to take the file's own"
     else:
         file = f"its keys are such as {', '.join(list(state)[:3])}"
@@ -285,17 +299,30 @@ def _stored_network(path: Path, content: dict[str, Any]) -> NetworkConfig:
         raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
 
 
-def _classes(source: SourceConfig, content: dict[str, Any], path: Path) -> list[str]:
-    stored = content.get("classes") if content.get("format") == FORMAT else None
-    classes = stored if source.classes is None else source.classes
+def _structures(source: SourceConfig, content: dict[str, Any], path: Path) -> Structures:
+    mine = content if content.get("format") == FORMAT else {}
+    if source.classes is None and mine.get("regions"):
+        return structures_of(
+            mine["classes"], mine["regions"], mine["region_classes"], f"{path}: its"
+        )
+    classes = mine.get("classes") if source.classes is None else source.classes
     if classes is None:
         raise CheckpointError(
             f"{path}: does not say which classes it has; set source.classes to their number or "
             "names"
         )
     if isinstance(classes, int):
-        return [f"class {index}" for index in range(classes)]
-    return [str(name) for name in classes]
+        return Structures([f"class {index}" for index in range(classes)])
+    return Structures([str(name) for name in classes])
+
+
+def _channels(content: dict[str, Any], config: NetworkConfig) -> list[str]:
+    """Of the images that the network sees: as stored, else by its own number of them."""
+    stored = content.get("channels") if content.get("format") == FORMAT else None
+    if stored:
+        return [str(name) for name in stored]
+    count = config.args.get("in_channels", 1)
+    return [f"channel {index}" for index in range(count if isinstance(count, int) else 1)]
 
 
 def _without_wrappers(state: dict[str, Tensor], wanted: Any) -> dict[str, Tensor]:

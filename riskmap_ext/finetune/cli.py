@@ -126,6 +126,13 @@ def _predict(
     checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a run.")],
     image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            help="Endings of the file names of each channel, such as _T1w,_FLAIR; as in the "
+            "training otherwise."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overlap: Annotated[
         float, typer.Option(min=0.0, max=0.95, help="Of neighbouring windows, as a share.")
@@ -162,6 +169,7 @@ def _predict(
             checkpoint,
             image,
             output,
+            suffix=None if suffix is None else [each.strip() for each in suffix.split(",")],
             device=device,
             inference=inference,
             overwrite=overwrite,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -56,6 +57,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sizes = Annotated[list[PositiveInt], BeforeValidator(_one_or_many)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(check_names)]
 Axis = Literal["sagittal", "coronal", "axial"]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -65,16 +67,21 @@ class _Section(BaseModel):
 
 
 class CaseConfig(_Section):
-    """One image with its label."""
+    """One image (a file for each channel, or one for all) with its label."""
 
-    image: FilePath
-    """Image file."""
+    image: FilePath | Annotated[list[FilePath], Field(min_length=1)]
+    """Image file; or a list with one for each channel, all on one grid. A 4-D file holds all
+    channels in its last axis."""
     label: FilePath
     """Its label file, on the same grid."""
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
     """Name of the case. Left out, the image's file name is taken; where several images share it,
     with the folders above: `s1/mri/T1.mgz` and `s2/mri/T1.mgz` become `s1_mri_T1` and `s2_mri_T1`.
     """
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        return tuple(self.image) if isinstance(self.image, list) else (self.image,)
 
 
 class DataConfig(_Section):
@@ -91,9 +98,13 @@ class DataConfig(_Section):
     """Folder of labels, paired with `images` by file name."""
     cases: list[CaseConfig] | None = None
     """Images with their labels, one by one."""
-    image_suffix: str = ""
+    channels: PositiveInt | Names | None = None
+    """How many channels an image has, or their names. Left out, as the data set says
+    (`channel_names`, `modality`), or the number of files of a case."""
+    image_suffix: str | Names = ""
     """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
-    passed over, so a suffix also chooses the contrast."""
+    passed over, so a suffix also chooses the contrast. A list, such as `[_T1w, _FLAIR]`, has one
+    for each channel."""
     label_suffix: str = ""
     """What follows the case's name in the label's file name, such as `_seg`."""
     train: Annotated[int, Field(ge=1)] | list[str] | None = None
@@ -105,9 +116,18 @@ class DataConfig(_Section):
     classes: list[str] | None = None
     """Distinct class names, background first. Left out, from the datalist or the names in
     `label_map`."""
-    label_map: dict[int, int | str] | None = None
-    """`{value in the file: class number, class name or ignore}`. 0 is background unless mapped.
-    Left out, numbers are taken as they are."""
+    label_map: dict[int, int | str] | FilePath | None = None
+    """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
+    or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
+    a class. 0 is background unless mapped. Left out, numbers are taken as they are."""
+    regions: dict[str, Annotated[list[int | str], BeforeValidator(_one_or_many)]] | None = None
+    """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
+    core}`. The network then has one sigmoid output for each region in the place of a softmax over
+    the classes, and the regions are scored. Left out, those of an nnU-Net data set, or none."""
+    region_classes: list[int | str] | None = None
+    """The class that each region gets in a segmentation, in the order of painting (nnU-Net's
+    `regions_class_order`). Left out, regions are painted from the largest to the smallest, each
+    with the one class that no smaller region has."""
     other_labels: Literal["error", "background", "ignore"] = "error"
     """What becomes of labels that are not in the map (or ≥ the number of classes)."""
     spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
@@ -121,6 +141,15 @@ class DataConfig(_Section):
     `all` voxels."""
     slice_axis: Axis = "axial"
     """Which slices a 2-D network sees."""
+    storage: Literal["auto", "memory", "disk"] = "auto"
+    """Where prepared volumes are kept: in memory, or as memory-mapped files in the cache, which the
+    system reads as they are used, so that a cohort may be larger than memory. `auto` takes the disk
+    where they would take more than half of the memory available."""
+
+    @property
+    def image_suffixes(self) -> list[str]:
+        """One for each channel."""
+        return [self.image_suffix] if isinstance(self.image_suffix, str) else self.image_suffix
 
     @field_validator("classes")
     @classmethod
@@ -172,6 +201,9 @@ class SourceConfig(_Section):
     classes: Annotated[int, Field(ge=1)] | list[str] | None = None
     """Class names, background first, or their number: needed for foreign checkpoints. Left out, as
     stored."""
+    channels: list[Annotated[int, Field(ge=0)] | str] | None = None
+    """Which channels of the target images the source sees, by number or name, in its own order.
+    Left out, all of them."""
     initialize: bool = True
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
@@ -273,7 +305,9 @@ class TrainConfig(_Section):
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_size: PositiveInt = 2
-    """Crops in a step."""
+    """Crops in a step, over all processes. They are divided among the processes of torchrun."""
+    accumulate: PositiveInt = 1
+    """Batches whose gradients are averaged in one step."""
     patch_size: Sizes | None = None
     """The crop in voxels, one number or one per axis. Null: 128² for 2-D networks, 64³ for 3-D
     ones."""
@@ -296,6 +330,10 @@ class TrainConfig(_Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision; `fp16` is for CUDA only."""
+    channels_last: bool = False
+    """Keep network and crops in channels-last memory, which some convolutions like better."""
+    compile: bool = False
+    """Run the network through `torch.compile`: minutes at first, faster steps afterwards."""
     grad_clip: Positive | None = 12.0
     """Largest norm of the gradient; null does not clip."""
 

@@ -21,6 +21,9 @@ _EXPECTED = {
     "cache": "a folder",
     "data.train": "a number >= 1 or a list of case names",
     "data.validation": "a number >= 0 or a list of case names",
+    "data.channels": "a number >= 1 or a list of channel names",
+    "data.image_suffix": "a text, or a list with one for each channel",
+    "data.label_map": "label value: class, or a file with such a table",
     "data.spacing": "[x, y, z] in mm, each above 0",
     "source.checkpoint": "a file",
     "source.classes": "a number >= 1 or a list of class names",
@@ -28,7 +31,7 @@ _EXPECTED = {
     "loss.class_weights": "sqrt_inverse_frequency or a list of numbers >= 0",
     "write.overlays": "true, false or a number >= 0",
 }
-_PATH_KEYS = ("output", "cache", "data.root", "source.checkpoint")
+_PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "source.checkpoint")
 _PATH_KEYS_BELOW_ROOT = ("data.datalist", "data.images", "data.labels")
 
 

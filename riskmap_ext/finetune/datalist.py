@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext.finetune.config import IGNORE_INDEX, DataConfig, check_names
+from riskmap_ext.finetune.config import DataConfig, check_names
 from riskmap_ext.finetune.errors import ConfigError, DataError
+from riskmap_ext.finetune.label_table import label_table, read_label_map
+from riskmap_ext.finetune.structures import Structures, structures_of
 
 # .img is the other half of .hdr.
 EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
@@ -17,27 +20,55 @@ EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 @dataclass(frozen=True)
 class CaseFiles:
+    """images: a file for each channel, or one that holds them all."""
+
     name: str
-    image: Path
+    images: tuple[Path, ...]
     label: Path
+
+    @property
+    def image(self) -> Path:
+        return self.images[0]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of every case, class names (background first) and remarks for the log."""
+    """Files of every case, the structures and channels they have, and remarks for the log.
+
+    label_table: original label value -> class index or IGNORE_INDEX. image_suffix: what follows the
+    case's name in the files of each channel, where that is known.
+    """
 
     train: list[CaseFiles]
     validation: list[CaseFiles]
-    classes: list[str]
+    structures: Structures
+    channels: list[str]
     label_table: dict[int, int]
+    image_suffix: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What a dataset.json says of the label values.
+
+    classes are None where it does not name every class. label_map: for numbers with gaps.
+    """
+
+    classes: list[str] | None = None
+    label_map: dict[int, int | str] | None = None
+    ignore: tuple[int, ...] = ()
+    regions: dict[str, list[int]] | None = None
+    region_classes: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class _Found:
     cases: list[CaseFiles]
     validation: list[str] | None = None
-    classes: list[str] | None = None
+    labels: _Labels = field(default_factory=_Labels)
+    channels: list[str] | None = None
+    image_suffix: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -60,39 +91,22 @@ def list_cases(data: DataConfig) -> Listing:
         )
     train, validation = _split(data, found)
     by_name = {case.name: case for case in found.cases}
-    classes = _class_names(data, found)
+    wanted = _label_map(data, found)
+    classes = _class_names(data, found, wanted)
+    chosen = [by_name[name] for name in (*train, *validation)]
     listing = Listing(
-        [by_name[name] for name in train],
-        [by_name[name] for name in validation],
-        classes,
-        label_table(data, classes),
+        chosen[: len(train)],
+        chosen[len(train) :],
+        _structures(data, found, classes),
+        _channels(data, found, chosen),
+        label_table(wanted, classes, found.labels.ignore),
+        found.image_suffix,
         found.notes,
     )
-    files = [f for c in (*listing.train, *listing.validation) for f in (c.image, c.label)]
-    missing = [path for path in files if not path.is_file()]
+    missing = [p for c in chosen for p in (*c.images, c.label) if not p.is_file()]
     if missing:
         raise DataError([_why_no_file(path) for path in missing])
     return listing
-
-
-def label_table(data: DataConfig, classes: Sequence[str]) -> dict[int, int]:
-    """Original label value -> class index (or IGNORE_INDEX)."""
-    if data.label_map is None:
-        return {index: index for index in range(len(classes))}
-    table = {0: 0}
-    for value, wanted in data.label_map.items():
-        if wanted == "ignore":
-            table[value] = IGNORE_INDEX
-        elif isinstance(wanted, str) and wanted in classes:
-            table[value] = list(classes).index(wanted)
-        elif isinstance(wanted, int) and 0 <= wanted < len(classes):
-            table[value] = wanted
-        else:
-            raise ConfigError(
-                f"data.label_map: {value}: {wanted!r} is no class; expected a name or index of "
-                f"{list(classes)}, or ignore"
-            )
-    return table
 
 
 def stem(path: Path) -> str:
@@ -149,17 +163,17 @@ def _case_names(images: Sequence[Path]) -> list[str]:
 
 def _find(data: DataConfig) -> _Found:
     if data.cases is not None:
-        derived = _case_names([c.image for c in data.cases])
+        derived = _case_names([c.images[0] for c in data.cases])
         return _Found(
             [
-                CaseFiles(case.name or name, case.image, case.label)
+                CaseFiles(case.name or name, case.images, case.label)
                 for case, name in zip(data.cases, derived, strict=True)
             ]
         )
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
-        return _pair_folders(data.images, data.labels, data.image_suffix, data.label_suffix)
+        return _pair_folders(data.images, data.labels, data.image_suffixes, data.label_suffix)
     root = data.root
     assert root is not None  # DataConfig asks for one of the four
     _check_folder(root, " (data.root)")
@@ -167,7 +181,8 @@ def _find(data: DataConfig) -> _Found:
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
-            return _pair_folders(root / images, root / labels, data.image_suffix, data.label_suffix)
+            folders = root / images, root / labels
+            return _pair_folders(*folders, data.image_suffixes, data.label_suffix)
     raise DataError(
         [f"{root}: expected dataset.json, images/ and labels/, or imagesTr/ and labelsTr/ in it"]
     )
@@ -185,60 +200,141 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
         raise DataError([f"{path}: cannot be read as JSON ({error})"]) from None
     if not isinstance(content, dict):
         raise DataError([f"{path}: expected an object with 'training', got {type(content)}"])
-    classes = _datalist_classes(path, content.get("labels"))
+    labels = _datalist_labels(path, content)
+    channels = _datalist_channels(path, content)
     if "training" not in content and "file_ending" in content:
-        paired = _pair_folders(
-            path.parent / "imagesTr",
-            path.parent / "labelsTr",
-            data.image_suffix or "_0000",
-            data.label_suffix,
-        )
-        return _Found(paired.cases, None, classes, paired.notes)
+        return _nnunet_cases(path, content, data, labels, channels)
     training = _datalist_cases(path, content, "training")
     if not training:
         raise DataError([f"{path}: expected a list 'training' of image and label pairs"])
     validation = _datalist_cases(path, content, "validation")
     names = [case.name for case in validation] or None
-    return _Found(training + validation, names, classes)
+    return _Found(training + validation, names, labels, channels)
+
+
+def _nnunet_cases(
+    path: Path,
+    content: dict[str, Any],
+    data: DataConfig,
+    labels: _Labels,
+    channels: list[str] | None,
+) -> _Found:
+    """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
+    ending = str(content["file_ending"])
+    if ending.lower() not in EXTENSIONS:
+        raise DataError(
+            [f"{path}: file_ending: expected one of {', '.join(EXTENSIONS)}, got {ending!r}"]
+        )
+    listed = content.get("dataset")
+    if listed is None:
+        suffixes = data.image_suffixes
+        if suffixes == [""]:
+            suffixes = [f"_{index:04d}" for index in range(len(channels or [""]))]
+        folders = path.parent / "imagesTr", path.parent / "labelsTr"
+        paired = _pair_folders(*folders, suffixes, data.label_suffix)
+        return _Found(paired.cases, None, labels, channels, suffixes, paired.notes)
+    cases = []
+    for name, files in listed.items() if isinstance(listed, dict) else ():
+        if not (isinstance(files, dict) and isinstance(files.get("images"), list)):
+            raise DataError([f"{path}: dataset: {name}: expected images and label, got {files!r}"])
+        images = tuple(path.parent / str(image) for image in files["images"])
+        cases.append(CaseFiles(str(name), images, path.parent / str(files.get("label"))))
+    if not cases:
+        raise DataError([f"{path}: dataset: expected cases with images and label, got {listed!r}"])
+    return _Found(cases, None, labels, channels)
 
 
 def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseFiles]:
-    pairs = []
+    pairs: list[tuple[tuple[Path, ...], Path]] = []
     for entry in content.get(key) or []:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
             raise DataError([f"{path}: expected image and label in each {key!r}, got {entry!r}"])
-        if isinstance(entry["image"], list):
-            raise DataError([f"{path}: {entry['image']}: one image per case is read, got a list"])
-        pairs.append([path.parent / entry[k] for k in ("image", "label")])
-    names = _case_names([image for image, _ in pairs])
+        given = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+        if not given or not all(isinstance(name, str) for name in (*given, entry["label"])):
+            raise DataError([f"{path}: expected file names in each {key!r}, got {entry!r}"])
+        pairs.append((tuple(path.parent / name for name in given), path.parent / entry["label"]))
+    names = _case_names([images[0] for images, _ in pairs])
     return [CaseFiles(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
-def _datalist_classes(path: Path, labels: Any) -> list[str] | None:
-    if not isinstance(labels, dict) or not labels:
+def _datalist_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
+    """The Decathlon's `modality`, nnU-Net's `channel_names`: {"0": "FLAIR", ...}."""
+    given = content.get("channel_names", content.get("modality"))
+    if given is None:
         return None
-    if all(str(key).isdigit() for key in labels):
-        names = {int(key): str(name) for key, name in labels.items()}
-    elif all(isinstance(value, int) for value in labels.values()):
-        names = {value: str(key) for key, value in labels.items()}
-    else:
-        raise DataError([f"{path}: labels: expected number: name, got {labels}"])
+    if not isinstance(given, dict) or sorted(map(str, given)) != sorted(
+        str(index) for index in range(len(given))
+    ):
+        raise DataError([f"{path}: channel names: expected 0: name, 1: name, ..., got {given}"])
+    by_number = {int(key): str(name) for key, name in given.items()}
+    return [by_number[index] for index in range(len(given))] or None
+
+
+def _datalist_labels(path: Path, content: dict[str, Any]) -> _Labels:
+    """`labels` of a dataset.json: number: name, name: number, or nnU-Net's name: [numbers]."""
+    labels = content.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        return _Labels()
+    by_number = all(str(key).isdigit() for key in labels)
     try:
-        check_names(list(names.values()))
+        check_names([str(name) for name in (labels.values() if by_number else labels)])
     except ValueError as error:
         raise DataError([f"{path}: labels: {error}"]) from None
-    # Gaps in the numbering are left to data.classes and data.label_map.
-    gapless = sorted(names) == list(range(len(names)))
-    return [names[i] for i in range(len(names))] if gapless else None
+    if by_number:
+        labels = {str(name): int(key) for key, name in labels.items()}
+    numbers = [n for value in labels.values() for n in (value if _is_list(value) else [value])]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise DataError([f"{path}: labels: expected number: name, got {labels}"])
+    ignored = tuple(v for n, v in labels.items() if n == "ignore" and isinstance(v, int))
+    named = {name: value for name, value in labels.items() if name != "ignore"}
+    if any(_is_list(value) for value in named.values()):
+        return _region_labels(path, content, named, ignored)
+    names = {value: name for name, value in named.items()}
+    if len(names) != len(named):
+        raise DataError([f"{path}: labels: expected distinct numbers, got {labels}"])
+    if sorted(names) == list(range(len(names))):
+        return _Labels([names[index] for index in range(len(names))], ignore=ignored)
+    if 0 not in names:
+        return _Labels(ignore=ignored)
+    order = sorted(names)
+    table: dict[int, int | str] = {value: names[value] for value in order if value > 0}
+    return _Labels([names[value] for value in order], table, ignored)
 
 
-def _pair_folders(images: Path, labels: Path, image_suffix: str, label_suffix: str) -> _Found:
-    by_image = _names(images, image_suffix)
+def _region_labels(
+    path: Path, content: dict[str, Any], named: dict[str, Any], ignored: tuple[int, ...]
+) -> _Labels:
+    """nnU-Net's regions; a class takes the name of the region that is it alone."""
+    regions = {name: value if _is_list(value) else [value] for name, value in named.items()}
+    regions = {name: values for name, values in regions.items() if values != [0]}
+    highest = max(number for values in regions.values() for number in values)
+    alone = {values[0]: name for name, values in regions.items() if len(values) == 1}
+    background = next((n for n, v in named.items() if v in (0, [0])), "background")
+    names = {number: alone.get(number, f"label {number}") for number in range(1, highest + 1)}
+    order = content.get("regions_class_order")
+    if order is not None and not (_is_list(order) and len(order) == len(regions)):
+        raise DataError(
+            [f"{path}: regions_class_order: expected {len(regions)} labels, got {order!r}"]
+        )
+    return _Labels([background, *names.values()], None, ignored, regions, order)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _pair_folders(
+    images: Path, labels: Path, image_suffixes: Sequence[str], label_suffix: str
+) -> _Found:
+    by_suffix = [_names(images, suffix) for suffix in image_suffixes]
     by_label = _names(labels, label_suffix)
-    common = sorted(by_image.keys() & by_label.keys())
-    if not common and not image_suffix and by_image and all(n.endswith("_0000") for n in by_image):
-        # nnU-Net names the first channel so.
-        return _pair_folders(images, labels, "_0000", label_suffix)
+    everywhere = set.intersection(*(set(found) for found in by_suffix))
+    common = sorted(everywhere & by_label.keys())
+    by_image = by_suffix[0]
+    if not common and list(image_suffixes) == [""] and by_image:
+        numbers = sorted({name[-5:] for name in by_image})
+        if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
+            return _pair_folders(images, labels, numbers, label_suffix)
     if not common:
         examples = [next(iter(v.values())).name if v else "none" for v in (by_image, by_label)]
         raise DataError(
@@ -249,16 +345,24 @@ def _pair_folders(images: Path, labels: Path, image_suffix: str, label_suffix: s
             ]
         )
     notes = []
-    for folder, found, other in ((images, by_image, by_label), (labels, by_label, by_image)):
-        alone = sorted(found.keys() - other.keys())
+    some = set.union(*(set(found) for found in by_suffix))
+    for folder, alone, why in (
+        (images, some - everywhere, "without all of their channels"),
+        (images, everywhere - by_label.keys(), "without a partner"),
+        (labels, by_label.keys() - some, "without a partner"),
+    ):
         if alone:
-            shown = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
-            notes.append(f"{folder}: {len(alone)} left out, without a partner: {shown}")
-    cases = [CaseFiles(name, by_image[name], by_label[name]) for name in common]
-    return _Found(cases, None, None, notes)
+            shown = ", ".join(sorted(alone)[:5]) + (", ..." if len(alone) > 5 else "")
+            notes.append(f"{folder}: {len(alone)} left out, {why}: {shown}")
+    cases = [
+        CaseFiles(name, tuple(found[name] for found in by_suffix), by_label[name])
+        for name in common
+    ]
+    return _Found(cases, image_suffix=list(image_suffixes), notes=notes)
 
 
 def _names(folder: Path, suffix: str) -> dict[str, Path]:
+    """Case name -> file, of the files whose name without format ends in `suffix`."""
     named = {stem(path): path for path in volumes_in(folder)}
     ends = {name: path for name, path in named.items() if name.endswith(suffix)}
     return {name.removesuffix(suffix): path for name, path in ends.items()}
@@ -303,16 +407,62 @@ def _take(names: list[str], count: int, key: str) -> list[str]:
     return names[:count]
 
 
-def _class_names(data: DataConfig, found: _Found) -> list[str]:
+def _label_map(data: DataConfig, found: _Found) -> dict[int, int | str] | None:
+    if isinstance(data.label_map, Path):
+        return read_label_map(data.label_map)
+    if data.label_map is not None or data.classes is not None:
+        return data.label_map
+    return found.labels.label_map
+
+
+def _class_names(data: DataConfig, found: _Found, wanted: dict[int, int | str] | None) -> list[str]:
     if data.classes is not None:
         return data.classes
-    if data.label_map is not None:
-        wanted = [w for w in data.label_map.values() if w != "ignore"]
-        if wanted and all(isinstance(w, str) for w in wanted):
-            return list(dict.fromkeys(["background", *map(str, wanted)]))
-    elif found.classes is not None:
-        return found.classes
+    if data.label_map is not None and wanted is not None:
+        names = [name for name in wanted.values() if name != "ignore"]
+        if names and all(isinstance(name, str) for name in names):
+            return list(dict.fromkeys(["background", *map(str, names)]))
+    elif found.labels.classes is not None:
+        return found.labels.classes
     raise ConfigError(
         "data.classes: missing; list the names of the classes, background first, "
         "such as [background, lesion]"
     )
+
+
+def _structures(data: DataConfig, found: _Found, classes: list[str]) -> Structures:
+    if data.regions is not None:
+        return structures_of(classes, data.regions, data.region_classes)
+    own = found.labels
+    # Regions of the data set are of its own labels: no use where others are made of them.
+    if own.regions is None or data.label_map is not None or data.classes is not None:
+        return structures_of(classes, None, data.region_classes)
+    return structures_of(classes, own.regions, data.region_classes or own.region_classes)
+
+
+def _channels(data: DataConfig, found: _Found, cases: Sequence[CaseFiles]) -> list[str]:
+    """Names of the channels; each case has a file for each, or one file with all of them."""
+    most = max((len(case.images) for case in cases), default=1)
+    if isinstance(data.channels, list):
+        names = data.channels
+    elif data.channels is not None:
+        names = [f"channel {index}" for index in range(data.channels)]
+    elif found.channels is not None:
+        names = found.channels
+    else:
+        suffixes = found.image_suffix
+        known = suffixes is not None and len(suffixes) > 1
+        names = [s.strip("_-. ") or s for s in suffixes or []] if known else []
+        names = names or [f"channel {index}" for index in range(most)]
+    odd = [case for case in cases if len(case.images) not in (1, len(names))]
+    if most > 1:
+        odd += [case for case in cases if len(case.images) != most]
+    if odd:
+        raise DataError(
+            [
+                f"{case.image}: expected {len(names)} files of case {case.name}, one for each "
+                f"channel ({', '.join(names)}), got {len(case.images)}"
+                for case in dict.fromkeys(odd)
+            ]
+        )
+    return names

@@ -27,5 +27,9 @@ class DataError(InputError):
         super().__init__(head + "\n".join(self.problems))
 
 
+class ToldElsewhere(InputError):
+    """Another process of the run has failed, and says so itself."""
+
+
 class Terminated(KeyboardInterrupt):
     """A request to end (SIGTERM): treated as Ctrl-C is."""

@@ -12,20 +12,37 @@ from torch import Tensor
 from riskmap_ext.finetune.config import IGNORE_INDEX
 from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.network import Predictor
+from riskmap_ext.finetune.structures import Structures
 
 
-def predict(predictor: Predictor, case: Case, *, full: bool = False) -> Tensor:
+def predict(
+    predictor: Predictor, case: Case, structures: Structures, *, full: bool = False
+) -> Tensor:
     """Class indices int16 on the prepared grid or, with `full`, at the file's resolution."""
     logits = predictor(case.image)
-    if full and case.grid.resampled:
-        logits = case.grid.to_full(logits.softmax(dim=1).cpu(), mode="bilinear")
-    return logits[0].argmax(dim=0).to(torch.int16).cpu()
+    if not (full and case.grid.resampled):
+        return structures.segmentation(logits[0]).cpu()
+    values = case.grid.to_full(structures.probabilities(logits).cpu(), mode="bilinear")
+    return structures.segmentation(values[0], threshold=0.5)
 
 
-def dice_per_class(prediction: Tensor, label: Tensor, num_classes: int) -> list[float]:
-    """Dice of classes 1 .. C-1 over the labelled voxels; NaN for a class the label lacks."""
-    # Ignored voxels agree with everything, so that no class gains or loses by them.
+def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures) -> list[float]:
+    """Dice of each class 1 .. C-1, or of each region; NaN where the label has none of it.
+
+    Both are class indices [*S]; ignored voxels count nowhere.
+    """
+    # Ignored voxels agree with everything, so that no structure gains or loses by them.
     prediction = torch.where(label == IGNORE_INDEX, 0, prediction)
+    if structures.table is None:
+        return _dice(prediction, label, len(structures.classes))
+    found = []
+    for members in structures.table:
+        inside = torch.where(label == IGNORE_INDEX, IGNORE_INDEX, members[label.clamp(min=0).int()])
+        found += _dice(members[prediction.int()], inside, 2)
+    return found
+
+
+def _dice(prediction: Tensor, label: Tensor, num_classes: int) -> list[float]:
     helper = DiceHelper(
         include_background=False,
         num_classes=num_classes,
@@ -42,11 +59,11 @@ def mean_without_nan(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def class_means(table: Mapping[str, Sequence[float]], num_classes: int) -> list[float]:
-    """Mean over cases of each column of {case: Dice per class}."""
-    return [mean_without_nan([row[i] for row in table.values()]) for i in range(num_classes - 1)]
+def structure_means(table: Mapping[str, Sequence[float]], count: int) -> list[float]:
+    """Mean over cases of each of the `count` columns of {case: Dice per structure}."""
+    return [mean_without_nan([row[i] for row in table.values()]) for i in range(count)]
 
 
-def class_counts(table: Mapping[str, Sequence[float]], num_classes: int) -> list[int]:
-    """How many cases have each class in their label."""
-    return [sum(not math.isnan(row[i]) for row in table.values()) for i in range(num_classes - 1)]
+def structure_counts(table: Mapping[str, Sequence[float]], count: int) -> list[int]:
+    """How many cases have each structure in their label."""
+    return [sum(not math.isnan(row[i]) for row in table.values()) for i in range(count)]

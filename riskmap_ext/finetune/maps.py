@@ -20,6 +20,8 @@ from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.files import write_nifti
 from riskmap_ext.finetune.network import Predictor
+from riskmap_ext.finetune.processes import Processes
+from riskmap_ext.finetune.storage import TensorStore
 
 # Logits of the statistics pass are kept for the maps up to this size in all, else made again.
 _KEPT_BYTES = 2**30
@@ -59,13 +61,19 @@ class SourceMapper:
         window: dict[str, Any],
         cache: Path,
         progress: Callable[[str], Any] | None = None,
+        group: Processes | None = None,
+        store: TensorStore | None = None,
     ) -> None:
+        """store: whether the maps are held in memory, or stay in the cache's files."""
         self._predictor = predictor
         self._num_classes = num_classes
         self._risk = risk
         self._cache = cache
         self._progress = progress or (lambda _: None)
         self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
+        self._regions = source.structures.table
+        self._group = group or Processes()
+        self._on_disk = store is not None and store.folder is not None
         self._logits: dict[str, Tensor] = {}
 
     def run(self, train: Sequence[Case], others: Sequence[Case] = ()) -> SourceMaps:
@@ -75,17 +83,19 @@ class SourceMapper:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             score = statistics.score
-        transferability, risk, hits = {}, {}, 0
-        options = self._risk.model_dump(mode="json", exclude={"use"})
-        for case in (*train, *others):
-            key = digest(study, case.digest, options)
-            path = self._cache / f"maps-{key[:24]}.pt"
-            maps = read_torch(path)
-            if maps is None:
-                maps = self._maps(case, statistics)
-                write_checkpoint(path, maps)
-            else:
-                hits += 1
+        transferability, risk, made = {}, {}, 0
+        cases = [*train, *others]
+        if self._group.size > 1:
+            # Each process makes its share; all of them find it in the cache.
+            shared = self._group.share(cases)
+
+            def make_share() -> int:
+                return sum(self._cached_maps(study, case, statistics)[1] for case in shared)
+
+            made = sum(self._group.gather(self._group.together(make_share)))
+        for case in cases:
+            maps, new = self._cached_maps(study, case, statistics)
+            made += new
             transferability[case.name], risk[case.name] = maps["transferability"], maps["risk"]
             self._logits.pop(case.name, None)
             self._progress(f"map of {case.name}")
@@ -96,26 +106,36 @@ class SourceMapper:
             transferability,
             risk,
             "; ".join(" ".join(str(w.message).split()) for w in caught) or None,
-            hits,
+            max(0, len(cases) - made),
         )
 
     def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:
         """LEEP statistics of the training cases, both passes; from the cache where it has them."""
         path = self._cache / f"statistics-{self._study(train)[:24]}.pt"
-        statistics = riskmap_ext.TransferStatistics(self._num_classes, ignore_index=IGNORE_INDEX)
+        statistics = riskmap_ext.TransferStatistics(
+            self._num_classes, ignore_index=IGNORE_INDEX, regions=self._regions
+        )
+        group = self._group
         stored = read_torch(path)
-        if stored is not None:
+        if all(group.gather(stored is not None)):
             statistics.load_state_dict(stored)
             return statistics
-        for case in train:
-            logits = self._source_logits(case)
-            statistics.update(logits, case.label[None].to(logits.device))
-            self._progress(f"statistics of {case.name}")
-        for case in train:
-            logits = self._source_logits(case)
-            statistics.update_range(logits, case.label[None].to(logits.device))
-            self._progress(f"range of {case.name}")
-        write_checkpoint(path, statistics.state_dict())
+        mine = group.share(train)
+
+        def add(step: Callable[[Tensor, Tensor], None], name: str) -> None:
+            for case in mine:
+                logits = self._source_logits(case)
+                step(logits, case.label[None].to(logits.device))
+                self._progress(f"{name} of {case.name}")
+
+        for step, name in (
+            (statistics.update, "statistics"),
+            (statistics.update_range, "range"),
+        ):
+            group.together(lambda step=step, name=name: add(step, name))  # type: ignore[misc]
+            if group.size > 1:
+                statistics.all_reduce()
+        group.on_main(lambda: write_checkpoint(path, statistics.state_dict()))
         return statistics
 
     def forget_logits(self) -> None:
@@ -124,6 +144,20 @@ class SourceMapper:
 
     def _study(self, train: Sequence[Case]) -> str:
         return digest(self._settings, [case.digest for case in train])
+
+    def _cached_maps(
+        self, study: str, case: Case, statistics: Any
+    ) -> tuple[dict[str, Tensor], int]:
+        """The maps, and how many cases had to be made for that: 0 or 1."""
+        options = self._risk.model_dump(mode="json", exclude={"use"})
+        name = f"maps-{digest(study, case.digest, options)[:24]}"
+        path = self._cache / f"{name}.pt"
+        maps = read_torch(path, mapped=self._on_disk)
+        if maps is not None:
+            return maps, 0
+        maps = self._maps(case, statistics)
+        write_checkpoint(path, maps)
+        return (read_torch(path, mapped=True) or maps if self._on_disk else maps), 1
 
     def _maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
         logits = self._source_logits(case)
@@ -135,7 +169,9 @@ class SourceMapper:
         else:
             scope = None if wanted == "image" else tuple(wanted)
         given = (logits, label, conditional)
-        transferability = riskmap_ext.transferability_map(*given, ignore_index=IGNORE_INDEX)
+        transferability = riskmap_ext.transferability_map(
+            *given, ignore_index=IGNORE_INDEX, regions=self._regions
+        )
         risk = riskmap_ext.risk_map(
             *given,
             scheme=self._risk.scheme,
@@ -144,6 +180,7 @@ class SourceMapper:
             scale=self._risk.scale,
             range=scope,
             ignore_index=IGNORE_INDEX,
+            regions=self._regions,
         )
         return {"transferability": transferability[0].cpu(), "risk": risk[0].cpu()}
 

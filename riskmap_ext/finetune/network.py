@@ -43,13 +43,15 @@ def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
     return dims
 
 
-def without_channels(network: NetworkConfig, num_classes: int, key: str) -> NetworkConfig:
+def without_channels(
+    network: NetworkConfig, num_outputs: int, channels: int, key: str
+) -> NetworkConfig:
     """`network` without the arguments that follow from the data and the classes.
 
     Raises: ConfigError where they are given and say something else; `key` is where they stand.
     """
-    fixed = {"in_channels": (1, "one image per case")}
-    fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_classes, "the number of classes"))
+    fixed = {"in_channels": (channels, "the number of image channels")}
+    fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
     for name, (expected, why) in fixed.items():
         if network.args.get(name, expected) != expected:
             raise ConfigError(
@@ -60,8 +62,8 @@ def without_channels(network: NetworkConfig, num_classes: int, key: str) -> Netw
     return network.model_copy(update={"args": args})
 
 
-def build_network(network: NetworkConfig, num_classes: int) -> nn.Module:
-    """The network for one input channel and `num_classes` output channels.
+def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -> nn.Module:
+    """The network for images of `channels` channels and `num_outputs` output channels.
 
     Raises: ConfigError naming the argument that the class does not take or refuses.
     """
@@ -74,9 +76,9 @@ def build_network(network: NetworkConfig, num_classes: int) -> nn.Module:
             "segmentation network such as UNet, DynUNet, SegResNet or SwinUNETR"
         )
     # The channels follow from the data and the classes, whatever the arguments say.
-    args = {**network.args, out_name: num_classes}
+    args = {**network.args, out_name: num_outputs}
     if "in_channels" in parameters:
-        args["in_channels"] = 1
+        args["in_channels"] = channels
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else sorted(set(args) - set(parameters))
     if unknown:
@@ -90,12 +92,12 @@ def build_network(network: NetworkConfig, num_classes: int) -> nn.Module:
         raise ConfigError(f"network.args: {network.name} refuses {args}: {text}") from None
 
 
-def head_keys(network: NetworkConfig, num_classes: int) -> set[str]:
-    """State-dict keys whose shape depends on the number of classes: the output layer."""
+def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:
+    """State-dict keys whose shape depends on the number of outputs: the output layer."""
     with torch.random.fork_rng(devices=[]):
         shapes = [
             {key: value.shape for key, value in build_network(network, count).state_dict().items()}
-            for count in (num_classes, num_classes + 1)
+            for count in (num_outputs, num_outputs + 1)
         ]
     return {key for key, shape in shapes[0].items() if shapes[1].get(key) != shape}
 
@@ -111,14 +113,16 @@ def _sizes(key: str, sizes: Sequence[int], dims: int) -> list[int]:
     return list(sizes) * (dims // len(sizes))
 
 
-def check_forward(network: nn.Module, size: Sequence[int], num_classes: int, key: str) -> None:
+def check_forward(
+    network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
+) -> None:
     """Runs one blank patch through the network, so that a misfit is told before any work."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            out = network(torch.zeros(1, 1, *size, device=device))
+            out = network(torch.zeros(1, channels, *size, device=device))
     except Exception as error:  # whatever the network's layers raise
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -128,10 +132,10 @@ def check_forward(network: nn.Module, size: Sequence[int], num_classes: int, key
     finally:
         network.train(training)
     shape = list(first_output(out).shape)
-    if shape != [1, num_classes, *size]:
+    if shape != [1, num_outputs, *size]:
         raise ConfigError(
             f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
-            f"{shape}, expected {[1, num_classes, *size]}; sizes divisible by the product of the "
+            f"{shape}, expected {[1, num_outputs, *size]}; sizes divisible by the product of the "
             "network's strides usually keep their size"
         )
 
@@ -145,8 +149,15 @@ class Predictor:
     """Sliding-window logits of whole volumes, slice by slice for a 2-D network."""
 
     def __init__(
-        self, network: nn.Module, dims: int, patch: Sequence[int], inference: InferenceConfig
+        self,
+        network: nn.Module,
+        dims: int,
+        patch: Sequence[int],
+        inference: InferenceConfig,
+        channels: Sequence[int] | None = None,
     ) -> None:
+        """channels: those of the image that the network sees; None: all."""
+        self.channels = None if channels is None else list(channels)
         self.patch = _sizes("inference.patch_size", inference.patch_size or patch, dims)
         options: dict[str, Any] = {
             "roi_size": self.patch,
@@ -164,13 +175,15 @@ class Predictor:
         self._network = network
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Logits [1, K, X, Y, Z] float32 of an image [X, Y, Z], without gradients."""
+        """Logits [1, K, X, Y, Z] float32 of an image [M, X, Y, Z], without gradients."""
+        if self.channels is not None:
+            image = image[self.channels]
         device = next(self._network.parameters()).device
         training = self._network.training
         self._network.eval()
         try:
             with torch.no_grad():
-                logits: Any = self._infer(image.to(device)[None, None], self._forward)
+                logits: Any = self._infer(image.to(device)[None], self._forward)
                 return logits.float()
         finally:
             self._network.train(training)

@@ -9,13 +9,14 @@ import torch
 
 from riskmap_ext.finetune.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.config import DataConfig, InferenceConfig, SourceConfig
-from riskmap_ext.finetune.data import check_readable, read_image
+from riskmap_ext.finetune.data import read_image
 from riskmap_ext.finetune.datalist import stem, volumes_in
 from riskmap_ext.finetune.errors import ConfigError, DataError
 from riskmap_ext.finetune.evaluate import predict
 from riskmap_ext.finetune.files import write_nifti
 from riskmap_ext.finetune.network import Predictor, check_forward, spatial_dims
 from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.volumes import check_readable
 from riskmap_ext.finetune.workspace import check_folder, device_of
 
 _PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
@@ -26,6 +27,7 @@ def predict_images(
     images: Sequence[Path],
     output: Path,
     *,
+    suffix: Sequence[str] | None = None,
     device: str = "auto",
     inference: InferenceConfig | None = None,
     overwrite: bool = False,
@@ -36,7 +38,10 @@ def predict_images(
 
     Args:
         checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation.
-        images: files, or folders of them.
+        images: files, or folders of them. A case of several channels has a file for each, told by
+            the suffix, or one 4-D file.
+        suffix: what follows the case's name in the file names, one for each channel; None: as in
+            the training where that had several channels.
         output: folder of the segmentations: class numbers in uint8 (int16 beyond 256 classes), with
             the image's shape, affine and its qform and sform codes.
         device: as in a configuration.
@@ -51,12 +56,15 @@ def predict_images(
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
-    files = _files(images)
+    model = load_source(SourceConfig(checkpoint=checkpoint))
+    channels = len(model.channels)
+    if suffix is None and channels > 1:
+        suffix = model.preprocessing.get("image_suffix")
+    files = _files(images, list(suffix or [""]), model.channels)
     targets = {name: output / f"{name}.nii.gz" for name in files}
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:
-        files = {name: path for name, path in files.items() if not targets[name].exists()}
-    model = load_source(SourceConfig(checkpoint=checkpoint))
+        files = {name: paths for name, paths in files.items() if not targets[name].exists()}
     predictor = _predictor(model, inference or InferenceConfig(), where)
     data = _preparation(model)
     log(
@@ -68,14 +76,14 @@ def predict_images(
     dtype = "uint8" if len(model.classes) <= 256 else "int16"
     with log.progress("images") as bar:
         task = bar.add_task("Predicting", total=len(files), note="")
-        for name, path in files.items():
+        for name, paths in files.items():
             try:
-                case = read_image(path, name, data)
+                case = read_image(paths, name, data, channels)
             except DataError as error:
                 problems.extend(error.problems)
                 bar.update(task, advance=1, note=name)
                 continue
-            segmentation = predict(predictor, case, full=True)
+            segmentation = predict(predictor, case, model.structures, full=True)
             grid = case.grid
             values = grid.to_file(segmentation).astype(dtype)
             write_nifti(targets[name], values, grid.affine, grid.codes)
@@ -88,32 +96,55 @@ def predict_images(
     return written
 
 
-def _files(images: Sequence[Path]) -> dict[str, Path]:
-    """Name -> image. Raises: DataError with a line for each file that cannot be used."""
-    found: dict[str, Path] = {}
+def _files(
+    images: Sequence[Path], suffixes: list[str], channels: list[str]
+) -> dict[str, tuple[Path, ...]]:
+    """Case -> its files. Raises: DataError with a line for each file that cannot be used."""
+    if len(suffixes) not in (1, len(channels)):
+        raise ConfigError(
+            f"--suffix: expected one for each of the {len(channels)} channels "
+            f"({', '.join(channels)}), got {len(suffixes)}"
+        )
     problems: list[str] = []
+    by_name: dict[str, dict[str, Path]] = {}
     for given in images:
         paths = volumes_in(given) if given.is_dir() else [given]
         if not paths:
             problems.append(f"{given}: no image in this folder")
         for path in paths:
-            name = stem(path)
-            if name in found:
-                problems.append(f"{path}: has the same name as {found[name]}")
+            suffix = next((s for s in suffixes if stem(path).endswith(s)), None)
+            if suffix is None:
+                # In a folder it is another contrast.
+                if path == given:
+                    problems.append(f"{path}: its name ends in none of {', '.join(suffixes)}")
                 continue
-            found[name] = path
+            case = by_name.setdefault(stem(path).removesuffix(suffix), {})
+            if suffix in case:
+                problems.append(f"{path}: has the same name as {case[suffix]}")
+            else:
+                case[suffix] = path
+    cases: dict[str, tuple[Path, ...]] = {}
+    for name, case in by_name.items():
+        if missing := [suffix for suffix in suffixes if suffix not in case]:
+            problems.append(f"{name}: no image {', '.join(name + suffix for suffix in missing)}")
+        else:
+            cases[name] = tuple(case[suffix] for suffix in suffixes)
+    for files in cases.values():
+        for path in files:
             try:
-                check_readable(path)
+                check_readable(path, len(channels) if len(files) == 1 else 1)
             except DataError as error:
                 problems.extend(error.problems)
-    if problems or not found:
+    if problems or not cases:
         raise DataError(problems or ["--image: expected at least one image, got none"])
-    return found
+    return cases
 
 
-def _check_targets(files: dict[str, Path], targets: dict[str, Path], overwrite: bool) -> None:
+def _check_targets(
+    files: dict[str, tuple[Path, ...]], targets: dict[str, Path], overwrite: bool
+) -> None:
     for name, target in targets.items():
-        if target.resolve() == files[name].resolve():
+        if target.resolve() in [path.resolve() for path in files[name]]:
             raise ConfigError(f"--output: {target} is the image itself; choose another folder")
     held = [str(target) for target in targets.values() if target.exists()]
     if held and not overwrite:
@@ -132,7 +163,8 @@ def _predictor(model: SourceModel, inference: InferenceConfig, device: torch.dev
             f"{model.path}: does not say with which patches it was trained; give --patch-size"
         )
     predictor = Predictor(model.network.to(device), dims, patch, inference)
-    check_forward(model.network, predictor.patch, len(model.classes), "--patch-size")
+    outputs, channels = model.structures.num_outputs, len(model.channels)
+    check_forward(model.network, predictor.patch, outputs, channels, "--patch-size")
     return predictor
 
 

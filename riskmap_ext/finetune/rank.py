@@ -14,13 +14,9 @@ from riskmap_ext.finetune.config import Config, SourceConfig
 from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_csv
+from riskmap_ext.finetune.plan import check_preprocessing, predictor_of_source, read_cases
 from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.run import (
-    check_preprocessing,
-    mapper_of,
-    predictor_of_source,
-    read_cases,
-)
+from riskmap_ext.finetune.run import mapper_of
 from riskmap_ext.finetune.workspace import check_folder, check_threads, run_device, torch_state
 
 
@@ -67,8 +63,11 @@ def rank_sources(
         sources = [
             load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
         ]
-        predictors = [predictor_of_source(config, source, device) for source in sources]
         cases = cases or read_cases(config, log)
+        shared_config = config.model_copy(update={"source": shared})
+        predictors = [
+            predictor_of_source(shared_config, source, cases.channels, device) for source in sources
+        ]
         for note in cases.notes:
             log.warn(note)
         ranked = []

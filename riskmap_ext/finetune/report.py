@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,8 +28,9 @@ from rich.text import Text
 from torch import Tensor
 
 from riskmap_ext.finetune.data import Case
-from riskmap_ext.finetune.evaluate import class_counts, class_means, mean_without_nan
+from riskmap_ext.finetune.evaluate import mean_without_nan, structure_counts, structure_means
 from riskmap_ext.finetune.files import write_csv
+from riskmap_ext.finetune.memory import gib, process_memory
 
 # Tried for letters that matplotlib's own font lacks.
 _WIDE_FONTS = (
@@ -106,6 +109,7 @@ class Log:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            _Memory(),
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
@@ -124,23 +128,42 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f} {self._unit}/s" if speed else f"{MISSING} {self._unit}/s")
 
 
+class _Memory(ProgressColumn):
+    """What the process holds, and the most that a GPU has held for it."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Task) -> Text:
+        parts = []
+        if (held := process_memory()) is not None:
+            parts.append(gib(held))
+        if torch.cuda.is_initialized():
+            parts.append(f"GPU {gib(torch.cuda.max_memory_allocated())}")
+        return Text(", ".join(parts))
+
+
 class Metrics:
     """metrics.csv, one row per validation, and the same as TensorBoard events."""
 
     def __init__(
         self,
         path: Path,
-        classes: Sequence[str],
+        structures: Sequence[str],
         tensorboard: Path | None,
         rows: Sequence[dict[str, float]] = (),
+        *,
+        writes: bool = True,
     ) -> None:
-        """rows: those of the run that is gone on with; what came after them is dropped."""
-        self._path = path
-        self._names = [f"dice_{name}" for name in classes[1:]]
+        """rows: those of the run that is gone on with; what came after them is dropped.
+
+        writes: false for all processes but one.
+        """
+        self._path = path if writes else None
+        self._names = [f"dice_{name}" for name in structures]
         self.header = ["step", "train_loss", *self._names, "mean_dice", "lr", "seconds"]
         self.rows = list(rows)
         self._writer: Any = None
-        if tensorboard is not None:
+        if tensorboard is not None and writes:
             # Slow to import, and not wanted by every run.
             from torch.utils.tensorboard import SummaryWriter
 
@@ -154,7 +177,8 @@ class Metrics:
         values = [step, loss, *dice, mean, lr, seconds]
         row = dict(zip(self.header, values, strict=True))
         self.rows.append(row)
-        write_csv(self._path, self.header, [map(_plain, r.values()) for r in self.rows])
+        if self._path is not None:
+            write_csv(self._path, self.header, [map(_plain, r.values()) for r in self.rows])
         if self._writer is not None:
             for name, value in row.items():
                 if name not in ("step", "seconds") and not math.isnan(value):
@@ -162,37 +186,46 @@ class Metrics:
             self._writer.flush()
         return row
 
+    @property
+    def has_pictures(self) -> bool:
+        return self._writer is not None
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """picture: [H, W, 3] uint8."""
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-def write_dice(path: Path, table: Mapping[str, Sequence[float]], classes: Sequence[str]) -> None:
-    """dice.csv: a row per case, then the mean over the cases that have the class, and how many."""
-    count = len(classes)
-    means = class_means(table, count)
+def write_dice(path: Path, table: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    """dice.csv: a row per case, then the mean over those that have the structure, and how many."""
+    count = len(names)
+    means = structure_means(table, count)
     rows = [[name, *row, mean_without_nan(row)] for name, row in table.items()]
     rows.append(["mean", *means, mean_without_nan(means)])
-    counts = class_counts(table, count)
+    counts = structure_counts(table, count)
     rows.append(["cases_with_class", *counts, sum(value > 0 for value in counts)])
-    write_csv(path, ["case", *classes[1:], "mean"], [map(_plain, row) for row in rows])
+    write_csv(path, ["case", *names, "mean"], [map(_plain, row) for row in rows])
 
 
-def dice_table(table: Mapping[str, Sequence[float]], classes: Sequence[str], title: str) -> Table:
-    """Dice per class over all cases, for the terminal and the log."""
-    count = len(classes)
+def dice_table(table: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Table:
+    """Dice per class or region over all cases, for the terminal and the log."""
+    count = len(names)
     shown = Table(title=title)
     for column in ("class", "mean Dice", "lowest", "highest", "cases with the class"):
         shown.add_column(column, justify="left" if column == "class" else "right")
-    means, counts = class_means(table, count), class_counts(table, count)
-    for i, name in enumerate(classes[1:]):
+    means, counts = structure_means(table, count), structure_counts(table, count)
+    for i, name in enumerate(names):
         known = [row[i] for row in table.values() if not math.isnan(row[i])] or [math.nan]
         cells = [number(v) for v in (means[i], min(known), max(known))]
         shown.add_row(name, *cells, f"{counts[i]} of {len(table)}")
     scored = sum(value > 0 for value in counts)
     shown.add_section()
     overall = number(mean_without_nan(means))
-    shown.add_row("mean", overall, "", "", f"{scored} of {count - 1} classes")
+    shown.add_row("mean", overall, "", "", f"{scored} of {count} classes")
     return shown
 
 
@@ -213,7 +246,7 @@ def write_overlay(
     with _any_letters():
         overlay(
             folder / f"{case.name}.png",
-            ras(case.image),
+            ras(case.image[0]),
             labels=ras(case.label),
             prediction=ras(prediction),
             risk=ras(risk),
@@ -221,6 +254,23 @@ def write_overlay(
             title=case.name,
             zooms=case.grid.ras_spacing(),
         )
+
+
+def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
+    """Image, labels and prediction side by side, [H, 3 W, 3] uint8: the slice with most label."""
+    label = case.grid.to_ras(case.label)
+    z = int((label > 0).sum(axis=(0, 1)).argmax())
+    image = case.grid.to_ras(case.image[0])[..., z]
+    low, high = np.percentile(image, (1, 99))
+    grey = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)[..., None]
+    panels = [np.broadcast_to(grey, (*grey.shape[:2], 3))]
+    for classes in (label[..., z], case.grid.to_ras(prediction)[..., z]):
+        # Distinct hues, a golden angle apart.
+        hue = (classes[..., None] * 0.618 + np.array([0, 1 / 3, 2 / 3])) % 1
+        colour = np.clip(np.abs(6 * hue - 3) - 1, 0, 1)
+        panels.append(np.where(classes[..., None] > 0, 0.5 * grey + 0.5 * colour, grey))
+    rotated = [np.rot90(panel) for panel in panels]
+    return (255 * np.concatenate(rotated, axis=1)).astype(np.uint8)
 
 
 @contextmanager

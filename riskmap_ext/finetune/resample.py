@@ -23,13 +23,20 @@ _BYTES_PER_VOXEL = 64
 def resample(
     volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
 ) -> tuple[list[Tensor], np.ndarray]:
-    """[image, label, mask] at `spacing` mm: image linearly, label and mask to the nearest voxel."""
+    """[image, label, mask] at `spacing` mm: image linearly, label and mask to the nearest voxel.
+
+    The image is [M, X, Y, Z], label and mask are [X, Y, Z].
+    """
     out = []
     for volume, mode in zip(volumes, ("bilinear", "nearest", "nearest"), strict=True):
-        meta = MetaTensor(volume[None].float(), affine=torch.as_tensor(affine))
+        lead = volume.shape[:-3]
+        meta = MetaTensor(
+            volume.reshape(-1, *volume.shape[-3:]).float(), affine=torch.as_tensor(affine)
+        )
         resampled = Spacing(pixdim=spacing, mode=mode, padding_mode="border")(meta)
         assert isinstance(resampled, MetaTensor)
-        out.append(resampled.as_tensor()[0].to(volume.dtype).contiguous())
+        values = resampled.as_tensor().reshape(*lead, *resampled.shape[-3:])
+        out.append(values.to(volume.dtype).contiguous())
         moved = np.asarray(resampled.affine, dtype=np.float64)
     return out, moved
 

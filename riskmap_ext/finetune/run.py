@@ -9,33 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from riskmap_ext._files import digest
 from riskmap_ext.finetune.checkpoint import (
     RESUME_FILE,
     KeyReport,
     SourceModel,
     load_source,
     save_checkpoint,
-    start_from_source,
 )
-from riskmap_ext.finetune.config import Config, NetworkConfig
-from riskmap_ext.finetune.data import Case, Cases, prepare_cases
+from riskmap_ext.finetune.config import Config
+from riskmap_ext.finetune.data import Case, Cases
 from riskmap_ext.finetune.errors import ConfigError
-from riskmap_ext.finetune.evaluate import class_means, dice_per_class, mean_without_nan, predict
+from riskmap_ext.finetune.evaluate import (
+    dice_per_structure,
+    mean_without_nan,
+    predict,
+    structure_means,
+)
 from riskmap_ext.finetune.files import write_json, write_nifti
 from riskmap_ext.finetune.maps import SourceMapper, SourceMaps, write_maps
-from riskmap_ext.finetune.network import (
-    Predictor,
-    build_network,
-    check_forward,
-    patch_size,
-    spatial_dims,
-    without_channels,
+from riskmap_ext.finetune.network import Predictor
+from riskmap_ext.finetune.plan import (
+    Plan,
+    check_preprocessing,
+    make_plan,
+    predictor_of_source,
+    preprocessing,
+    read_cases,
+    tell_plan,
 )
+from riskmap_ext.finetune.processes import Processes, processes
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
-from riskmap_ext.finetune.sampling import flip_axes
+from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
 from riskmap_ext.finetune.workspace import (
     check_output,
@@ -73,29 +79,13 @@ class FinetuneResult:
         return self.output / "last.pt"
 
 
-@dataclass
-class _Run:
-    """Everything that is known once all inputs are checked."""
-
-    config: Config
-    log: Log
-    device: torch.device
-    cases: Cases
-    source: SourceModel | None
-    source_predictor: Predictor | None
-    network_config: NetworkConfig
-    network: nn.Module
-    predictor: Predictor
-    patch: list[int]
-    keys: KeyReport | None
-    inputs: str
-    resumed: dict[str, Any] | None
-
-
 def finetune(
     config: Config, *, cases: Cases | None = None, progress: bool = True, resume: bool = False
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
+
+    Started by torchrun, the processes share each batch, the source's maps and the validation; the
+    first of them writes.
 
     Args:
         config: from load_config, or built in code.
@@ -106,37 +96,62 @@ def finetune(
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written.
     """
-    log = Log(quiet=not progress)
+    device = run_device(config)
+    with processes(device) as group:
+        log = Log(quiet=not (progress and group.is_main))
+        return _finetune(config, cases, device, group, log, resume)
+
+
+def _finetune(
+    config: Config,
+    cases: Cases | None,
+    device: torch.device,
+    group: Processes,
+    log: Log,
+    resume: bool,
+) -> FinetuneResult:
     started = time.perf_counter()
-    resumed = unfinished_run(config) if resume else None
+    check_threads(config)
+    resumed = group.together(lambda: unfinished_run(config)) if resume else None
     if resume and resumed is None:  # nothing that would be lost
         config = config.model_copy(update={"overwrite": True})
     if resumed is None:
-        check_output(config)
-    check_threads(config)
-    device = run_device(config)
+        group.on_main(lambda: check_output(config))
     with told_when_stopped(config, log), torch_state(config, device):
-        run = _prepare(config, cases, device, log, resumed)
-        maps = _source_maps(run)
-        trained = _train(run, maps)
-        table = _evaluate(run, maps, trained.predictions)
-    (config.output / RESUME_FILE).unlink(missing_ok=True)
-    classes = run.cases.classes
-    means = class_means(table, len(classes))
+        plan = group.together(lambda: make_plan(config, cases, device, group, log, resumed))
+        group.on_main(lambda: _begin(plan))
+        maps = _source_maps(plan)
+        trained = _train(plan, maps)
+        table = _evaluate(plan, maps, trained.predictions)
+    if group.is_main:
+        (config.output / RESUME_FILE).unlink(missing_ok=True)
+    names = list(plan.cases.structures.scored)
+    means = structure_means(table, len(names))
     seconds = time.perf_counter() - started
     log(f"Done in {seconds:.1f} s: {config.output}")
     return FinetuneResult(
         config.output,
-        classes,
-        dict(zip(classes[1:], means, strict=True)),
+        plan.cases.classes,
+        dict(zip(names, means, strict=True)),
         mean_without_nan(means),
-        {name: dict(zip(classes[1:], row, strict=True)) for name, row in table.items()},
+        {name: dict(zip(names, row, strict=True)) for name, row in table.items()},
         None if maps is None else maps.score,
         None if maps is None else maps.remark,
-        run.keys,
+        plan.models.keys,
         trained.history,
         seconds,
     )
+
+
+def _begin(plan: Plan) -> None:
+    """The output folder, and what the plan says in its log."""
+    config, resumed = plan.config, plan.resumed
+    claim_output(config, plan.log, resumed=resumed is not None)
+    if resumed is not None:
+        plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
+    tell_plan(plan)
+    if plan.models.keys is not None and resumed is None:
+        write_json(config.output / "keys.json", plan.models.keys.as_dict())
 
 
 def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
@@ -153,151 +168,20 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     device = run_device(config)
     with told_when_stopped(config, log), torch_state(config, device):
         source = load_source(config.source)
-        predictor = predictor_of_source(config, source, device)
         cases = read_cases(config, log)
+        predictor = predictor_of_source(config, source, cases.channels, device)
         claim_output(config, log)
         for note in cases.notes:
             log.warn(note)
         check_preprocessing(config, source, log)
         log.stage = "before all maps were made"
-        maps = _map_cases(config, log, source, predictor, cases, cases.validation)
-        for case in _drawn(config, [*cases.train, *cases.validation]):
+        mapped = cases.train, cases.validation
+        maps = _map_cases(config, log, source, predictor, cases, mapped[1], Processes(), None)
+        for case in _drawn(config, [*mapped[0], *mapped[1]]):
             risk = maps.risk[case.name]
             write_overlay(config.output / "overlays", case, cases.classes, None, risk)
     log(f"Done: {config.output}")
     return maps
-
-
-def read_cases(config: Config, log: Log) -> Cases:
-    with log.progress("cases") as bar:
-        task = bar.add_task("Reading", total=None, note="")
-
-        def advance(total: int, name: str) -> None:
-            bar.update(task, total=total, advance=1, note=name)
-
-        return prepare_cases(config, advance)
-
-
-def _prepare(
-    config: Config,
-    cases: Cases | None,
-    device: torch.device,
-    log: Log,
-    resumed: dict[str, Any] | None,
-) -> _Run:
-    """Checks every input, then makes the output folder."""
-    if config.train.amp == "fp16" and device.type != "cuda":
-        raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
-    source = None if config.source is None else load_source(config.source)
-    source_predictor = None if source is None else predictor_of_source(config, source, device)
-    network_config = config.network or (source.config if source else None)
-    assert network_config is not None  # Config asks for one of the two
-    dims = spatial_dims(network_config)
-    patch = patch_size(config, dims)
-    cases = cases or read_cases(config, log)
-    count = len(cases.classes)
-    network_config = without_channels(network_config, count, "network.args")
-    weights = config.loss.class_weights
-    if isinstance(weights, list) and len(weights) != count:
-        raise ConfigError(f"loss.class_weights: expected {count} numbers, got {len(weights)}")
-    network = build_network(network_config, count).to(device)
-    check_forward(network, patch, count, "train.patch_size")
-    predictor = Predictor(network, dims, patch, config.inference)
-    check_forward(network, predictor.patch, count, "inference.patch_size")
-    flip_axes(cases.train[0], dims, config.train.augment)
-    keys = None
-    if source is not None and config.source is not None and config.source.initialize:
-        keys = start_from_source(network, network_config, count, source, config.source.head)
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"classes": cases.classes})}
-    )
-    inputs = digest(None if source is None else source.digest, [c.digest for c in cases.train])
-    if resumed is not None and resumed["inputs"] != inputs:
-        raise ConfigError(
-            "--resume: the source checkpoint or the training cases have changed since the run was "
-            "begun; overwrite=true without --resume starts anew"
-        )
-    claim_output(config, log, resumed=resumed is not None)
-    if resumed is not None:
-        log(f"Going on after step {resumed['step']} of {config.train.steps}")
-    for note in cases.notes:
-        log.warn(note)
-    log(
-        f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
-        + ", ".join(cases.classes)
-    )
-    parameters = sum(p.numel() for p in network.parameters())
-    if config.data.spacing is not None:
-        _warn_of_small_volumes(cases, patch, log)
-    log(f"{network_config.name}, {parameters:,} parameters, patches of {patch}, on {device}")
-    if source is not None:
-        check_preprocessing(config, source, log)
-    if keys is not None:
-        log(f"Weights from {config.source.checkpoint}: {keys.summary()}")  # type: ignore[union-attr]
-        if resumed is None:
-            write_json(config.output / "keys.json", keys.as_dict())
-        if len(keys.loaded) * 2 < len(network.state_dict()):
-            log.warn("less than half of the network's weights come from the source")
-    return _Run(
-        config,
-        log,
-        device,
-        cases,
-        source,
-        source_predictor,
-        network_config,
-        network,
-        predictor,
-        patch,
-        keys,
-        inputs,
-        resumed,
-    )
-
-
-def _warn_of_small_volumes(cases: Cases, patch: list[int], log: Log) -> None:
-    small = [
-        case
-        for case in cases.train
-        if any(2 * n < p for n, p in zip(case.image.shape, patch, strict=False))
-    ]
-    if small:
-        shape = list(small[0].image.shape)
-        log.warn(
-            f"data.spacing makes {len(small)} of {len(cases.train)} training volumes less than "
-            f"half as large as the patch {patch} (such as {small[0].name}, {shape}): most of each "
-            "crop lies outside the image; use a finer spacing or a smaller train.patch_size"
-        )
-
-
-def _preprocessing(config: Config, patch: list[int]) -> dict[str, Any]:
-    data = config.data
-    return {
-        "spacing": data.spacing,
-        "normalize": data.normalize,
-        "image_foreground": data.image_foreground,
-        "slice_axis": data.slice_axis,
-        "patch_size": patch,
-    }
-
-
-def check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
-    mine = _preprocessing(config, [])
-    for key, theirs in source.preprocessing.items():
-        if key in mine and key != "patch_size" and mine[key] != theirs:
-            log.warn(
-                f"the source was trained with data.{key}={theirs}, this run has {mine[key]}; its "
-                "logits and the maps may suffer"
-            )
-
-
-def predictor_of_source(config: Config, source: SourceModel, device: torch.device) -> Predictor:
-    dims = spatial_dims(source.config, "source.network.args")
-    # The source sees windows of the size it was trained with.
-    patch = source.preprocessing.get("patch_size") or patch_size(config, dims)
-    predictor = Predictor(source.network.to(device), dims, patch, config.inference)
-    check_forward(source.network, predictor.patch, len(source.classes), "inference.patch_size")
-    return predictor
 
 
 def mapper_of(
@@ -306,6 +190,8 @@ def mapper_of(
     predictor: Predictor,
     cases: Cases,
     progress: Callable[[str], Any],
+    group: Processes | None = None,
+    store: TensorStore | None = None,
 ) -> SourceMapper:
     """Statistics and maps of a source as `config` has them, with its cache."""
     return SourceMapper(
@@ -313,9 +199,15 @@ def mapper_of(
         predictor,
         len(cases.classes),
         config.risk,
-        {"patch_size": predictor.patch, "overlap": config.inference.overlap},
+        {
+            "patch_size": predictor.patch,
+            "overlap": config.inference.overlap,
+            "channels": predictor.channels,
+        },
         config.cache or config.output / "cache",
         progress,
+        group,
+        store,
     )
 
 
@@ -326,13 +218,18 @@ def _map_cases(
     predictor: Predictor,
     cases: Cases,
     others: list[Case],
+    group: Processes,
+    store: TensorStore | None,
 ) -> SourceMaps:
     with log.progress("cases") as bar:
-        total = 3 * len(cases.train) + len(others)
+        total = sum(len(group.share(each)) for each in (cases.train, cases.train))
+        total += len(cases.train) + len(others)
         task = bar.add_task("Source model", total=total, note="")
-        mapper = mapper_of(
-            config, source, predictor, cases, lambda note: bar.update(task, advance=1, note=note)
-        )
+
+        def advance(note: str) -> None:
+            bar.update(task, advance=1, note=note)
+
+        mapper = mapper_of(config, source, predictor, cases, advance, group, store)
         maps = mapper.run(cases.train, others)
     lo, hi = maps.hardness_range
     cached = f" ({maps.num_cached} maps from the cache)" if maps.num_cached else ""
@@ -340,75 +237,99 @@ def _map_cases(
     if maps.remark:
         log.warn(maps.remark)
     if config.write.maps:
-        for case in (*cases.train, *others):
+        for case in group.share([*cases.train, *others]):
             write_maps(config.output / "maps", case, maps)
     return maps
 
 
-def _source_maps(run: _Run) -> SourceMaps | None:
-    if run.source is None or run.source_predictor is None:
-        run.log("No source model: plain training")
+def _source_maps(plan: Plan) -> SourceMaps | None:
+    config, models = plan.config, plan.models
+    if models.source is None or models.source_predictor is None:
+        plan.log("No source model: plain training")
         return None
     # Maps of validation cases are only looked at: neither statistics nor training see them.
-    shown = run.config.write.maps or bool(run.config.write.overlays)
-    others = run.cases.validation if shown else []
-    maps = _map_cases(run.config, run.log, run.source, run.source_predictor, run.cases, others)
-    if not run.config.risk.use:
-        run.log("risk.use is false: the loss takes no risk map")
+    shown = config.write.maps or bool(config.write.overlays)
+    others = plan.cases.validation if shown else []
+    maps = _map_cases(
+        config,
+        plan.log,
+        models.source,
+        models.source_predictor,
+        plan.cases,
+        others,
+        plan.processes,
+        plan.store,
+    )
+    if not config.risk.use:
+        plan.log("risk.use is false: the loss takes no risk map")
     return maps
 
 
-def _train(run: _Run, maps: SourceMaps | None) -> Trained:
-    preprocessing = _preprocessing(run.config, run.patch)
+def _train(plan: Plan, maps: SourceMaps | None) -> Trained:
+    models, cases = plan.models, plan.cases
+    prepared = preprocessing(plan.config, models.patch, cases)
 
     def save(path: Path, progress: dict[str, Any]) -> None:
-        classes = run.cases.classes
-        save_checkpoint(path, run.network, run.network_config, classes, preprocessing, progress)
+        save_checkpoint(
+            path,
+            models.network,
+            models.config,
+            cases.structures,
+            cases.channels,
+            prepared,
+            progress,
+        )
 
     setup = TrainSetup(
-        run.config,
-        run.log,
-        run.device,
-        run.cases,
-        run.network,
-        run.predictor,
-        run.patch,
-        maps.risk if maps is not None and run.config.risk.use else None,
+        plan.config,
+        plan.log,
+        plan.device,
+        plan.processes,
+        cases,
+        plan.store,
+        models.network,
+        models.predictor,
+        models.patch,
+        maps.risk if maps is not None and plan.config.risk.use else None,
         save,
-        run.inputs,
-        run.resumed,
+        plan.inputs,
+        plan.resumed,
     )
     return train_network(setup)
 
 
 def _evaluate(
-    run: _Run, maps: SourceMaps | None, predictions: dict[str, Tensor]
+    plan: Plan, maps: SourceMaps | None, predictions: dict[str, Tensor]
 ) -> dict[str, list[float]]:
     """Dice at the files' resolution; writes dice.csv, predictions/ and overlays/."""
-    config, classes = run.config, run.cases.classes
-    table = {}
-    for case in run.cases.validation:
+    config, cases, group = plan.config, plan.cases, plan.processes
+    structures = cases.structures
+    mine = {}
+    for case in group.share(cases.validation):
         prediction = predictions[case.name]
         if case.grid.resampled:
-            prediction = predict(run.predictor, case, full=True)
-        table[case.name] = dice_per_class(prediction, case.full_label, len(classes))
+            prediction = predict(plan.models.predictor, case, structures, full=True)
+        mine[case.name] = dice_per_structure(prediction, case.full_label, structures)
         if config.write.predictions:
-            dtype = "uint8" if len(classes) <= 256 else "int16"
+            dtype = "uint8" if len(structures.classes) <= 256 else "int16"
             write_nifti(
                 config.output / "predictions" / f"{case.name}.nii.gz",
                 case.grid.to_file(prediction).astype(dtype),
                 case.grid.affine,
                 case.grid.codes,
             )
+    table = group.merged(mine, [case.name for case in cases.validation])
     if not table:
-        run.log("No validation cases: no Dice")
-        return table
-    write_dice(config.output / "dice.csv", table, classes)
-    run.log.table(dice_table(table, classes, f"Dice of {len(table)} validation cases"))
-    for case in _drawn(config, run.cases.validation):
+        plan.log("No validation cases: no Dice")
+    elif group.is_main:
+        names = list(structures.scored)
+        write_dice(config.output / "dice.csv", table, names)
+        title = f"Dice of {len(table)} validation cases"
+        plan.log.table(dice_table(table, names, title))
+    for case in group.share(_drawn(config, cases.validation)):
         risk = None if maps is None else maps.risk[case.name]
         folder = config.output / "overlays"
-        write_overlay(folder, case, classes, predictions[case.name], risk)
+        write_overlay(folder, case, structures.classes, predictions[case.name], risk)
     return table
 
 

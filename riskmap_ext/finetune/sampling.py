@@ -12,30 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from riskmap_ext._files import digest
 from riskmap_ext.finetune.config import IGNORE_INDEX, AugmentConfig, TrainConfig
 from riskmap_ext.finetune.data import Case
 from riskmap_ext.finetune.errors import ConfigError
+from riskmap_ext.finetune.storage import TensorStore
 
 
 @dataclass(frozen=True)
 class Batch:
-    """image [B, 1, *P] float32; label [B, *P] int16; foreground [B, *P] bool; risk [B, *P]."""
+    """image [B, M, *P] float32; label [B, *P] int16; foreground [B, *P] bool; risk [B, *P].
+
+    cases: the case that each crop is of.
+    """
 
     image: Tensor
     label: Tensor
     foreground: Tensor
     risk: Tensor | None
+    cases: list[str]
 
 
 @dataclass(frozen=True)
 class _Volume:
-    """image [N, 1, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume."""
+    """image [N, M, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume."""
 
+    name: str
     image: Tensor
     guides: Tensor
     spacing: np.ndarray
     class_voxels: list[np.ndarray]
-    intensity_unit: float
+    intensity_unit: np.ndarray
 
 
 def flip_axes(case: Case, dims: int, augment: AugmentConfig) -> list[int]:
@@ -54,7 +61,7 @@ def _storage_device(cases: Sequence[Case], device: torch.device) -> torch.device
     """Volumes live on the GPU where they take less than half of its free memory."""
     if device.type != "cuda":
         return device
-    needed = sum(4 * 4 * case.image.numel() for case in cases)
+    needed = sum(4 * (case.image.numel() + 3 * case.label.numel()) for case in cases)
     free, _ = torch.cuda.mem_get_info(device)
     return device if 2 * needed < free else torch.device("cpu")
 
@@ -78,31 +85,39 @@ class CropSampler:
         *,
         seed: int,
         device: torch.device,
+        store: TensorStore | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
+        """part: (rank, processes); each process draws its share of one and the same batch."""
         self._dims = len(patch)
         self._patch = np.array(patch)
         self._train = train
         self._device = device
         self._with_risk = risk is not None
-        self._home = _storage_device(cases, device)
+        self._files = store or TensorStore()
+        disk = self._files.folder is not None
+        self._home = torch.device("cpu") if disk else _storage_device(cases, device)
+        rank, processes = part
+        share = train.batch_size // processes
+        self._mine = slice(rank * share, (rank + 1) * share)
         self._flip_axes = flip_axes(cases[0], self._dims, train.augment)
         self._volumes = [
             self._store(case, None if risk is None else risk[case.name]) for case in cases
         ]
         self._rng = np.random.default_rng(seed)
-        self._noise = torch.Generator(device).manual_seed(seed)
+        self._noise = torch.Generator(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where both generators stand, in tensors and plain numbers."""
-        return {"rng": self._rng.bit_generator.state, "noise": self._noise.get_state()}
+        """Where the generator stands, in plain numbers."""
+        return {"rng": self._rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]
-        self._noise.set_state(state["noise"])
 
     def next_batch(self) -> Batch:
         picks = [self._pick() for _ in range(self._train.batch_size)]
-        theta = np.stack([self._theta(volume, start) for volume, _, start in picks])
+        turned = [self._theta(volume, start) for volume, _, start in picks]
+        picks, theta = picks[self._mine], np.stack(turned[self._mine])
         size = [len(picks), 1, *self._patch.tolist()]
         grids = F.affine_grid(
             torch.from_numpy(theta.astype(np.float32)), size, align_corners=False
@@ -119,12 +134,13 @@ class CropSampler:
             label=torch.where(outside, float(IGNORE_INDEX), guide[:, 0]).to(torch.int16),
             foreground=(guide[:, 1] > 0) & ~outside,
             risk=torch.where(outside, 0.0, guide[:, 2]) if self._with_risk else None,
+            cases=[volume.name for volume, _, _ in picks],
         )
 
     def _store(self, case: Case, risk: Tensor | None) -> _Volume:
-        risk = torch.ones_like(case.image) if risk is None else risk
+        risk = torch.ones(case.label.shape) if risk is None else risk
         guides = torch.stack([case.label.float(), case.mask.float(), risk.float()])
-        image = case.image[None]
+        image = case.image
         if self._dims == 2:
             # Each slice contiguous: [slices, channels, X, Y].
             image, guides = (v.permute(3, 0, 1, 2) for v in (image, guides))
@@ -134,13 +150,18 @@ class CropSampler:
         foreground = np.flatnonzero(label > 0)
         order = np.argsort(label[foreground], kind="stable")
         _, first = np.unique(label[foreground][order], return_index=True)
-        inside = case.image[case.mask]
+        inside = case.image[:, case.mask].numpy()
+        kept = {"image": image.contiguous(), "guides": guides.contiguous()}
+        if self._files.folder is not None:
+            made_of = digest(case.digest, risk, self._dims)
+            kept = self._files.keep(f"crops-{made_of[:32]}", kept)
         return _Volume(
-            image.contiguous().to(self._home),
-            guides.contiguous().to(self._home),
+            case.name,
+            kept["image"].to(self._home),
+            kept["guides"].to(self._home),
             np.array(case.grid.spacing[: self._dims]),
             np.split(foreground[order], first[1:]) if foreground.size else [],
-            float(inside.std(correction=0)),
+            inside.std(axis=1, dtype=np.float64),
         )
 
     def _pick(self) -> tuple[_Volume, int, np.ndarray]:
@@ -211,28 +232,38 @@ class CropSampler:
         )
 
     def _change_intensity(self, image: Tensor, units: np.ndarray) -> Tensor:
-        """Contrast, gamma, brightness and noise, drawn anew for each image of the batch."""
-        augment, rng, count = self._train.augment, self._rng, len(image)
-        per_image = (count, *(1,) * (image.dim() - 1))
+        """Contrast, gamma, brightness and noise, drawn anew for each image of the whole batch.
+
+        image: this process's part of it; units: [B, M] of the part.
+        """
+        augment, rng, count = self._train.augment, self._rng, self._train.batch_size
+        mine, lead = self._mine, image.shape[:2]
+        per_channel = (*lead, *(1,) * (image.dim() - 2))
 
         def column(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values.astype(np.float32)).view(per_image).to(image.device)
+            """[B] or [B, M] of the part, to be combined with its image."""
+            values = np.broadcast_to(values.reshape(len(values), -1), lead)
+            return torch.from_numpy(values.astype(np.float32)).view(per_channel).to(image.device)
 
-        chosen = rng.random(count) < augment.intensity_probability
+        chosen = (rng.random(count) < augment.intensity_probability)[mine]
+        contrast = rng.uniform(1 - augment.contrast, 1 + augment.contrast, count)[mine]
+        shift = rng.normal(0, augment.brightness, count)[mine, None] * units
+        reach = math.log(1 / (1 - augment.gamma))
+        gamma = np.exp(rng.uniform(-reach, reach, count))[mine]
         if chosen.any():
-            contrast = rng.uniform(1 - augment.contrast, 1 + augment.contrast, count)
-            shift = rng.normal(0, augment.brightness, count) * units
-            reach = math.log(1 / (1 - augment.gamma))
-            gamma = np.exp(rng.uniform(-reach, reach, count))
-            low, high = (edge.view(per_image) for edge in torch.aminmax(image.flatten(1), dim=1))
+            low, high = (edge.view(per_channel) for edge in torch.aminmax(image.flatten(2), dim=2))
             extent = (high - low).clamp(min=1e-6)
             bent = ((image - low) / extent).clamp(0, 1) ** column(gamma) * extent + low
-            mean = bent.flatten(1).mean(dim=1).view(per_image)
+            mean = bent.flatten(2).mean(dim=2).view(per_channel)
             changed = (bent - mean) * column(contrast) + mean + column(shift)
             image = torch.where(column(chosen) > 0, changed, image)
-        sigma = rng.uniform(0, augment.noise, count) * units
+        sigma = rng.uniform(0, augment.noise, count)
         sigma *= rng.random(count) < augment.noise_probability
-        if sigma.any():
-            noise = torch.randn(image.shape, generator=self._noise, device=image.device)
-            image = image + column(sigma) * noise
+        seeds = rng.integers(2**62, size=count)[mine]
+        for index, (scale, seed) in enumerate(zip(sigma[mine], seeds, strict=True)):
+            if scale > 0:
+                self._noise.manual_seed(int(seed))
+                noise = torch.randn(image[index].shape, generator=self._noise, device=image.device)
+                unit = torch.from_numpy((scale * units[index]).astype(np.float32))
+                image[index] += unit.view(per_channel[1:]).to(image.device) * noise
         return image

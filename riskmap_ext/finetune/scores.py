@@ -14,11 +14,11 @@ import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from rich.table import Table
 
-from riskmap_ext.finetune.data import read_labels
 from riskmap_ext.finetune.datalist import stem, volumes_in
 from riskmap_ext.finetune.errors import ConfigError, DataError
 from riskmap_ext.finetune.files import write_csv
 from riskmap_ext.finetune.report import Log, number
+from riskmap_ext.finetune.volumes import read_labels
 
 FOUND, MISSED, EXTRA, ABSENT = "found", "missed", "extra", "absent"
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT, write_checkpoint
-from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
+from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.data import Cases
-from riskmap_ext.finetune.errors import InputError
-from riskmap_ext.finetune.evaluate import class_means, dice_per_class, predict
-from riskmap_ext.finetune.network import Predictor, first_output
-from riskmap_ext.finetune.report import Log, Metrics, number
-from riskmap_ext.finetune.sampling import Batch, CropSampler
-from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.finetune.errors import InputError, ToldElsewhere
+from riskmap_ext.finetune.evaluate import dice_per_structure, predict, structure_means
+from riskmap_ext.finetune.files import write_json
+from riskmap_ext.finetune.network import Predictor
+from riskmap_ext.finetune.processes import Processes
+from riskmap_ext.finetune.report import Log, Metrics, number, segmentation_picture
+from riskmap_ext.finetune.sampling import CropSampler
+from riskmap_ext.finetune.stepper import Stepper
+from riskmap_ext.finetune.storage import TensorStore
 
 _CHECK_EVERY = 25
+NONFINITE_FILE = "nonfinite.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class TrainSetup:
     config: Config
     log: Log
     device: torch.device
+    processes: Processes
     cases: Cases
+    store: TensorStore
     network: nn.Module
     predictor: Predictor
     patch: list[int]
@@ -44,7 +52,10 @@ class TrainSetup:
 
 @dataclass(frozen=True)
 class Trained:
-    """Rows of metrics.csv and the trained network's predictions (prepared grid) by case name."""
+    """Rows of metrics.csv and the trained network's predictions (prepared grid) by case name.
+
+    Of several processes, each has the predictions of its own share of the cases.
+    """
 
     history: list[dict[str, float]]
     predictions: dict[str, Tensor]
@@ -59,7 +70,12 @@ def train_network(setup: TrainSetup) -> Trained:
 
     Raises: InputError when the loss is no longer finite.
     """
-    config, train, network = setup.config, setup.config.train, setup.network
+    config, train, network, group = (
+        setup.config,
+        setup.config.train,
+        setup.network,
+        setup.processes,
+    )
     sampler = CropSampler(
         setup.cases.train,
         setup.risk,
@@ -67,21 +83,27 @@ def train_network(setup: TrainSetup) -> Trained:
         train,
         seed=config.seed,
         device=setup.device,
+        store=setup.store,
+        part=(group.rank, group.size),
     )
-    step_of = _Stepper(setup)
+    step_of = Stepper(config, network, setup.cases, setup.device, group, setup.log)
     output = config.output
     resumed = setup.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}
     metrics = Metrics(
         output / "metrics.csv",
-        setup.cases.classes,
+        list(setup.cases.structures.scored),
         output / "tb" if config.write.tensorboard else None,
         resumed["metrics"],
+        writes=group.is_main,
     )
     best = resumed["best"]
     total, since = torch.zeros((), dtype=torch.float64, device=setup.device), 0
     started = time.perf_counter() - resumed["seconds"]
     if setup.resumed is not None:
         _restore(setup, step_of, sampler)
+    if not group.is_main:  # dropout of its own
+        torch.manual_seed(config.seed + 1_000_003 * group.rank + resumed["step"])
+    recent: deque[_Step] = deque(maxlen=_CHECK_EVERY)
     predictions: dict[str, Tensor] | None = None
     network.train()
     try:
@@ -90,21 +112,25 @@ def train_network(setup: TrainSetup) -> Trained:
             for step in range(resumed["step"] + 1, train.steps + 1):
                 setup.log.stage = f"at step {step}"
                 lr = step_of.lr
-                total += step_of(sampler.next_batch())
+                batches = [sampler.next_batch() for _ in range(train.accumulate)]
+                loss = step_of(batches)
+                recent.append(_Step(step, loss, [n for batch in batches for n in batch.cases]))
+                total += loss
                 since += 1
                 bar.update(task, advance=1)
                 last = step == train.steps
                 due = last or bool(train.validate_every and step % train.validate_every == 0)
-                if (due or step % _CHECK_EVERY == 0) and not math.isfinite(total.item()):
-                    raise InputError(
-                        f"train: the loss is not finite any more by step {step}; lower train.lr "
-                        f"({train.lr:g}) or set train.grad_clip"
-                    )
+                if not (due or step % _CHECK_EVERY == 0):
+                    continue
+                mean = group.mean(total).item() / since
+                if not math.isfinite(mean):
+                    _stop_at_nonfinite(setup, recent)
                 if not due:
                     continue
                 dice, predictions = _validate(setup)
                 seconds = time.perf_counter() - started
-                row = metrics.add(step, total.item() / since, dice, lr, seconds)
+                row = metrics.add(step, mean, dice, lr, seconds)
+                _show_case(setup, metrics, predictions, step)
                 total, since = torch.zeros_like(total), 0
                 setup.log(
                     f"step {step}/{train.steps}: loss {row['train_loss']:.4f}, mean Dice "
@@ -112,11 +138,12 @@ def train_network(setup: TrainSetup) -> Trained:
                 )
                 bar.update(task, note=f"Dice {number(row['mean_dice'])}")
                 state = {"step": step, "mean_dice": row["mean_dice"]}
-                setup.save(output / "last.pt", state)
-                if row["mean_dice"] > best or (best == -math.inf and last):
-                    best = max(best, row["mean_dice"])
-                    setup.save(output / "best.pt", state)
-                _keep(setup, step_of, sampler, metrics, step, best, seconds)
+                better = row["mean_dice"] > best or (best == -math.inf and last)
+                best = max(best, row["mean_dice"]) if better else best
+                keep = functools.partial(
+                    _keep, setup, step_of, sampler, metrics, state, best, better, seconds
+                )
+                group.on_main(keep)
     finally:
         metrics.close()
     setup.log.stage = "after the last step"
@@ -127,18 +154,23 @@ def train_network(setup: TrainSetup) -> Trained:
 
 def _keep(
     setup: TrainSetup,
-    step_of: _Stepper,
+    step_of: Stepper,
     sampler: CropSampler,
     metrics: Metrics,
-    step: int,
+    state: dict[str, Any],
     best: float,
+    better: bool,
     seconds: float,
 ) -> None:
-    cuda = setup.device.type == "cuda"
+    """last.pt, best.pt where it is better, and after them what --resume goes on from."""
+    output, cuda = setup.config.output, setup.device.type == "cuda"
+    setup.save(output / "last.pt", state)
+    if better:
+        setup.save(output / "best.pt", state)
     content = {
         "format": RESUME_FORMAT,
         "inputs": setup.inputs,
-        "step": step,
+        "step": state["step"],
         "best": best,
         "seconds": seconds,
         "metrics": metrics.rows,
@@ -148,10 +180,10 @@ def _keep(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(setup.device) if cuda else None,
     }
-    write_checkpoint(setup.config.output / RESUME_FILE, content)
+    write_checkpoint(output / RESUME_FILE, content)
 
 
-def _restore(setup: TrainSetup, step_of: _Stepper, sampler: CropSampler) -> None:
+def _restore(setup: TrainSetup, step_of: Stepper, sampler: CropSampler) -> None:
     state = setup.resumed
     assert state is not None
     setup.network.load_state_dict(state["network"])
@@ -162,91 +194,47 @@ def _restore(setup: TrainSetup, step_of: _Stepper, sampler: CropSampler) -> None
         torch.cuda.set_rng_state(state["cuda_rng"], setup.device)
 
 
-class _Stepper:
-    """One optimiser step per call; returns the loss, detached."""
-
-    def __init__(self, setup: TrainSetup) -> None:
-        train = setup.config.train
-        self._network = setup.network
-        options = setup.config.loss.model_dump(exclude={"class_weights"})
-        weight = class_weights(setup)
-        self._loss = RiskWeightedLoss(weight=weight, ignore_index=IGNORE_INDEX, **options)
-        self._optimizer = _optimizer(setup.network, train)
-        self._schedule = _schedule(self._optimizer, train)
-        self._clip = train.grad_clip
-        kind = setup.device.type
-        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[train.amp]
-        self._autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
-        self._scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = {"optimizer": self._optimizer, "schedule": self._schedule, "scaler": self._scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
-
-    @property
-    def lr(self) -> float:
-        return float(self._optimizer.param_groups[0]["lr"])
-
-    def __call__(self, batch: Batch) -> Tensor:
-        with self._autocast:
-            logits = first_output(self._network(batch.image))
-            loss = self._loss(logits, batch.label, batch.risk, batch.foreground)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
-        if self._clip is not None:
-            self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self._network.parameters(), self._clip)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._schedule.step()
-        return loss.detach()
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    loss: Tensor
+    cases: list[str]
 
 
-def class_weights(setup: TrainSetup) -> Tensor | None:
-    """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
-    wanted = setup.config.loss.class_weights
-    if wanted is None:
-        return None
-    if isinstance(wanted, list):
-        return torch.tensor(wanted, dtype=torch.float32, device=setup.device)
-    count = len(setup.cases.classes)
-    frequencies = torch.zeros(count, dtype=torch.float64)
-    for case in setup.cases.train:
-        valid = case.label[case.label != IGNORE_INDEX]
-        frequencies += torch.bincount(valid.long(), minlength=count)
-    frequencies /= frequencies.sum().clamp(min=1)
-    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
-    weights /= (weights * frequencies).sum().clamp(min=1e-12)
-    setup.log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
-    return weights.to(setup.device, torch.float32)
+def _stop_at_nonfinite(setup: TrainSetup, recent: Iterable[_Step]) -> NoReturn:
+    """Names the first step whose loss is not finite, and the cases of its crops."""
+    mine = next((s for s in recent if not math.isfinite(s.loss.item())), None)
+    steps = setup.processes.gather(None if mine is None else (mine.number, mine.cases))
+    known = [each for each in steps if each is not None]
+    step = min((number for number, _ in known), default=0)
+    cases = [name for number, names in known if number == step for name in names]
+    if not setup.processes.is_main:
+        raise ToldElsewhere("the loss is not finite any more")
+    path = setup.config.output / NONFINITE_FILE
+    write_json(path, {"step": step, "cases": cases})
+    train = setup.config.train
+    raise InputError(
+        f"train: the loss is not finite any more from step {step} on, with crops of "
+        f"{', '.join(dict.fromkeys(cases))} ({path}); lower train.lr ({train.lr:g}) or set "
+        "train.grad_clip"
+    )
 
 
 def _validate(setup: TrainSetup) -> tuple[list[float], dict[str, Tensor]]:
-    """Mean Dice per class over the validation cases, and the predictions, on the prepared grid."""
-    count = len(setup.cases.classes)
+    """Mean Dice per structure over the validation cases, and the predictions of this share."""
+    structures, group = setup.cases.structures, setup.processes
     cases = setup.cases.validation
-    predictions = {case.name: predict(setup.predictor, case) for case in cases}
-    table = {c.name: dice_per_class(predictions[c.name], c.label, count) for c in cases}
-    return class_means(table, count), predictions
+    shared = group.share(cases)
+    predictions = {case.name: predict(setup.predictor, case, structures) for case in shared}
+    mine = {c.name: dice_per_structure(predictions[c.name], c.label, structures) for c in shared}
+    table = group.merged(mine, [case.name for case in cases])
+    return structure_means(table, len(structures.scored)), predictions
 
 
-def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    shared: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
-    if train.optimizer == "SGD":
-        shared.update(momentum=train.momentum, nesterov=train.momentum > 0)
-    return getattr(torch.optim, train.optimizer)(network.parameters(), **shared)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
-    def factor(step: int) -> float:
-        done = min(step / train.steps, 1.0)
-        if train.schedule == "poly":
-            return (1 - done) ** 0.9
-        return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _show_case(
+    setup: TrainSetup, metrics: Metrics, predictions: dict[str, Tensor], step: int
+) -> None:
+    """The first validation case in TensorBoard."""
+    if metrics.has_pictures and setup.cases.validation:
+        case = setup.cases.validation[0]
+        metrics.picture(case.name, segmentation_picture(case, predictions[case.name]), step)

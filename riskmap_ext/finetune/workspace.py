@@ -18,6 +18,7 @@ from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT
 from riskmap_ext.finetune.config import DEVICE, Config
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_text
+from riskmap_ext.finetune.processes import local_rank, local_size
 from riskmap_ext.finetune.report import Log
 
 # Keys that may differ where an unfinished run is gone on with: none changes what is computed.
@@ -89,19 +90,38 @@ def device_of(wanted: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kernels = _library.no_cuda_reason() is None
     if wanted == "auto":
-        return torch.device("cuda" if count and kernels else "cpu")
+        return _own_gpu(count) if count and kernels else torch.device("cpu")
     device = torch.device(wanted)
+    if device.type == "cuda" and device.index is not None and local_size() > 1:
+        raise ConfigError(
+            f"device: {wanted} for each of {local_size()} processes; expected cuda, which gives "
+            "each process a GPU of its own"
+        )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(
             f"device: {wanted} asked for, but torch {torch.__version__} sees "
             f"{count} CUDA devices; set device=cpu"
         )
+    if wanted == "cuda" and local_size() > 1:
+        device = _own_gpu(count)
     if device.type == "cuda" and not kernels:
         raise ConfigError(
             f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
             "(`riskmap info` says why); set device=cpu"
         )
     return device
+
+
+def _own_gpu(count: int) -> torch.device:
+    """Of this one of the processes on the machine."""
+    if local_size() == 1:
+        return torch.device("cuda")
+    if local_size() > count:
+        raise ConfigError(
+            f"device: {local_size()} processes on this machine, but {count} CUDA devices; start as "
+            "many processes, or set device=cpu"
+        )
+    return torch.device("cuda", local_rank())
 
 
 def unfinished_run(config: Config) -> dict[str, Any] | None:

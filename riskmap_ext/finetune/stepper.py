@@ -1,0 +1,151 @@
+"""One step of the optimiser: loss, gradient over batches and processes, update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
+from riskmap_ext.finetune.data import Cases
+from riskmap_ext.finetune.network import first_output
+from riskmap_ext.finetune.processes import Processes
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.sampling import Batch
+from riskmap_ext.nn import RiskWeightedLoss
+
+
+class Stepper:
+    """One optimiser step per call; returns the loss of this process's part, detached."""
+
+    def __init__(
+        self,
+        config: Config,
+        network: nn.Module,
+        cases: Cases,
+        device: torch.device,
+        group: Processes,
+        log: Log,
+    ) -> None:
+        train = config.train
+        self._network = network
+        self._memory = torch.contiguous_format
+        if train.channels_last:
+            dims = next(p.dim() - 2 for p in network.parameters() if p.dim() >= 4)
+            self._memory = torch.channels_last if dims == 2 else torch.channels_last_3d
+            network.to(memory_format=self._memory)  # type: ignore[call-overload]
+        self._model = _distributed(network, device, group)
+        self._forward: Any = torch.compile(self._model) if train.compile else self._model
+        options = config.loss.model_dump(exclude={"class_weights"})
+        self._loss = RiskWeightedLoss(
+            weight=class_weights(config, cases, device, log),
+            ignore_index=IGNORE_INDEX,
+            regions=cases.structures.table,
+            **options,
+        ).to(device)
+        self._optimizer = _optimizer(network, train)
+        self._schedule = _schedule(self._optimizer, train)
+        self._clip = train.grad_clip
+        dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[train.amp]
+        self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"optimizer": self._optimizer, "schedule": self._schedule, "scaler": self._scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    @property
+    def lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        total: Tensor | float = 0.0
+        for index, batch in enumerate(batches):
+            # The processes average their gradients once, with the last batch.
+            last = index == len(batches) - 1
+            apart = contextlib.nullcontext() if last else _no_sync(self._model)
+            with apart:
+                with self._autocast:
+                    image = batch.image.contiguous(memory_format=self._memory)
+                    logits = first_output(self._forward(image))
+                    loss = self._loss(logits, batch.label, batch.risk, batch.foreground)
+                    loss = loss / len(batches)
+                self._scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if self._clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._network.parameters(), self._clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        assert isinstance(total, Tensor)
+        return total
+
+
+def _distributed(network: nn.Module, device: torch.device, group: Processes) -> nn.Module:
+    if group.size == 1:
+        return network
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network, group.gradients)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.parallel.DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=group.gradients,
+            # Outputs of deep supervision that the loss does not see.
+            find_unused_parameters=True,
+        )
+
+
+def _no_sync(model: nn.Module) -> Any:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
+    """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
+    wanted = config.loss.class_weights
+    if wanted is None:
+        return None
+    if isinstance(wanted, list):
+        return torch.tensor(wanted, dtype=torch.float32, device=device)
+    count = len(cases.classes)
+    frequencies = torch.zeros(count, dtype=torch.float64)
+    for case in cases.train:
+        valid = case.label[case.label != IGNORE_INDEX]
+        frequencies += torch.bincount(valid.long(), minlength=count)
+    frequencies /= frequencies.sum().clamp(min=1)
+    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
+    weights /= (weights * frequencies).sum().clamp(min=1e-12)
+    log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
+    return weights.to(device, torch.float32)
+
+
+def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
+    if train.optimizer == "SGD":
+        shared.update(momentum=train.momentum, nesterov=train.momentum > 0)
+    return getattr(torch.optim, train.optimizer)(network.parameters(), **shared)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
+    def factor(step: int) -> float:
+        done = min(step / train.steps, 1.0)
+        if train.schedule == "poly":
+            return (1 - done) ** 0.9
+        return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
