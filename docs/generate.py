@@ -161,8 +161,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """One line, with what Markdown would take for its own escaped outside of `code`."""
     parts = re.split(r"(`[^`]*`|\]\(#\w+\))", " ".join(text.split()))
-    plain = [re.sub(r"([\\_*<|])", r"\\\1", part) for part in parts[::2]]
-    parts[::2] = plain
+    for index in range(0, len(parts), 2):
+        parts[index] = re.sub(r"([\\*|]|\b_|_\b)", r"\\\1", parts[index]).replace("<", "&lt;")
     return "".join(parts)
 
 
