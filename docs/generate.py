@@ -155,7 +155,8 @@ def _value(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return f'<div class="keys" markdown>\n\n{table}\n\n</div>'
 
 
 def _cell(text: str) -> str:

@@ -43,3 +43,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return before + posixpath.relpath(target, posixpath.dirname(here) or ".") + anchor + after
 
     return LINK.sub(on_site, markdown)
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Names without signatures in the API page's table of contents."""
+    if page.file.src_uri == "api.md":
+        for link in (part for chapter in page.toc for part in chapter.children):
+            for name in (link, *link.children):
+                name.title = name.title.partition("(")[0].removeprefix("riskmap_ext.")
+    return html
