@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -20,6 +21,9 @@ PAGES = {
 }
 # Of the same name there and here.
 ASSETS = ("benchmarks/results/*.png", "benchmarks/results/*.csv", "examples/*.yaml")
+ELSEWHERE = re.compile(
+    r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
+)
 LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(\))")
 
 
@@ -52,3 +56,10 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
             for name in (link, *link.children):
                 name.title = name.title.partition("(")[0].removeprefix("riskmap_ext.")
     return html
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """The site is read without a network: nothing is fetched from elsewhere."""
+    for found in ELSEWHERE.findall(output):
+        logging.getLogger("mkdocs.hooks").warning("%s: %s", page.file.src_uri, found)
+    return output
