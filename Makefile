@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full instructions lint format sanitize docs-reference install clean
+.PHONY: demo test bench bench-full instructions lint format sanitize docs docs-reference install clean
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release gpu-check
 
 install: $(VENV)/.installed
@@ -78,6 +78,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+# The site, in build/site: a warning ends it. The variable hushes an advertisement.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # docs/reference/ from the configuration's models and the commands.
 docs-reference: install

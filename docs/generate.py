@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from typer.models import ArgumentInfo, OptionInfo
@@ -49,7 +49,7 @@ def _section(model: type[BaseModel], prefix: str, homes: dict[Any, str]) -> Iter
         if found is not None:
             if found not in homes:
                 homes[found] = key
-                inner.append((found, key, f"{key}.N." if listed else f"{key}."))
+                inner.append((found, f"{key}.N." if listed else f"{key}."))
             what = "list of sections" if listed else "section"
             kind = f"{what} [{homes[found]}](#{homes[found].replace('.', '')})"
         if field.is_required():
@@ -57,12 +57,13 @@ def _section(model: type[BaseModel], prefix: str, homes: dict[Any, str]) -> Iter
         else:
             value = field.get_default(call_default_factory=True)
             default = "" if isinstance(value, BaseModel) else _value(value)
-        rows.append((f"`{key}`", kind, default, field.description or inspect.getdoc(found) or ""))
+        meaning = field.description or (found and inspect.getdoc(found)) or ""
+        rows.append((f"`{key}`", kind, default, meaning))
     yield f"## {homes[model]}"
     if model is not Config:
         yield inspect.getdoc(model) or ""
     yield _table(("key", "value", "default", "meaning"), rows)
-    for found, _, below in inner:
+    for found, below in inner:
         yield from _section(found, below, homes)
 
 
@@ -106,10 +107,9 @@ def cli_page() -> str:
 
 
 def _command(name: str, function: Any) -> Iterator[str]:
-    hints = get_type_hints(function, include_extras=True)
     usage, rows = [f"riskmap {name}"], []
-    for parameter in inspect.signature(function).parameters.values():
-        annotation, info = get_args(hints[parameter.name])
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        annotation, info = get_args(parameter.annotation)
         needed = parameter.default is inspect.Parameter.empty
         many = get_origin(annotation) is list or list in map(get_origin, get_args(annotation))
         kind = _cli_kind(annotation, info)
@@ -118,7 +118,7 @@ def _command(name: str, function: Any) -> Iterator[str]:
             usage.append(shown if needed else f"[{shown} ...]")
         else:
             # Inside Annotated, typer takes the first flag for the default.
-            flags = [flag for flag in (info.default, *(info.param_decls or ())) if flag is not ...]
+            flags = [each for each in (info.default, *(info.param_decls or ())) if each is not ...]
             flags = flags or [f"--{parameter.name.replace('_', '-')}"]
             shown = f"{', '.join(flags)} {info.metavar or ''}".strip()
             if needed:
@@ -155,14 +155,15 @@ def _value(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return f'<div class="keys" markdown>\n\n{table}\n\n</div>'
 
 
 def _cell(text: str) -> str:
     """One line, with what Markdown would take for its own escaped outside of `code`."""
     parts = re.split(r"(`[^`]*`|\]\(#\w+\))", " ".join(text.split()))
-    plain = [re.sub(r"([\\_*<|])", r"\\\1", part) for part in parts[::2]]
-    parts[::2] = plain
+    for index in range(0, len(parts), 2):
+        parts[index] = re.sub(r"([\\*|]|\b_|_\b)", r"\\\1", parts[index]).replace("<", "&lt;")
     return "".join(parts)
 
 

@@ -1,14 +1,18 @@
-"""docs/reference is what the code says."""
+"""docs/reference is what the code says; links lead somewhere."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *DOCS.rglob("*.md")]
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,36 @@ def test_every_argument_is_described(generate: ModuleType) -> None:
     rows = [line for line in generate.cli_page().splitlines() if line.startswith("| `")]
     assert rows
     assert not [line for line in rows if line.endswith("|  |")]
+
+
+def prose(page: Path) -> str:
+    """Without code, where brackets mean something else."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings' names as GitHub makes them, which are the site's too."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]*)[^)]*\)", prose(page)):
+        url = urlsplit(link)
+        if url.scheme:
+            assert url.scheme == "https", link
+            assert re.fullmatch(r"([a-z0-9-]+\.)+[a-z]+", url.netloc), link
+            continue
+        target = page.parent / url.path if url.path else page
+        assert target.is_file(), link
+        assert target.resolve().is_relative_to(ROOT), link
+        if url.fragment:
+            assert url.fragment in anchors(target), link
+
+
+def test_the_links_are_seen() -> None:
+    assert len(re.findall(r"\]\([^)]*\)", "".join(map(prose, PAGES)))) > 30
