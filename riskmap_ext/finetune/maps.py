@@ -32,6 +32,7 @@ class SourceMaps:
     score: LEEP. hardness_range: (lo, hi) over the training set. conditional: P(y|z) [C, Z]
     float64. transferability, risk: case name -> [X, Y, Z] float32 on the prepared grid.
     remark: the statistics' warning, if any. num_cached: cases whose maps came from the cache.
+    statistics: what all of this was computed from.
     """
 
     score: float
@@ -41,6 +42,7 @@ class SourceMaps:
     risk: dict[str, Tensor]
     remark: str | None
     num_cached: int
+    statistics: riskmap_ext.TransferStatistics
 
 
 class SourceMapper:
@@ -97,6 +99,7 @@ class SourceMapper:
             risk,
             "; ".join(" ".join(str(w.message).split()) for w in caught) or None,
             hits,
+            statistics,
         )
 
     def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:

@@ -34,6 +34,7 @@ from riskmap_ext.finetune.network import (
     spatial_dims,
     without_channels,
 )
+from riskmap_ext.finetune.records import note_end, note_start, write_leep
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
 from riskmap_ext.finetune.sampling import flip_axes
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
@@ -124,6 +125,7 @@ def finetune(
     classes = run.cases.classes
     means = class_means(table, len(classes))
     seconds = time.perf_counter() - started
+    note_end(config.output, device, seconds)
     log(f"Done in {seconds:.1f} s: {config.output}")
     return FinetuneResult(
         config.output,
@@ -218,6 +220,8 @@ def _prepare(
             "begun; overwrite=true without --resume starts anew"
         )
     claim_output(config, log, resumed=resumed is not None)
+    counts = {"train": len(cases.train), "validation": len(cases.validation)}
+    note_start(config.output, device, counts, resumed=resumed is not None)
     if resumed is not None:
         log(f"Going on after step {resumed['step']} of {config.train.steps}")
     for note in cases.notes:
@@ -334,6 +338,7 @@ def _map_cases(
             config, source, predictor, cases, lambda note: bar.update(task, advance=1, note=note)
         )
         maps = mapper.run(cases.train, others)
+    write_leep(config.output, maps, cases.classes, source.classes)
     lo, hi = maps.hardness_range
     cached = f" ({maps.num_cached} maps from the cache)" if maps.num_cached else ""
     log(f"LEEP score {maps.score:.4f}, hardness from {lo:.3f} to {hi:.3f}{cached}")

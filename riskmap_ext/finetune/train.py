@@ -17,6 +17,7 @@ from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
 from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.evaluate import class_means, dice_per_class, predict
+from riskmap_ext.finetune.losses import LossCurve
 from riskmap_ext.finetune.network import Predictor, first_output
 from riskmap_ext.finetune.report import Log, Metrics, number
 from riskmap_ext.finetune.sampling import Batch, CropSampler
@@ -51,7 +52,7 @@ class Trained:
 
 
 def train_network(setup: TrainSetup) -> Trained:
-    """Trains in place; writes metrics.csv, last.pt, best.pt and, after them, resume.pt.
+    """Trains in place; writes metrics.csv, losses.csv, last.pt, best.pt and, last, resume.pt.
 
     resume.pt has everything that a step depends on: a run that goes on from it ends in the same
     bits, on a CPU with the same number of threads. best.pt has the highest mean Dice of all
@@ -77,6 +78,9 @@ def train_network(setup: TrainSetup) -> Trained:
         output / "tb" if config.write.tensorboard else None,
         resumed["metrics"],
     )
+    losses = LossCurve(
+        output / "losses.csv", train.steps, setup.device, state=resumed.get("losses")
+    )
     best = resumed["best"]
     total, since = torch.zeros((), dtype=torch.float64, device=setup.device), 0
     started = time.perf_counter() - resumed["seconds"]
@@ -90,7 +94,9 @@ def train_network(setup: TrainSetup) -> Trained:
             for step in range(resumed["step"] + 1, train.steps + 1):
                 setup.log.stage = f"at step {step}"
                 lr = step_of.lr
-                total += step_of(sampler.next_batch())
+                loss = step_of(sampler.next_batch())
+                total += loss
+                losses.add(step, loss, lr)
                 since += 1
                 bar.update(task, advance=1)
                 last = step == train.steps
@@ -104,6 +110,7 @@ def train_network(setup: TrainSetup) -> Trained:
                     continue
                 dice, predictions = _validate(setup)
                 seconds = time.perf_counter() - started
+                losses.write()
                 row = metrics.add(step, total.item() / since, dice, lr, seconds)
                 total, since = torch.zeros_like(total), 0
                 setup.log(
@@ -116,8 +123,9 @@ def train_network(setup: TrainSetup) -> Trained:
                 if row["mean_dice"] > best or (best == -math.inf and last):
                     best = max(best, row["mean_dice"])
                     setup.save(output / "best.pt", state)
-                _keep(setup, step_of, sampler, metrics, step, best, seconds)
+                _keep(setup, step_of, sampler, metrics, losses, step, best, seconds)
     finally:
+        losses.close()
         metrics.close()
     setup.log.stage = "after the last step"
     if predictions is None:  # nothing was left to train
@@ -130,6 +138,7 @@ def _keep(
     step_of: _Stepper,
     sampler: CropSampler,
     metrics: Metrics,
+    losses: LossCurve,
     step: int,
     best: float,
     seconds: float,
@@ -142,6 +151,7 @@ def _keep(
         "best": best,
         "seconds": seconds,
         "metrics": metrics.rows,
+        "losses": losses.state_dict(),
         "network": setup.network.state_dict(),
         "stepper": step_of.state_dict(),
         "sampler": sampler.state_dict(),

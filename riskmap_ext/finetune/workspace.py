@@ -29,7 +29,11 @@ _OUTPUT_FILES = (
     "last.pt",
     "best.pt",
     "metrics.csv",
+    "losses.csv",
     "dice.csv",
+    "leep.json",
+    "environment.json",
+    "report.html",
     "log.txt",
 )
 # More is slower, and some thousands end the process.
