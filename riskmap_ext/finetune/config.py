@@ -233,6 +233,7 @@ class WriteConfig(_Section):
     predictions: bool = True
     overlays: bool | Annotated[int, Field(ge=0)] = True
     tensorboard: bool = True
+    report: bool = True
 
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

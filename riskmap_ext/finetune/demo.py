@@ -351,6 +351,7 @@ def _config(
             "predictions": arm is not None,
             "overlays": False,
             "tensorboard": False,
+            "report": False,
         },
     }
     if arm is None:

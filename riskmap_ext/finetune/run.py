@@ -36,6 +36,7 @@ from riskmap_ext.finetune.network import (
 )
 from riskmap_ext.finetune.records import note_end, note_start, write_leep
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
+from riskmap_ext.finetune.run_report import report_at_end
 from riskmap_ext.finetune.sampling import flip_axes
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
 from riskmap_ext.finetune.workspace import (
@@ -126,6 +127,8 @@ def finetune(
     means = class_means(table, len(classes))
     seconds = time.perf_counter() - started
     note_end(config.output, device, seconds)
+    if config.write.report:
+        report_at_end(config.output, log)
     log(f"Done in {seconds:.1f} s: {config.output}")
     return FinetuneResult(
         config.output,

@@ -115,7 +115,7 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
     """
     output = config.output
     path = output / RESUME_FILE
-    if _finished(output):
+    if finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
     if not path.exists():
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
@@ -184,7 +184,7 @@ def check_output(config: Config) -> list[str]:
     check_folder("cache", config.cache or output / "cache")
     held = [n for n in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / n).exists()]
     if held and not config.overwrite:
-        state = "already holds a run" if _finished(output) else "holds an unfinished run"
+        state = "already holds a run" if finished(output) else "holds an unfinished run"
         raise ConfigError(
             f"output: {output} {state} ({', '.join(held)}); choose another folder, or set "
             "overwrite=true to replace it"
@@ -197,7 +197,7 @@ def check_output(config: Config) -> list[str]:
     return held
 
 
-def _finished(output: Path) -> bool:
+def finished(output: Path) -> bool:
     """Whether the run in `output` came to its end: its scores, or the last line of its log."""
     if (output / RESUME_FILE).exists():
         return False
