@@ -125,7 +125,7 @@ def test_other_network(checkpoint):
 @pytest.mark.parametrize("kind", ["own", "foreign"])
 def test_a_network_that_the_file_is_not_of(checkpoint, tmp_path, kind):
     other = NetworkConfig(name="SegResNet", args={"spatial_dims": 2, "init_filters": 8})
-    path, told = checkpoint, "it holds UNet with 3 classes"
+    path, told = checkpoint, "it holds UNet with 3 outputs"
     if kind == "foreign":
         path, told = tmp_path / "foreign.pt", "its keys are such as model.0."
         torch.save(weights(checkpoint), path)
@@ -133,13 +133,16 @@ def test_a_network_that_the_file_is_not_of(checkpoint, tmp_path, kind):
         load(path, network=other, classes=3)
     for text in (str(path), "no weight in it belongs to SegResNet(", told, "source.network"):
         assert text in str(caught.value)
-    with pytest.raises(CheckpointError, match=r"do not fit UNet\(.*with 5 classes"):
+    with pytest.raises(CheckpointError, match=r"do not fit UNet\(.*with 5 outputs"):
         load(path, network=NETWORK, classes=5)
 
 
 @pytest.mark.parametrize(
     ("argument", "told"),
-    [("out_channels", "3 (the number of classes)"), ("in_channels", "1 (one image per case)")],
+    [
+        ("out_channels", "3 (the number of classes or regions)"),
+        ("in_channels", "1 (the number of image channels)"),
+    ],
 )
 def test_channels_of_the_source(checkpoint, argument, told):
     args = {**NETWORK.args, argument: 7}

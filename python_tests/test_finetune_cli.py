@@ -189,9 +189,9 @@ def test_warnings_of_libraries_show_no_source_lines(riskmap, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
-    from riskmap_ext.finetune.train import _Stepper
+    from riskmap_ext.finetune.stepper import Stepper
 
-    plain, calls = _Stepper.__call__, []
+    plain, calls = Stepper.__call__, []
 
     def stopped_in_the_third(self, batch):
         calls.append(batch)
@@ -199,7 +199,7 @@ def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
             signal.raise_signal(number)
         return plain(self, batch)
 
-    monkeypatch.setattr(_Stepper, "__call__", stopped_in_the_third)
+    monkeypatch.setattr(Stepper, "__call__", stopped_in_the_third)
     path, output = tmp_path / "run.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(settings(root, output, train={"steps": 9})))
     before = signal.getsignal(signal.SIGTERM)

@@ -103,7 +103,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for row in (*rows[0], *rows[1]):
         del row[SECONDS]
     assert rows[0] == rows[1]
-    assert (found / "dice.csv").read_bytes() == (expected / "dice.csv").read_bytes()
+    for name in ("dice.csv", "losses.csv"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 8])

@@ -86,13 +86,17 @@ def test_every_output_is_there(run):
         "cache",
         "config.yaml",
         "dice.csv",
+        "environment.json",
         "keys.json",
         "last.pt",
+        "leep.json",
         "log.txt",
+        "losses.csv",
         "maps",
         "metrics.csv",
         "overlays",
         "predictions",
+        "report.html",
         "tb",
     }
     assert not list(config.output.rglob(".*")), "a half-written file was left"

@@ -1,4 +1,4 @@
-"""The `riskmap` command: rank, map, finetune, predict, evaluate, demo, info."""
+"""The `riskmap` command: rank, map, finetune, report, predict, evaluate, demo, info."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ def _finetune(
         from riskmap_ext.finetune.run import finetune
 
         finetune(load_config(config, overrides or []), progress=not quiet, resume=resume)
+
+
+def _report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="RUN/report.html otherwise.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Write one HTML file of a run: curves, classes, cases, LEEP, settings.
+
+    It needs no other file and no network. The run may be unfinished.
+    """
+    with _stoppable():
+        from riskmap_ext.finetune.run_report import write_report
+
+        _check_file(output)
+        path = write_report(run, output)
+        if not quiet:
+            typer.echo(f"Written: {path}")
 
 
 def _map(
@@ -321,7 +341,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands = (_rank, _map, _finetune, _predict, _evaluate, _demo, _info)
+    commands = (_rank, _map, _finetune, _report, _predict, _evaluate, _demo, _info)
     for command in commands:
         app.command(command.__name__[1:])(command)
     return app
@@ -342,15 +362,17 @@ def main() -> None:
             raise
         _fail(f"the package {error.name} is missing; install it with: {_EXTRA}")
     except ValueError as error:
-        from riskmap_ext.finetune.errors import InputError
+        from riskmap_ext.finetune.errors import InputError, ToldElsewhere
 
         if not isinstance(error, InputError):
             raise
-        _fail(str(error))
+        _fail(str(error), told=isinstance(error, ToldElsewhere))
 
 
-def _fail(message: str) -> None:
-    print(f"riskmap: error: {message}", file=sys.stderr)
+def _fail(message: str, *, told: bool = False) -> None:
+    """told: another process of the run says it."""
+    if not told:
+        print(f"riskmap: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

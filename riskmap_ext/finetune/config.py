@@ -360,7 +360,9 @@ class WriteConfig(_Section):
     overlays: bool | Annotated[int, Field(ge=0)] = True
     """Pictures of the validation cases, or how many of them."""
     tensorboard: bool = True
-    """The columns of `metrics.csv` as TensorBoard events."""
+    """The columns of `metrics.csv`, and a validation case in pictures, as TensorBoard events."""
+    report: bool = True
+    """`report.html`, the run on one page."""
 
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

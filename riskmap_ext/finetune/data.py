@@ -92,6 +92,10 @@ class Grid:
         """A volume at the file's resolution in the file's own orientation."""
         return apply_orientation(np.asarray(volume), self._transform(back=True))
 
+    def from_file(self, volume: np.ndarray) -> np.ndarray:
+        """A volume of the file's orientation in the prepared one; resolution as it is."""
+        return apply_orientation(volume, self._transform())
+
     def to_ras(self, volume: Tensor | np.ndarray) -> np.ndarray:
         """A prepared volume in canonical RAS order."""
         return np.transpose(np.asarray(volume), [self.orientation.index(c) for c in "RAS"])

@@ -352,6 +352,7 @@ def _config(
             "predictions": arm is not None,
             "overlays": False,
             "tensorboard": False,
+            "report": False,
         },
     }
     if arm is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import platform
@@ -18,6 +17,7 @@ import torch
 from rich.table import Table
 
 import riskmap_ext
+from riskmap_ext.finetune import page
 from riskmap_ext.finetune.figures import class_colours
 from riskmap_ext.finetune.files import write_text
 from riskmap_ext.finetune.report import MISSING
@@ -83,35 +83,34 @@ def write_page(
     seconds: float,
 ) -> None:
     """Writes a page that needs no other file: picture and style are in it."""
-    image = base64.b64encode(picture.read_bytes()).decode("ascii")
     header, rows = _cells(arms, kinds)
-    body = "\n".join(
-        "<tr{}><th scope='row'>{}</th>{}</tr>".format(
-            " class='total'" if row[0] == "mean" else "",
-            escape(row[0]),
-            "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]),
-        )
-        for row in rows
+    listed = "\n".join(f"<li>{escape(text)}</li>" for text in findings(sources, arms))
+    limits = "\n".join(f"<li>{page.marked(text)}</li>" for text in _limits(settings, arms))
+    subjects = page.picture(
+        picture.read_bytes(),
+        "Test subjects: image, labels, risk map and the prediction of each arm",
     )
-    write_text(
-        path,
-        _PAGE.format(
-            style=_STYLE,
-            caption=escape(_caption(arms)),
-            problem=escape(_problem(settings)),
-            findings="\n".join(f"<li>{escape(text)}</li>" for text in findings(sources, arms)),
-            dots=_dots(arms, kinds),
-            head="".join(f"<th scope='col'>{escape(name)}</th>" for name in header),
-            body=body,
-            leep=escape(_leep_line(sources)),
-            image=image,
-            limits="\n".join(f"<li>{_marked(text)}</li>" for text in _limits(settings, arms)),
-            settings="\n".join(
-                f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
-                for name, value in _facts(settings, seconds)
+    parts = [
+        "<h1>Fine-tuning with a transfer risk map</h1>",
+        f"<p>{escape(_problem(settings))}</p>",
+        page.section("What this run found", f"<ul>\n{listed}\n</ul>"),
+        page.section("Mean Dice of each seed", _dots(arms, kinds) + page.note(_DOTS_NOTE)),
+        page.section(
+            "All structures",
+            page.table(header, rows, bold=["mean"])
+            + page.note(
+                f"{_caption(arms)}. The last two rows compare with CE + Dice, seed by seed. "
+                f"{_leep_line(sources)}."
             ),
         ),
-    )
+        page.section(
+            "Test subjects",
+            f"<div class='scroll' tabindex='0'><figure>{subjects}</figure></div>\n{_PICTURE_NOTE}",
+        ),
+        page.section("What it does not show", f"<ul>\n{limits}\n</ul>"),
+        page.section("Settings", page.facts(_facts(settings, seconds))),
+    ]
+    write_text(path, page.page("riskmap demo", "\n".join(parts), _STYLE))
 
 
 def findings(sources: Sequence[SourceResult], arms: Sequence[ArmResult]) -> list[str]:
@@ -254,12 +253,6 @@ def _facts(s: Settings, seconds: float) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _marked(text: str) -> str:
-    """HTML of a text in which `...` is code."""
-    parts = escape(text).split("`")
-    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
-
-
 def _dots(arms: Sequence[ArmResult], kinds: Sequence[Arm]) -> str:
     """A row per arm with a dot per seed on a scale from 0 to 100 Dice points."""
     colours = class_colours(len(kinds) + 1)[1:]
@@ -277,32 +270,13 @@ def _dots(arms: Sequence[ArmResult], kinds: Sequence[Arm]) -> str:
     return "\n".join(rows)
 
 
+_DOTS_NOTE = "A dot is a seed, the line is the mean; the scale goes from 0 to 100."
+_PICTURE_NOTE = """<p class="note">The risk map is the weight of each voxel in the loss, drawn here
+with the test labels; the networks never saw it for these subjects. <span class="swipe">Swipe the
+picture sideways to see all arms.</span></p>"""
+
 _STYLE = """
-:root { --ink: #1d2430; --soft: #5b6675; --line: #dde2e8; --paper: #fff; --wash: #f5f7f9; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--wash); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; }
-h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
-  padding: 1.1rem 1.2rem; margin-top: 1.1rem; }
-p, ul { max-width: 52rem; margin: 0 0 .6rem; }
-ul { padding-left: 1.2rem; }
-li { margin-bottom: .4rem; }
-.note { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
-.scroll { overflow-x: auto; }
 .swipe { display: none; }
-table { border-collapse: separate; border-spacing: 0; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; }
-tbody th { font-weight: 400; }
-thead th { font-size: .9rem; color: var(--soft); font-weight: 600; }
-.total th, .total td { font-weight: 700; border-top: 2px solid var(--ink); }
-figure { margin: 0; }
-figure img { display: block; width: 100%; height: auto; }
 .arm { display: grid; grid-template-columns: 11rem 1fr 3rem; align-items: center; gap: .6rem;
   margin: .15rem 0; }
 .track { position: relative; height: 1.5rem; background:
@@ -313,83 +287,12 @@ figure img { display: block; width: 100%; height: auto; }
 .track b { position: absolute; top: 0; bottom: 0; width: 2px; margin-left: -1px;
   background: var(--ink); }
 .arm em { font-style: normal; text-align: right; font-variant-numeric: tabular-nums; }
-code { white-space: nowrap; font-size: .92em; background: var(--wash); padding: .05em .3em;
-  border-radius: 4px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; margin: 0; }
-dt { color: var(--soft); }
-dd { margin: 0; }
 @media (max-width: 58rem) {
   .swipe { display: inline; }
   figure img { min-width: 54rem; }
 }
 @media (max-width: 40rem) {
-  h1 { font-size: 1.4rem; }
-  section { padding: .9rem .9rem; }
   .arm { grid-template-columns: 1fr 3rem; gap: 0 .6rem; margin-bottom: .5rem; }
   .arm span { grid-column: 1 / -1; }
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .6rem; }
-  th, td { padding: .35rem .45rem; font-size: .9rem; }
-  tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); }
 }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>riskmap demo</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>Fine-tuning with a transfer risk map</h1>
-<p>{problem}</p>
-<section>
-<h2>What this run found</h2>
-<ul>
-{findings}
-</ul>
-</section>
-<section>
-<h2>Mean Dice of each seed</h2>
-{dots}
-<p class="note">A dot is a seed, the line is the mean; the scale goes from 0 to 100.</p>
-</section>
-<section>
-<h2>All structures</h2>
-<div class="scroll"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table></div>
-<p class="note">{caption}. The last two rows compare with CE + Dice, seed by seed. {leep}.</p>
-</section>
-<section>
-<h2>Test subjects</h2>
-<div class="scroll"><figure>
-<img src="data:image/png;base64,{image}" alt="Test subjects: image, labels, risk map and the
-prediction of each arm">
-</figure></div>
-<p class="note">The risk map is the weight of each voxel in the loss, drawn here with the test
-labels; the networks never saw it for these subjects. <span class="swipe">Swipe the picture
-sideways to see all arms.</span></p>
-</section>
-<section>
-<h2>What it does not show</h2>
-<ul>
-{limits}
-</ul>
-</section>
-<section>
-<h2>Settings</h2>
-<dl>
-{settings}
-</dl>
-</section>
-</main>
-</body>
-</html>
 """

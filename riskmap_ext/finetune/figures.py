@@ -20,8 +20,8 @@ from riskmap_ext._files import written_beside
 
 # Okabe and Ito's palette without black: told apart with every common colour-vision deficiency.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_RISK_COLOURS = "magma"
-_RISK_COLUMN = "risk map"
+RISK_COLOURS = "magma"
+RISK_COLUMN = "risk map"
 _INK = "#222222"
 _LEGEND_CLASSES = 14
 _FILL = 0.6
@@ -95,36 +95,36 @@ def overlay(
     panel = 3.0
     height = float(np.clip(panel * aspect * rows / across, 1.2, 5.0))
     drawn = [volumes[k] for k in ("labels", "prediction") if k in volumes]
-    present = _present([_plane(v, axis, index) for v in drawn])
+    present = classes_present([_plane(v, axis, index) for v in drawn])
     per_row = 2 * len(columns)
     legend_rows = -(-min(len(present), _LEGEND_CLASSES + 1) // per_row)
     head, foot, gap = (0.7 if title else 0.35), 0.12 + 0.24 * legend_rows, 0.08
-    layout = _Layout(
+    layout = Layout(
         width=(panel + gap) * len(columns) + gap + (0.65 if risk is not None else 0.0),
         height=head + height + foot,
     )
     colours = class_colours(max(present, default=0) + 1)
-    window = _window(image)
+    window = grey_window(image)
     for column, name in enumerate(columns):
         left = gap + column * (panel + gap)
         axes = layout.axes(left, foot, panel, height)
         if name == "risk":
-            norm = _weight_norm([volumes["risk"]])
-            _draw_risk(axes, _plane(volumes["risk"], axis, index), norm, aspect)
+            norm = weight_norm([volumes["risk"]])
+            draw_risk(axes, _plane(volumes["risk"], axis, index), norm, aspect)
             bar = layout.axes(left + panel + 0.1, foot + 0.1, 0.12, height - 0.2)
             _weight_bar(layout.figure, bar, norm)
         else:
             shown = _plane(volumes[name], axis, index) if name in volumes else None
-            _draw_classes(axes, _plane(image, axis, index), shown, colours, window, aspect)
-        axes.set_title({"risk": _RISK_COLUMN}.get(name, name), fontsize=11, color=_INK, pad=4)
+            draw_classes(axes, _plane(image, axis, index), shown, colours, window, aspect)
+        axes.set_title({"risk": RISK_COLUMN}.get(name, name), fontsize=11, color=_INK, pad=4)
         if column == 0:
-            _mark_sides(axes, axis)
+            mark_sides(axes, axis)
     layout.title(title)
     _legend(layout.figure, present, colours, class_names, per_row)
     return save(layout.figure, path)
 
 
-class _Layout:
+class Layout:
     """A white figure whose axes are placed in inches from its lower left corner."""
 
     def __init__(self, width: float, height: float) -> None:
@@ -180,25 +180,27 @@ def comparison(
                 f"every row, got {list(row.predictions)}, risk: {row.risk is not None} in "
                 f"{row.name!r}"
             )
-    cuts = [_cut(row, zooms, background) for row in rows]
-    columns = ["image", "labels", *([_RISK_COLUMN] if with_risk else []), *arms]
-    present = _present([cut.labels for cut in cuts] + [p for c in cuts for p in c.predictions])
+    cuts = [cut_slice(row, zooms, background) for row in rows]
+    columns = ["image", "labels", *([RISK_COLUMN] if with_risk else []), *arms]
+    present = classes_present(
+        [cut.labels for cut in cuts] + [p for c in cuts for p in c.predictions]
+    )
     colours = class_colours(max(present, default=0) + 1)
     risks = [row.risk for row in rows if row.risk is not None]
-    norm = _weight_norm(risks) if risks else None
+    norm = weight_norm(risks) if risks else None
 
     panel, between = 2.1, 0.06
     heights = [panel * c.aspect * c.image.shape[0] / c.image.shape[1] for c in cuts]
     head, under, left = (0.75 if title else 0.4), 0.3, 0.3
     foot = 0.35 + (0.4 if norm is not None else 0.0)
-    layout = _Layout(
+    layout = Layout(
         width=left + panel * len(columns) + 0.1,
         height=head + sum(heights) + under * len(rows) + foot,
     )
     bottom = layout.size[1] - head
     for row, cut, height in zip(rows, cuts, heights, strict=True):
         bottom -= height
-        window = _window(row.image)
+        window = grey_window(row.image)
         shown = {
             "image": None,
             "labels": cut.labels,
@@ -206,15 +208,15 @@ def comparison(
         }
         for column, name in enumerate(columns):
             axes = layout.axes(left + column * panel, bottom, panel - between, height)
-            if name == _RISK_COLUMN and cut.risk is not None and norm is not None:
-                _draw_risk(axes, cut.risk, norm, cut.aspect)
+            if name == RISK_COLUMN and cut.risk is not None and norm is not None:
+                draw_risk(axes, cut.risk, norm, cut.aspect)
             else:
-                _draw_classes(axes, cut.image, shown[name], colours, window, cut.aspect)
+                draw_classes(axes, cut.image, shown[name], colours, window, cut.aspect)
             if row is rows[0]:
                 axes.set_title(name, fontsize=11, color=_INK, pad=5)
             if column == 0:
                 axes.set_ylabel(row.name, fontsize=10, color=_INK, labelpad=4)
-                _mark_sides(axes, cut.axis)
+                mark_sides(axes, cut.axis)
             if name in row.scores:
                 axes.set_xlabel(row.scores[name], fontsize=10, color=_INK, labelpad=3)
         bottom -= under
@@ -247,7 +249,7 @@ class _Cut:
     predictions: list[np.ndarray]
 
 
-def _cut(row: ComparisonRow, zooms: Sequence[float], background: int | None) -> _Cut:
+def cut_slice(row: ComparisonRow, zooms: Sequence[float], background: int | None) -> _Cut:
     image = _volume(f"image of {row.name!r}", row.image)
     shape = image.shape
 
@@ -261,7 +263,7 @@ def _cut(row: ComparisonRow, zooms: Sequence[float], background: int | None) -> 
     axis, index = _best_slice(shape, labels)
     plane = _plane(image, axis, index)
     # Cut to where the image is bright enough to be body, two pixels wider.
-    body = plane > _window(image)[0] + 0.1 * np.ptp(_window(image))
+    body = plane > grey_window(image)[0] + 0.1 * np.ptp(grey_window(image))
     box = tuple(
         slice(max(int(hit.min()) - 2, 0), int(hit.max()) + 3) if hit.size else slice(None)
         for hit in (np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0)))
@@ -313,7 +315,7 @@ def _aspect(axis: int, zooms: Sequence[float]) -> float:
     return up / across
 
 
-def _window(image: np.ndarray) -> tuple[float, float]:
+def grey_window(image: np.ndarray) -> tuple[float, float]:
     """Grey levels shown as black and white: 1st and 99.5th percentile of the finite values."""
     finite = image[np.isfinite(image)]
     if finite.size == 0:
@@ -322,7 +324,7 @@ def _window(image: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def _present(planes: Sequence[np.ndarray]) -> list[int]:
+def classes_present(planes: Sequence[np.ndarray]) -> list[int]:
     """Classes seen in the planes, in order of their number."""
     found: set[int] = set()
     for plane in planes:
@@ -338,7 +340,7 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def _draw_classes(
+def draw_classes(
     axes: Any,
     image: np.ndarray,
     classes: np.ndarray | None,
@@ -371,7 +373,7 @@ def _draw_classes(
     _bare(axes)
 
 
-def _weight_norm(risks: Sequence[np.ndarray]) -> Normalize:
+def weight_norm(risks: Sequence[np.ndarray]) -> Normalize:
     """Logarithmic from about 3-fold weights on (even steps of hardness), linear below."""
     values = np.concatenate([r[np.isfinite(r) & (r > 0)].ravel() for r in risks])
     if values.size == 0:
@@ -382,17 +384,17 @@ def _weight_norm(risks: Sequence[np.ndarray]) -> Normalize:
     return LogNorm(low, high)
 
 
-def _draw_risk(axes: Any, risk: np.ndarray, norm: Normalize, aspect: float) -> None:
+def draw_risk(axes: Any, risk: np.ndarray, norm: Normalize, aspect: float) -> None:
     shown = np.ma.masked_where(~(np.isfinite(risk) & (risk > 0)), risk)
     axes.imshow(
-        shown, origin="lower", aspect=aspect, interpolation="nearest", cmap=_RISK_COLOURS, norm=norm
+        shown, origin="lower", aspect=aspect, interpolation="nearest", cmap=RISK_COLOURS, norm=norm
     )
     _bare(axes)
 
 
 def _weight_bar(figure: Figure, axes: Any, norm: Normalize, orientation: str = "vertical") -> None:
     bar = figure.colorbar(
-        ScalarMappable(norm=norm, cmap=_RISK_COLOURS), cax=axes, orientation=orientation
+        ScalarMappable(norm=norm, cmap=RISK_COLOURS), cax=axes, orientation=orientation
     )
     if isinstance(norm, LogNorm):
         low, high = norm.inverse(np.array([0.0, 1.0]))
@@ -407,7 +409,7 @@ def _weight_bar(figure: Figure, axes: Any, norm: Normalize, orientation: str = "
     bar.outline.set_visible(False)
 
 
-def _mark_sides(axes: Any, axis: int) -> None:
+def mark_sides(axes: Any, axis: int) -> None:
     """Letters of the directions at the left and right edge (RAS: x to the right)."""
     sides = ("P", "A") if axis == 0 else ("L", "R")
     for x, align, letter in ((0.02, "left", sides[0]), (0.98, "right", sides[1])):

@@ -34,6 +34,7 @@ class SourceMaps:
     score: LEEP. hardness_range: (lo, hi) over the training set. conditional: P(y|z) [C, Z]
     float64. transferability, risk: case name -> [X, Y, Z] float32 on the prepared grid.
     remark: the statistics' warning, if any. num_cached: cases whose maps came from the cache.
+    statistics: what all of this was computed from.
     """
 
     score: float
@@ -43,6 +44,7 @@ class SourceMaps:
     risk: dict[str, Tensor]
     remark: str | None
     num_cached: int
+    statistics: riskmap_ext.TransferStatistics
 
 
 class SourceMapper:
@@ -107,6 +109,7 @@ class SourceMapper:
             risk,
             "; ".join(" ".join(str(w.message).split()) for w in caught) or None,
             max(0, len(cases) - made),
+            statistics,
         )
 
     def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:

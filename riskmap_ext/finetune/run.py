@@ -40,7 +40,9 @@ from riskmap_ext.finetune.plan import (
     tell_plan,
 )
 from riskmap_ext.finetune.processes import Processes, processes
+from riskmap_ext.finetune.records import note_end, note_start, write_leep
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
+from riskmap_ext.finetune.run_report import report_at_end
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
 from riskmap_ext.finetune.workspace import (
@@ -123,11 +125,15 @@ def _finetune(
         maps = _source_maps(plan)
         trained = _train(plan, maps)
         table = _evaluate(plan, maps, trained.predictions)
-    if group.is_main:
-        (config.output / RESUME_FILE).unlink(missing_ok=True)
     names = list(plan.cases.structures.scored)
     means = structure_means(table, len(names))
+    group.wait()  # for what the others still write
     seconds = time.perf_counter() - started
+    if group.is_main:
+        (config.output / RESUME_FILE).unlink(missing_ok=True)
+        note_end(config.output, device, seconds)
+        if config.write.report:
+            report_at_end(config.output, log)
     log(f"Done in {seconds:.1f} s: {config.output}")
     return FinetuneResult(
         config.output,
@@ -147,6 +153,8 @@ def _begin(plan: Plan) -> None:
     """The output folder, and what the plan says in its log."""
     config, resumed = plan.config, plan.resumed
     claim_output(config, plan.log, resumed=resumed is not None)
+    counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
+    note_start(config.output, plan.device, counts, resumed=resumed is not None)
     if resumed is not None:
         plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
     tell_plan(plan)
@@ -231,6 +239,8 @@ def _map_cases(
 
         mapper = mapper_of(config, source, predictor, cases, advance, group, store)
         maps = mapper.run(cases.train, others)
+    if group.is_main:
+        write_leep(config.output, maps, cases.classes, source.classes)
     lo, hi = maps.hardness_range
     cached = f" ({maps.num_cached} maps from the cache)" if maps.num_cached else ""
     log(f"LEEP score {maps.score:.4f}, hardness from {lo:.3f} to {hi:.3f}{cached}")

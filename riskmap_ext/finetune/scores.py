@@ -78,7 +78,9 @@ def score_files(
                 one, other = (
                     np.isin(each.values, list(values)) for each in (prediction, reference)
                 )
-                scores.append(_score(name, structure, one, other, reference.spacing, tolerance))
+                scores.append(
+                    score_masks(name, structure, one, other, reference.spacing, tolerance)
+                )
             bar.update(task, advance=1, note=name)
     log.table(summary(scores, tolerance))
     for structure in wanted:
@@ -120,7 +122,7 @@ def summary(scores: Sequence[Score], tolerance: float) -> Table:
     return table
 
 
-def _score(
+def score_masks(
     case: str,
     structure: str,
     prediction: np.ndarray,
@@ -128,6 +130,7 @@ def _score(
     spacing: Sequence[float],
     tolerance: float,
 ) -> Score:
+    """The score of two boolean volumes of one grid; spacing and tolerance in mm."""
     counts = int(reference.sum()), int(prediction.sum())
     if not any(counts):
         return Score(case, structure, ABSENT, math.nan, math.nan, math.nan, 0, 0)

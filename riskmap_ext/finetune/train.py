@@ -20,6 +20,7 @@ from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.errors import InputError, ToldElsewhere
 from riskmap_ext.finetune.evaluate import dice_per_structure, predict, structure_means
 from riskmap_ext.finetune.files import write_json
+from riskmap_ext.finetune.losses import LossCurve
 from riskmap_ext.finetune.network import Predictor
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log, Metrics, number, segmentation_picture
@@ -62,7 +63,7 @@ class Trained:
 
 
 def train_network(setup: TrainSetup) -> Trained:
-    """Trains in place; writes metrics.csv, last.pt, best.pt and, after them, resume.pt.
+    """Trains in place; writes metrics.csv, losses.csv, last.pt, best.pt and, last, resume.pt.
 
     resume.pt has everything that a step depends on: a run that goes on from it ends in the same
     bits, on a CPU with the same number of threads. best.pt has the highest mean Dice of all
@@ -96,6 +97,9 @@ def train_network(setup: TrainSetup) -> Trained:
         resumed["metrics"],
         writes=group.is_main,
     )
+    losses = LossCurve(
+        output / "losses.csv", train.steps, setup.device, group, state=resumed.get("losses")
+    )
     best = resumed["best"]
     total, since = torch.zeros((), dtype=torch.float64, device=setup.device), 0
     started = time.perf_counter() - resumed["seconds"]
@@ -116,6 +120,7 @@ def train_network(setup: TrainSetup) -> Trained:
                 loss = step_of(batches)
                 recent.append(_Step(step, loss, [n for batch in batches for n in batch.cases]))
                 total += loss
+                losses.add(step, loss, lr)
                 since += 1
                 bar.update(task, advance=1)
                 last = step == train.steps
@@ -129,6 +134,7 @@ def train_network(setup: TrainSetup) -> Trained:
                     continue
                 dice, predictions = _validate(setup)
                 seconds = time.perf_counter() - started
+                losses.write()
                 row = metrics.add(step, mean, dice, lr, seconds)
                 _show_case(setup, metrics, predictions, step)
                 total, since = torch.zeros_like(total), 0
@@ -141,10 +147,11 @@ def train_network(setup: TrainSetup) -> Trained:
                 better = row["mean_dice"] > best or (best == -math.inf and last)
                 best = max(best, row["mean_dice"]) if better else best
                 keep = functools.partial(
-                    _keep, setup, step_of, sampler, metrics, state, best, better, seconds
+                    _keep, setup, step_of, sampler, metrics, losses, state, best, better, seconds
                 )
                 group.on_main(keep)
     finally:
+        losses.close()
         metrics.close()
     setup.log.stage = "after the last step"
     if predictions is None:  # nothing was left to train
@@ -157,6 +164,7 @@ def _keep(
     step_of: Stepper,
     sampler: CropSampler,
     metrics: Metrics,
+    losses: LossCurve,
     state: dict[str, Any],
     best: float,
     better: bool,
@@ -174,6 +182,7 @@ def _keep(
         "best": best,
         "seconds": seconds,
         "metrics": metrics.rows,
+        "losses": losses.state_dict(),
         "network": setup.network.state_dict(),
         "stepper": step_of.state_dict(),
         "sampler": sampler.state_dict(),

@@ -30,7 +30,11 @@ _OUTPUT_FILES = (
     "last.pt",
     "best.pt",
     "metrics.csv",
+    "losses.csv",
     "dice.csv",
+    "leep.json",
+    "environment.json",
+    "report.html",
     "log.txt",
 )
 # More is slower, and some thousands end the process.
@@ -131,7 +135,7 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
     """
     output = config.output
     path = output / RESUME_FILE
-    if _finished(output):
+    if finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
     if not path.exists():
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
@@ -200,7 +204,7 @@ def check_output(config: Config) -> list[str]:
     check_folder("cache", config.cache or output / "cache")
     held = [n for n in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / n).exists()]
     if held and not config.overwrite:
-        state = "already holds a run" if _finished(output) else "holds an unfinished run"
+        state = "already holds a run" if finished(output) else "holds an unfinished run"
         raise ConfigError(
             f"output: {output} {state} ({', '.join(held)}); choose another folder, or set "
             "overwrite=true to replace it"
@@ -213,7 +217,7 @@ def check_output(config: Config) -> list[str]:
     return held
 
 
-def _finished(output: Path) -> bool:
+def finished(output: Path) -> bool:
     """Whether the run in `output` came to its end: its scores, or the last line of its log."""
     if (output / RESUME_FILE).exists():
         return False

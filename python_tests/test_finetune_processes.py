@@ -1,0 +1,129 @@
+"""A run by two processes: the statistics, the loss curve and the scores of one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("monai")
+pytest.importorskip("nibabel")
+
+import torch
+import torch.distributed as dist
+import yaml
+from finetune_data import configuration, settings, write_cases
+
+from riskmap_ext.finetune import finetune
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+MERGED = {"classes": ["background", "thing"], "label_map": {1: "thing", 2: "thing"}}
+# SGD, since Adam makes steps of full length of the rounding of biases that have no effect.
+TRAIN = {"steps": 6, "batch_size": 4, "validate_every": 3, "accumulate": 2, "optimizer": "SGD"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_cases(root, 5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("source") / "run"
+    train = {"steps": 20, "validate_every": 0}
+    finetune(configuration(root, output, data=MERGED, train=train), progress=False)
+    return output / "last.pt"
+
+
+def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", "-m", "riskmap_ext.finetune",
+        "finetune", str(config), *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(path: Path, *left_out: str) -> list[float]:
+    return [
+        float(value)
+        for row in rows(path)
+        for name, value in row.items()
+        if name not in ("case", *left_out)
+    ]
+
+
+def test_same_statistics_and_loss_curve_as_one_process(
+    root: Path, source: Path, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "data": {"train": 3, "validation": 2},
+        "source": {"checkpoint": str(source)},
+        "train": TRAIN,
+        "write": {"overlays": 1, "tensorboard": True},
+    }
+    finetune(configuration(root, tmp_path / "one", **sections), progress=False)
+    config = write(tmp_path / "two.yaml", settings(root, tmp_path / "two", **sections))
+    done = torchrun(config)
+    assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "one", tmp_path / "two"
+    leep = [json.loads((run / "leep.json").read_text()) for run in (one, two)]
+    for key in ("score", "voxels", "hardness_range", "class_frequencies"):
+        assert leep[1][key] == pytest.approx(leep[0][key], rel=1e-9), key
+    for mine, expected in zip(leep[1]["conditional"], leep[0]["conditional"], strict=True):
+        assert mine == pytest.approx(expected, rel=1e-9)
+    for name in ("losses.csv", "metrics.csv", "dice.csv"):
+        found, expected = (numbers(run / name, "seconds") for run in (two, one))
+        assert found == pytest.approx(expected, rel=2e-4), name
+    assert [row["case"] for row in rows(two / "dice.csv")] == [
+        row["case"] for row in rows(one / "dice.csv")
+    ]
+    weights = [torch.load(run / "last.pt", weights_only=True)["state_dict"] for run in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5)
+    for folder in ("predictions", "maps", "overlays"):
+        names = [sorted(p.name for p in (run / folder).iterdir()) for run in (one, two)]
+        assert names[0] == names[1]
+    assert (two / "log.txt").read_text().count("Done in") == 1
+    assert not list(two.rglob("resume.pt"))
+
+
+def test_errors_are_told_once(root: Path, tmp_path: Path) -> None:
+    content = settings(root, tmp_path / "out", train={"steps": 2, "batch_size": 3})
+    done = torchrun(write(tmp_path / "run.yaml", content))
+    assert done.returncode != 0
+    told = "train.batch_size: expected a multiple of the 2 processes"
+    assert done.stderr.count(told) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_of_one_process_ends_all(root: Path, tmp_path: Path) -> None:
+    train = {"steps": 40, "batch_size": 2, "lr": 1e30, "grad_clip": None, "validate_every": 0}
+    content = settings(root, tmp_path / "out", train={**train, "optimizer": "SGD"})
+    done = torchrun(write(tmp_path / "run.yaml", content))
+    assert done.returncode != 0
+    assert done.stderr.count("riskmap: error: train: the loss is not finite") == 1
+    batch = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
+    assert batch["step"] >= 1
+    assert len(batch["cases"]) == 2
+    assert set(batch["cases"]) <= {"case00", "case01"}
