@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import NETWORK_2D, configuration, phantom, save, write_cases
 
 from riskmap_ext.finetune import ConfigError, DataError, InputError, finetune, make_maps
-from riskmap_ext.finetune.workspace import run_device
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.workspace import claimed_output, run_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +132,7 @@ def test_bad_files_leave_nothing_behind(tmp_path):
 
 def test_a_loss_that_explodes_is_told(root, tmp_path):
     train = {"steps": 30, "lr": 1e30, "optimizer": "SGD", "grad_clip": None}
-    with pytest.raises(InputError, match=r"not finite .* lower train\.lr"):
+    with pytest.raises(InputError, match=r"not finite .*lower train\.lr"):
         finetune(configuration(root, tmp_path / "out", train=train), progress=False)
 
 
@@ -244,3 +248,45 @@ def test_class_names_in_any_script(root, source, tmp_path, recwarn):
 def test_the_automatic_device_is_one_that_runs(root, tmp_path):
     config = configuration(root, tmp_path, device="auto")
     assert run_device(config).type in ("cpu", "cuda")
+
+
+def test_two_runs_in_one_folder(root, tmp_path):
+    output = tmp_path / "out"
+    held = configuration(root, output)
+    with claimed_output(held, Log(quiet=True)):
+        for run in (
+            lambda: finetune(configuration(root, output, overwrite=True), progress=False),
+            lambda: finetune(held, progress=False, resume=True),
+        ):
+            with pytest.raises(ConfigError, match=rf"in use by a run \(process {os.getpid()} on"):
+                run()
+    assert finetune(configuration(root, output, overwrite=True), progress=False).history
+
+
+def test_a_killed_run_leaves_no_lock(root, tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "from riskmap_ext.finetune.lock import locked\n"
+        "from pathlib import Path\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    output = tmp_path / "out"
+    output.mkdir()
+    subprocess.run([sys.executable, "-c", script, str(output)], check=False)
+    assert (output / ".lock").exists()
+    assert finetune(configuration(root, output), progress=False).history
+    assert not (output / ".lock").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_cases(root, tmp_path):
+    train = {"steps": 40, "lr": 1e30, "grad_clip": None, "optimizer": "SGD", "validate_every": 0}
+    config = configuration(root, tmp_path / "out", train=train)
+    with pytest.raises(InputError, match="the loss is not finite any more from step"):
+        finetune(config, progress=False)
+    batch = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
+    assert 1 <= batch["step"] <= 25
+    assert len(batch["cases"]) == config.train.batch_size
+    again = configuration(root, tmp_path / "out", overwrite=True)
+    finetune(again, progress=False)
+    assert not (tmp_path / "out" / "nonfinite.json").exists()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.config import Config
     from riskmap_ext.finetune.config_file import load_config, parse_config
     from riskmap_ext.finetune.data import Case, Cases, prepare_cases
+    from riskmap_ext.finetune.dry_run import DryRun, check_run
     from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
@@ -25,10 +26,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "DryRun",
     "FinetuneResult",
     "InputError",
     "RankedSource",
     "Score",
+    "check_run",
     "finetune",
     "load_config",
     "make_maps",
@@ -43,6 +46,7 @@ _HOME = {
     "config": ("Config",),
     "config_file": ("load_config", "parse_config"),
     "data": ("Case", "Cases", "prepare_cases"),
+    "dry_run": ("DryRun", "check_run"),
     "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
     "predict": ("predict_images",),
     "rank": ("RankedSource", "rank_sources"),

@@ -31,6 +31,9 @@ def _finetune(
         bool,
         typer.Option("--resume", help="Go on with the unfinished run in the output folder."),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the whole plan; train and write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Fine-tune a segmentation network with the transfer-risk-weighted loss.
@@ -39,10 +42,14 @@ def _finetune(
     is made.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config_file import load_config
+        from riskmap_ext.finetune.config_file import load_config, located
+        from riskmap_ext.finetune.dry_run import check_run
         from riskmap_ext.finetune.run import finetune
 
-        finetune(load_config(config, overrides or []), progress=not quiet, resume=resume)
+        settings = load_config(config, overrides or [])
+        with located(config, overrides or []):
+            work = check_run if dry_run else finetune
+            work(settings, progress=not quiet, resume=resume)
 
 
 def _report(
@@ -131,13 +138,14 @@ def _rank(
     what it gains over the class frequencies alone.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config_file import load_config
+        from riskmap_ext.finetune.config_file import load_config, located
         from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
         _check_file(output)
         first = f"source.checkpoint={source[0]}"
         settings = load_config(config, [*(overrides or []), first])
-        ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
+        with located(config, overrides or []):
+            ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
         if output is not None:
             write_ranking(output, ranked)
 

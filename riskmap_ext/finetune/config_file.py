@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.errors import ConfigError
-from riskmap_ext.finetune.yaml_text import DuplicateKeyError, read_yaml
+from riskmap_ext.finetune.yaml_text import DuplicateKeyError, key_lines, read_yaml
 
 # What the keys take that allow values of several kinds.
 _EXPECTED = {
@@ -45,7 +47,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = read_yaml(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
@@ -59,18 +62,59 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys such as output, data, source; got {content!r}")
     apply_overrides(content, overrides)
-    return parse_config(content, base=path.resolve().parent, origin=str(path))
+    places = _places(text, overrides)
+    return parse_config(content, base=path.resolve().parent, origin=str(path), places=places)
+
+
+@contextmanager
+def located(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Adds the place of the key to a ConfigError that begins with one, for a file just loaded."""
+    try:
+        yield
+    except ConfigError as error:
+        found = re.match(r"([a-z_]+(\.[a-z_0-9]+)*): ", str(error))
+        try:
+            places = _places(Path(path).read_text(encoding="utf-8"), overrides)
+        except (OSError, ValueError, yaml.YAMLError):  # changed since
+            raise error from None
+        place = _place(found[1], places) if found else ""
+        raise type(error)(f"{path}: {place}{error}" if place else str(error)) from None
+
+
+def _places(text: str, overrides: Sequence[str]) -> dict[str, str]:
+    places = {key: f"line {line}" for key, line in key_lines(text).items()}
+    for override in overrides:
+        places[override.partition("=")[0].strip()] = "command line"
+    return places
 
 
 def parse_config(
-    content: Mapping[str, Any], *, base: Path | None = None, origin: str = "configuration"
+    content: Mapping[str, Any],
+    *,
+    base: Path | None = None,
+    origin: str = "configuration",
+    places: Mapping[str, str] | None = None,
 ) -> Config:
-    """A Config from plain mappings; relative paths start from `base` (default: current folder)."""
+    """A Config from plain mappings; relative paths start from `base` (default: current folder).
+
+    origin, places: what the errors call the whole and the place of each dotted key.
+    """
     try:
         return Config.model_validate(content, context={"base": base})
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error, content))
-        raise ConfigError(f"{origin}:\n{lines}") from None
+        lines = [
+            f"  {_place(key, places or {})}{text}" for key, text in _explain(error, content).items()
+        ]
+        raise ConfigError("\n".join([f"{origin}:", *lines])) from None
+
+
+def _place(key: str, places: Mapping[str, str]) -> str:
+    """Where the key stands, or the section that it is missing in."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:end])) in places:
+            return f"{places[name]}: "
+    return ""
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -108,8 +152,8 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
             content["data"][key] = str(Path.cwd() / Path(value).expanduser())
 
 
-def _explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
-    """One line per problem: dotted key, what was expected, what came, near names."""
+def _explain(error: ValidationError, content: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> a line that names it, what was expected, what came, and near names."""
     lines: dict[str, str] = {}
     for problem in error.errors():
         names = [str(part) for part in problem["loc"]]
@@ -129,7 +173,7 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
             near = _near_value(problem)
             # A union reports one problem per alternative; they belong to one line.
             lines[key] = f"{lines[key]}; or {message}" if key in lines else text + near
-    return list(lines.values())
+    return lines
 
 
 def _given(content: Mapping[str, Any], key: str) -> Any:

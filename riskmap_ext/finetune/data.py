@@ -173,7 +173,7 @@ def prepare_cases(
     problems: list[str] = []
     for entry in files:
         try:
-            cases.append(_read_case(entry, config.data, listing, store or TensorStore()))
+            cases.append(read_case(entry, config.data, listing, store or TensorStore()))
         except DataError as error:
             problems.extend(error.problems)
         if progress is not None:
@@ -204,7 +204,8 @@ def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int
     return _prepare(CaseFiles(name, tuple(paths), paths[0]), volume, label, data, TensorStore())
 
 
-def _read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: TensorStore) -> Case:
+def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: TensorStore) -> Case:
+    """Raises: DataError with a line for each problem of the files."""
     problems: list[str] = []
     image = label = values = None
     try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import torch
 
 from riskmap_ext.finetune.config import Config
@@ -16,7 +14,7 @@ from riskmap_ext.finetune.errors import DataError
 from riskmap_ext.finetune.processes import local_size
 from riskmap_ext.finetune.resample import available_memory
 from riskmap_ext.finetune.storage import TensorStore
-from riskmap_ext.finetune.volumes import voxel_sizes
+from riskmap_ext.finetune.volumes import read_header, voxel_sizes
 
 # A logit, its share of the sliding window's weights and sums, and its softmax.
 _BYTES_PER_LOGIT = 12
@@ -59,13 +57,8 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
 
 def prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
     """How many voxels a case has once it is resampled. Raises: DataError naming the file."""
-    try:
-        image: Any = nib.load(case.label)
-        shape = [int(size) for size in image.shape[:3]]
-        sizes = voxel_sizes(image.affine)
-    except Exception as error:  # a damaged file can raise nearly anything in its reader
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError([f"{case.label}: cannot be read ({text})"]) from None
+    label = read_header(case.label)
+    shape, sizes = list(label.shape), voxel_sizes(label.affine)
     if spacing is not None:
         shape = [
             max(1, round((n - 1) * size / wanted + 1))

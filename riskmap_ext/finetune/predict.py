@@ -16,7 +16,7 @@ from riskmap_ext.finetune.evaluate import predict
 from riskmap_ext.finetune.files import write_nifti
 from riskmap_ext.finetune.network import Predictor, check_forward, spatial_dims
 from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.volumes import check_readable
+from riskmap_ext.finetune.volumes import read_header
 from riskmap_ext.finetune.workspace import check_folder, device_of
 
 _PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
@@ -132,7 +132,7 @@ def _files(
     for files in cases.values():
         for path in files:
             try:
-                check_readable(path, len(channels) if len(files) == 1 else 1)
+                read_header(path, len(channels) if len(files) == 1 else 1)
             except DataError as error:
                 problems.extend(error.problems)
     if problems or not cases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
 from riskmap_ext.finetune.workspace import (
     check_output,
     check_threads,
-    claim_output,
+    claimed_output,
     run_device,
     told_when_stopped,
     torch_state,
@@ -119,22 +120,26 @@ def _finetune(
         config = config.model_copy(update={"overwrite": True})
     if resumed is None:
         group.on_main(lambda: check_output(config))
-    with told_when_stopped(config, log), torch_state(config, device):
+    with (
+        contextlib.ExitStack() as held,
+        told_when_stopped(config, log),
+        torch_state(config, device),
+    ):
         plan = group.together(lambda: make_plan(config, cases, device, group, log, resumed))
-        group.on_main(lambda: _begin(plan))
+        group.on_main(lambda: _begin(plan, held))
         maps = _source_maps(plan)
         trained = _train(plan, maps)
         table = _evaluate(plan, maps, trained.predictions)
-    names = list(plan.cases.structures.scored)
-    means = structure_means(table, len(names))
-    group.wait()  # for what the others still write
-    seconds = time.perf_counter() - started
-    if group.is_main:
-        (config.output / RESUME_FILE).unlink(missing_ok=True)
-        note_end(config.output, device, seconds)
-        if config.write.report:
-            report_at_end(config.output, log)
-    log(f"Done in {seconds:.1f} s: {config.output}")
+        names = list(plan.cases.structures.scored)
+        means = structure_means(table, len(names))
+        group.wait()  # for what the others still write
+        seconds = time.perf_counter() - started
+        if group.is_main:
+            (config.output / RESUME_FILE).unlink(missing_ok=True)
+            note_end(config.output, device, seconds)
+            if config.write.report:
+                report_at_end(config.output, log)
+        log(f"Done in {seconds:.1f} s: {config.output}")
     return FinetuneResult(
         config.output,
         plan.cases.classes,
@@ -149,10 +154,10 @@ def _finetune(
     )
 
 
-def _begin(plan: Plan) -> None:
+def _begin(plan: Plan, held: contextlib.ExitStack) -> None:
     """The output folder, and what the plan says in its log."""
     config, resumed = plan.config, plan.resumed
-    claim_output(config, plan.log, resumed=resumed is not None)
+    held.enter_context(claimed_output(config, plan.log, resumed=resumed is not None))
     counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
     note_start(config.output, plan.device, counts, resumed=resumed is not None)
     if resumed is not None:
@@ -174,11 +179,15 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     check_output(config)
     check_threads(config)
     device = run_device(config)
-    with told_when_stopped(config, log), torch_state(config, device):
+    with (
+        contextlib.ExitStack() as held,
+        told_when_stopped(config, log),
+        torch_state(config, device),
+    ):
         source = load_source(config.source)
         cases = read_cases(config, log)
         predictor = predictor_of_source(config, source, cases.channels, device)
-        claim_output(config, log)
+        held.enter_context(claimed_output(config, log))
         for note in cases.notes:
             log.warn(note)
         check_preprocessing(config, source, log)

@@ -27,9 +27,9 @@ from riskmap_ext.finetune.report import Log, Metrics, number, segmentation_pictu
 from riskmap_ext.finetune.sampling import CropSampler
 from riskmap_ext.finetune.stepper import Stepper
 from riskmap_ext.finetune.storage import TensorStore
+from riskmap_ext.finetune.workspace import NONFINITE_FILE
 
 _CHECK_EVERY = 25
-NONFINITE_FILE = "nonfinite.json"
 
 
 @dataclass(frozen=True)

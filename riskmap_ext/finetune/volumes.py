@@ -95,22 +95,23 @@ def read_labels(first: Path, second: Path) -> tuple[LabelVolume, LabelVolume]:
     return one, other
 
 
-def check_readable(path: Path, channels: int = 1) -> None:
-    """Opens the header alone. Raises: DataError naming the file."""
-    shape = header_shape(path)
-    flat = all(size == 1 for size in shape[3:])
-    stacked = len(shape) == 4 and shape[3] == channels
-    if len(shape) < 3 or not (flat or stacked):
-        raise DataError([f"{path}: expected a 3-D volume, got {len(shape)}-D, shape {shape}"])
+def read_header(path: Path, channels: int = 1) -> Volume:
+    """The file's grid; its values, which are not read, are 0.
 
-
-def header_shape(path: Path) -> tuple[int, ...]:
-    """As the header says it. Raises: DataError naming the file."""
+    Raises: DataError naming the file: unreadable, or no 3-D volume (4-D of `channels` channels).
+    """
     try:
         volume: Any = nib.load(path)
-        return tuple(int(size) for size in volume.shape)
+        shape = tuple(int(size) for size in volume.shape)
+        affine = np.asarray(volume.affine, dtype=np.float64)
     except Exception as error:  # a damaged file can raise nearly anything in its reader
         raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
+    flat = channels == 1 and all(size == 1 for size in shape[3:])
+    stacked = channels > 1 and len(shape) == 4 and shape[3] == channels
+    if len(shape) < 3 or not (flat or stacked):
+        wanted = "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
+        raise DataError([f"{path}: expected {wanted}, got {len(shape)}-D, shape {shape}"])
+    return Volume(np.broadcast_to(np.uint8(0), shape[:3]), affine, _codes(volume.header))
 
 
 def grid_problems(image_path: Path, image: Volume, path: Path, volume: Volume) -> list[str]:

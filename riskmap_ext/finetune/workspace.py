@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT
 from riskmap_ext.finetune.config import DEVICE, Config
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_text
+from riskmap_ext.finetune.lock import locked
 from riskmap_ext.finetune.processes import local_rank, local_size
 from riskmap_ext.finetune.report import Log
 
+NONFINITE_FILE = "nonfinite.json"
 # Keys that may differ where an unfinished run is gone on with: none changes what is computed.
 _FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
@@ -35,6 +38,7 @@ _OUTPUT_FILES = (
     "leep.json",
     "environment.json",
     "report.html",
+    NONFINITE_FILE,
     "log.txt",
 )
 # More is slower, and some thousands end the process.
@@ -176,22 +180,34 @@ def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def claim_output(config: Config, log: Log, *, resumed: bool = False) -> None:
-    """Makes the output folder, or clears the earlier run in it where that is allowed."""
+@contextmanager
+def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterator[None]:
+    """Makes the output folder, or clears the earlier run in it where that is allowed.
+
+    Raises: ConfigError where it cannot be written, or where another run is at work in it.
+    """
     output = config.output
-    if resumed:
-        check_same_run(config)
-        log.open(output / "log.txt", append=True)
-        return
-    for name in check_output(config):
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", config.to_yaml())
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be written ({error})") from None
-    log.open(output / "log.txt")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(output))
+        except OSError as error:
+            if made:
+                output.rmdir()
+            raise ConfigError(f"output: {output} cannot be written ({error})") from None
+        if resumed:
+            check_same_run(config)
+        else:
+            for name in check_output(config):
+                path = output / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_text(output / "config.yaml", config.to_yaml())
+        log.open(output / "log.txt", append=resumed)
+        yield
 
 
 def check_output(config: Config) -> list[str]:

@@ -31,6 +31,26 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """Dotted key -> its line in a YAML document, from 1; items of lists are numbered keys."""
+    found: dict[str, int] = {}
+
+    def visit(node: yaml.Node | None, prefix: str) -> None:
+        pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(str(key.value), key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            pairs = [(str(index), value, value) for index, value in enumerate(node.value)]
+        for name, place, value in pairs:
+            # An alias (*) may lead to what is told already.
+            if prefix + name not in found:
+                found[prefix + name] = place.start_mark.line + 1
+                visit(value, f"{prefix}{name}.")
+
+    visit(yaml.compose(text, Loader=_Loader), "")
+    return found
+
+
 def read_yaml(text: str) -> Any:
     """The plain content of a YAML document. Raises: yaml.YAMLError, DuplicateKeyError."""
     return yaml.load(text, Loader=_Loader)

@@ -1,0 +1,112 @@
+"""`riskmap finetune --dry-run`: what it finds, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+
+import yaml
+from finetune_data import RAS, configuration, phantom, save, settings, write_cases
+
+from riskmap_ext.finetune import CheckpointError, ConfigError, DataError, check_run, finetune
+from riskmap_ext.finetune.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_cases(tmp_path / "data", 4)
+    return tmp_path / "data"
+
+
+def test_tells_the_plan_and_writes_nothing(root, tmp_path, capsys):
+    found = check_run(configuration(root, tmp_path / "out"))
+    assert found.train == ["case00", "case01"]
+    assert found.validation == ["case02"]
+    assert found.read == ["case00", "case01", "case02"]
+    labels = np.concatenate([phantom(seed)[1].ravel() for seed in range(3)])
+    assert list(found.class_voxels.values()) == np.bincount(labels).tolist()
+    assert found.memory.voxels == labels.size
+    told = capsys.readouterr().out
+    for part in ("2 (case00, case01)", "UNet", "nothing is in the way", "MiB"):
+        assert part in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_of_the_source(root, tmp_path):
+    source = finetune(configuration(root, tmp_path / "source"), progress=False).checkpoint
+    config = configuration(root, tmp_path / "out", source={"checkpoint": str(source)})
+    found = check_run(config, progress=False)
+    assert found.keys is not None
+    assert found.keys.loaded
+    assert not (tmp_path / "out").exists()
+    source.write_bytes(source.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        check_run(config, progress=False)
+
+
+def test_headers_of_all_cases_are_looked_at(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("riskmap_ext.finetune.dry_run._SECONDS", -1.0)
+    config = configuration(root, tmp_path / "out")
+    assert check_run(config, progress=False).read == []
+    image, label = phantom(1)
+    save(root / "labels" / "case01.nii.gz", label[:-1])
+    save(root / "images" / "case02.nii.gz", image, RAS * 3)
+    with pytest.raises(DataError) as error:
+        check_run(config, progress=False)
+    assert "case01.nii.gz: expected the grid of its image" in str(error.value)
+    assert "case02.nii.gz" in str(error.value)
+    (root / "labels" / "case00.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"case00\.nii\.gz: cannot be read"):
+        check_run(config, progress=False)
+
+
+def test_labels_are_read(root, tmp_path):
+    label = phantom(0)[1]
+    label[0, 0, 0] = 9
+    path = save(root / "labels" / "case00.nii.gz", label)
+    with pytest.raises(DataError, match="label values 9 are not in") as error:
+        check_run(configuration(root, tmp_path / "out"), progress=False)
+    assert str(path) in str(error.value)
+
+
+def test_a_class_without_voxels_is_told(root, tmp_path, capsys):
+    data = {"classes": ["background", "box", "crate", "barrel"]}
+    check_run(configuration(root, tmp_path / "out", data=data))
+    assert "no voxel of class barrel in the 3 cases" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_taken(root, tmp_path):
+    config = configuration(root, tmp_path / "out")
+    finetune(config, progress=False)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_run(config, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place"),
+    [
+        (["data.train=70"], "command line: data.train: asks for 70"),
+        ([], "line 9: data.train: asks for 50"),
+    ],
+)
+def test_errors_have_their_place(root, tmp_path, monkeypatch, capsys, overrides, place):
+    content = settings(root, tmp_path / "out", data={"train": 50})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    line = next(
+        number
+        for number, text in enumerate(path.read_text().splitlines(), 1)
+        if text.strip() == "train: 50"
+    )
+    arguments = ["riskmap", "finetune", str(path), "--dry-run", *overrides]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert f"{path}: {place.replace('line 9', f'line {line}')}" in capsys.readouterr().err
