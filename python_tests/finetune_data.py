@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from riskmap_ext.finetune import Config, parse_config
+from riskmap_ext.finetune.sampling import CropSampler
 
 NETWORK_2D = {
     "name": "UNet",
@@ -91,3 +93,23 @@ def settings(root: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def configuration(root: Path, output: Path, **sections: Any) -> Config:
     return parse_config(settings(root, output, **sections))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stop_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is stopped when the sampler is asked for its so many-th batch."""
+    taken = 0
+    next_batch = CropSampler.next_batch
+
+    def counted(self: CropSampler) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == batch:
+            raise KeyboardInterrupt
+        return next_batch(self)
+
+    monkeypatch.setattr(CropSampler, "next_batch", counted)

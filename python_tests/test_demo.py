@@ -7,13 +7,13 @@ import csv
 import os
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 
 for _package in ("monai", "nibabel", "nilearn", "matplotlib", "pydantic", "rich"):
     pytest.importorskip(_package, reason="needs the extra demo")
 
+from html_page import Page  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from riskmap_ext.finetune import demo, demo_page  # noqa: E402
@@ -54,32 +54,6 @@ def tiny(tmp_path_factory):
     (output / "seed_7" / "target_data").mkdir(parents=True)
     (output / "seed_7" / "target_data" / "dataset.json").write_text("{}")
     return demo.run(output, seeds=1, workers=1, settings=TINY)
-
-
-class Page(HTMLParser):
-    """Text, table cells and everything that the page would load."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.text, self.rows, self.links, self.open = "", [], [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.links += [v for k, v in attrs if k in ("src", "href", "data", "action")]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
 
 
 @pytest.mark.slow

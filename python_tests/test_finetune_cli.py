@@ -38,20 +38,6 @@ def source(root, tmp_path_factory) -> Path:
     return finetune(configuration(root, output, train=train), progress=False).checkpoint
 
 
-@pytest.fixture
-def riskmap(monkeypatch, capsys):
-    """Runs the command in this process; returns exit code, standard output and error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["riskmap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return call
-
-
 def test_finetune_with_overrides(riskmap, root, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(root, tmp_path / "out")))

@@ -17,11 +17,10 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, write_cases
+from finetune_data import configuration, stop_at, write_cases
 
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.errors import CheckpointError, ConfigError
-from riskmap_ext.finetune.sampling import CropSampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,21 +74,6 @@ def config(root: Path, output: Path, source: Path, **sections: Any) -> Any:
         "source": {"checkpoint": str(source)},
     } | sections
     return configuration(root, output, **sections)
-
-
-def stop_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is stopped when the sampler is asked for its so many-th batch."""
-    taken = 0
-    next_batch = CropSampler.next_batch
-
-    def counted(self: CropSampler) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == batch:
-            raise KeyboardInterrupt
-        return next_batch(self)
-
-    monkeypatch.setattr(CropSampler, "next_batch", counted)
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

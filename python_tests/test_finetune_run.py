@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_3D, configuration, phantom, save, write_cases
+from finetune_data import NETWORK_3D, configuration, phantom, rows_of, save, write_cases
 
 import riskmap_ext
 from riskmap_ext.finetune import (
@@ -71,11 +70,6 @@ def run(root, source, tmp_path_factory):
         data={"validation": 2},
     )
     return config, finetune(config, progress=False)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_every_output_is_there(run):

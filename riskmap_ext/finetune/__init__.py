@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
     from riskmap_ext.finetune.run import FinetuneResult, finetune, make_maps
+    from riskmap_ext.finetune.run_report import write_report
     from riskmap_ext.finetune.scores import Score, score_files
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "prepare_cases",
     "rank_sources",
     "score_files",
+    "write_report",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
     "predict": ("predict_images",),
     "rank": ("RankedSource", "rank_sources"),
+    "run_report": ("write_report",),
     "run": ("FinetuneResult", "finetune", "make_maps"),
     "scores": ("Score", "score_files"),
 }

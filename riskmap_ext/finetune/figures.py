@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from riskmap_ext._files import written_beside
 
@@ -110,7 +111,7 @@ def overlay(
         axes = layout.axes(left, foot, panel, height)
         if name == "risk":
             norm = weight_norm([volumes["risk"]])
-            draw_risk(axes, _plane(volumes["risk"], axis, index), norm, aspect)
+            _draw_risk(axes, _plane(volumes["risk"], axis, index), norm, aspect)
             bar = layout.axes(left + panel + 0.1, foot + 0.1, 0.12, height - 0.2)
             _weight_bar(layout.figure, bar, norm)
         else:
@@ -209,7 +210,7 @@ def comparison(
         for column, name in enumerate(columns):
             axes = layout.axes(left + column * panel, bottom, panel - between, height)
             if name == RISK_COLUMN and cut.risk is not None and norm is not None:
-                draw_risk(axes, cut.risk, norm, cut.aspect)
+                _draw_risk(axes, cut.risk, norm, cut.aspect)
             else:
                 draw_classes(axes, cut.image, shown[name], colours, window, cut.aspect)
             if row is rows[0]:
@@ -384,7 +385,7 @@ def weight_norm(risks: Sequence[np.ndarray]) -> Normalize:
     return LogNorm(low, high)
 
 
-def draw_risk(axes: Any, risk: np.ndarray, norm: Normalize, aspect: float) -> None:
+def _draw_risk(axes: Any, risk: np.ndarray, norm: Normalize, aspect: float) -> None:
     shown = np.ma.masked_where(~(np.isfinite(risk) & (risk > 0)), risk)
     axes.imshow(
         shown, origin="lower", aspect=aspect, interpolation="nearest", cmap=RISK_COLOURS, norm=norm
@@ -409,13 +410,13 @@ def _weight_bar(figure: Figure, axes: Any, norm: Normalize, orientation: str = "
     bar.outline.set_visible(False)
 
 
-def mark_sides(axes: Any, axis: int) -> None:
+def mark_sides(axes: Any, axis: int, size: float = 8.0) -> None:
     """Letters of the directions at the left and right edge (RAS: x to the right)."""
     sides = ("P", "A") if axis == 0 else ("L", "R")
     for x, align, letter in ((0.02, "left", sides[0]), (0.98, "right", sides[1])):
         axes.text(
-            x, 0.02, letter, transform=axes.transAxes, color="white", fontsize=8, ha=align,
-            va="bottom",
+            x, 0.02, letter, transform=axes.transAxes, color="white", fontsize=size, ha=align,
+            va="bottom", path_effects=[withStroke(linewidth=0.2 * size, foreground="black")],
         )  # fmt: skip
 
 

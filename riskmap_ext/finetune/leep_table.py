@@ -52,7 +52,9 @@ def _table(leep: Leep) -> str:
     for y, name in enumerate(leep.classes):
         cells = "".join(_cell(float(leep.conditional[y, z])) for z in columns)
         frequency = _share(float(leep.class_frequencies[y]))
-        rows.append(f"<tr><th scope='row'>{escape(name)}</th>{cells}<td>{frequency}</td></tr>")
+        rows.append(
+            f"<tr><th scope='row'><span>{escape(name)}</span></th>{cells}<td>{frequency}</td></tr>"
+        )
     used = "".join(f"<td>{_share(float(leep.source_frequencies[z]))}</td>" for z in columns)
     rows.append(f"<tr class='total'><th scope='row'>of all mass</th>{used}<td></td></tr>")
     text = (
@@ -85,7 +87,7 @@ def _probability(value: float) -> str:
     """Three digits; what would round to 0 is told from nothing."""
     if value == 0:
         return "0"
-    return "<0.001".replace("<", "&lt;") if value < 0.0005 else f"{value:.3f}"
+    return "&lt;0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def _share(value: float) -> str:
@@ -96,16 +98,16 @@ def _share(value: float) -> str:
 
 def leep_style() -> str:
     return """
-.heat { max-height: 34rem; overflow: auto; margin-top: .3rem; }
+.heat { max-height: max(34rem, 85vh); overflow: auto; margin-top: .3rem; }
 .heat table { width: auto; }
 .heat td { min-width: 4rem; }
 .heat td[style] { background: rgb(0 114 178 / var(--p)); }
 .heat .dark { color: #fff; }
-.heat thead th { position: sticky; top: 0; background: var(--paper); z-index: 1;
-  vertical-align: bottom; }
+.heat thead th { position: sticky; top: 0; background: var(--paper); z-index: 1; }
 .heat tbody th, .heat thead th:first-child { position: sticky; left: 0; background: var(--paper); }
-.heat tbody th { z-index: 1; max-width: 10rem; overflow: hidden; text-overflow: ellipsis; }
+.heat tbody th { z-index: 1; }
+.heat tbody th span { max-width: 10rem; }
 .heat thead th:first-child { z-index: 2; }
-.upright span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 11rem;
-  overflow: hidden; text-overflow: ellipsis; }
+.heat .upright span { writing-mode: vertical-rl; transform: rotate(180deg); width: auto;
+  max-height: 11rem; }
 """

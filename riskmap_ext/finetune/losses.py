@@ -30,12 +30,12 @@ class LossCurve:
         path: Path,
         steps: int,
         device: torch.device,
-        group: Processes,
+        group: Processes | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """state: what `state_dict` gave when the run that is gone on with was kept."""
         self._path = path
-        self._group = group
+        self._group = group or Processes()
         self._every = max(1, steps // _POINTS)
         self._last = steps
         self._rows: list[list[float]] = [list(row) for row in state["rows"]] if state else []

@@ -39,9 +39,9 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequence[str] = ()) -> str:
     """Texts, escaped, in a box of its own that scrolls; rows whose first cell is in `bold` are."""
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in header)
+    head = "".join(f"<th scope='col'><span>{escape(name)}</span></th>" for name in header)
     body = "\n".join(
-        "<tr{}><th scope='row'>{}</th>{}</tr>".format(
+        "<tr{}><th scope='row'><span>{}</span></th>{}</tr>".format(
             " class='total'" if row[0] in bold else "",
             escape(row[0]),
             "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]),
@@ -52,6 +52,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequenc
         f"<div class='scroll' tabindex='0'><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
         f"{body}\n</tbody>\n</table></div>"
     )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 _STYLE = """
@@ -79,7 +87,10 @@ th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child { text-align: left; }
 tbody th { font-weight: 400; }
-thead th { font-size: .9rem; color: var(--soft); font-weight: 600; }
+thead th { font-size: .9rem; color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th span { display: inline-block; width: max-content; max-width: 12rem; white-space: normal;
+  overflow-wrap: anywhere; }
+tbody th span { max-width: 22rem; }
 .total th, .total td { font-weight: 700; border-top: 2px solid var(--ink); }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; }
@@ -95,6 +106,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
   dd { margin-bottom: .6rem; }
   th, td { padding: .35rem .45rem; font-size: .9rem; }
   tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); }
+  thead th span { max-width: 7.5rem; }
+  tbody th span { max-width: 9rem; }
 }
 """
 

@@ -21,7 +21,6 @@ from riskmap_ext.finetune.figures import (
     classes_present,
     cut_slice,
     draw_classes,
-    draw_risk,
     grey_window,
     mark_sides,
     weight_norm,
@@ -35,6 +34,8 @@ ERROR_COLOURS = {
 }
 _WIDTH = 3.0
 _DPI = 120
+_LETTERS = 14
+_OPACITY = 0.85
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,17 @@ def panels(
         layout = Layout(*size)
         axes = layout.axes(0, 0, *size)
         draw_classes(axes, cut.image, classes, palette, window, cut.aspect)
-        mark_sides(axes, cut.axis)
+        mark_sides(axes, cut.axis, size=_LETTERS)
         pictures[name] = _png(layout.figure)
     weights = None
     if row.risk is not None and cut.risk is not None:
         norm = weight_norm([row.risk])
         layout = Layout(*size)
-        draw_risk(layout.axes(0, 0, *size), cut.risk, norm, cut.aspect)
+        axes = layout.axes(0, 0, *size)
+        draw_classes(axes, cut.image, None, colours, window, cut.aspect)
+        share = norm(np.ma.masked_less_equal(cut.risk, 0))
+        axes.imshow(_shades(share), origin="lower", aspect=cut.aspect, interpolation="nearest")
+        mark_sides(axes, cut.axis, size=_LETTERS)
         pictures[RISK_COLUMN] = _png(layout.figure)
         low, high = (float(value) for value in norm.inverse(np.array([0.0, 1.0])))
         weights = low, high, isinstance(norm, LogNorm)
@@ -92,9 +97,16 @@ def panels(
 
 
 def risk_colours(count: int) -> list[str]:
-    """Hex colours of the weights' scale, evenly from the smallest to the largest."""
-    shades = ScalarMappable(Normalize(0, 1), RISK_COLOURS).to_rgba(np.linspace(0, 1, count))
-    return [to_hex(shade) for shade in shades]
+    """Hex colours with opacity of the weights' scale, evenly from the smallest to the largest."""
+    return [to_hex(shade, keep_alpha=True) for shade in _shades(np.linspace(0, 1, count))]
+
+
+def _shades(share: np.ndarray) -> np.ndarray:
+    """RGBA [..., 4] of 0 .. 1: the least weight lets the image through."""
+    share = np.clip(np.ma.filled(share, 0.0), 0.0, 1.0)
+    shades = ScalarMappable(Normalize(0, 1), RISK_COLOURS).to_rgba(0.25 + 0.75 * share)
+    shades[..., 3] = np.minimum(1.0, 3 * share) * _OPACITY
+    return shades
 
 
 def _png(figure: Figure) -> bytes:

@@ -23,7 +23,7 @@ from riskmap_ext.finetune.volumes import read_labels
 # Of the surface Dice, in mm.
 TOLERANCE = 1.0
 # Voxels times classes times cases up to which surfaces are measured: a minute or so.
-_MOST_WORK = 2e9
+_MOST_WORK = 1e9
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ def read_results(run: RunFiles) -> CaseResults:
         return results
     ranks = _ranks(run.dice)
     results.remark = _why_no_scores(run)
-    measured = results.remark is None
-    for name in run.dice if measured else ranks:
+    for name in run.dice:
+        measured = results.remark is None
+        if not (measured or name in ranks):
+            continue
         drawing, problem = None, None
         try:
-            row, zooms, scores = _read(run, name, measured and results.remark is None)
+            row, zooms, scores = _read(run, name, measured)
             results.scores += scores
             drawing = panels(row, zooms=zooms) if name in ranks else None
         except InputError as error:

@@ -21,6 +21,9 @@ from riskmap_ext.finetune.svg import Line
 
 # Further lists are folded up.
 _OPEN_ROWS = 12
+# Larger tables and finer lines would make the file large.
+_MOST_CELLS = 12000
+_MOST_POINTS = 250
 _CLASS_LINES = svg.COLOURS
 
 
@@ -28,6 +31,7 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
     name = run.folder.resolve().name
     parts = [
         f"<h1>{escape(name)}</h1>",
+        _what(run),
         _state(run),
         _headline(run),
         page.section("Training", _curves(run)),
@@ -39,11 +43,26 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
     return page.page(f"riskmap: {name}", "\n".join(parts), svg.STYLE + leep_style() + _STYLE)
 
 
+def _what(run: RunFiles) -> str:
+    parts = []
+    if run.config is not None:
+        source = run.config.source
+        kind = "Training" if source is None else f"Fine-tuning from {source.checkpoint}"
+        if source is not None:
+            kind += ", weighted by its risk map" if run.config.uses_risk else ", without a risk map"
+        parts.append(kind)
+    if run.starts:
+        start = run.starts[0]
+        parts.append(f"begun {start.get('begun')}, riskmap_ext {start.get('riskmap_ext')}")
+    return f"<p class='note'>{escape('; '.join(parts))}</p>" if parts else ""
+
+
 def _state(run: RunFiles) -> str:
     if run.is_finished:
         return ""
     steps = f" of {run.steps}" if run.steps else ""
-    text = f"Unfinished run: {run.steps_done}{steps} steps are recorded here."
+    done = f"{run.steps_done}{steps} steps are recorded here"
+    text = f"Unfinished run (stopped, or still at work): {done}."
     if run.can_resume:
         text += " `riskmap finetune --resume` goes on with it from its last validation."
     last = (run.log or [""])[-1].partition(" stopped ")
@@ -57,7 +76,7 @@ def _headline(run: RunFiles) -> str:
     if run.dice:
         facts.append(("mean Dice", number(mean_without_nan(_means(run)))))
         facts.append(("validation cases", str(len(run.dice))))
-    elif run.metrics:
+    elif run.metrics and not math.isnan(run.metrics[-1]["mean_dice"]):
         row = run.metrics[-1]
         facts.append((f"mean Dice at step {row['step']:.0f}", number(row["mean_dice"])))
     if run.leep is not None:
@@ -65,17 +84,9 @@ def _headline(run: RunFiles) -> str:
     if run.steps_done:
         facts.append(("steps", f"{run.steps_done}"))
     if run.metrics:
-        facts.append(("training time", duration(run.metrics[-1]["seconds"])))
+        facts.append(("training time", page.duration(run.metrics[-1]["seconds"])))
     cells = "".join(f"<div><b>{escape(v)}</b><span>{escape(n)}</span></div>" for n, v in facts)
     return f"<div class='headline'>{cells}</div>" if cells else ""
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _curves(run: RunFiles) -> str:
@@ -84,22 +95,31 @@ def _curves(run: RunFiles) -> str:
     if run.losses:
         steps = [(step, loss) for step, loss, _ in run.losses]
         width = max(1, len(steps) // 50)
-        lines = [Line("mean of steps in a row" if steps[0][0] > 1 else "each step", steps, "faint")]
-        lines.append(Line(f"mean of {width} of these", _smooth(steps, width)))
+        every = round(steps[0][0])
+        name = "each step" if every == 1 else f"mean of {every} steps"
+        if width == 1:
+            lines = [Line(name, steps)]
+        else:
+            smooth = Line(f"mean of {width} of these", _smooth(steps, width))
+            lines = [Line(name, steps, "faint"), smooth]
         rates = [(step, lr) for step, _, lr in run.losses]
     else:
         notes.append("There is no losses.csv (older run): the loss is the mean up to a validation.")
         lines = [Line("mean up to a validation", [(r["step"], r["train_loss"]) for r in metrics])]
         rates = [(r["step"], r["lr"]) for r in metrics]
-    charts = [
-        ("Training loss", "loss", None, lines),
-        ("Dice of the validation cases", "Dice", (0.0, 1.0), _dice_lines(metrics)),
-        ("Learning rate", "learning rate", None, [Line("", rates, 5)]),
+    dice = _dice_lines(metrics)
+    title = "Dice of the validation cases"
+    parts += [
+        svg.chart(lines, title="Training loss", x_label="step", y_label="loss", log=True),
+        svg.chart(dice, title=title, x_label="step", y_label="Dice", y_range=(0.0, 1.0)),
+        svg.chart(
+            [Line("", rates)],
+            title="Learning rate",
+            x_label="step",
+            y_label="learning rate",
+            y_range=(0.0, 0.0),
+        ),
     ]
-    for title, y_label, y_range, shown in charts:
-        parts.append(
-            svg.chart(shown, title=title, x_label="step", y_label=y_label, y_range=y_range)
-        )
     if not run.metrics:
         notes.append("No validation is recorded yet (metrics.csv).")
     else:
@@ -108,11 +128,12 @@ def _curves(run: RunFiles) -> str:
 
 
 def _smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:
-    """Means of `width` points, at the last of them; the first ones of what there is."""
+    """Means of `width` neighbours; at both ends of those that are there."""
     smooth = []
-    for end in range(1, len(points) + 1):
-        values = [y for _, y in points[max(0, end - width) : end]]
-        smooth.append((points[end - 1][0], statistics.fmean(values)))
+    for place, (step, _) in enumerate(points):
+        first = place - width // 2
+        values = [y for _, y in points[max(0, first) : first + width]]
+        smooth.append((step, statistics.fmean(values)))
     return smooth
 
 
@@ -121,8 +142,10 @@ def _dice_lines(metrics: Sequence[dict[str, float]]) -> list[Line]:
     if not metrics:
         return []
 
+    shown = _thinned(metrics, _MOST_POINTS)
+
     def line(column: str, name: str, style: str | int) -> Line:
-        return Line(name, [(row["step"], row[column]) for row in metrics], style)
+        return Line(name, [(row["step"], row[column]) for row in shown], style)
 
     columns = [name for name in metrics[-1] if name.startswith("dice_")]
     named = columns
@@ -138,13 +161,26 @@ def _dice_lines(metrics: Sequence[dict[str, float]]) -> list[Line]:
 
 def _validations(run: RunFiles) -> str:
     assert run.metrics
-    header = list(run.metrics[0])
-    rows = [
-        [f"{row['step']:.0f}", *(_plain(row[name]) for name in header[1:])] for row in run.metrics
+    header = [
+        name
+        for name in run.metrics[0]
+        if name == "step" or not all(math.isnan(row[name]) for row in run.metrics)
     ]
-    names = [name.removeprefix("dice_") for name in header]
+    named = {"train_loss": "loss", "mean_dice": "mean Dice", "lr": "learning rate"}
+    names = [named.get(name, name.removeprefix("dice_")) for name in header]
+    shown = _thinned(run.metrics, max(_OPEN_ROWS, _MOST_CELLS // len(header)))
+    rows = [[f"{row['step']:.0f}", *(_plain(row[name]) for name in header[1:])] for row in shown]
     table = page.table(names, rows)
-    return f"<figure class='chart'><figcaption>Validations</figcaption>{table}</figure>"
+    title = "Validations"
+    if len(shown) < len(run.metrics):
+        title += f" ({len(shown)} of {len(run.metrics)}; metrics.csv has all)"
+    return f"<figure class='chart'><figcaption>{title}</figcaption>{table}</figure>"
+
+
+def _thinned(rows: Sequence[dict[str, float]], most: int) -> Sequence[dict[str, float]]:
+    """At most so many, evenly, with the last one."""
+    every = -(-len(rows) // most)
+    return rows[(len(rows) - 1) % every :: every]
 
 
 def _plain(value: float) -> str:
@@ -161,6 +197,8 @@ def _classes(run: RunFiles, results: CaseResults) -> str:
         if not run.metrics:
             return page.note("No Dice is recorded: there is neither dice.csv nor metrics.csv.")
         row = run.metrics[-1]
+        if math.isnan(row["mean_dice"]):
+            return page.note("There is no Dice: no validation case has any of the classes.")
         rows = [[name, number(row.get(f"dice_{name}", math.nan))] for name in run.classes]
         rows.append(["mean", number(row["mean_dice"])])
         why = "validation cases, on the grid of the network" if run.can_resume else "no dice.csv"
@@ -223,20 +261,29 @@ def _cases(run: RunFiles, results: CaseResults) -> str:
     parts = [_drawn_case(case, run) for case in results.drawn]
     if any(case.panels is not None for case in results.drawn):
         parts.append(_keys_of_panels(run, results.drawn))
-    header = ["case", *run.classes, "mean"]
-    rows = [[name, *map(number, (*row, mean_without_nan(row)))] for name, row in run.dice.items()]
-    parts.append(_folded("Dice of each case", page.table(header, rows), len(rows)))
+    means = {name: mean_without_nan(row) for name, row in run.dice.items()}
+    names, which = list(means), "each case"
+    most = max(_OPEN_ROWS, _MOST_CELLS // (len(run.classes) + 2))
+    if len(names) > most:
+        lowest = set(sorted(names, key=lambda name: means[name])[:most])
+        names = [name for name in names if name in lowest]
+        which = f"the {most} cases with the lowest mean of {len(means)} (dice.csv has all)"
+    rows = [[name, *map(number, (*run.dice[name], means[name]))] for name in names]
+    table = page.table(["case", *run.classes, "mean"], rows)
+    parts.append(_folded(f"Dice of {which}", table, len(rows)))
     for title, column in (
         (f"Surface Dice at {TOLERANCE:g} mm", "surface_dice"),
         ("HD95 in mm", "hd95"),
     ):
         if results.scores:
-            table = _score_table(run, results.scores, column)
-            parts.append(_folded(f"{title} of each case", table, _OPEN_ROWS + 1))
+            table = _score_table(run.classes, names, results.scores, column)
+            parts.append(_folded(f"{title} of {which}", table, _OPEN_ROWS + 1))
     return "\n".join(parts)
 
 
-def _score_table(run: RunFiles, scores: Sequence[Score], column: str) -> str:
+def _score_table(
+    classes: Sequence[str], cases: Sequence[str], scores: Sequence[Score], column: str
+) -> str:
     """Outcomes other than found as words."""
     by_case = {(score.case, score.structure): score for score in scores}
 
@@ -244,8 +291,8 @@ def _score_table(run: RunFiles, scores: Sequence[Score], column: str) -> str:
         value = getattr(score, column)
         return f"{value:.3f}" if score.outcome == FOUND else score.outcome
 
-    rows = [[c, *(cell(by_case[c, name]) for name in run.classes)] for c in run.dice or {}]
-    return page.table(["case", *run.classes], rows)
+    rows = [[case, *(cell(by_case[case, name]) for name in classes)] for case in cases]
+    return page.table(["case", *classes], rows)
 
 
 def _folded(title: str, body: str, rows: int) -> str:
@@ -288,15 +335,16 @@ def _keys_of_panels(run: RunFiles, drawn: Sequence[DrawnCase]) -> str:
     if weights:
         scale = "logarithmic" if any(log for *_, log in weights) else "linear"
         lists.append(
-            "<p class='chips'><b>Weights:</b> smallest<i class='scale' style='background:"
+            "<p class='chips'><b>Weights:</b> smallest<i class='scale' style='background-image:"
             f"linear-gradient(to right,{','.join(risk_colours(9))})'></i>largest of the case "
             f"({scale})</p>"
         )
-    notes = (
+    text = (
         "The slice with most labelled area; numbers of voxels are of this slice. The risk map is "
-        "drawn with the label of the case; the network never saw it."
+        "drawn with the label of the case; the network never saw it. The least weight lets the "
+        "image through."
     )
-    return "".join(lists) + page.note(notes)
+    return "".join(lists) + page.note(text)
 
 
 def _chips(title: str, colours: Sequence[tuple[str, Sequence[float]]]) -> str:
@@ -330,7 +378,7 @@ h3 span { color: var(--soft); font-weight: 400; }
 .chips span { display: inline-flex; align-items: center; gap: .35rem; overflow-wrap: anywhere; }
 .chips i { width: .9rem; height: .9rem; border: 1px solid var(--soft); border-radius: 3px;
   flex: none; }
-.chips .scale { width: 8rem; }
+.chips .scale { width: 8rem; background-color: #888; }
 details { margin-top: .8rem; }
 summary { cursor: pointer; font-weight: 600; padding: .2rem 0; }
 pre { overflow-x: auto; background: var(--wash); padding: .7rem; border-radius: 6px;

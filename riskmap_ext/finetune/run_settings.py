@@ -31,11 +31,10 @@ def _folded(title: str, body: str) -> str:
 
 def _keys(run: RunFiles) -> str:
     if run.keys is None:
-        initialized = run.config is not None and run.config.source is not None
-        if initialized and run.config is not None and run.config.source is not None:
-            initialized = run.config.source.initialize
-        text = "There is no keys.json." if initialized else "No weights were taken from a source."
-        return page.note(text)
+        source = None if run.config is None else run.config.source
+        if run.config is None or (source is not None and source.initialize):
+            return page.note("There is no keys.json.")
+        return page.note("No weights were taken from a source.")
     counts = ", ".join(f"{len(keys)} {kind}" for kind, keys in run.keys.items() if keys)
     body = "".join(
         f"<h3>{escape(kind)} ({len(keys)})</h3><pre tabindex='0'>{escape(chr(10).join(keys))}</pre>"
@@ -50,18 +49,18 @@ def _environment(starts: list[dict[str, Any]]) -> str:
         return page.note("There is no environment.json: the versions of this run are not known.")
     last = starts[-1]
 
-    def said(key: str, unit: str = "") -> str:
+    def said(key: str) -> str:
         value = last.get(key)
-        return "not recorded" if value is None else f"{value}{unit}"
+        return "not recorded" if value is None else f"{value}"
 
-    cases = last.get("cases")
+    cases, seconds = last.get("cases"), last.get("seconds")
     facts = [("begun", said("begun")), ("ended", said("ended"))]
     if len(starts) > 1:
         facts.append(("starts", f"{len(starts)} (resumed); what follows is of the last"))
     if isinstance(cases, dict):
         facts.append(("cases", ", ".join(f"{count} {kind}" for kind, count in cases.items())))
     facts += [
-        ("time", said("seconds", " s")),
+        ("time", page.duration(seconds) if isinstance(seconds, float) else "not recorded"),
         ("peak memory", _memory(last.get("peak_memory_bytes"))),
     ]
     if last.get("gpu"):

@@ -9,7 +9,7 @@ from html import escape
 
 COLOURS = 7
 _WIDTH, _HEIGHT = 460, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 20, 34, 48
 _DASHES = ("", "8 4", "2 4", "10 4 2 4", "14 4", "5 2", "1 5")
 _MARKS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -21,7 +21,9 @@ _MARKS = (
     "M0,4.5L4.5,-3.5H-4.5z",
 )
 _MOST_MARKS = 12
-# Values that span more than this go on a logarithmic axis.
+# A line of so many points has no marks unless its style is a number.
+_FINE = 60
+# A smaller span stays on a linear axis.
 _LOG_SPAN = 30.0
 
 
@@ -45,14 +47,20 @@ def chart(
     x_label: str,
     y_label: str,
     y_range: tuple[float, float] | None = None,
+    log: bool = False,
 ) -> str:
-    """A figure with its legend; empty text where no line has a finite point."""
+    """A figure with its legend; empty text where no line has a finite point.
+
+    y_range: what the axis spans at least. log: a logarithmic axis where the values are positive and
+    span much.
+    """
     known = [p for line in lines for p in line.points if math.isfinite(p[1])]
     if not known:
         return ""
-    x_axis = _Axis(0.0, max(max(x for x, _ in known), 1.0))
-    low, high = y_range or (min(y for _, y in known), max(y for _, y in known))
-    y_axis = _Axis(low, high, log=y_range is None and low > 0 and high / low > _LOG_SPAN)
+    x_axis = _Axis(0.0, max(max(x for x, _ in known), 1.0), snug=True)
+    values = [y for _, y in known] + list(y_range or ())
+    low, high = min(values), max(values)
+    y_axis = _Axis(low, high, log=log and low > 0 and high / low > _LOG_SPAN)
     parts = [_grid(x_axis, y_axis, x_label, y_label + (" (log)" if y_axis.log else ""))]
     parts += [_drawn(line, x_axis, y_axis) for line in lines]
     legend = "".join(f"<li>{_sample(line)}{escape(line.name)}</li>" for line in lines if line.name)
@@ -66,9 +74,9 @@ def chart(
 
 
 class _Axis:
-    """From values to 0 .. 1, with ticks at round values."""
+    """From values to 0 .. 1, with ticks at round values; it ends at one unless it is snug."""
 
-    def __init__(self, low: float, high: float, *, log: bool = False) -> None:
+    def __init__(self, low: float, high: float, *, log: bool = False, snug: bool = False) -> None:
         self.log = log
         if log:
             self.ticks = _log_ticks(low, high)
@@ -78,9 +86,9 @@ class _Axis:
             pad = abs(low) * 0.1 or 1.0
             low, high = low - pad, high + pad
         step = _round_step((high - low) / 5)
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        self.ticks = [round(i * step, 12) for i in range(first, last + 1)]
-        self._low, self._high = self.ticks[0], self.ticks[-1]
+        last = math.floor(high / step + 1e-9) if snug else math.ceil(high / step - 1e-9)
+        self.ticks = [i * step for i in range(math.floor(low / step + 1e-9), last + 1)]
+        self._low, self._high = self.ticks[0], high if snug else self.ticks[-1]
 
     def __call__(self, value: float) -> float:
         value = math.log10(value) if self.log else value
@@ -118,12 +126,10 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
         x = _x(x_axis(tick))
         parts.append(f"<path class='axis' d='M{x},{bottom}v5'/>")
         parts.append(f"<text x='{x}' y='{bottom + 8}' dy='.8em' class='mid'>{tick:g}</text>")
-    middle = (top + bottom) / 2
     parts += [
         f"<path class='axis' d='M{left},{top}V{bottom}H{right}'/>",
         f"<text x='{(left + right) / 2}' y='{_HEIGHT - 5}' class='mid'>{escape(x_label)}</text>",
-        f"<text transform='translate(14,{middle}) rotate(-90)' class='mid'>{escape(y_label)}"
-        "</text>",
+        f"<text x='4' y='16'>{escape(y_label)}</text>",
     ]
     return "".join(parts)
 
@@ -139,7 +145,7 @@ def _drawn(line: Line, x_axis: _Axis, y_axis: _Axis) -> str:
             path.append(f"{'M' if pen_up else 'L'}{place[0]:g},{place[1]:g}")
         pen_up = place is None
     drawn = f"<path {_look(line)} d='{''.join(path)}'/>"
-    if line.style == "faint":
+    if not _has_marks(line):
         return drawn
     every = -(-len(places) // _MOST_MARKS)
     marked = [
@@ -147,8 +153,6 @@ def _drawn(line: Line, x_axis: _Axis, y_axis: _Axis) -> str:
         for i, (place, point) in enumerate(zip(places, line.points, strict=True))
         if place is not None and (i == len(places) - 1 or i % every == 0)
     ]
-    if line.style == "ink" and len(places) > 5 * _MOST_MARKS:
-        return drawn
     marks = [
         f"<path class='mark l{line.style}' d='{_mark(line)}' transform='translate({x:g},{y:g})'>"
         f"<title>{escape(line.name)}: {point[1]:.4g} at {point[0]:g}</title></path>"
@@ -166,9 +170,13 @@ def _mark(line: Line) -> str:
     return _MARKS[(line.style - 1) % len(_MARKS)] if isinstance(line.style, int) else _MARKS[0]
 
 
+def _has_marks(line: Line) -> bool:
+    return isinstance(line.style, int) or (line.style == "ink" and len(line.points) < _FINE)
+
+
 def _sample(line: Line) -> str:
-    mark = "" if line.style == "faint" else f"<path class='mark l{line.style}' d='{_mark(line)}'"
-    mark = mark and mark + " transform='translate(17,7)'/>"
+    mark = f"<path class='mark l{line.style}' d='{_mark(line)}' transform='translate(17,7)'/>"
+    mark = mark if _has_marks(line) else ""
     return (
         "<svg class='sample' viewBox='0 0 34 14' aria-hidden='true'>"
         f"<path {_look(line)} d='M0,7H34'/>{mark}</svg>"
