@@ -23,7 +23,7 @@ from finetune_data import configuration, rows_of, save, stop_at, write_cases
 from html_page import Page
 
 import riskmap_ext
-from riskmap_ext.finetune import finetune, svg
+from riskmap_ext.finetune import finetune, make_maps, svg
 from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.leep_table import leep_section
 from riskmap_ext.finetune.losses import LossCurve
@@ -392,6 +392,13 @@ class TestLacking:
         assert len(page.links) == 5
         assert "cannot be read" in page.text
 
+    def test_maps_alone(self, root: Path, source: Path, tmp_path: Path) -> None:
+        make_maps(config(root, tmp_path / "run", source), progress=False)
+        page = page_of(tmp_path / "run")
+        assert "without any training" in page.text
+        assert "Unfinished" not in page.text
+        assert table(page, "target class")
+
     def test_no_maps(self, copied: Path) -> None:
         shutil.rmtree(copied / "maps")
         assert len(page_of(copied).links) == 12
@@ -413,8 +420,12 @@ class TestErrors:
 
     def test_no_run(self, tmp_path: Path, riskmap: Any) -> None:
         (tmp_path / "file").write_text("x")
+        (tmp_path / "settings").mkdir()
+        (tmp_path / "settings" / "config.yaml").write_text("output: a\n")
+        signs = "log.txt, metrics.csv, dice.csv, leep.json"
         for path, why in (
             (tmp_path / "absent", "no such folder"),
+            (tmp_path / "settings", f"holds no run (there is none of {signs})"),
             (tmp_path / "file", "is a file; expected the folder of a run"),
             (tmp_path, "holds no run (there is no config.yaml)"),
         ):
@@ -469,6 +480,12 @@ class TestErrors:
         code, _, err = riskmap("report", copied)
         assert code == 2
         assert "metrics.csv: cannot be read (Permission denied)" in err
+        (copied / "metrics.csv").chmod(0o600)
+        copied.chmod(0o500)
+        code, _, err = riskmap("report", copied)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "cannot be written; choose another folder" in err
+        copied.chmod(0o700)
 
     def test_outputs_that_cannot_be(self, run: Path, tmp_path: Path, riskmap: Any) -> None:
         (tmp_path / "folder.html").mkdir()
@@ -526,6 +543,8 @@ class TestLosses:
         losses = [float(row["loss"]) for row in rows_of(tmp_path / "run" / "losses.csv")]
         assert math.isfinite(losses[0])
         assert not math.isfinite(losses[-1])
+        with (tmp_path / "run" / "losses.csv").open("a") as file:
+            file.writelines(f"{step},{'inf' if step % 2 else '-inf'},0\n" for step in range(7, 200))
         assert page_of(tmp_path / "run").open == []
 
 
@@ -568,6 +587,11 @@ class TestChart:
     def test_one_value(self, value: float) -> None:
         assert "a &lt;b&gt;" in self.chart([(1, value)])
         assert "nan" not in self.chart([(1, value), (2, value)])
+
+    def test_few_ticks_whatever_the_span(self) -> None:
+        for high in (1.0, 50.0, 1e4, 1e30, 1e300):
+            text = self.chart([(0, 1e-3), (1, high)], log=True)
+            assert 2 <= text.count("class='grid'") <= 14
 
     def test_logarithmic_where_values_span_much(self) -> None:
         far = [(0, 1000.0), (1, 0.1)]

@@ -21,6 +21,8 @@ from riskmap_ext.finetune.records import ENVIRONMENT_FILE, LEEP_FILE
 from riskmap_ext.finetune.structures import structures_of
 from riskmap_ext.finetune.workspace import finished
 
+# A configuration alone is no run.
+_SIGNS = ("log.txt", "metrics.csv", "dice.csv", "leep.json")
 _METRICS = ("step", "train_loss", "mean_dice", "lr", "seconds")
 
 
@@ -89,13 +91,15 @@ def read_run(folder: Path) -> RunFiles:
     config_text = _text(folder / "config.yaml")
     if config_text is None:
         raise ConfigError(f"{folder}: holds no run (there is no config.yaml)")
+    if not any((folder / name).exists() for name in _SIGNS):
+        raise ConfigError(f"{folder}: holds no run (there is none of {', '.join(_SIGNS)})")
     config, problem = _config(folder / "config.yaml", config_text)
     metrics_classes, metrics = _metrics(folder / "metrics.csv")
     dice_classes, dice = _dice(folder / "dice.csv")
-    classes = dice_classes or metrics_classes
+    stored: list[str] = []
     if config is not None and config.data.classes:
         regions = config.data.regions, config.data.region_classes
-        classes = list(structures_of(config.data.classes, *regions).scored)
+        stored = list(structures_of(config.data.classes, *regions).scored)
     starts = _starts(folder / ENVIRONMENT_FILE)
     log = _text(folder / "log.txt")
     can_resume = (folder / RESUME_FILE).exists()
@@ -107,7 +111,7 @@ def read_run(folder: Path) -> RunFiles:
         config_text=config_text,
         config=config,
         config_problem=problem,
-        classes=classes,
+        classes=dice_classes or metrics_classes or stored,
         metrics=metrics,
         losses=_losses(folder / "losses.csv"),
         dice=dice,

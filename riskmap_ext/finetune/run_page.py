@@ -48,7 +48,9 @@ def _what(run: RunFiles) -> str:
     if run.config is not None:
         source = run.config.source
         kind = "Training" if source is None else f"Fine-tuning from {source.checkpoint}"
-        if source is not None:
+        if source is not None and run.is_finished and not (run.metrics or run.losses):
+            kind = f"Maps of {source.checkpoint}, without any training"
+        elif source is not None:
             kind += ", weighted by its risk map" if run.config.uses_risk else ", without a risk map"
         parts.append(kind)
     if run.starts:
@@ -95,7 +97,7 @@ def _curves(run: RunFiles) -> str:
     if run.losses:
         steps = [(step, loss) for step, loss, _ in run.losses]
         width = max(1, len(steps) // 50)
-        every = round(steps[0][0])
+        every = round(steps[1][0] - steps[0][0] if len(steps) > 1 else steps[0][0])
         name = "each step" if every == 1 else f"mean of {every} steps"
         if width == 1:
             lines = [Line(name, steps)]
@@ -133,7 +135,7 @@ def _smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[flo
     for place, (step, _) in enumerate(points):
         first = place - width // 2
         values = [y for _, y in points[max(0, first) : first + width]]
-        smooth.append((step, statistics.fmean(values)))
+        smooth.append((step, sum(values) / len(values)))
     return smooth
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from riskmap_ext.finetune.errors import ConfigError
@@ -10,6 +11,7 @@ from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.run_cases import read_results
 from riskmap_ext.finetune.run_files import read_run
 from riskmap_ext.finetune.run_page import run_page
+from riskmap_ext.finetune.workspace import check_folder
 
 REPORT_FILE = "report.html"
 _ENDINGS = (".html", ".htm")
@@ -28,7 +30,11 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: expected a file name that ends in .html, got {path}")
     run = read_run(folder)
-    write_text(path, run_page(run, read_results(run)))
+    check_folder("--output", path.absolute().parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries; what matters is in the report
+        content = run_page(run, read_results(run))
+    write_text(path, content)
     return path
 
 

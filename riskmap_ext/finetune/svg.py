@@ -102,8 +102,9 @@ def _round_step(rough: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    decades = range(first, last + 1, max(1, (last - first) // 5))
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
     return [t for d in decades for s in steps if low <= (t := s * 10.0**d) <= high]
 
 
