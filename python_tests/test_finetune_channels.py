@@ -457,7 +457,7 @@ def stepped(tmp_path: Path, parts: list[slice], **train: Any) -> dict[str, torch
     ]
     torch.manual_seed(0)
     network = build_network(config.network, 3)
-    step = Stepper(config, network, cases, CPU, Processes(), Log(quiet=True))
+    step = Stepper(config, network, cases, [16, 16], CPU, Processes(), Log(quiet=True))
     step(batches)
     return network.state_dict()
 

@@ -127,3 +127,22 @@ def test_a_failure_of_one_process_ends_all(root: Path, tmp_path: Path) -> None:
     assert batch["step"] >= 1
     assert len(batch["cases"]) == 2
     assert set(batch["cases"]) <= {"case00", "case01"}
+
+
+def test_outputs_that_the_loss_does_not_see(root: Path, tmp_path: Path) -> None:
+    deep = {
+        "name": "DynUNet",
+        "args": {
+            "spatial_dims": 2,
+            "kernel_size": [3, 3, 3],
+            "strides": [1, 2, 2],
+            "upsample_kernel_size": [2, 2],
+            "filters": [4, 8, 8],
+            "deep_supervision": True,
+            "deep_supr_num": 1,
+        },
+    }
+    content = settings(root, tmp_path / "out", network=deep, train={**TRAIN, "steps": 3})
+    done = torchrun(write(tmp_path / "run.yaml", content))
+    assert done.returncode == 0, done.stderr
+    assert "unused" not in done.stderr

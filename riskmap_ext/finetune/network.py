@@ -122,7 +122,8 @@ def check_forward(
     network.eval()
     try:
         with torch.no_grad():
-            out = network(torch.zeros(1, channels, *size, device=device))
+            blank = torch.zeros(1, channels, *size, device=device)
+            out = first_output(network(blank), blank)
     except Exception as error:  # whatever the network's layers raise
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -131,7 +132,7 @@ def check_forward(
         ) from None
     finally:
         network.train(training)
-    shape = list(first_output(out).shape)
+    shape = list(out.shape)
     if shape != [1, num_outputs, *size]:
         raise ConfigError(
             f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
@@ -140,9 +141,11 @@ def check_forward(
         )
 
 
-def first_output(out: Any) -> Tensor:
-    """The full-resolution logits of networks that return several outputs."""
-    return out[0] if isinstance(out, (list, tuple)) else out
+def first_output(out: Any, image: Tensor) -> Tensor:
+    """The full-resolution logits of networks that return several outputs of an image."""
+    out = out[0] if isinstance(out, (list, tuple)) else out
+    # DynUNet stacks its heads of deep supervision along an axis of their own.
+    return out[:, 0] if out.dim() == image.dim() + 1 else out
 
 
 class Predictor:
@@ -189,4 +192,4 @@ class Predictor:
             self._network.train(training)
 
     def _forward(self, window: Tensor) -> Tensor:
-        return first_output(self._network(window))
+        return first_output(self._network(window), window)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +28,7 @@ class Stepper:
         config: Config,
         network: nn.Module,
         cases: Cases,
+        patch: Sequence[int],
         device: torch.device,
         group: Processes,
         log: Log,
@@ -39,7 +40,8 @@ class Stepper:
             dims = next(p.dim() - 2 for p in network.parameters() if p.dim() >= 4)
             self._memory = torch.channels_last if dims == 2 else torch.channels_last_3d
             network.to(memory_format=self._memory)  # type: ignore[call-overload]
-        self._model = _distributed(network, device, group)
+        blank = torch.zeros(2, len(cases.channels), *patch, device=device)
+        self._model = _distributed(network, blank, device, group)
         self._forward: Any = torch.compile(self._model) if train.compile else self._model
         options = config.loss.model_dump(exclude={"class_weights"})
         self._loss = RiskWeightedLoss(
@@ -78,7 +80,7 @@ class Stepper:
             with apart:
                 with self._autocast:
                     image = batch.image.contiguous(memory_format=self._memory)
-                    logits = first_output(self._forward(image))
+                    logits = first_output(self._forward(image), image)
                     loss = self._loss(logits, batch.label, batch.risk, batch.foreground)
                     loss = loss / len(batches)
                 self._scaler.scale(loss).backward()
@@ -93,20 +95,27 @@ class Stepper:
         return total
 
 
-def _distributed(network: nn.Module, device: torch.device, group: Processes) -> nn.Module:
+def _distributed(
+    network: nn.Module, image: Tensor, device: torch.device, group: Processes
+) -> nn.Module:
+    """image: a blank batch."""
     if group.size == 1:
         return network
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network, group.gradients)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return nn.parallel.DistributedDataParallel(
-            network,
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=group.gradients,
-            # Outputs of deep supervision that the loss does not see.
-            find_unused_parameters=True,
-        )
+    return nn.parallel.DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        process_group=group.gradients,
+        find_unused_parameters=_has_unused(network, image),
+    )
+
+
+def _has_unused(network: nn.Module, image: Tensor) -> bool:
+    """Whether there are layers that the loss does not see, such as heads of deep supervision."""
+    tried = copy.deepcopy(network).train()
+    first_output(tried(image), image).sum().backward()
+    return any(p.grad is None for p in tried.parameters() if p.requires_grad)
 
 
 def _no_sync(model: nn.Module) -> Any:

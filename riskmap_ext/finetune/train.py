@@ -87,7 +87,7 @@ def train_network(setup: TrainSetup) -> Trained:
         store=setup.store,
         part=(group.rank, group.size),
     )
-    step_of = Stepper(config, network, setup.cases, setup.device, group, setup.log)
+    step_of = Stepper(config, network, setup.cases, setup.patch, setup.device, group, setup.log)
     output = config.output
     resumed = setup.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}
     metrics = Metrics(
