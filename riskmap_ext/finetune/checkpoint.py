@@ -101,7 +101,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     try:
         write_torch(path, content)
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 

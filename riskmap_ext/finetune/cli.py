@@ -277,6 +277,9 @@ def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
     """The `data` section of --image and --label."""
     from riskmap_ext.finetune.errors import InputError
 
+    for key, paths in (("image", image), ("label", label)):
+        if missing := [path for path in paths if not path.exists()]:
+            raise InputError(f"--{key}: {missing[0]}: no such file or folder")
     if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
         return {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
     folders = [
