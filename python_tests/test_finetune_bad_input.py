@@ -175,24 +175,30 @@ def test_an_output_that_is_a_file(riskmap: Callable, place: Place, name: str) ->
     assert place.output.read_text() == "mine"
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_output_that_cannot_be_written(riskmap: Callable, place: Place, name: str) -> None:
     place.output.mkdir()
     place.output.chmod(0o500)
+    if os.access(place.output, os.W_OK):
+        pytest.skip("this user may write everywhere")
     try:
         refused(riskmap(*place.command(name)), place.output, "cannot be written")
     finally:
         place.output.chmod(0o700)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_folder_that_cannot_be_read(riskmap: Callable, place: Place, name: str) -> None:
     folder = (place.image if name == "predict" else place.label).parent
     folder.chmod(0)
+    if os.access(folder, os.R_OK):
+        pytest.skip("this user may read everything")
     try:
-        refused(riskmap(*place.command(name)), folder)
+        code, _, err = riskmap(*place.command(name))
+        assert code == 2
+        assert "Traceback" not in err
+        # An option's path is refused by the parser, in a box that breaks long lines.
+        assert str(folder) in err or "is not readable" in " ".join(err.split())
     finally:
         folder.chmod(0o700)
 

@@ -103,9 +103,9 @@ def list_cases(data: DataConfig) -> Listing:
         found.image_suffix,
         found.notes,
     )
-    missing = [p for c in chosen for p in (*c.images, c.label) if not p.is_file()]
-    if missing:
-        raise DataError([_why_no_file(path) for path in missing])
+    problems = [_why_no_file(p) for c in chosen for p in (*c.images, c.label)]
+    if any(problems):
+        raise DataError([problem for problem in problems if problem is not None])
     return listing
 
 
@@ -120,15 +120,25 @@ def stem(path: Path) -> str:
 def volumes_in(folder: Path) -> list[Path]:
     """Image files directly in `folder`, sorted by name."""
     _check_folder(folder)
+    try:
+        found = list(folder.iterdir())
+    except OSError as error:
+        raise DataError([f"{folder}: cannot be read ({error.strerror})"]) from None
     return sorted(
         path
-        for path in folder.iterdir()
+        for path in found
         if path.name.lower().endswith(EXTENSIONS) and not path.name.startswith(".")
     )
 
 
-def _why_no_file(path: Path) -> str:
-    return f"{path}: is a folder; expected a file" if path.is_dir() else f"{path}: no such file"
+def _why_no_file(path: Path) -> str | None:
+    try:
+        if path.is_file():
+            return None
+        why = "is a folder; expected a file" if path.is_dir() else "no such file"
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+    return f"{path}: {why}"
 
 
 def _check_folder(path: Path, key: str = "") -> None:
