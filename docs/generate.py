@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from typer.models import ArgumentInfo, OptionInfo
 
-from riskmap_ext.finetune.cli import build_app
+from riskmap_ext.finetune.cli import EXAMPLES, build_app
 from riskmap_ext.finetune.config import Config
 
 FOLDER = Path(__file__).parent / "reference"
@@ -133,6 +133,8 @@ def _command(name: str, function: Any) -> Iterator[str]:
     yield inspect.getdoc(function) or ""
     if rows:
         yield _table(("argument", "value", "default", "meaning"), rows)
+    examples = "\n".join(EXAMPLES[name])
+    yield f"Examples:\n\n```text\n{examples}\n```"
 
 
 def _cli_kind(annotation: Any, info: OptionInfo | ArgumentInfo) -> str:

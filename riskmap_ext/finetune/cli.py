@@ -21,6 +21,39 @@ else:
     _MISSING = None
 
 
+# Shown at the end of each command's help.
+EXAMPLES = {
+    "demo": ["riskmap demo --seeds 3"],
+    "rank": [
+        "riskmap rank run.yaml --source a.pt --source b.pt",
+        "riskmap rank run.yaml --source a.pt data.train=10 --output ranking.csv",
+    ],
+    "map": [
+        "riskmap map --source a.pt --image images --label labels --classes background,lesion "
+        "--output maps",
+        "riskmap map --source a.pt --image t1.nii.gz --label seg.nii.gz --classes background,lesion "
+        "--output maps risk.scheme=power",
+    ],
+    "finetune": [
+        "riskmap finetune run.yaml --dry-run",
+        "riskmap finetune run.yaml output=runs/b train.steps=2000",
+        "riskmap finetune run.yaml --resume",
+        "torchrun --nproc-per-node 2 -m riskmap_ext.finetune finetune run.yaml",
+    ],
+    "report": ["riskmap report runs/a", "riskmap report runs/a --output a.html"],
+    "predict": [
+        "riskmap predict runs/a/last.pt --image scans --output segmentations",
+        "riskmap predict runs/a/last.pt --image scans --suffix _T1w,_FLAIR --output segmentations",
+    ],
+    "evaluate": [
+        "riskmap evaluate --prediction segmentations --reference labels",
+        "riskmap evaluate --prediction segmentations --reference labels --structure whole=1,2 "
+        "--structure core=1 --output scores.csv",
+    ],
+    "info": ["riskmap info"],
+}
+
+
 def _finetune(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/finetune.md).")],
     overrides: Annotated[
@@ -352,9 +385,12 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands = (_rank, _map, _finetune, _report, _predict, _evaluate, _demo, _info)
+    commands = (_demo, _rank, _map, _finetune, _report, _predict, _evaluate, _info)
     for command in commands:
-        app.command(command.__name__[1:])(command)
+        name = command.__name__[1:]
+        # Blank lines keep the examples on lines of their own.
+        epilog = "\n\n".join(["Examples:", *EXAMPLES[name]])
+        app.command(name, epilog=epilog)(command)
     return app
 
 
