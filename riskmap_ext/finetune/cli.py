@@ -31,8 +31,8 @@ EXAMPLES = {
     "map": [
         "riskmap map --source a.pt --image images --label labels --classes background,lesion "
         "--output maps",
-        "riskmap map --source a.pt --image t1.nii.gz --label seg.nii.gz --classes background,lesion "
-        "--output maps risk.scheme=power",
+        "riskmap map --source a.pt --image t1.nii.gz --label seg.nii.gz --output maps "
+        "--classes background,lesion risk.scheme=power",
     ],
     "finetune": [
         "riskmap finetune run.yaml --dry-run",
