@@ -153,6 +153,13 @@ def _predict(
             "training otherwise."
         ),
     ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of the axes in the files of the training, such as LPS; for a checkpoint of "
+            "nnU-Net, RAS otherwise."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overlap: Annotated[
         float, typer.Option(min=0.0, max=0.95, help="Of neighbouring windows, as a share.")
@@ -190,6 +197,7 @@ def _predict(
             image,
             output,
             suffix=None if suffix is None else [each.strip() for each in suffix.split(",")],
+            orientation=orientation,
             device=device,
             inference=inference,
             overwrite=overwrite,

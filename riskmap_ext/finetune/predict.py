@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from riskmap_ext.finetune.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.config import DataConfig, InferenceConfig, SourceConfig
@@ -30,6 +31,7 @@ def predict_images(
     output: Path,
     *,
     suffix: Sequence[str] | None = None,
+    orientation: str | None = None,
     device: str = "auto",
     inference: InferenceConfig | None = None,
     overwrite: bool = False,
@@ -47,6 +49,7 @@ def predict_images(
             the training where that had several channels.
         output: folder of the segmentations: class numbers in uint8 (int16 beyond 256 classes), with
             the image's shape, affine and its qform and sform codes.
+        orientation: of the training's files, as `source.orientation`; for other tools' checkpoints.
         device: as in a configuration.
         inference: sliding window; None: that of the training's patches.
         overwrite: replace segmentations that are there already.
@@ -59,7 +62,7 @@ def predict_images(
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
-    model = load_source(SourceConfig(checkpoint=checkpoint))
+    model = load_source(_source(checkpoint, orientation))
     channels = len(model.channels)
     if suffix is None and channels > 1:
         suffix = model.preprocessing.get("image_suffix")
@@ -99,6 +102,13 @@ def predict_images(
         raise DataError(problems)
     log(f"Done: {output}")
     return written
+
+
+def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
+    try:
+        return SourceConfig(checkpoint=checkpoint, orientation=orientation)
+    except ValidationError as error:
+        raise ConfigError(f"--orientation: {error.errors()[0]['ctx']['error']}") from None
 
 
 def _files(
