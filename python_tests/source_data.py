@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,71 @@ def save_nnunet(
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return path
+
+
+BUNDLE_NETWORK = {
+    "_target_": "UNet",
+    "spatial_dims": 3,
+    "in_channels": 1,
+    "out_channels": 3,
+    "channels": [4, 8],
+    "strides": [2],
+    "num_res_units": 1,
+    "norm": "batch",
+}
+
+
+def bundle_metadata(**changes: Any) -> dict[str, Any]:
+    image = {"num_channels": 1, "spatial_shape": [16, 16, 8], "channel_def": {"0": "T1"}}
+    names = {"0": "background", "1": "box", "2": "crate"}
+    return {
+        "version": "0.1.0",
+        "network_data_format": {
+            "inputs": {"image": {"type": "image", **image, **changes.get("image", {})}},
+            "outputs": {"pred": {"channel_def": names, **changes.get("pred", {})}},
+        },
+    }
+
+
+def bundle_config(**changes: Any) -> dict[str, Any]:
+    """As bundles have it: the network in plain values, all else a program."""
+    return {
+        "imports": ["$import glob", "$open('ran', 'w')"],
+        "bundle_root": ".",
+        "device": "$open('ran', 'w')",
+        "network_def": BUNDLE_NETWORK,
+        "network": "$@network_def.to(@device)",
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": "image"},
+                {"_target_": "EnsureChannelFirstd", "keys": "image"},
+                {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"},
+                {"_target_": "Spacingd", "keys": "image", "pixdim": [1.0, 1.0, 1.0]},
+                {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True},
+                {"_target_": "EnsureTyped", "keys": "image", "device": "@device"},
+            ],
+        },
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [{"_target_": "Activationsd", "keys": "pred", "softmax": True}],
+        },
+        "evaluating": ["$@evaluator.run()"],
+        **changes,
+    }
+
+
+def save_bundle(
+    root: Path,
+    network: torch.nn.Module,
+    config: dict[str, Any],
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """In the layout of MONAI's bundle specification."""
+    (root / "configs").mkdir(parents=True, exist_ok=True)
+    (root / "models").mkdir(exist_ok=True)
+    (root / "configs" / "inference.json").write_text(json.dumps(config))
+    if metadata is not None:
+        (root / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    torch.save(network.state_dict(), root / "models" / "model.pt")
+    return root

@@ -14,6 +14,7 @@ from riskmap_ext._files import digest, write_torch
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.errors import CheckpointError
 from riskmap_ext.finetune.network import build_network, head_keys, without_channels
+from riskmap_ext.finetune.source_bundle import bundle_root, bundle_source, bundle_weights
 from riskmap_ext.finetune.source_file import (
     SourceFile,
     named_classes,
@@ -114,8 +115,8 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_source(source: SourceConfig) -> SourceModel:
     """The source network with its weights, in eval mode and without gradients.
 
-    The checkpoint is one of this package's, of nnU-Net, or any file of tensors and plain types
-    with a state dict in it; then `source.network` and `source.classes` must be given.
+    The checkpoint is one of this package's, of nnU-Net, a MONAI bundle, or any file of tensors and
+    plain types with a state dict in it; then `source.network` and `source.classes` must be given.
 
     Raises: CheckpointError naming the file and what is missing or does not fit.
     """
@@ -153,14 +154,19 @@ def load_source(source: SourceConfig) -> SourceModel:
 def _source_file(source: SourceConfig) -> SourceFile:
     """By what the file holds."""
     path = source.checkpoint
-    content = read_checkpoint(path)
+    root = bundle_root(path)
+    weights = path if root is None else bundle_weights(path, root)
+    content = read_checkpoint(weights)
     if content.get("format") == RESUME_FORMAT:
         raise CheckpointError(
             f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
         )
-    if content.get("format") != FORMAT and source.network is None and is_nnunet(path, content):
-        return nnunet_source(source, content)
-    return _own_or_plain(source, content)
+    if content.get("format") != FORMAT and source.network is None:
+        if is_nnunet(path, content):
+            return nnunet_source(source, content)
+        if root is not None:
+            return bundle_source(source, root, content)
+    return _own_or_plain(source.model_copy(update={"checkpoint": weights}), content)
 
 
 def _own_or_plain(source: SourceConfig, content: dict[str, Any]) -> SourceFile:

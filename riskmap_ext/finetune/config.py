@@ -211,9 +211,9 @@ class SourceConfig(_Section):
     classes: Annotated[int, Field(ge=1)] | list[str] | None = None
     """Class names, background first, or their number: needed for a bare state dict. Left out, as
     the checkpoint or bundle says."""
-    orientation: Orientation | None = None
-    """The order in which the image files of the source's training were stored, such as `LPS`: for
-    sources of nnU-Net, which does not say it. Left out, `RAS`."""
+    orientation: Annotated[Orientation, Field(min_length=3)] | None = None
+    """The order of axes in the image files of the source's training, such as `LPS`: for sources of
+    nnU-Net, and for MONAI bundles that do not say it. Left out, `RAS`."""
     channels: list[Annotated[int, Field(ge=0)] | str] | None = None
     """Which channels of the target images the source sees, by number or name, in its own order.
     Left out, all of them."""

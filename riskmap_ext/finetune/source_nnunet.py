@@ -244,8 +244,6 @@ def _seen_orientation(
             f"{path}: nnU-Net takes files in the order they are stored in, and does not say which "
             "that was; RAS is assumed (source.orientation=LPS, for example, says otherwise)"
         )
-    if len(stored) != 3:
-        raise CheckpointError(f"source.orientation: expected 3 letters, got {stored!r}")
     order = plans.get("transpose_forward", [0, 1, 2])
     if sorted(order) != [0, 1, 2]:
         raise CheckpointError(
