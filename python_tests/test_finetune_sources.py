@@ -153,6 +153,18 @@ def test_volumes_are_seen_as_nnunet_sees_them(tmp_path: Path, dims: int) -> None
 
 
 @pytest.mark.usefixtures("networks")
+def test_volumes_with_another_axis_last(tmp_path: Path, data: Path) -> None:
+    """A 3-D source sees the same, whatever the axis of slices is."""
+    source = {"checkpoint": str(make_nnunet(tmp_path)), "orientation": "LPS"}
+    maps = {}
+    for axis in ("axial", "coronal"):
+        sections = {**RUN, "source": source, "data": {"slice_axis": axis}}
+        maps[axis] = make_maps(configuration(data, tmp_path / axis, **sections), progress=False)
+    one, other = (maps[axis].risk["case00"] for axis in ("axial", "coronal"))
+    torch.testing.assert_close(one, other.permute(0, 2, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("networks")
 def test_slices_along_another_axis_are_refused(tmp_path: Path, data: Path) -> None:
     path = make_nnunet(tmp_path, 2)
     other = {"source": {"checkpoint": str(path)}, "data": {"slice_axis": "coronal"}}
@@ -281,6 +293,7 @@ def test_plans_beside_the_checkpoint(tmp_path: Path) -> None:
     told = refusal(path)
     assert "expected plans in the init_args" in told
     assert f"or plans.json in {folder}" in told
+    assert "take fold_0/checkpoint_final.pth in it" in refusal(folder)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text("{")
     assert "cannot be read as JSON" in _told(path)
@@ -400,3 +413,5 @@ def test_orientations_that_are_none(tmp_path: Path, letters: str) -> None:
     content["source"]["orientation"] = letters
     with pytest.raises(ConfigError, match=r"source\.orientation: expected a letter of R or L"):
         parse_config(content)
+    with pytest.raises(ConfigError, match=r"--orientation: expected a letter of R or L"):
+        predict_images(tmp_path / "a.pth", [], tmp_path / "out", orientation=letters)

@@ -143,7 +143,9 @@ def _rank(
 
 
 def _predict(
-    checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a run.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI.")
+    ],
     image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
     suffix: Annotated[

@@ -24,7 +24,7 @@ from riskmap_ext.finetune.network import (
     spatial_dims,
     without_channels,
 )
-from riskmap_ext.finetune.orientation import orient
+from riskmap_ext.finetune.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
@@ -173,7 +173,8 @@ def predictor_of_source(
     seen = _source_channels(config.source.channels, source, channels)
     dims = spatial_dims(source.config, "source.network.args")
     # The source sees windows of the size it was trained with.
-    patch = source.preprocessing.get("patch_size") or patch_size(config, dims)
+    patch = _in_my_order(source, source.preprocessing.get("patch_size"), config)
+    patch = patch or patch_size(config, dims)
     network = source.network.to(device)
     orient(network, source.config.orientation, config.data.slice_axis, dims)
     predictor = Predictor(network, dims, patch, config.inference, seen)
@@ -181,6 +182,14 @@ def predictor_of_source(
     key = "inference.patch_size"
     check_forward(network, predictor.patch, outputs, len(source.channels), key)
     return predictor
+
+
+def _in_my_order(source: SourceModel, values: Any, config: Config) -> Any:
+    """Sizes of a volume's axes in this run's order; a network without an order takes any."""
+    if source.config.orientation is None or values is None or len(values) != 3:
+        return values
+    theirs = source.preprocessing.get("slice_axis", "axial")
+    return arranged(values, PREPARED[theirs], PREPARED[config.data.slice_axis])
 
 
 def _source_channels(
@@ -252,9 +261,10 @@ def check_preprocessing(config: Config, source: SourceModel, cases: Cases, log: 
             f"the source was trained with data.{key}={theirs[key]}, this run has {mine[key]}; "
             + suffers
         )
-    if "spacing" in theirs and not _same_spacing(theirs["spacing"], config, cases):
+    spacing = _in_my_order(source, theirs.get("spacing"), config)
+    if "spacing" in theirs and not _same_spacing(spacing, config, cases):
         log.warn(
-            f"the source was trained with data.spacing={theirs['spacing']}, this run has "
+            f"the source was trained with data.spacing={spacing}, this run has "
             f"{mine['spacing']}; {suffers}"
         )
     if "pixel_size" in theirs and not _same_spacing(theirs["pixel_size"], config, cases):

@@ -108,7 +108,8 @@ def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
     try:
         return SourceConfig(checkpoint=checkpoint, orientation=orientation)
     except ValidationError as error:
-        raise ConfigError(f"--orientation: {error.errors()[0]['ctx']['error']}") from None
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--orientation: {why}; got {orientation!r}") from None
 
 
 def _files(

@@ -58,6 +58,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 "is a folder; expected a checkpoint file, or the folder of a MONAI bundle (with "
                 "configs and models in it)"
             )
+        if folds := sorted(each.name for each in path.glob("fold_*")):
+            why = f"is a folder of nnU-Net; take {folds[0]}/checkpoint_final.pth in it"
         raise CheckpointError(f"{path}: {why} (source.checkpoint)")
     try:
         with warnings.catch_warnings():
