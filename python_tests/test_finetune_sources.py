@@ -347,6 +347,8 @@ def test_plans_of_old_and_inherited_configurations(tmp_path: Path) -> None:
             {"architecture": {"network_class_name": "evil.PlainConvUNet"}},
             "network_class_name: expected one of PlainConvUNet",
         ),
+        ({"architecture": 7}, "network_class_name: expected one of PlainConvUNet"),
+        ({"spacing": [1.0, 1.0]}, "configurations.3d_fullres.spacing: expected 3 numbers"),
         ({"inherits_from": "3d_huge"}, "expected a configuration '3d_huge', got 3d_fullres"),
     ],
 )

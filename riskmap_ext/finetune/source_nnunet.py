@@ -5,6 +5,7 @@ nnU-Net itself is not needed, only the package of its networks.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from riskmap_ext.finetune.source_file import SourceFile, named_classes, state_di
 from riskmap_ext.finetune.structures import Structures, structures_of
 
 _REORIENTS = "NibabelIOWithReorient"
+_ORDERS = [list(order) for order in itertools.permutations(range(3))]
 
 
 def is_nnunet(path: Path, content: Mapping[str, Any]) -> bool:
@@ -31,7 +33,8 @@ def is_nnunet(path: Path, content: Mapping[str, Any]) -> bool:
 def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceFile:
     """Raises: CheckpointError naming the file and what is missing or cannot work."""
     path = source.checkpoint
-    made_with = content.get("init_args") or {}
+    given = content.get("init_args")
+    made_with = given if isinstance(given, dict) else {}
     plans = _part(path, made_with, "plans", "plans.json")
     dataset = _part(path, made_with, "dataset_json", "dataset.json")
     name = _configuration_name(path, made_with)
@@ -52,6 +55,11 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceFil
         **_normalization(configuration),
     }
     spacing = [float(each) for each in _numbers(path, name, configuration, "spacing")]
+    if len(spacing) < dims:
+        raise CheckpointError(
+            f"{path}: its plans: configurations.{name}.spacing: expected {dims} numbers, as "
+            f"patch_size has, got {spacing}"
+        )
     if dims == 2:
         # Slices along the first axis of the transposed array.
         preprocessing["slice_axis"] = slice_axis_of(seen[0])
@@ -127,7 +135,7 @@ def _configuration(path: Path, plans: Mapping[str, Any], name: str) -> dict[str,
     while wanted is not None:
         each = known.get(wanted) if isinstance(known, dict) else None
         if not isinstance(each, dict) or wanted in seen:
-            there = ", ".join(known) if isinstance(known, dict) else "none"
+            there = ", ".join(map(str, known)) if isinstance(known, dict) else "none"
             raise CheckpointError(
                 f"{path}: its plans: expected a configuration {wanted!r}, got {there}"
             )
@@ -155,18 +163,21 @@ def _network(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
     architecture = configuration.get("architecture")
     if architecture is None:
         return _network_of_old_plans(path, configuration)
-    full = str(architecture.get("network_class_name"))
+    full, given = None, None
+    if isinstance(architecture, dict):
+        full, given = architecture.get("network_class_name"), architecture.get("arch_kwargs")
+    full = str(full)
     name = full.rpartition(".")[2]
     if name not in NAMES or not full.startswith("dynamic_network_architectures."):
         raise CheckpointError(
             f"{path}: its plans: network_class_name: expected one of {', '.join(NAMES)} of "
             f"dynamic_network_architectures, got {full!r}"
         )
-    args = {
-        key: value
-        for key, value in architecture.get("arch_kwargs", {}).items()
-        if key != "deep_supervision"
-    }
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise CheckpointError(
+            f"{path}: its plans: arch_kwargs: expected arguments by name, got {given!r}"
+        )
+    args = {key: value for key, value in given.items() if key != "deep_supervision"}
     return NetworkConfig(name=name, args=_plain(args))
 
 
@@ -245,7 +256,7 @@ def _seen_orientation(
             "that was; RAS is assumed (source.orientation=LPS, for example, says otherwise)"
         )
     order = plans.get("transpose_forward", [0, 1, 2])
-    if sorted(order) != [0, 1, 2]:
+    if list(order if isinstance(order, (list, tuple)) else ()) not in _ORDERS:
         raise CheckpointError(
             f"{path}: its plans: transpose_forward: expected the axes 0, 1, 2, got {order!r}"
         )
@@ -256,8 +267,9 @@ def _seen_orientation(
 
 def _normalization(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """`normalize` and `image_foreground`, or the name of a scheme that the driver lacks."""
-    schemes = {str(each) for each in configuration.get("normalization_schemes") or []}
-    masked = {bool(each) for each in configuration.get("use_mask_for_norm") or [False]}
+    given, masks = (configuration.get(k) for k in ("normalization_schemes", "use_mask_for_norm"))
+    schemes = {str(each) for each in given} if isinstance(given, (list, tuple)) else set()
+    masked = {bool(each) for each in masks} if isinstance(masks, (list, tuple)) else {False}
     if schemes == {"ZScoreNormalization"} and len(masked) == 1:
         return {"normalize": "zscore", "image_foreground": "nonzero" if True in masked else "all"}
     if schemes == {"NoNormalization"}:
