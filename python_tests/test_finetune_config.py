@@ -250,4 +250,4 @@ def test_augmentation_is_gentle_by_default():
 
 def test_networks_are_given_by_name_only(tmp_path):
     config = parse_config(content(tmp_path))
-    assert config.network.model_dump() == NETWORK_2D
+    assert config.network.model_dump(exclude_defaults=True) == NETWORK_2D

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest, write_torch
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.datalist import EXTENSIONS
 from riskmap_ext.finetune.errors import CheckpointError
 from riskmap_ext.finetune.network import build_network, head_keys, without_channels
+from riskmap_ext.finetune.source_bundle import bundle_root, bundle_source, bundle_weights
+from riskmap_ext.finetune.source_file import (
+    SourceFile,
+    named_classes,
+    read_checkpoint,
+    state_dict_in,
+    without_wrappers,
+)
+from riskmap_ext.finetune.source_nnunet import is_nnunet, nnunet_source
 from riskmap_ext.finetune.structures import Structures, structures_of
 
 FORMAT = "riskmap_ext.checkpoint.1"
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
-# Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
-_STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The frozen source network and what its checkpoint says about it."""
+    """The frozen source network and what its checkpoint says about it.
+
+    preprocessing: what is known of plan.preprocessing. notes: warnings for the log. foreign: it is
+    of another tool.
+    """
 
     path: Path
     network: nn.Module
@@ -39,6 +44,8 @@ class SourceModel:
     channels: list[str]
     preprocessing: dict[str, Any]
     digest: str
+    notes: list[str] = field(default_factory=list)
+    foreign: bool = False
 
     @property
     def classes(self) -> list[str]:
@@ -86,7 +93,7 @@ def save_checkpoint(
         path,
         {
             "format": FORMAT,
-            "network": {"name": config.name, "args": dict(config.args)},
+            "network": config.model_dump(exclude_defaults=True),
             **structures.as_dict(),
             "channels": list(channels),
             "preprocessing": dict(preprocessing),
@@ -108,32 +115,22 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_source(source: SourceConfig) -> SourceModel:
     """The source network with its weights, in eval mode and without gradients.
 
-    The checkpoint is one of this package's, or any file of tensors and plain types with a state
-    dict in it; then `source.network` and `source.classes` must be given.
+    The checkpoint is one of this package's, of nnU-Net, a MONAI bundle, or any file of tensors and
+    plain types with a state dict in it; then `source.network` and `source.classes` must be given.
 
     Raises: CheckpointError naming the file and what is missing or does not fit.
     """
-    path = source.checkpoint
-    content = _read(path)
-    if content.get("format") == RESUME_FORMAT:
-        raise CheckpointError(
-            f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
-        )
-    state = _state_dict(path, content)
-    _check_finite(path, state)
-    config = source.network or _stored_network(path, content)
-    structures = _structures(source, content, path)
-    key = "source.network.args" if source.network else f"{path}: network.args"
-    channels = _channels(content, config)
-    config = without_channels(config, structures.num_outputs, len(channels), key)
+    found = _source_file(source)
+    path, structures, channels = found.path, found.structures, found.channels
+    config = without_channels(
+        found.network, structures.num_outputs, len(channels), found.network_key
+    )
     network = build_network(config, structures.num_outputs, len(channels))
-    state = _without_wrappers(state, network.state_dict().keys())
+    state = without_wrappers(found.state, network.state_dict().keys())
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(
-            _misfit(path, content, config, structures, network, state, error)
-        ) from None
+        raise CheckpointError(_misfit(found, config, network, state, error)) from None
     network.eval().requires_grad_(False)
     ordered = network.state_dict()
     fingerprint = digest(
@@ -141,8 +138,60 @@ def load_source(source: SourceConfig) -> SourceModel:
         structures.regions,
         *(ordered[key] for key in sorted(ordered)),
     )
-    preprocessing = content.get("preprocessing") or {}
-    return SourceModel(path, network, config, structures, channels, preprocessing, fingerprint)
+    return SourceModel(
+        path,
+        network,
+        config,
+        structures,
+        channels,
+        found.preprocessing,
+        fingerprint,
+        found.notes,
+        found.foreign,
+    )
+
+
+def _source_file(source: SourceConfig) -> SourceFile:
+    """By what the file holds."""
+    path = source.checkpoint
+    root = bundle_root(path)
+    weights = path if root is None else bundle_weights(path, root)
+    content = read_checkpoint(weights)
+    if content.get("format") == RESUME_FORMAT:
+        raise CheckpointError(
+            f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
+        )
+    if content.get("format") != FORMAT and source.network is None:
+        if is_nnunet(path, content):
+            return nnunet_source(source, content)
+        if root is not None:
+            return bundle_source(source, root, content)
+    return _own_or_plain(source.model_copy(update={"checkpoint": weights}), content)
+
+
+def _own_or_plain(source: SourceConfig, content: dict[str, Any]) -> SourceFile:
+    path, own = source.checkpoint, content if content.get("format") == FORMAT else {}
+    state = state_dict_in(path, content)
+    config = source.network or _stored_network(path, own)
+    if own:
+        outputs = len(own.get("regions") or own.get("classes") or [])
+        told = f"it holds {own.get('network', {}).get('name')} with {outputs} outputs"
+        remedy = "leave source.network and source.classes out to take the file's own"
+    else:
+        told = f"its keys are such as {', '.join(list(state)[:3])}"
+        remedy = "set source.network and source.classes to the model's own"
+    return SourceFile(
+        path,
+        state,
+        config,
+        _structures(source, own, path),
+        _channels(own, config),
+        own.get("preprocessing") or {},
+        "source.network.args" if source.network else f"{path}: network.args",
+        told,
+        remedy,
+        foreign=not own,
+    )
 
 
 def start_from_source(
@@ -186,108 +235,28 @@ def start_from_source(
     return report
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        why = "is a folder; expected a checkpoint file" if path.is_dir() else "no such checkpoint"
-        raise CheckpointError(f"{path}: {why} (source.checkpoint)")
-    try:
-        with warnings.catch_warnings():
-            # torch warns of archives that are refused below.
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch errors of every kind
-        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
-    return content
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """What the file is instead of a checkpoint. torch's own text advises to run the file's code."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read ({error.strerror})"
-    with path.open("rb") as file:
-        start = file.read(512)
-    expected = "; expected a torch checkpoint (source.checkpoint)"
-    if not start:
-        return "is empty" + expected
-    if path.name.lower().endswith((*EXTENSIONS, ".img")):
-        return "is an image" + expected
-    if start.startswith(b"PK") or start.startswith(b"\x80"):
-        if "TorchScript" in str(error):
-            return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            example = f" (such as {found[1]})" if found else ""
-            return (
-                f"holds objects other than tensors and plain types{example}, and is not loaded, "
-                "since that would run its code; save the model's state_dict() alone"
-            )
-        return "is damaged or incomplete" + expected
-    try:
-        start.decode("utf-8")
-    except UnicodeDecodeError:
-        return "is not a torch checkpoint" + expected.replace("a torch checkpoint", "one")
-    return "is a text file" + expected
-
-
-def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    bad = [
-        key
-        for key, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if bad:
-        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-        raise CheckpointError(
-            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors ({shown}); its "
-            "training has failed, choose another checkpoint"
-        )
-
-
 def _described(config: NetworkConfig) -> str:
     args = ", ".join(f"{name}={value}" for name, value in config.args.items())
     return f"{config.name}({args})"
 
 
 def _misfit(
-    path: Path,
-    content: Mapping[str, Any],
+    found: SourceFile,
     config: NetworkConfig,
-    structures: Structures,
     network: nn.Module,
     state: Mapping[str, Tensor],
     error: RuntimeError,
 ) -> str:
     """Which network the file is of, as far as it tells, and how that differs from `config`."""
-    wanted = f"{_described(config)} with {structures.num_outputs} outputs"
-    stored = content.get("network") if content.get("format") == FORMAT else None
-    if isinstance(stored, dict):
-        outputs = len(content.get("regions") or content.get("classes") or [])
-        file = f"it holds {stored.get('name')} with {outputs} outputs"
-        remedy = "leave source.network and source.classes out to take the file's own"
-    else:
-        file = f"its keys are such as {', '.join(list(state)[:3])}"
-        remedy = "set source.network and source.classes to the model's own"
+    wanted = f"{_described(config)} with {found.structures.num_outputs} outputs"
     if not set(state) & set(network.state_dict()):
-        return f"{path}: no weight in it belongs to {wanted}: {file}; {remedy}"
+        return f"{found.path}: no weight in it belongs to {wanted}: {found.told}; {found.remedy}"
     lines = "; ".join(" ".join(line.split()) for line in str(error).splitlines()[1:4])
-    return f"{path}: the weights do not fit {wanted}: {file} ({lines}); {remedy}"
+    return f"{found.path}: the weights do not fit {wanted}: {found.told} ({lines}); {found.remedy}"
 
 
-def _state_dict(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    for candidate in (*(content.get(key) for key in _STATE_KEYS), content):
-        if not isinstance(candidate, dict) or not candidate:
-            continue
-        if all(isinstance(value, Tensor) for value in candidate.values()):
-            return candidate
-    raise CheckpointError(
-        f"{path}: no weights in it; expected a state dict, or one under {', '.join(_STATE_KEYS)}"
-    )
-
-
-def _stored_network(path: Path, content: dict[str, Any]) -> NetworkConfig:
-    stored = content.get("network") if content.get("format") == FORMAT else None
+def _stored_network(path: Path, own: dict[str, Any]) -> NetworkConfig:
+    stored = own.get("network")
     if stored is None:
         raise CheckpointError(
             f"{path}: does not say which network it belongs to; set source.network.name and "
@@ -299,40 +268,21 @@ def _stored_network(path: Path, content: dict[str, Any]) -> NetworkConfig:
         raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
 
 
-def _structures(source: SourceConfig, content: dict[str, Any], path: Path) -> Structures:
-    mine = content if content.get("format") == FORMAT else {}
-    if source.classes is None and mine.get("regions"):
-        return structures_of(
-            mine["classes"], mine["regions"], mine["region_classes"], f"{path}: its"
-        )
-    classes = mine.get("classes") if source.classes is None else source.classes
+def _structures(source: SourceConfig, own: dict[str, Any], path: Path) -> Structures:
+    if source.classes is None and own.get("regions"):
+        return structures_of(own["classes"], own["regions"], own["region_classes"], f"{path}: its")
+    classes = own.get("classes") if source.classes is None else source.classes
     if classes is None:
         raise CheckpointError(
             f"{path}: does not say which classes it has; set source.classes to their number or "
             "names"
         )
-    if isinstance(classes, int):
-        return Structures([f"class {index}" for index in range(classes)])
-    return Structures([str(name) for name in classes])
+    return Structures(named_classes(classes))
 
 
-def _channels(content: dict[str, Any], config: NetworkConfig) -> list[str]:
+def _channels(own: dict[str, Any], config: NetworkConfig) -> list[str]:
     """Of the images that the network sees: as stored, else by its own number of them."""
-    stored = content.get("channels") if content.get("format") == FORMAT else None
-    if stored:
-        return [str(name) for name in stored]
+    if own.get("channels"):
+        return [str(name) for name in own["channels"]]
     count = config.args.get("in_channels", 1)
     return [f"channel {index}" for index in range(count if isinstance(count, int) else 1)]
-
-
-def _without_wrappers(state: dict[str, Tensor], wanted: Any) -> dict[str, Tensor]:
-    """Keys without the prefixes of DataParallel, torch.compile or a surrounding module."""
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if not set(state) & set(wanted):
-        heads = {key.split(".")[0] for key in state}
-        inner = {key.partition(".")[2]: value for key, value in state.items()}
-        if len(heads) == 1 and set(inner) & set(wanted):
-            return inner
-    return state

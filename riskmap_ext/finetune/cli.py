@@ -184,7 +184,9 @@ def _rank(
 
 
 def _predict(
-    checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a run.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI.")
+    ],
     image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
     suffix: Annotated[
@@ -192,6 +194,13 @@ def _predict(
         typer.Option(
             help="Endings of the file names of each channel, such as _T1w,_FLAIR; as in the "
             "training otherwise."
+        ),
+    ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of the axes in the files of the training, such as LPS; for a checkpoint of "
+            "nnU-Net, RAS otherwise."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -231,6 +240,7 @@ def _predict(
             image,
             output,
             suffix=None if suffix is None else [each.strip() for each in suffix.split(",")],
+            orientation=orientation,
             device=device,
             inference=inference,
             overwrite=overwrite,

@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from riskmap_ext.finetune.orientation import check_orientation
+
 IGNORE_INDEX = -100
 
 
@@ -58,6 +60,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Sizes = Annotated[list[PositiveInt], BeforeValidator(_one_or_many)]
 Names = Annotated[list[str], Field(min_length=1), AfterValidator(check_names)]
+Orientation = Annotated[str, AfterValidator(check_orientation)]
 Axis = Literal["sagittal", "coronal", "axial"]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -181,26 +184,36 @@ class DataConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    """A class of monai.networks.nets and its arguments (channels follow from the classes)."""
+    """A network of MONAI or nnU-Net and its arguments (channels follow from the classes)."""
 
     name: str
-    """A class of `monai.networks.nets`, such as `UNet`, `DynUNet`, `SegResNet`, `SwinUNETR`."""
+    """A class of `monai.networks.nets`, such as `UNet`, `DynUNet`, `SegResNet`, `SwinUNETR`; or
+    nnU-Net's `PlainConvUNet`, `ResidualEncoderUNet`, `ResidualUNet` (package
+    `dynamic-network-architectures`)."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes. Channels follow from the
-    data and the classes and can be left out; other numbers are refused."""
+    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes (for nnU-Net's networks,
+    `conv_op: torch.nn.Conv2d` or `Conv3d`). Channels follow from the data and the classes and can
+    be left out; other numbers are refused."""
+    orientation: Orientation | None = None
+    """The order and directions in which the network sees the axes: `SAR` of a volume, `AR` of a
+    slice, in nibabel's letters. Left out, as the data are prepared, or as the source sees them."""
 
 
 class SourceConfig(_Section):
     """The frozen source model: where the weights and the transfer risk come from."""
 
     checkpoint: FilePath
-    """A checkpoint of this package, or any file of tensors and plain types with a state dict in it.
-    Files with other objects are not loaded, as that would run their code."""
+    """A checkpoint of this package; of nnU-Net v2 (`checkpoint_final.pth`); a MONAI bundle (its
+    folder or its `models/model.pt`); or any file of tensors and plain types with a state dict in
+    it. Files with other objects are not loaded, as that would run their code."""
     network: NetworkConfig | None = None
-    """Needed for foreign checkpoints; left out, as stored."""
+    """Needed for a bare state dict; left out, as the checkpoint or bundle says."""
     classes: Annotated[int, Field(ge=1)] | list[str] | None = None
-    """Class names, background first, or their number: needed for foreign checkpoints. Left out, as
-    stored."""
+    """Class names, background first, or their number: needed for a bare state dict. Left out, as
+    the checkpoint or bundle says."""
+    orientation: Annotated[Orientation, Field(min_length=3)] | None = None
+    """The order of axes in the image files of the source's training, such as `LPS`: for sources of
+    nnU-Net, and for MONAI bundles that do not say it. Left out, `RAS`."""
     channels: list[Annotated[int, Field(ge=0)] | str] | None = None
     """Which channels of the target images the source sees, by number or name, in its own order.
     Left out, all of them."""

@@ -27,7 +27,7 @@ _EXPECTED = {
     "data.image_suffix": "a text, or a list with one for each channel",
     "data.label_map": "label value: class, or a file with such a table",
     "data.spacing": "[x, y, z] in mm, each above 0",
-    "source.checkpoint": "a file",
+    "source.checkpoint": "a file, or the folder of a MONAI bundle",
     "source.classes": "a number >= 1 or a list of class names",
     "risk.range": "dataset, image or [lo, hi]",
     "loss.class_weights": "sqrt_inverse_frequency or a list of numbers >= 0",

@@ -25,6 +25,7 @@ from riskmap_ext.finetune.config import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.errors import DataError
 from riskmap_ext.finetune.label_table import plain_label_map
+from riskmap_ext.finetune.orientation import PREPARED
 from riskmap_ext.finetune.resample import check_spacing, resample
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.structures import Structures
@@ -36,8 +37,6 @@ from riskmap_ext.finetune.volumes import (
     voxel_sizes,
 )
 
-# Volumes are stored with the slice axis last; "RAS" is nibabel's canonical order.
-_ORIENTATION = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
 _MIN_STD = 1e-8
 _MAX_LABEL_SPAN = 2**24
 
@@ -154,6 +153,11 @@ class Cases:
     def classes(self) -> list[str]:
         return self.structures.classes
 
+    @property
+    def spacings(self) -> list[tuple[float, float, float]]:
+        """Voxel sizes of the prepared training cases, in mm."""
+        return [case.grid.spacing for case in self.train]
+
 
 def prepare_cases(
     config: Config,
@@ -256,7 +260,7 @@ def _label_values(path: Path, volume: Volume, data: DataConfig, listing: Listing
 def _prepare(
     files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: TensorStore
 ) -> Case:
-    orientation = _ORIENTATION[data.slice_axis]
+    orientation = PREPARED[data.slice_axis]
     transform = ornt_transform(io_orientation(volume.affine), axcodes2ornt(orientation))
     affine = volume.affine @ inv_ornt_aff(transform, volume.shape)
     mask = _image_foreground(volume.values, data.image_foreground)

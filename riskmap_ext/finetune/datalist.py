@@ -49,7 +49,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class DatasetLabels:
     """What a dataset.json says of the label values.
 
     classes are None where it does not name every class. label_map: for numbers with gaps.
@@ -66,7 +66,7 @@ class _Labels:
 class _Found:
     cases: list[CaseFiles]
     validation: list[str] | None = None
-    labels: _Labels = field(default_factory=_Labels)
+    labels: DatasetLabels = field(default_factory=DatasetLabels)
     channels: list[str] | None = None
     image_suffix: list[str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -210,8 +210,8 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
         raise DataError([f"{path}: cannot be read as JSON ({error})"]) from None
     if not isinstance(content, dict):
         raise DataError([f"{path}: expected an object with 'training', got {type(content)}"])
-    labels = _datalist_labels(path, content)
-    channels = _datalist_channels(path, content)
+    labels = dataset_labels(path, content)
+    channels = dataset_channels(path, content)
     if "training" not in content and "file_ending" in content:
         return _nnunet_cases(path, content, data, labels, channels)
     training = _datalist_cases(path, content, "training")
@@ -226,7 +226,7 @@ def _nnunet_cases(
     path: Path,
     content: dict[str, Any],
     data: DataConfig,
-    labels: _Labels,
+    labels: DatasetLabels,
     channels: list[str] | None,
 ) -> _Found:
     """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
@@ -267,7 +267,7 @@ def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseF
     return [CaseFiles(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
-def _datalist_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
+def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
     """The Decathlon's `modality`, nnU-Net's `channel_names`: {"0": "FLAIR", ...}."""
     given = content.get("channel_names", content.get("modality"))
     if given is None:
@@ -280,11 +280,11 @@ def _datalist_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
     return [by_number[index] for index in range(len(given))] or None
 
 
-def _datalist_labels(path: Path, content: dict[str, Any]) -> _Labels:
+def dataset_labels(path: Path, content: dict[str, Any]) -> DatasetLabels:
     """`labels` of a dataset.json: number: name, name: number, or nnU-Net's name: [numbers]."""
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
-        return _Labels()
+        return DatasetLabels()
     by_number = all(str(key).isdigit() for key in labels)
     try:
         check_names([str(name) for name in (labels.values() if by_number else labels)])
@@ -303,17 +303,17 @@ def _datalist_labels(path: Path, content: dict[str, Any]) -> _Labels:
     if len(names) != len(named):
         raise DataError([f"{path}: labels: expected distinct numbers, got {labels}"])
     if sorted(names) == list(range(len(names))):
-        return _Labels([names[index] for index in range(len(names))], ignore=ignored)
+        return DatasetLabels([names[index] for index in range(len(names))], ignore=ignored)
     if 0 not in names:
-        return _Labels(ignore=ignored)
+        return DatasetLabels(ignore=ignored)
     order = sorted(names)
     table: dict[int, int | str] = {value: names[value] for value in order if value > 0}
-    return _Labels([names[value] for value in order], table, ignored)
+    return DatasetLabels([names[value] for value in order], table, ignored)
 
 
 def _region_labels(
     path: Path, content: dict[str, Any], named: dict[str, Any], ignored: tuple[int, ...]
-) -> _Labels:
+) -> DatasetLabels:
     """nnU-Net's regions; a class takes the name of the region that is it alone."""
     regions = {name: value if _is_list(value) else [value] for name, value in named.items()}
     regions = {name: values for name, values in regions.items() if values != [0]}
@@ -326,7 +326,7 @@ def _region_labels(
         raise DataError(
             [f"{path}: regions_class_order: expected {len(regions)} labels, got {order!r}"]
         )
-    return _Labels([background, *names.values()], None, ignored, regions, order)
+    return DatasetLabels([background, *names.values()], None, ignored, regions, order)
 
 
 def _is_list(value: Any) -> bool:

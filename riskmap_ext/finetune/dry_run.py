@@ -71,11 +71,11 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     _check_headers(listing)
     need = memory_need(config, listing, most_outputs(models, listing.structures))
     store = volume_store(config, need, device)
-    read, voxels = _read_some(config, listing, models, log)
+    read, voxels, spacings = _read_some(config, listing, models, log)
     for note in listing.notes:
         log.warn(note)
     if models.source is not None:
-        check_preprocessing(config, models.source, log)
+        check_preprocessing(config, models.source, spacings, log)
     total = len(listing.train) + len(listing.validation)
     parameters = sum(p.numel() for p in models.network.parameters())
     result = DryRun(
@@ -119,11 +119,12 @@ def _header_problems(case: CaseFiles, channels: int) -> list[str]:
 
 def _read_some(
     config: Config, listing: Listing, models: Models, log: Log
-) -> tuple[list[str], dict[str, int]]:
-    """Names of the cases that were read, and the voxels of each class in them."""
+) -> tuple[list[str], dict[str, int], list[tuple[float, float, float]]]:
+    """Names of the cases that were read, the voxels of each class, and the training's spacings."""
     files = [*listing.train, *listing.validation]
     counts = np.zeros(len(listing.structures.classes), dtype=np.int64)
     read: list[str] = []
+    spacings = []
     problems: list[str] = []
     until = time.monotonic() + _SECONDS
     with log.progress("cases") as bar:
@@ -134,6 +135,8 @@ def _read_some(
             try:
                 case = read_case(entry, config.data, listing, TensorStore())
                 counts += _class_counts(case, len(counts))
+                if len(read) < len(listing.train):
+                    spacings.append(case.grid.spacing)
                 if not read:
                     flip_axes(case, models.dims, config.train.augment)
             except DataError as error:
@@ -143,7 +146,8 @@ def _read_some(
     if problems:
         raise DataError(problems)
     names = listing.structures.classes
-    return read, {name: int(count) for name, count in zip(names, counts, strict=True)}
+    voxels = {name: int(count) for name, count in zip(names, counts, strict=True)}
+    return read, voxels, spacings
 
 
 def _class_counts(case: Case, classes: int) -> np.ndarray:

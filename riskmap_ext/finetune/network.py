@@ -1,4 +1,4 @@
-"""Networks of monai.networks.nets by name, their output layer, and sliding-window inference."""
+"""Networks of MONAI and nnU-Net by name, their output layer, and sliding-window inference."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from riskmap_ext.finetune.config import Config, InferenceConfig, NetworkConfig
 from riskmap_ext.finetune.errors import ConfigError
+from riskmap_ext.finetune.nnunet_networks import NAMES, nnunet_args, nnunet_class, nnunet_dims
 
+_IN_ARGUMENTS = ("in_channels", "input_channels")
 _OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
 _WINDOWS_AT_ONCE = {2: 16, 3: 2}
 
 
 def network_class(name: str) -> type[nn.Module]:
+    """Raises: ConfigError with near names, or the package that is missing."""
+    if name in NAMES:
+        return nnunet_class(name)
     found = getattr(nets, name, None)
     if inspect.isclass(found) and issubclass(found, nn.Module):
         return found
-    known = [n for n in dir(nets) if inspect.isclass(getattr(nets, n))]
+    known = [*NAMES, *(n for n in dir(nets) if inspect.isclass(getattr(nets, n)))]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
@@ -32,6 +37,8 @@ def network_class(name: str) -> type[nn.Module]:
 
 def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
     """2 or 3: whether the network sees slices or volumes. Raises: ConfigError naming `key`."""
+    if network.name in NAMES:
+        return nnunet_dims(network.args, key)
     parameters = inspect.signature(network_class(network.name)).parameters
     default = parameters["spatial_dims"].default if "spatial_dims" in parameters else 3
     dims = network.args.get("spatial_dims", default)
@@ -50,7 +57,7 @@ def without_channels(
 
     Raises: ConfigError where they are given and say something else; `key` is where they stand.
     """
-    fixed = {"in_channels": (channels, "the number of image channels")}
+    fixed = dict.fromkeys(_IN_ARGUMENTS, (channels, "the number of image channels"))
     fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
     for name, (expected, why) in fixed.items():
         if network.args.get(name, expected) != expected:
@@ -77,19 +84,24 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
         )
     # The channels follow from the data and the classes, whatever the arguments say.
     args = {**network.args, out_name: num_outputs}
-    if "in_channels" in parameters:
-        args["in_channels"] = channels
+    args |= {name: channels for name in _IN_ARGUMENTS if name in parameters}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else sorted(set(args) - set(parameters))
     if unknown:
         near = difflib.get_close_matches(unknown[0], list(parameters), n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
+    plain = args
+    if network.name in NAMES:
+        args = nnunet_args(args)
     try:
-        return cls(**args)
+        built = cls(**args)
+        if network.name in NAMES:
+            built.apply(getattr(cls, "initialize"))  # noqa: B009  (a static method there)
+        return built
     except Exception as error:  # each network checks its own arguments in its own way
         text = " ".join(str(error).split())
-        raise ConfigError(f"network.args: {network.name} refuses {args}: {text}") from None
+        raise ConfigError(f"network.args: {network.name} refuses {plain}: {text}") from None
 
 
 def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +25,17 @@ from riskmap_ext.finetune.network import (
     spatial_dims,
     without_channels,
 )
+from riskmap_ext.finetune.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.structures import Structures
+
+# Of data.normalize; sources of other tools may have been trained with more.
+KNOWN_NORMALIZATIONS = ("zscore", "none")
+
+Spacings = Sequence[tuple[float, float, float]]
 
 
 @dataclass
@@ -124,8 +132,7 @@ def build_models(
     source_predictor = (
         None if source is None else predictor_of_source(config, source, channels, device)
     )
-    wanted = config.network or (source.config if source else None)
-    assert wanted is not None  # Config asks for one of the two
+    wanted = _wanted_network(config, source)
     dims = spatial_dims(wanted)
     patch = patch_size(config, dims)
     count = structures.num_outputs
@@ -136,6 +143,7 @@ def build_models(
     if isinstance(weights, list) and len(weights) != count:
         raise ConfigError(f"loss.class_weights: expected {count} numbers, got {len(weights)}")
     network = build_network(wanted, count, len(channels)).to(device)
+    orient(network, wanted.orientation, config.data.slice_axis, dims)
     check_forward(network, patch, count, len(channels), "train.patch_size")
     predictor = Predictor(network, dims, patch, config.inference)
     check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
@@ -143,6 +151,16 @@ def build_models(
     if source is not None and config.source is not None and config.source.initialize:
         keys = start_from_source(network, wanted, count, source, config.source.head)
     return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys)
+
+
+def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
+    """With the source's order of axes where its weights are taken: kernels have directions."""
+    wanted = config.network or (source.config if source else None)
+    assert wanted is not None  # Config asks for one of the two
+    starts = source is not None and config.source is not None and config.source.initialize
+    if starts and source is not None and wanted.orientation is None:
+        wanted = wanted.model_copy(update={"orientation": source.config.orientation})
+    return wanted
 
 
 def most_outputs(models: Models, structures: Structures) -> int:
@@ -158,13 +176,23 @@ def predictor_of_source(
     seen = _source_channels(config.source.channels, source, channels)
     dims = spatial_dims(source.config, "source.network.args")
     # The source sees windows of the size it was trained with.
-    patch = source.preprocessing.get("patch_size") or patch_size(config, dims)
+    patch = _in_my_order(source, source.preprocessing.get("patch_size"), config)
+    patch = patch or patch_size(config, dims)
     network = source.network.to(device)
+    orient(network, source.config.orientation, config.data.slice_axis, dims)
     predictor = Predictor(network, dims, patch, config.inference, seen)
     outputs = source.structures.num_outputs
     key = "inference.patch_size"
     check_forward(network, predictor.patch, outputs, len(source.channels), key)
     return predictor
+
+
+def _in_my_order(source: SourceModel, values: Any, config: Config) -> Any:
+    """Sizes of a volume's axes in this run's order; a network without an order takes any."""
+    if source.config.orientation is None or values is None or len(values) != 3:
+        return values
+    theirs = source.preprocessing.get("slice_axis", "axial")
+    return arranged(values, PREPARED[theirs], PREPARED[config.data.slice_axis])
 
 
 def _source_channels(
@@ -215,16 +243,58 @@ def preprocessing(config: Config, patch: list[int], cases: Cases | None = None) 
     }
 
 
-def check_preprocessing(config: Config, source: SourceModel, log: Log) -> None:
-    """Warns where the source was trained on images prepared otherwise."""
-    mine = preprocessing(config, [])
-    for key in ("spacing", "normalize", "image_foreground", "slice_axis"):
-        theirs = source.preprocessing.get(key, mine[key])
-        if mine[key] != theirs:
+def check_preprocessing(config: Config, source: SourceModel, spacings: Spacings, log: Log) -> None:
+    """Warns where the source was trained on images prepared otherwise.
+
+    spacings: voxel sizes of the prepared training cases.
+    """
+    for note in source.notes:
+        log.warn(note)
+    mine, theirs = preprocessing(config, []), source.preprocessing
+    suffers = "its logits and the maps may suffer"
+    for key in ("normalize", "image_foreground", "slice_axis"):
+        if key not in theirs or mine[key] == theirs[key]:
+            continue
+        if key == "normalize" and theirs[key] not in KNOWN_NORMALIZATIONS:
             log.warn(
-                f"the source was trained with data.{key}={theirs}, this run has {mine[key]}; its "
-                "logits and the maps may suffer"
+                f"the source's images were normalized by {theirs[key]}, which data.normalize does "
+                f"not have; this run has {mine[key]}; {suffers}"
             )
+            continue
+        if key == "image_foreground" and mine["normalize"] == "none":
+            continue
+        log.warn(
+            f"the source was trained with data.{key}={theirs[key]}, this run has {mine[key]}; "
+            + suffers
+        )
+    spacing = _in_my_order(source, theirs.get("spacing"), config)
+    if "spacing" in theirs and not _same_spacing(spacing, config, spacings):
+        log.warn(
+            f"the source was trained with data.spacing={spacing}, this run has "
+            f"{mine['spacing']}; {suffers}"
+        )
+    if "pixel_size" in theirs and not _same_spacing(theirs["pixel_size"], config, spacings):
+        log.warn(
+            f"the source was trained on slices with pixels of {theirs['pixel_size']} mm, this run "
+            f"has others (data.spacing={mine['spacing']}); {suffers}"
+        )
+
+
+def _same_spacing(theirs: list[float] | None, config: Config, spacings: Spacings) -> bool:
+    """Up to 1 %. Voxels as they are in the files count where nothing is resampled to."""
+    if theirs is None or config.data.spacing is not None:
+        found = [config.data.spacing]
+    else:
+        found = [list(spacing) for spacing in spacings]
+    if theirs is None:
+        return found == [None]
+    return all(
+        each is not None
+        and all(
+            math.isclose(one, other, rel_tol=0.01) for one, other in zip(theirs, each, strict=False)
+        )
+        for each in found
+    )
 
 
 def tell_plan(plan: Plan) -> None:
@@ -249,7 +319,7 @@ def tell_plan(plan: Plan) -> None:
     name = models.config.name
     log(f"{name}, {parameters:,} parameters, patches of {models.patch}, on {where}")
     if models.source is not None:
-        check_preprocessing(config, models.source, log)
+        check_preprocessing(config, models.source, cases.spacings, log)
     if models.keys is not None and models.source is not None:
         log(f"Weights from {models.source.path}: {models.keys.summary()}")
         if len(models.keys.loaded) * 2 < len(models.network.state_dict()):

@@ -1,4 +1,4 @@
-"""Segmentations of unlabelled images by a checkpoint of this package, on the images' own grids."""
+"""Segmentations of unlabelled images by a trained checkpoint, on the images' own grids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from riskmap_ext.finetune.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.config import DataConfig, InferenceConfig, SourceConfig
@@ -15,6 +16,8 @@ from riskmap_ext.finetune.errors import ConfigError, DataError
 from riskmap_ext.finetune.evaluate import predict
 from riskmap_ext.finetune.files import write_nifti
 from riskmap_ext.finetune.network import Predictor, check_forward, spatial_dims
+from riskmap_ext.finetune.orientation import orient
+from riskmap_ext.finetune.plan import KNOWN_NORMALIZATIONS
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.volumes import read_header
 from riskmap_ext.finetune.workspace import check_folder, device_of
@@ -28,6 +31,7 @@ def predict_images(
     output: Path,
     *,
     suffix: Sequence[str] | None = None,
+    orientation: str | None = None,
     device: str = "auto",
     inference: InferenceConfig | None = None,
     overwrite: bool = False,
@@ -37,13 +41,15 @@ def predict_images(
     """Segments each image by sliding window and writes OUTPUT/NAME.nii.gz.
 
     Args:
-        checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation.
+        checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation. Or
+            a checkpoint of another tool whose preparation `data` can express.
         images: files, or folders of them. A case of several channels has a file for each, told by
             the suffix, or one 4-D file.
         suffix: what follows the case's name in the file names, one for each channel; None: as in
             the training where that had several channels.
         output: folder of the segmentations: class numbers in uint8 (int16 beyond 256 classes), with
             the image's shape, affine and its qform and sform codes.
+        orientation: of the training's files, as `source.orientation`; for other tools' checkpoints.
         device: as in a configuration.
         inference: sliding window; None: that of the training's patches.
         overwrite: replace segmentations that are there already.
@@ -56,7 +62,7 @@ def predict_images(
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
-    model = load_source(SourceConfig(checkpoint=checkpoint))
+    model = load_source(_source(checkpoint, orientation))
     channels = len(model.channels)
     if suffix is None and channels > 1:
         suffix = model.preprocessing.get("image_suffix")
@@ -65,8 +71,10 @@ def predict_images(
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:
         files = {name: paths for name, paths in files.items() if not targets[name].exists()}
-    predictor = _predictor(model, inference or InferenceConfig(), where)
     data = _preparation(model)
+    predictor = _predictor(model, data, inference or InferenceConfig(), where)
+    for note in model.notes:
+        log.warn(note)
     log(
         f"{len(files)} images, {len(model.classes)} classes ({', '.join(model.classes)}), "
         f"windows of {predictor.patch}, on {where}"
@@ -94,6 +102,14 @@ def predict_images(
         raise DataError(problems)
     log(f"Done: {output}")
     return written
+
+
+def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
+    try:
+        return SourceConfig(checkpoint=checkpoint, orientation=orientation)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--orientation: {why}; got {orientation!r}") from None
 
 
 def _files(
@@ -155,13 +171,16 @@ def _check_targets(
         )
 
 
-def _predictor(model: SourceModel, inference: InferenceConfig, device: torch.device) -> Predictor:
+def _predictor(
+    model: SourceModel, data: DataConfig, inference: InferenceConfig, device: torch.device
+) -> Predictor:
     dims = spatial_dims(model.config)
     patch = inference.patch_size or model.preprocessing.get("patch_size")
     if patch is None:
         raise ConfigError(
             f"{model.path}: does not say with which patches it was trained; give --patch-size"
         )
+    orient(model.network, model.config.orientation, data.slice_axis, dims)
     predictor = Predictor(model.network.to(device), dims, patch, inference)
     outputs, channels = model.structures.num_outputs, len(model.channels)
     check_forward(model.network, predictor.patch, outputs, channels, "--patch-size")
@@ -169,5 +188,17 @@ def _predictor(model: SourceModel, inference: InferenceConfig, device: torch.dev
 
 
 def _preparation(model: SourceModel) -> DataConfig:
+    """Raises: ConfigError where the images of the training were prepared in ways unknown here."""
     known = {key: model.preprocessing[key] for key in _PREPARATION if key in model.preprocessing}
+    scheme = known.get("normalize")
+    if model.foreign and (scheme not in KNOWN_NORMALIZATIONS or "spacing" not in known):
+        why = "in a way that its file does not say"
+        if "pixel_size" in model.preprocessing:
+            why = f"slice by slice with pixels of {model.preprocessing['pixel_size']} mm"
+        if scheme is not None and scheme not in KNOWN_NORMALIZATIONS:
+            why = f"with {scheme}"
+        raise ConfigError(
+            f"{model.path}: its images were prepared {why}, which riskmap predict cannot do; "
+            "segment with the tool that it was trained with, or fine-tune it first"
+        )
     return DataConfig(root=Path(), **known)

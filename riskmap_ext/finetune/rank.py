@@ -75,7 +75,7 @@ def rank_sources(
             total = 2 * len(cases.train) * len(sources)
             task = bar.add_task("Source models", total=total, note="")
             for source, predictor in zip(sources, predictors, strict=True):
-                check_preprocessing(config, source, log)
+                check_preprocessing(config, source, cases.spacings, log)
                 mapper = mapper_of(
                     config,
                     source,

@@ -190,7 +190,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         held.enter_context(claimed_output(config, log))
         for note in cases.notes:
             log.warn(note)
-        check_preprocessing(config, source, log)
+        check_preprocessing(config, source, cases.spacings, log)
         log.stage = "before all maps were made"
         mapped = cases.train, cases.validation
         maps = _map_cases(config, log, source, predictor, cases, mapped[1], Processes(), None)

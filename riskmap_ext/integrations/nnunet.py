@@ -31,19 +31,13 @@ except ImportError as error:
     ) from error
 
 import riskmap_ext
+from riskmap_ext._checkpoints import load_plain
 from riskmap_ext._files import digest, read_torch, write_torch
 
 __all__ = ["SourceNetwork", "nnUNetTrainerRiskMap", "trainer_folder"]
 
 SOURCE = "RISKMAP_SOURCE"  # environment: the checkpoint, where -pretrained_weights does not name it
 _IGNORED = -100
-# What nnU-Net's own checkpoints hold besides tensors and plain types: numbers of its log.
-_SAFE: list[Any] = [
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")},
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-]
 
 
 def trainer_folder() -> str:
@@ -339,8 +333,7 @@ def _region_table(labels: Any) -> Tensor | None:
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(_SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except FileNotFoundError:
         raise RuntimeError(f"{path}: no such checkpoint") from None
     except Exception as error:  # zip, pickle and torch errors of every kind

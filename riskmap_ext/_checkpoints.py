@@ -1,0 +1,27 @@
+"""Checkpoint files of other tools, read without running any code that they may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Beside tensors and plain types: the numbers that training scripts and nnU-Net's log keep.
+_SAFE: list[Any] = [
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")},
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]
+
+
+def load_plain(path: Path) -> Any:
+    """The content of a torch file of tensors, numbers and plain types, on the CPU.
+
+    Raises: what torch.load(weights_only=True) raises, such as pickle.UnpicklingError for a file
+    with other objects, of which none is made.
+    """
+    with torch.serialization.safe_globals(_SAFE):
+        return torch.load(path, map_location="cpu", weights_only=True)
