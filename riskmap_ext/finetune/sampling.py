@@ -245,23 +245,24 @@ class CropSampler:
             values = np.broadcast_to(values.reshape(len(values), -1), lead)
             return torch.from_numpy(values.astype(np.float32)).view(per_channel).to(image.device)
 
-        chosen = (rng.random(count) < augment.intensity_probability)[mine]
-        contrast = rng.uniform(1 - augment.contrast, 1 + augment.contrast, count)[mine]
-        shift = rng.normal(0, augment.brightness, count)[mine, None] * units
-        reach = math.log(1 / (1 - augment.gamma))
-        gamma = np.exp(rng.uniform(-reach, reach, count))[mine]
+        chosen = rng.random(count) < augment.intensity_probability
         if chosen.any():
+            contrast = rng.uniform(1 - augment.contrast, 1 + augment.contrast, count)[mine]
+            shift = rng.normal(0, augment.brightness, count)[mine, None] * units
+            reach = math.log(1 / (1 - augment.gamma))
+            gamma = np.exp(rng.uniform(-reach, reach, count))[mine]
             low, high = (edge.view(per_channel) for edge in torch.aminmax(image.flatten(2), dim=2))
             extent = (high - low).clamp(min=1e-6)
             bent = ((image - low) / extent).clamp(0, 1) ** column(gamma) * extent + low
             mean = bent.flatten(2).mean(dim=2).view(per_channel)
             changed = (bent - mean) * column(contrast) + mean + column(shift)
-            image = torch.where(column(chosen) > 0, changed, image)
+            image = torch.where(column(chosen[mine]) > 0, changed, image)
         sigma = rng.uniform(0, augment.noise, count)
         sigma *= rng.random(count) < augment.noise_probability
-        seeds = rng.integers(2**62, size=count)[mine]
-        for index, (scale, seed) in enumerate(zip(sigma[mine], seeds, strict=True)):
-            if scale > 0:
+        if sigma.any():
+            # A seed for each image, so that processes need not draw the noise of the others.
+            seeds = rng.integers(2**62, size=count)[mine]
+            for index, (scale, seed) in enumerate(zip(sigma[mine], seeds, strict=True)):
                 self._noise.manual_seed(int(seed))
                 noise = torch.randn(image[index].shape, generator=self._noise, device=image.device)
                 unit = torch.from_numpy((scale * units[index]).astype(np.float32))
