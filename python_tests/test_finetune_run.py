@@ -434,6 +434,34 @@ def test_class_weights_keep_the_mean_at_one(root, tmp_path):
     assert float((weights.double() * share).sum()) == pytest.approx(1)
 
 
+def test_weights_of_ones_are_no_weights(root, source, tmp_path):
+    sections = {"source": {"checkpoint": str(source)}, "network": None}
+    runs = []
+    for name, risk, weights in (
+        ("plain", {"use": False}, None),
+        ("ones", {}, lambda maps, cases: {c.name: torch.ones(c.label.shape) for c in cases}),
+        ("maps", {}, lambda maps, cases: maps.risk),
+    ):
+        config = configuration(root, tmp_path / name, risk=risk, **sections)
+        runs.append(finetune(config, progress=False, weights=weights))
+    plain, ones, maps = (run.history for run in runs)
+    assert [row["train_loss"] for row in ones] == [row["train_loss"] for row in plain]
+    assert [row["train_loss"] for row in maps] != [row["train_loss"] for row in plain]
+
+
+def test_a_loss_of_the_callers_own(root, tmp_path):
+    seen = []
+
+    def loss(logits, label, risk, foreground):
+        seen.append((logits.shape, label.shape, risk, foreground.dtype))
+        return torch.nn.functional.cross_entropy(logits, label.long(), ignore_index=-100)
+
+    result = finetune(configuration(root, tmp_path / "out"), progress=False, loss=loss)
+    assert seen == [((2, 3, 16, 16), (2, 16, 16), None, torch.bool)] * 2
+    assert 0.5 < result.history[0]["train_loss"] < 2
+    assert result.step_seconds > 0
+
+
 def test_random_state_and_threads_are_left_alone(root, tmp_path):
     torch.manual_seed(11)
     threads = torch.get_num_threads()

@@ -62,6 +62,32 @@ def test_slab_is_a_part_of_the_whole(subject):
     np.testing.assert_allclose(slab.affine[2, 3], low + 51)
 
 
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_lesions_are_small_spots_of_white_matter(contrast):
+    options = {"resolution": 2.0, "contrast": contrast}
+    healthy = simulate.simulate_subject(3, **options)
+    made = simulate.simulate_subject(3, lesions=True, **options)
+    for name in ("tissues", "structures"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(healthy, name))
+    inside = made.lesions == 1
+    assert not healthy.lesions.any()
+    assert 0.5 < inside.sum() * 8 / 1000 < 30  # ml
+    assert (made.tissues[inside] == WHITE).mean() > 0.9
+    assert not made.structures[inside].any()
+    lesion, white = (made.image[where].mean() for where in (inside, made.tissues == WHITE))
+    assert lesion < 0.9 * white if contrast == "t1" else lesion > 1.1 * white
+    # Only lesions and their borders differ.
+    assert (made.image != healthy.image).mean() < 0.02
+
+
+def test_lesions_are_those_of_the_whole_and_of_every_contrast():
+    whole = simulate.simulate_subject(3, contrast="flair", lesions=True)
+    low = whole.affine[2, 3]
+    slab = simulate.simulate_subject(3, lesions=True, extent=(low + 51, low + 51 + 3 * 10))
+    np.testing.assert_array_equal(slab.lesions, whole.lesions[:, :, 17:28])
+    assert slab.lesions.any()
+
+
 def test_image_is_brain_extracted(subject):
     np.testing.assert_array_equal(subject.image > 0, subject.tissues > 0)
     assert np.isfinite(subject.image).all()
@@ -122,7 +148,7 @@ def test_subject_errors(arguments, message):
         simulate.simulate_subject(**arguments)
 
 
-@pytest.mark.parametrize("labels", ["tissues", "structures"])
+@pytest.mark.parametrize("labels", ["tissues", "structures", "lesions"])
 def test_cohort_is_read_back_by_the_driver(tmp_path, labels):
     path = simulate.write_cohort(
         tmp_path / "cohort",
@@ -137,7 +163,8 @@ def test_cohort_is_read_back_by_the_driver(tmp_path, labels):
         "./imagesTr/case_0000.nii.gz",
         "./imagesTr/case_0001.nii.gz",
     ]
-    made = simulate.simulate_subject(1, resolution=6.0, extent=(-24.0, 30.0))
+    options = {"resolution": 6.0, "extent": (-24.0, 30.0)}
+    made = simulate.simulate_subject(1, lesions=labels == "lesions", **options)
     for folder, array in (("imagesTr", made.image), ("labelsTr", getattr(made, labels))):
         volume = nibabel.load(path.parent / folder / "case_0001.nii.gz")
         np.testing.assert_array_equal(np.asarray(volume.dataobj), array)
@@ -152,14 +179,14 @@ def test_cohort_is_read_back_by_the_driver(tmp_path, labels):
         }
     )
     cases = prepare_cases(config)
-    names = simulate.TISSUES if labels == "tissues" else simulate.STRUCTURES
+    names = getattr(simulate, labels.upper())
     assert cases.classes == list(names)
     assert [c.name for c in cases.train] == ["case_0000", "case_0001"]
     assert [c.name for c in cases.validation] == ["case_0002"]
 
 
 def test_cohort_errors(tmp_path):
-    with pytest.raises(ValueError, match="labels: expected 'tissues' or 'structures', got 'organ"):
+    with pytest.raises(ValueError, match=r"labels: expected one of .*'lesions'.* got 'organs'"):
         simulate.write_cohort(tmp_path, [0], labels="organs")
     with pytest.raises(ValueError, match=r"validation_seeds: expected none of seeds, got \[1\]"):
         simulate.write_cohort(tmp_path, [0, 1], validation_seeds=[1])

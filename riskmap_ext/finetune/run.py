@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from riskmap_ext.finetune.processes import Processes, processes
 from riskmap_ext.finetune.records import note_end, note_start, write_leep
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
 from riskmap_ext.finetune.run_report import report_at_end
+from riskmap_ext.finetune.stepper import LossFunction
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
 from riskmap_ext.finetune.workspace import (
@@ -56,6 +58,9 @@ from riskmap_ext.finetune.workspace import (
     unfinished_run,
 )
 
+# (maps, training cases) -> case name -> voxel weights [X, Y, Z] on the prepared grid.
+WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
+
 
 @dataclass
 class FinetuneResult:
@@ -63,7 +68,8 @@ class FinetuneResult:
 
     dice: class -> mean over the validation cases that have it (NaN where none has), background
     left out. cases: case -> class -> Dice. leep, remark: the source's LEEP score and the warning
-    that it tells nothing, None without a source. history: the rows of metrics.csv.
+    that it tells nothing, None without a source. history: the rows of metrics.csv. step_seconds:
+    mean of a step, validations left out.
     """
 
     output: Path
@@ -76,6 +82,7 @@ class FinetuneResult:
     keys: KeyReport | None
     history: list[dict[str, float]] = field(repr=False)
     seconds: float = 0.0
+    step_seconds: float = math.nan
 
     @property
     def checkpoint(self) -> Path:
@@ -83,7 +90,13 @@ class FinetuneResult:
 
 
 def finetune(
-    config: Config, *, cases: Cases | None = None, progress: bool = True, resume: bool = False
+    config: Config,
+    *,
+    cases: Cases | None = None,
+    progress: bool = True,
+    resume: bool = False,
+    loss: LossFunction | None = None,
+    weights: WeightFunction | None = None,
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
 
@@ -96,13 +109,17 @@ def finetune(
         progress: print the log and progress bars.
         resume: go on with the unfinished run in the output folder from its last validation; begin
             where there is none.
+        loss: in the place of the configuration's: (logits [B, C, *P], label [B, *P] int16 with -100
+            for ignored voxels, risk [B, *P] or None, image foreground [B, *P]) -> a scalar.
+        weights: in the place of the risk maps, where `risk.use` is true: (maps, training cases) ->
+            case name -> voxel weights, such as a function of `maps.transferability`.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written.
     """
     device = run_device(config)
     with processes(device) as group:
         log = Log(quiet=not (progress and group.is_main))
-        return _finetune(config, cases, device, group, log, resume)
+        return _finetune(config, cases, device, group, log, resume, loss, weights)
 
 
 def _finetune(
@@ -112,6 +129,8 @@ def _finetune(
     group: Processes,
     log: Log,
     resume: bool,
+    loss: LossFunction | None,
+    weights: WeightFunction | None,
 ) -> FinetuneResult:
     started = time.perf_counter()
     check_threads(config)
@@ -128,7 +147,7 @@ def _finetune(
         plan = group.together(lambda: make_plan(config, cases, device, group, log, resumed))
         group.on_main(lambda: _begin(plan, held))
         maps = _source_maps(plan)
-        trained = _train(plan, maps)
+        trained = _train(plan, maps, loss, weights)
         table = _evaluate(plan, maps, trained.predictions)
         names = list(plan.cases.structures.scored)
         means = structure_means(table, len(names))
@@ -151,6 +170,7 @@ def _finetune(
         plan.models.keys,
         trained.history,
         seconds,
+        trained.step_seconds,
     )
 
 
@@ -284,8 +304,16 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
     return maps
 
 
-def _train(plan: Plan, maps: SourceMaps | None) -> Trained:
+def _train(
+    plan: Plan,
+    maps: SourceMaps | None,
+    loss: LossFunction | None,
+    weights: WeightFunction | None,
+) -> Trained:
     models, cases = plan.models, plan.cases
+    risk: Mapping[str, Tensor] | None = None
+    if maps is not None and plan.config.risk.use:
+        risk = maps.risk if weights is None else weights(maps, cases.train)
     prepared = preprocessing(plan.config, models.patch, cases)
 
     def save(path: Path, progress: dict[str, Any]) -> None:
@@ -309,10 +337,11 @@ def _train(plan: Plan, maps: SourceMaps | None) -> Trained:
         models.network,
         models.predictor,
         models.patch,
-        maps.risk if maps is not None and plan.config.risk.use else None,
+        risk,
         save,
         plan.inputs,
         plan.resumed,
+        loss,
     )
     return train_network(setup)
 

@@ -20,6 +20,8 @@ from riskmap_ext.finetune.files import write_json, write_nifti
 
 TISSUES = ("background", "csf", "grey matter", "white matter")
 STRUCTURES = ("background", "caudate", "putamen", "thalamus", "hippocampus", "ventricles")
+LESIONS = ("background", "lesion")
+_CLASSES = {"tissues": TISSUES, "structures": STRUCTURES, "lesions": LESIONS}
 
 _MNI_CODE = 4  # NIFTI_XFORM_MNI_152
 
@@ -29,6 +31,8 @@ CONTRASTS = {
     "t2": (1.00, 0.62, 0.45),
     "flair": (0.20, 0.85, 0.65),
 }
+# Of a white-matter lesion, on the same scale: dark in T1, bright in T2 and FLAIR.
+_LESION_INTENSITY = {"t1": 0.62, "t2": 0.90, "flair": 1.05}
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,14 @@ class Subject:
     image: [X, Y, Z] float32, > 0 in the brain, 0 around it (brain-extracted), arbitrary units.
     tissues: [X, Y, Z] uint8, indices into TISSUES.
     structures: [X, Y, Z] uint8, indices into STRUCTURES.
+    lesions: [X, Y, Z] uint8, indices into LESIONS; all background in a healthy subject.
     affine: [4, 4] float64, voxel index to mm (RAS).
     """
 
     image: np.ndarray
     tissues: np.ndarray
     structures: np.ndarray
+    lesions: np.ndarray
     affine: np.ndarray
 
 
@@ -87,6 +93,7 @@ def simulate_subject(
     resolution: float = 3.0,
     contrast: str = "t1",
     extent: tuple[float, float] | None = None,
+    lesions: bool = False,
 ) -> Subject:
     """Simulates one subject, the same for the same arguments.
 
@@ -96,6 +103,7 @@ def simulate_subject(
             interpolate).
         contrast: key of CONTRASTS: "t1", "t2" or "flair". The anatomy does not depend on it.
         extent: lowest and highest z in MNI mm of a slab; None is the whole brain.
+        lesions: with white-matter lesions, in the same places in every contrast; all else stays.
 
     Raises:
         ValueError: a negative seed, unknown contrast, resolution out of range or an empty extent.
@@ -107,15 +115,22 @@ def simulate_subject(
     if not 2.0 <= resolution <= 8.0:
         raise ValueError(f"resolution: expected 2 to 8 mm, got {resolution}")
     # Independent streams, so that a contrast or a slab leaves the anatomy as it is.
-    anatomy, appearance = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    anatomy, appearance, disease = (
+        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)
+    )
     grid, affine = _grid(resolution, extent)
     place = _deform(anatomy, grid)
     grey, white, fluid, texture = _sample_templates(place)
     brain = grey + white + fluid > 0.5
     tissues = np.where(brain, 1 + np.argmax([fluid, grey, white], axis=0), 0).astype(np.uint8)
     structures = _label_structures(place, tissues)
-    image = _render(appearance, grid, contrast, (fluid, grey, white), texture, structures)
-    return Subject(image, tissues, structures, affine)
+    if lesions:
+        share = _lesion_share(disease, grid, place, white, structures)
+    else:
+        share = np.zeros(tissues.shape, dtype=np.float32)
+    fractions = fluid, grey, white
+    image = _render(appearance, grid, contrast, fractions, texture, structures, share)
+    return Subject(image, tissues, structures, (share > 0.5).astype(np.uint8), affine)
 
 
 def write_cohort(
@@ -134,15 +149,15 @@ def write_cohort(
     folder/dataset.json that lists them under "training" or "validation", with label names.
 
     Args:
-        labels: "tissues" or "structures".
+        labels: "tissues", "structures" or "lesions", which subjects have only with these labels.
         resolution, contrast, extent: as for `simulate_subject`.
 
     Returns: the path of dataset.json.
 
     Raises: ValueError as `simulate_subject`, for other labels, or for seeds in both lists.
     """
-    if labels not in ("tissues", "structures"):
-        raise ValueError(f"labels: expected 'tissues' or 'structures', got {labels!r}")
+    if labels not in _CLASSES:
+        raise ValueError(f"labels: expected one of {sorted(_CLASSES)}, got {labels!r}")
     both = sorted(set(seeds) & set(validation_seeds))
     if both:
         raise ValueError(f"validation_seeds: expected none of seeds, got {both} in both")
@@ -152,14 +167,18 @@ def write_cohort(
         entries[key] = []
         for seed in chosen:
             subject = simulate_subject(
-                seed, resolution=resolution, contrast=contrast, extent=extent
+                seed,
+                resolution=resolution,
+                contrast=contrast,
+                extent=extent,
+                lesions=labels == "lesions",
             )
             name = f"case_{seed:04d}.nii.gz"
             for kind, volume in (("images", subject.image), ("labels", getattr(subject, labels))):
                 path = folder / f"{kind}Tr" / name
                 write_nifti(path, volume, subject.affine, codes=(_MNI_CODE, _MNI_CODE))
             entries[key].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
-    names = TISSUES if labels == "tissues" else STRUCTURES
+    names = _CLASSES[labels]
     path = folder / "dataset.json"
     write_json(
         path,
@@ -267,6 +286,34 @@ def _label_structures(place: np.ndarray, tissues: np.ndarray) -> np.ndarray:
     return structures
 
 
+def _lesion_share(
+    rng: np.random.Generator,
+    grid: np.ndarray,
+    place: np.ndarray,
+    white: np.ndarray,
+    structures: np.ndarray,
+) -> np.ndarray:
+    """How much of each voxel is lesion, 0 to 1: 8 to 24 uneven blobs in the white matter.
+
+    Most lie around the ventricles; radii are 2 to 7 mm, small ones more often. Drawn in template
+    space all over the brain, so that a slab has the lesions of the whole.
+    """
+    share = np.zeros(white.shape, dtype=np.float32)
+    uneven = 0.25 * _smooth_field(rng, grid, 9.0)
+    for _ in range(int(rng.integers(8, 25))):
+        side = rng.choice([-1.0, 1.0])
+        if rng.random() < 0.7:
+            centre = [side * rng.uniform(12, 32), rng.uniform(-50, 38), rng.uniform(6, 32)]
+        else:
+            centre = [side * rng.uniform(10, 50), rng.uniform(-75, 50), rng.uniform(-10, 55)]
+        radii = np.clip(rng.lognormal(np.log(3.5), 0.35), 2.0, 7.0) * rng.uniform(0.75, 1.3, 3)
+        offset = (place - np.array(centre)[:, None, None, None]) / radii[:, None, None, None]
+        distance = np.sqrt((offset**2).sum(axis=0)) + uneven
+        # 1 in the middle, 1/2 at the border, 0 outside.
+        share = np.maximum(share, np.clip(1.5 - distance, 0, 1))
+    return (share * (white > 0.5) * (structures == 0)).astype(np.float32)
+
+
 def _render(
     rng: np.random.Generator,
     grid: np.ndarray,
@@ -274,6 +321,7 @@ def _render(
     fractions: tuple[np.ndarray, np.ndarray, np.ndarray],
     texture: np.ndarray,
     structures: np.ndarray,
+    lesion: np.ndarray,
 ) -> np.ndarray:
     fluid, grey, white = CONTRASTS[contrast] + rng.normal(0.0, 0.03, 3)
     image = fluid * fractions[0] + grey * fractions[1] + white * fractions[2]
@@ -281,6 +329,7 @@ def _render(
     image += texture * (white - grey) / (CONTRASTS["t1"][2] - CONTRASTS["t1"][1])
     for name, share in _WHITE_SHARE.items():
         image[structures == STRUCTURES.index(name)] += share * 0.5 * (white - grey)
+    image += lesion * (_LESION_INTENSITY[contrast] - image)
     inside = sum(fractions) > 0.5
     bias = np.exp(0.08 * _smooth_field(rng, grid, 80.0))
     scale = rng.uniform(300.0, 900.0)

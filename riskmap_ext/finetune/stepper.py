@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import Batch
 from riskmap_ext.nn import RiskWeightedLoss
+
+# (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
+LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 class Stepper:
@@ -32,7 +35,9 @@ class Stepper:
         device: torch.device,
         group: Processes,
         log: Log,
+        loss: LossFunction | None = None,
     ) -> None:
+        """loss: in the place of the configuration's."""
         train = config.train
         self._network = network
         self._memory = torch.contiguous_format
@@ -44,7 +49,7 @@ class Stepper:
         self._model = _distributed(network, blank, device, group)
         self._forward: Any = torch.compile(self._model) if train.compile else self._model
         options = config.loss.model_dump(exclude={"class_weights"})
-        self._loss = RiskWeightedLoss(
+        self._loss: LossFunction = loss or RiskWeightedLoss(
             weight=class_weights(config, cases, device, log),
             ignore_index=IGNORE_INDEX,
             regions=cases.structures.table,

@@ -25,7 +25,7 @@ from riskmap_ext.finetune.network import Predictor
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log, Metrics, number, segmentation_picture
 from riskmap_ext.finetune.sampling import CropSampler
-from riskmap_ext.finetune.stepper import Stepper
+from riskmap_ext.finetune.stepper import LossFunction, Stepper
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.workspace import NONFINITE_FILE
 
@@ -49,17 +49,20 @@ class TrainSetup:
     save: Callable[[Path, dict[str, Any]], None]
     inputs: str  # digest of the source and the cases
     resumed: Mapping[str, Any] | None = None  # what `resume.pt` holds, to go on from it
+    loss: LossFunction | None = None  # in the place of the configuration's
 
 
 @dataclass(frozen=True)
 class Trained:
     """Rows of metrics.csv and the trained network's predictions (prepared grid) by case name.
 
-    Of several processes, each has the predictions of its own share of the cases.
+    Of several processes, each has the predictions of its own share of the cases. step_seconds: mean
+    of the steps of this process, validations left out; NaN where there were none.
     """
 
     history: list[dict[str, float]]
     predictions: dict[str, Tensor]
+    step_seconds: float
 
 
 def train_network(setup: TrainSetup) -> Trained:
@@ -87,7 +90,16 @@ def train_network(setup: TrainSetup) -> Trained:
         store=setup.store,
         part=(group.rank, group.size),
     )
-    step_of = Stepper(config, network, setup.cases, setup.patch, setup.device, group, setup.log)
+    step_of = Stepper(
+        config,
+        network,
+        setup.cases,
+        setup.patch,
+        setup.device,
+        group,
+        setup.log,
+        setup.loss,
+    )
     output = config.output
     resumed = setup.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}
     metrics = Metrics(
@@ -109,10 +121,12 @@ def train_network(setup: TrainSetup) -> Trained:
         torch.manual_seed(config.seed + 1_000_003 * group.rank + resumed["step"])
     recent: deque[_Step] = deque(maxlen=_CHECK_EVERY)
     predictions: dict[str, Tensor] | None = None
+    training = 0.0  # seconds
     network.train()
     try:
         with setup.log.progress("steps") as bar:
             task = bar.add_task("Training", total=train.steps, completed=resumed["step"], note="")
+            resumed_at = time.perf_counter()
             for step in range(resumed["step"] + 1, train.steps + 1):
                 setup.log.stage = f"at step {step}"
                 lr = step_of.lr
@@ -132,6 +146,7 @@ def train_network(setup: TrainSetup) -> Trained:
                     _stop_at_nonfinite(setup, recent)
                 if not due:
                     continue
+                training += time.perf_counter() - resumed_at
                 dice, predictions = _validate(setup)
                 seconds = time.perf_counter() - started
                 losses.write()
@@ -150,13 +165,15 @@ def train_network(setup: TrainSetup) -> Trained:
                     _keep, setup, step_of, sampler, metrics, losses, state, best, better, seconds
                 )
                 group.on_main(keep)
+                resumed_at = time.perf_counter()
     finally:
         losses.close()
         metrics.close()
     setup.log.stage = "after the last step"
     if predictions is None:  # nothing was left to train
         predictions = _validate(setup)[1]
-    return Trained(metrics.rows, predictions)
+    steps = train.steps - resumed["step"]
+    return Trained(metrics.rows, predictions, training / steps if steps else math.nan)
 
 
 def _keep(
