@@ -18,7 +18,6 @@ from riskmap_ext.finetune.checkpoint import (
     KeyReport,
     SourceModel,
     load_source,
-    save_checkpoint,
 )
 from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.data import Case, Cases
@@ -37,7 +36,6 @@ from riskmap_ext.finetune.plan import (
     check_preprocessing,
     make_plan,
     predictor_of_source,
-    preprocessing,
     read_cases,
     tell_plan,
 )
@@ -47,7 +45,7 @@ from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overl
 from riskmap_ext.finetune.run_report import report_at_end
 from riskmap_ext.finetune.stepper import LossFunction
 from riskmap_ext.finetune.storage import TensorStore
-from riskmap_ext.finetune.train import Trained, TrainSetup, train_network
+from riskmap_ext.finetune.train import Trained, train_network
 from riskmap_ext.finetune.workspace import (
     check_output,
     check_threads,
@@ -310,40 +308,10 @@ def _train(
     loss: LossFunction | None,
     weights: WeightFunction | None,
 ) -> Trained:
-    models, cases = plan.models, plan.cases
     risk: Mapping[str, Tensor] | None = None
     if maps is not None and plan.config.risk.use:
-        risk = maps.risk if weights is None else weights(maps, cases.train)
-    prepared = preprocessing(plan.config, models.patch, cases)
-
-    def save(path: Path, progress: dict[str, Any]) -> None:
-        save_checkpoint(
-            path,
-            models.network,
-            models.config,
-            cases.structures,
-            cases.channels,
-            prepared,
-            progress,
-        )
-
-    setup = TrainSetup(
-        plan.config,
-        plan.log,
-        plan.device,
-        plan.processes,
-        cases,
-        plan.store,
-        models.network,
-        models.predictor,
-        models.patch,
-        risk,
-        save,
-        plan.inputs,
-        plan.resumed,
-        loss,
-    )
-    return train_network(setup)
+        risk = maps.risk if weights is None else weights(maps, plan.cases.train)
+    return train_network(plan, risk, loss)
 
 
 def _evaluate(
