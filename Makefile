@@ -69,7 +69,7 @@ bench-full: install
 TRANSFER_OPTIONS ?= --workers 2
 bench-transfer: install
 	$(BIN)/python -m benchmarks.transfer run --scenarios deep_structures_4,hippocampus_4 --lengths short --seeds 0-2 \
-	  $(TRANSFER_OPTIONS)
+	  --tuning-seeds 1 $(TRANSFER_OPTIONS)
 	$(BIN)/python -m benchmarks.transfer report
 
 bench-transfer-full: install

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what is stored stays, and the same command goes on", file=sys.stderr)
+        print("stopped: the same command goes on with what is stored", file=sys.stderr)
         return 130
 
 
@@ -37,8 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--arms", **several, help=f"default: {','.join(DEFAULT)}; or all")
     run.add_argument("--lengths", **several, help="default: all of each scenario")
     run.add_argument("--seeds", type=_numbers, metavar="0-9", help="default: as the scenario says")
-    run.add_argument("--tuning-seeds", type=int, metavar="N", help="default: as the scenario says")
-    run.add_argument("--workers", type=int, default=2, help="processes of one thread (2)")
+    run.add_argument(
+        "--tuning-seeds", type=_count, metavar="N", help="default: as the scenario says"
+    )
+    run.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread (2); 0: this one"
+    )
     run.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th scenario, from I = 1")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
     run.add_argument("--work", type=Path, default=WORK, help="folder of what can be made again")
@@ -115,6 +119,12 @@ def _numbers(text: str) -> list[int]:
         low, _, high = part.partition("-")
         found += range(int(low), int(high or low) + 1)
     return list(dict.fromkeys(found))
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def _intervals(axes: Axes, names: Sequence[str], found: dict[str, list[Interval 
             if each is None:
                 continue
             colour = _COLOURS[index % len(_COLOURS)]
-            if each.seeds > 1:
+            if each.low <= each.high:  # neither is NaN
                 span = [POINTS * each.low, POINTS * each.high]
                 axes.plot(span, [row + shift] * 2, color=colour, linewidth=1.6)
             axes.plot(POINTS * each.mean, row + shift, "o", color=colour, markersize=4.5)

@@ -269,8 +269,8 @@ def _classes(group: Group) -> Iterator[str]:
 
 
 def _mean(each: Interval) -> str:
-    if each.seeds < 2:
-        return f"{POINTS * each.mean:.1f} (1 seed)"
+    if math.isnan(each.low):
+        return f"{POINTS * each.mean:.1f} (no interval)"
     return f"{POINTS * each.mean:.1f} ({POINTS * each.low:.1f} to {POINTS * each.high:.1f})"
 
 
@@ -278,8 +278,8 @@ def _difference(each: Interval | None) -> str:
     if each is None:
         return ""
     won = f"{each.won} of {each.seeds}"
-    if each.seeds < 2:
-        return f"{POINTS * each.mean:+.1f} (1 seed)"
+    if math.isnan(each.low):
+        return f"{POINTS * each.mean:+.1f} (no interval)"
     low, high = POINTS * each.low, POINTS * each.high
     return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f}), {won}".replace("-", "\u2212")
 

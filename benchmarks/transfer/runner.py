@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -210,6 +211,8 @@ def _do_all(
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    # Ctrl-C is for the parent: what runs is ended and stored first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

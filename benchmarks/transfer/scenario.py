@@ -195,6 +195,6 @@ def _expanded(label_map: dict[Any, Any]) -> dict[int, Any]:
     """`100-207: cortex` as a value each."""
     values: dict[int, Any] = {}
     for key, name in label_map.items():
-        low, high = re.fullmatch(r"(\d+)(?:-(\d+))?", str(key)).groups()  # type: ignore[union-attr]
+        low, high = re.fullmatch(r"(\d+)(?:-(\d+))?", str(key)).groups()
         values |= dict.fromkeys(range(int(low), int(high or low) + 1), name)
     return values

@@ -29,7 +29,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval of 95 %; low and high are NaN with less than two seeds.
+    """A mean with its interval of 95 %; low and high are NaN with less than two seeds or subjects.
 
     won: seeds with a mean above 0.
     """
@@ -85,8 +85,8 @@ def interval(found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLE
     Subjects that come back under several seeds (real) are drawn once for all seeds, as seeds are:
     a value counts as often as its seed times its subject. The standard error of the resampled
     means, sqrt(n / (n - 1)) wider and with the t quantile of n - 1 degrees, gives the interval,
-    n the number of seeds: the percentiles of few seeds are too narrow. With subjects that do not
-    matter it is the t interval of the seeds' means.
+    n the number of seeds, or of subjects that come back where those are fewer: the percentiles of
+    few draws are too narrow. Where subjects do not matter it is the t interval of the seeds' means.
     """
     seeds = [list(rows.items()) for rows in found.values()]
     if not seeds:
@@ -96,13 +96,13 @@ def interval(found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLE
     names = [name for rows in seeds for name, _ in rows]
     won = sum(value > 0 for value in means)
     subjects = len(set(names))
-    if count < 2:
-        return Interval(mean, math.nan, math.nan, count, subjects, won)
     rng = np.random.default_rng(0)
     nested = len(set(names)) == len(names)
-    draw = _nested if nested else _crossed
-    error = float(draw(seeds, resamples, rng).std()) * math.sqrt(count / (count - 1))
-    reach = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
+    draw, drawn = (_nested, count) if nested else (_crossed, min(count, subjects))
+    if drawn < 2:
+        return Interval(mean, math.nan, math.nan, count, subjects, won)
+    error = float(draw(seeds, resamples, rng).std()) * math.sqrt(drawn / (drawn - 1))
+    reach = float(stats.t.ppf(0.5 + LEVEL / 2, drawn - 1)) * error
     return Interval(mean, mean - reach, mean + reach, count, subjects, won)
 
 

@@ -100,7 +100,7 @@ def do(task: Task, place: Place, wait: bool = False) -> Done:
             return Done(task, BUSY, None)
         if key_of(task, setup) in keys(place.store().read().runs):
             return Done(task, "was done by another process", None)
-        row = _run(scenario, arm, setup, task, place)
+        row = _run(scenario, arm, setup, task, place, place.work / "runs" / name)
     dice = 100 * float(row["mean_dice"])
     return Done(task, f"Dice {dice:.1f}", time.perf_counter() - started)
 
@@ -213,9 +213,11 @@ def _cases(data: str) -> Cases:
     return prepare_cases(parse_config(json.loads(data)))
 
 
-def _run(scenario: Scenario, arm: Arm, setup: str, task: Task, place: Place) -> dict[str, Any]:
+def _run(
+    scenario: Scenario, arm: Arm, setup: str, task: Task, place: Place, output: Path
+) -> dict[str, Any]:
+    """Trains, scores and stores; `output` is removed afterwards."""
     run = uuid.uuid4().hex[:12]
-    output = place.work / "runs" / run
     config, checkpoint = run_config(scenario, arm, task, place, output)
     shared = {"output": "none", "network": scenario.network, "data": config.data}
     cases = _cases(json.dumps({**shared, "data": config.data.model_dump(mode="json")}))
@@ -296,7 +298,7 @@ def _scores(
         predicted = np.zeros_like(label)
     else:
         file = nibabel.load(output / "predictions" / f"{case.name}.nii.gz")
-        predicted = case.grid.from_file(np.asarray(file.dataobj))  # type: ignore[attr-defined]
+        predicted = case.grid.from_file(np.asarray(file.dataobj))
     rows = []
     for index, name in enumerate(cases.classes[1:], start=1):
         with warnings.catch_warnings():
