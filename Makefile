@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full instructions lint format sanitize docs docs-reference install clean
+.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release gpu-check
 
 install: $(VENV)/.installed
@@ -64,6 +64,17 @@ bench: install
 
 bench-full: install
 	$(BIN)/python -m benchmarks.run --full
+
+# Rows go to benchmarks/results/transfer, the page to docs/evidence.md; what is stored is not run again.
+TRANSFER_OPTIONS ?= --workers 2
+bench-transfer: install
+	$(BIN)/python -m benchmarks.transfer run --scenarios deep_structures_4,hippocampus_4 --lengths short --seeds 0-2 \
+	  --tuning-seeds 1 $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer report
+
+bench-transfer-full: install
+	$(BIN)/python -m benchmarks.transfer run $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer report
 
 instructions: install
 	$(BIN)/python -m benchmarks.instructions

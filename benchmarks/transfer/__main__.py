@@ -1,0 +1,138 @@
+"""``python -m benchmarks.transfer run | report | list``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.transfer import runner
+from benchmarks.transfer.arms import ARMS, DEFAULT
+from benchmarks.transfer.scenario import FOLDER, ROOT, TUNING_SEED, chosen, load_scenarios
+from benchmarks.transfer.work import Place
+
+OUT = ROOT / "benchmarks" / "results" / "transfer"
+WORK = ROOT / "build" / "transfer"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return {"run": _run, "report": _report, "list": _list}[options.command](options)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with what is stored", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="do the runs that are not stored yet")
+    several = {"type": _names, "metavar": "A,B"}
+    run.add_argument("--scenarios", **several, help="default: all")
+    run.add_argument("--arms", **several, help=f"default: {','.join(DEFAULT)}; or all")
+    run.add_argument("--lengths", **several, help="default: all of each scenario")
+    run.add_argument("--seeds", type=_numbers, metavar="0-9", help="default: as the scenario says")
+    run.add_argument(
+        "--tuning-seeds", type=_count, metavar="N", help="default: as the scenario says"
+    )
+    run.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread (2); 0: this one"
+    )
+    run.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th scenario, from I = 1")
+    run.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
+    run.add_argument("--work", type=Path, default=WORK, help="folder of what can be made again")
+    run.add_argument("--scenario-files", type=Path, default=FOLDER, help="folder of scenarios")
+    report = commands.add_parser("report", help="make the page from the stored rows")
+    report.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
+    for each in (run, report):
+        each.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
+    commands.add_parser("list", help="scenarios and arms")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    scenarios = chosen(load_scenarios(options.scenario_files), options.scenarios)
+    for name, each in list(scenarios.items()):
+        if reason := each.missing():
+            print(f"{name}: left out: {reason}")
+            del scenarios[name]
+    part = ""
+    if options.shard:
+        index, count = options.shard
+        part = f"{index}of{count}"
+        scenarios = dict(list(scenarios.items())[index - 1 :: count])
+    arms = list(ARMS) if options.arms == ["all"] else options.arms or DEFAULT
+    if unknown := [key for key in arms if key not in ARMS]:
+        raise ValueError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(ARMS)}")
+    tuning = options.tuning_seeds
+    wanted = runner.Wanted(
+        scenarios,
+        arms,
+        options.lengths,
+        options.seeds,
+        None if tuning is None else range(TUNING_SEED, TUNING_SEED + tuning),
+    )
+    folders = (options.scenario_files, options.work, options.out)
+    place = Place(*(each.resolve() for each in folders), part, options.device)
+    failed = runner.run(wanted, place, options.workers, _say)
+    return 1 if failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from benchmarks.transfer.report import write_page
+
+    write_page(options.out, options.page)
+    print(options.page)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name, each in load_scenarios().items():
+        lengths = ", ".join(f"{key} {steps}" for key, steps in each.lengths.items())
+        missing = each.missing()
+        print(
+            f"{name}: {each.title}; {lengths}; {each.seeds} seeds"
+            + (f" (left out here: {missing})" if missing else "")
+        )
+    for arm in ARMS.values():
+        print(f"{arm.key}: {arm.name}; {arm.what}")
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    """`0-4,7`: 0, 1, 2, 3, 4, 7."""
+    found: list[int] = []
+    for part in _names(text):
+        low, _, high = part.partition("-")
+        found += range(int(low), int(high or low) + 1)
+    return list(dict.fromkeys(found))
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not 1 <= int(index) <= int(count):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, got {text}")
+    return int(index), int(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The page of the evidence, from the stored rows alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.transfer import charts
+from benchmarks.transfer.arms import ARMS, CONTROL, DEFAULT, OURS, REFERENCE
+from benchmarks.transfer.evidence import POINTS, Group, groups
+from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
+from benchmarks.transfer.stats import Interval
+from benchmarks.transfer.store import Rows, Store
+from benchmarks.transfer.work import TUNING
+from riskmap_ext.finetune.files import write_text
+
+HOW = Path(__file__).with_name("how.md")
+# What OURS is held against, in the order of the summary.
+_OTHERS = ("ce", REFERENCE, CONTROL, "class_mean_dice", "scratch")
+
+
+def write_page(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
+    """Writes the page, and its pictures into the folder of its name."""
+    known = load_scenarios(scenarios)
+    rows = Store(out).read()
+    found = groups(rows)
+    pictures = _draw(found, page)
+    write_text(page, "\n".join(_page(rows, found, known, pictures)).rstrip() + "\n")
+
+
+def _draw(found: Sequence[Group], page: Path) -> dict[str, list[str]]:
+    """Links to the pictures by scenario; that of all scenarios by the empty name."""
+    folder = page.with_suffix("")
+    for old in folder.glob("*.png"):
+        old.unlink()
+    if not found:
+        return {}
+    made: dict[str, list[Path | None]] = {"": [charts.overview(found, folder / "overview.png")]}
+    for name, own in _by_scenario(found).items():
+        made[name] = [
+            charts.differences(own, folder / f"{name}-differences.png"),
+            charts.curves(own, folder / f"{name}-curves.png"),
+        ]
+    return {
+        name: [f"{folder.name}/{path.name}" for path in paths if path is not None]
+        for name, paths in made.items()
+    }
+
+
+def _page(
+    rows: Rows, found: list[Group], known: dict[str, Scenario], pictures: dict[str, list[str]]
+) -> Iterator[str]:
+    yield "<!-- Made from the stored rows by `python -m benchmarks.transfer report`. -->"
+    yield ""
+    yield "# Evidence"
+    yield ""
+    yield (
+        "When does the transfer risk map help, by how much, and against whom? The paper reports "
+        "+4.37 Dice points (FeTS 2021), +1.81 (iSeg-2019) and +2.9 (few-shot) over plain "
+        "fine-tuning, on data that is not open. Here the method meets its rivals on open and on "
+        "simulated data. Every number on this page is made from the stored rows "
+        "(`benchmarks/results/transfer`)."
+    )
+    yield ""
+    if not found:
+        yield "No runs are stored yet: `make bench-transfer` or `make bench-transfer-full`."
+        yield ""
+    else:
+        yield from _summary(found, known, pictures)
+        yield from _negative(found)
+    yield from _what_was_run(rows, found, known)
+    yield from _how()
+    for name, own in _by_scenario(found).items():
+        yield from _scenario(name, own, known.get(name), pictures.get(name, []))
+
+
+def _summary(
+    found: list[Group], known: dict[str, Scenario], pictures: dict[str, list[str]]
+) -> Iterator[str]:
+    yield "## Summary"
+    yield ""
+    ours = ARMS[OURS].name
+    yield (
+        f"What {ours}, the driver's default, gains over another arm: paired difference of the mean "
+        "Dice in points with its 95 % interval, and the seeds it won."
+    )
+    yield ""
+    others = [key for key in _OTHERS if any(group.against(OURS, key) for group in found)]
+    yield _line("scenario", "steps", "seeds", *(f"against {ARMS[key].name}" for key in others))
+    yield _line(*["---"] * (3 + len(others)))
+    for group in found:
+        cells = (_difference(group.against(OURS, key)) for key in others)
+        name = f"[{group.scenario}](#{_anchor(group.scenario)})"
+        yield _line(name, f"{group.length}, {group.steps}", _seeds(group, known), *cells)
+    yield ""
+    for key in others:
+        yield f"* {_verdict(found, key)}"
+    yield ""
+    yield from _images(pictures.get("", []), "paired differences of all scenarios")
+
+
+def _seeds(group: Group, known: dict[str, Scenario]) -> str:
+    asked = known[group.scenario].seeds if group.scenario in known else 0
+    few = f" of {asked}: too few to decide" if group.seeds < asked else ""
+    return f"{group.seeds}{few}"
+
+
+def _verdict(found: list[Group], other: str) -> str:
+    told: dict[str, list[str]] = {"ahead": [], "behind": [], "not told apart": []}
+    for group in found:
+        difference = group.against(OURS, other)
+        if difference is not None:
+            told[difference.told].append(f"{group.scenario} {group.length}")
+    total = sum(map(len, told.values()))
+    parts = [
+        f"{word} in {len(names)}" + (f" ({', '.join(names)})" if names else "")
+        for word, names in told.items()
+    ]
+    return f"Against {ARMS[other].name}, of {total} comparisons: " + "; ".join(parts) + "."
+
+
+def _negative(found: list[Group]) -> Iterator[str]:
+    yield "## Negative results beside the positive"
+    yield ""
+    ours = ARMS[OURS].name
+    lines = []
+    for group in found:
+        where = f"{group.scenario}, {group.length}"
+        for key in (REFERENCE, CONTROL):
+            each = group.against(OURS, key)
+            if each is not None and each.told != "ahead":
+                lines.append(f"{where}: {ours} is {_told(each, key)}.")
+        rivals = {
+            key: group.against(key, OURS) for key in group.runs if key not in (OURS, "scratch")
+        }
+        better = [
+            f"{ARMS[key].name} ({_difference(each)})"
+            for key, each in rivals.items()
+            if each is not None and each.told == "ahead"
+        ]
+        if better:
+            lines.append(f"{where}: ahead of {ours}: {', '.join(better)}.")
+        scratch = group.against(REFERENCE, "scratch")
+        if scratch is not None and scratch.told != "ahead":
+            lines.append(
+                f"{where}: the source's weights themselves do not help: {ARMS[REFERENCE].name} is "
+                f"{_told(scratch, 'scratch')}."
+            )
+    yield from (f"* {line}" for line in lines or ["None in the rows so far."])
+    yield ""
+
+
+def _told(each: Interval, other: str) -> str:
+    """ "behind CE + Dice (...)" or "not told apart from CE + Dice (...)"."""
+    word = "behind" if each.told == "behind" else "not told apart from"
+    return f"{word} {ARMS[other].name} ({_difference(each)})"
+
+
+def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) -> Iterator[str]:
+    yield "## What was run and what not"
+    yield ""
+    final = sum(len(runs.rows) for group in found for runs in group.runs.values())
+    tuning = sum(row["kind"] == TUNING for row in rows.runs)
+    machines = sorted({f"{row['cpu']}, {row['device']}" for row in rows.runs})
+    versions = sorted(
+        {
+            f"riskmap_ext {r['riskmap_ext']}, torch {r['torch']}, MONAI {r['monai']}"
+            for r in rows.runs
+        }
+    )
+    yield (
+        f"{final} runs that are compared and {tuning} for learning rates"
+        + (f"; on {'; '.join(machines)}; {'; '.join(versions)}." if rows.runs else ".")
+    )
+    yield ""
+    yield _line("scenario", "what", "labelled / tested", "lengths and seeds run", "arms missing")
+    yield _line(*["---"] * 5)
+    by_name = _by_scenario(found)
+    for name in dict.fromkeys([*by_name, *known]):
+        own = by_name.get(name, [])
+        title = known[name].title if name in known else ""
+        done = ", ".join(f"{g.length} ({g.steps} steps): {g.seeds}" for g in own) or "not run"
+        sizes = sorted(
+            {
+                (r["train_cases"], r["test_cases"])
+                for g in own
+                for x in g.runs.values()
+                for r in x.rows
+            }
+        )
+        cases = ", ".join(f"{train} / {test}" for train, test in sizes)
+        missing = [ARMS[key].name for key in DEFAULT if any(key not in g.runs for g in own)]
+        yield _line(name, title, cases, done, ", ".join(missing))
+    yield ""
+    notes = [f"{g.scenario}, {g.length}: {note}" for g in found for note in g.left_out]
+    if rows.cut:
+        notes.append(f"{rows.cut} lines of runs that were cut")
+    if notes:
+        yield "Left out:"
+        yield ""
+        yield from (f"* {note}" for note in notes)
+        yield ""
+
+
+def _how() -> Iterator[str]:
+    yield HOW.read_text(encoding="utf-8")
+    yield _line("arm", "what")
+    yield _line("---", "---")
+    for arm in ARMS.values():
+        yield _line(arm.name, arm.what)
+    yield ""
+
+
+def _scenario(
+    name: str, own: list[Group], scenario: Scenario | None, pictures: list[str]
+) -> Iterator[str]:
+    yield f"## {name}"
+    yield ""
+    if scenario is not None:
+        yield f"{scenario.title}. {scenario.about}"
+        yield ""
+    for group in own:
+        leep, entropy = group.leep()
+        yield f"### {name}, {group.length}: {group.steps} steps"
+        yield ""
+        told = 1 + leep / entropy if entropy > 0 else math.nan
+        few = _seeds(group, {name: scenario} if scenario else {})
+        yield (
+            f"Seeds: {few}. LEEP of the source {leep:.3f} nats, which tells {100 * told:.0f} % of "
+            f"the label entropy {entropy:.3f}."
+        )
+        yield ""
+        yield from _table(group)
+        yield from _classes(group)
+    yield from _images(pictures, name)
+
+
+def _table(group: Group) -> Iterator[str]:
+    yield _line(
+        *("arm", "rate", "mean Dice", f"against {ARMS[REFERENCE].name}"),
+        *(f"against {ARMS[CONTROL].name}", "HD95, mm", "ms / step"),
+    )
+    yield _line("---", *["---:"] * 6)
+    for key, runs in group.runs.items():
+        hd95 = group.hd95[key]
+        yield _line(
+            f"**{ARMS[key].name}**" if key == OURS else ARMS[key].name,
+            f"{runs.lr:g}{'‡' if runs.at_edge else ''}",
+            _mean(runs.mean()),
+            "" if key == REFERENCE else _difference(group.against(key, REFERENCE)),
+            "" if key == CONTROL else _difference(group.against(key, CONTROL)),
+            f"{hd95:.1f}" if math.isfinite(hd95) else "half missed",
+            _number(runs.step_ms(), ".1f"),
+        )
+    yield ""
+
+
+def _classes(group: Group) -> Iterator[str]:
+    table = {key: runs.classes() for key, runs in group.runs.items()}
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    if len(names) < 2:
+        return
+    yield _line("Dice of", *names)
+    yield _line("---", *["---:"] * len(names))
+    for key, row in table.items():
+        yield _line(ARMS[key].name, *(_number(POINTS * row.get(n, math.nan), ".1f") for n in names))
+    yield ""
+
+
+def _mean(each: Interval) -> str:
+    if math.isnan(each.low):
+        return f"{POINTS * each.mean:.1f} (no interval)"
+    return f"{POINTS * each.mean:.1f} ({POINTS * each.low:.1f} to {POINTS * each.high:.1f})"
+
+
+def _difference(each: Interval | None) -> str:
+    if each is None:
+        return ""
+    won = f"{each.won} of {each.seeds}"
+    if math.isnan(each.low):
+        return f"{POINTS * each.mean:+.1f} (no interval)"
+    low, high = POINTS * each.low, POINTS * each.high
+    return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f}), {won}".replace("-", "\u2212")
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else ""
+
+
+def _by_scenario(found: Sequence[Group]) -> dict[str, list[Group]]:
+    own: dict[str, list[Group]] = {}
+    for group in found:
+        own.setdefault(group.scenario, []).append(group)
+    return own
+
+
+def _images(links: Sequence[str], what: str) -> Iterator[str]:
+    for link in links:
+        yield f"![{what}]({link})"
+        yield ""
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,200 @@
+"""Scenario files: which source, which target, how many cases, how long, how they are split."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from riskmap_ext.finetune.datalist import stem, volumes_in
+
+FOLDER = Path(__file__).parent / "scenarios"
+ROOT = Path(__file__).resolve().parents[2]
+TUNING_SEED = 1000  # from here on, seeds are for the learning rate alone
+_MAX_TRAIN = 100
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Section):
+    """data: labels and contrast of the simulation, or keys of the driver's `data`.
+
+    subjects: how many of its own, or "train": those the target is trained on, with other labels or
+    another contrast.
+    """
+
+    data: dict[str, Any]
+    subjects: Count | Literal["train"]
+    steps: Count
+    lr: float
+
+
+class Target(_Section):
+    """train: how many cases are trained on. test: how many are tested on; None: all others."""
+
+    data: dict[str, Any]
+    train: Count
+    test: Count | None = None
+
+
+class Tuning(_Section):
+    """Seeds 1000, 1001, ... and the learning rates tried; `at` the length of a name or at each."""
+
+    rates: tuple[float, ...]
+    seeds: Count
+    at: str = "each"
+
+
+class Scenario(_Section):
+    """One problem. simulated: resolution and extent of the simulation; folder: of real images."""
+
+    name: str
+    title: str
+    about: str = ""
+    simulated: dict[str, Any] | None = None
+    folder: str | None = None
+    split: Literal["shuffled", "rotated"] = "shuffled"
+    source: Source
+    target: Target
+    network: dict[str, Any]
+    train: dict[str, Any]
+    lengths: dict[str, Count]
+    curve: Count = 1
+    seeds: Count
+    tuning: Tuning
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Scenario:
+        if (self.simulated is None) == (self.folder is None):
+            raise ValueError("expected one of simulated and folder")
+        if self.simulated is not None and self.target.test is None:
+            raise ValueError("target.test: expected a number of simulated subjects")
+        if self.tuning.at not in ("each", *self.lengths):
+            raise ValueError(f"tuning.at: expected 'each' or one of {sorted(self.lengths)}")
+        return self
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What the result of a run depends on, whatever the seed, arm, length and rate."""
+        return self.model_dump(
+            mode="json",
+            exclude={"name", "title", "about", "lengths", "curve", "seeds", "tuning"},
+        )
+
+    @property
+    def final_seeds(self) -> range:
+        return range(self.seeds)
+
+    @property
+    def tuning_seeds(self) -> range:
+        return range(TUNING_SEED, TUNING_SEED + self.tuning.seeds)
+
+    def tuned_at(self, length: str) -> str:
+        """The length whose tuning gives this length its learning rate."""
+        return length if self.tuning.at == "each" else self.tuning.at
+
+    def missing(self) -> str | None:
+        """Why the scenario cannot run here, if so."""
+        if self.folder is None or (data_root() / self.folder).is_dir():
+            return None
+        return f"no {self.folder} in {data_root()}; set RISKMAP_DATA to the folder above it"
+
+
+class Split(BaseModel):
+    """Case names of one seed."""
+
+    source: list[str]
+    train: list[str]
+    test: list[str]
+
+
+def split(scenario: Scenario, seed: int) -> Split:
+    """Who is learnt from and who is tested on; no name is in `test` and in another list.
+
+    shuffled: the cases in an order drawn from the seed, first the source's own, then `train`.
+    rotated: in the order of the names, begun one later with each seed.
+    """
+    source, target = scenario.source, scenario.target
+    if scenario.simulated is not None:
+        first = 1000 * seed
+        if source.subjects == "train":
+            raise ValueError("source.subjects: simulated subjects of its own are expected")
+        train = [first + 500 + index for index in range(target.train)]
+        test = [first + 500 + _MAX_TRAIN + index for index in range(target.test or 0)]
+        own = [first + index for index in range(source.subjects)]
+        named = ([f"case_{each:04d}" for each in group] for group in (own, train, test))
+        return Split(**dict(zip(("source", "train", "test"), named, strict=True)))
+    names = case_names(scenario)
+    if scenario.split == "rotated":
+        start = seed % len(names)
+        order = names[start:] + names[:start]
+    else:
+        # Scenarios of one data set, such as with 2, 4 and 8 cases, share the order.
+        rng = np.random.default_rng([seed, zlib.crc32(str(scenario.folder).encode())])
+        order = [names[index] for index in rng.permutation(len(names))]
+    count = 0 if source.subjects == "train" else source.subjects
+    own, rest = order[:count], order[count:]
+    train, test = rest[: target.train], rest[target.train :][: target.test]
+    if not test:
+        raise ValueError(f"{scenario.name}: {len(names)} cases leave none to test on")
+    return Split(source=own or train, train=train, test=test)
+
+
+def case_names(scenario: Scenario) -> list[str]:
+    """Of the real images that have the target's contrast."""
+    folder = data_root() / str(scenario.folder) / "images"
+    suffix = str(scenario.target.data.get("image_suffix", ""))
+    found = [stem(path) for path in volumes_in(folder)]
+    return sorted(name.removesuffix(suffix) for name in found if name.endswith(suffix))
+
+
+def data_root() -> Path:
+    given = os.environ.get("RISKMAP_DATA")
+    return Path(given) if given else ROOT.parent / "shared" / "data"
+
+
+def load_scenarios(folder: Path = FOLDER) -> dict[str, Scenario]:
+    """All scenarios of the files; a list of training cases makes one each: `name_2`, `name_4`."""
+    found = {}
+    for path in sorted(folder.glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for side in ("source", "target"):
+            data = content[side]["data"]
+            if "label_map" in data:
+                data["label_map"] = _expanded(data["label_map"])
+        counts = content["target"]["train"]
+        for count in counts if isinstance(counts, list) else [counts]:
+            name = f"{path.stem}_{count}" if isinstance(counts, list) else path.stem
+            target = {**content["target"], "train": count}
+            title = content["title"].replace("{train}", str(count))
+            found[name] = Scenario(**{**content, "name": name, "title": title, "target": target})
+    return found
+
+
+def chosen(every: dict[str, Scenario], names: Sequence[str] | None) -> dict[str, Scenario]:
+    """Those of the names, in their order. Raises: ValueError naming the unknown."""
+    if names is None:
+        return every
+    if unknown := [name for name in names if name not in every]:
+        raise ValueError(f"--scenarios: {', '.join(unknown)} unknown; there are {', '.join(every)}")
+    return {name: every[name] for name in names}
+
+
+def _expanded(label_map: dict[Any, Any]) -> dict[int, Any]:
+    """`100-207: cortex` as a value each."""
+    values: dict[int, Any] = {}
+    for key, name in label_map.items():
+        low, high = re.fullmatch(r"(\d+)(?:-(\d+))?", str(key)).groups()
+        values |= dict.fromkeys(range(int(low), int(high or low) + 1), name)
+    return values

@@ -1,0 +1,146 @@
+"""Rows of runs, appended so that a run is either there or not, whoever is killed when.
+
+runs.csv has a line for each run, scores.csv one for each of its subjects and classes, curves.csv
+one for each validation. The line in runs.csv is written last and says how many scores belong to
+it: a run without all of them was cut and is not counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+Row = dict[str, str]
+
+RUN_FIELDS = (
+    *("run", "kind", "scenario", "length", "steps", "arm", "lr", "seed", "setup", "pair"),
+    *("train_cases", "test_cases", "scores", "mean_dice", "leep", "entropy", "step_ms", "seconds"),
+    *("device", "cpu", "python", "torch", "monai", "riskmap_ext", "date"),
+)
+SCORE_FIELDS = ("run", "subject", "class", "dice", "hd95")
+CURVE_FIELDS = ("run", "step", "train_loss", "mean_dice")
+KEY = ("scenario", "length", "arm", "lr", "seed", "kind", "setup")  # of runs that are the same
+_FILES = {"runs": RUN_FIELDS, "scores": SCORE_FIELDS, "curves": CURVE_FIELDS}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole runs only; scores and curves by the run's identifier."""
+
+    runs: list[Row]
+    scores: dict[str, list[Row]] = field(repr=False)
+    curves: dict[str, list[Row]] = field(repr=False)
+    cut: int = 0  # lines that belong to no whole run
+
+
+def keys(runs: Iterable[Row]) -> set[tuple[str, ...]]:
+    return {tuple(row[each] for each in KEY) for row in runs}
+
+
+class Store:
+    """A folder of rows. part: keeps apart what several machines write, such as 1of4."""
+
+    def __init__(self, folder: Path, part: str = "") -> None:
+        self.folder = folder
+        self._ending = f".{part}.csv" if part else ".csv"
+
+    def append(
+        self,
+        run: Mapping[str, Any],
+        scores: Sequence[Mapping[str, Any]],
+        curve: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with claimed(self.folder / ".lock", wait=True):
+            for kind, rows in (("scores", scores), ("curves", curve), ("runs", [run])):
+                _append(self.folder / f"{kind}{self._ending}", _FILES[kind], rows)
+
+    def read(self) -> Rows:
+        """Of all parts. Raises: ValueError naming a file with other columns."""
+        read = {kind: list(self._lines(kind)) for kind in _FILES}
+        by_run: dict[str, dict[str, list[Row]]] = {"scores": {}, "curves": {}}
+        for kind, found in by_run.items():
+            for row in read[kind]:
+                found.setdefault(row["run"], []).append(row)
+        scores = by_run["scores"]
+        whole = {
+            row["run"]: row
+            for row in read["runs"]
+            if len(scores.get(row["run"], ())) == int(row["scores"])
+        }
+        kept = sum(len(scores.get(run, ())) for run in whole)
+        cut = len(read["runs"]) - len(whole) + len(read["scores"]) - kept
+        return Rows(
+            list(whole.values()),
+            {run: scores.get(run, []) for run in whole},
+            {run: by_run["curves"].get(run, []) for run in whole},
+            cut,
+        )
+
+    def _lines(self, kind: str) -> Iterator[Row]:
+        fields = _FILES[kind]
+        for path in sorted(self.folder.glob(f"{kind}*.csv")):
+            text = path.read_text(encoding="utf-8")
+            text = text[: text.rfind("\n") + 1]  # what was cut while it was written
+            if not text:
+                continue
+            header, *lines = csv.reader(io.StringIO(text))
+            if tuple(header) != fields:
+                raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
+            for line in lines:
+                if len(line) == len(fields):
+                    yield dict(zip(fields, line, strict=True))
+
+
+def _append(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    with path.open("ab+") as file:
+        content_end = _end_of_lines(file)
+        file.truncate(content_end)
+        if content_end == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _end_of_lines(file: Any) -> int:
+    """Where the last whole line ends; what follows is of a writer that was killed."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return 0
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
+
+
+@contextmanager
+def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds `path` for this process; False where another holds it and `wait` is false.
+
+    The system lets go of it however the process ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        got = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                got = False
+        yield got

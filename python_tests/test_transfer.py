@@ -1,0 +1,439 @@
+"""The harness of the evidence: scenarios, runs that can be cut, statistics and the page."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+pytest.importorskip("benchmarks", reason="needs the repository's root on the path")
+
+from finetune_data import NETWORK_2D, stop_at, write_cases
+from monai.losses import FocalLoss
+from scipy.stats import t as student
+
+from benchmarks.transfer import evidence, losses, runner, work
+from benchmarks.transfer.__main__ import main
+from benchmarks.transfer.arms import ARMS, DEFAULT
+from benchmarks.transfer.report import write_page
+from benchmarks.transfer.scenario import load_scenarios, split
+from benchmarks.transfer.stats import Result, differences, interval
+from benchmarks.transfer.store import Store
+from riskmap_ext._files import digest
+from riskmap_ext.finetune.sampling import CropSampler
+from riskmap_ext.finetune.stepper import Stepper
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOY = {
+    "title": "Boxes",
+    "folder": "toy",
+    "source": {
+        "data": {
+            "classes": ["background", "thing"],
+            "label_map": {0: "background", "1-2": "thing"},
+        },
+        "subjects": 2,
+        "steps": 2,
+        "lr": 0.01,
+    },
+    "target": {"data": {"classes": ["background", "box", "crate"]}, "train": 2, "test": 2},
+    "network": NETWORK_2D,
+    "train": {"batch_size": 2, "patch_size": 16},
+    "lengths": {"short": 2},
+    "curve": 2,
+    "seeds": 2,
+    "tuning": {"rates": [0.01, 0.02], "seeds": 1},
+}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """A folder of scenario files with a tiny one, toy.yaml, and its data."""
+    write_cases(tmp_path / "data" / "toy", 7)
+    monkeypatch.setenv("RISKMAP_DATA", str(tmp_path / "data"))
+    (tmp_path / "scenarios").mkdir()
+    (tmp_path / "scenarios" / "toy.yaml").write_text(yaml.safe_dump(TOY))
+    return tmp_path
+
+
+def run_toy(folder: Path, *options: str, arms: str = "ce_dice,risk_dice") -> int:
+    places = {"scenario-files": "scenarios", "work": "work", "out": "rows"}
+    named = itertools.chain.from_iterable(
+        (f"--{key}", str(folder / name)) for key, name in places.items()
+    )
+    return main(["run", *named, "--workers", "0", "--arms", arms, *options])
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return Store(folder / "rows").read().runs
+
+
+def without_time(runs: list[dict[str, str]]) -> list[dict[str, str]]:
+    timed = ("run", "step_ms", "seconds", "date")
+    return sorted(
+        ({key: value for key, value in row.items() if key not in timed} for row in runs),
+        key=lambda row: [row[key] for key in ("kind", "arm", "lr", "seed")],
+    )
+
+
+def test_runs_are_tuned_stored_and_not_run_again(toy, monkeypatch, capsys):
+    assert run_toy(toy) == 0
+    found = rows(toy)
+    kinds = [(row["kind"], row["arm"]) for row in found]
+    assert kinds.count(("tuning", "ce_dice")) == 2
+    assert kinds.count(("final", "ce_dice")) == kinds.count(("final", "risk_dice")) == 2
+    for arm in ("ce_dice", "risk_dice"):
+        tuned = {
+            r["lr"]: float(r["mean_dice"])
+            for r in found
+            if (r["kind"], r["arm"]) == ("tuning", arm)
+        }
+        best = max(sorted(tuned), key=tuned.__getitem__)
+        assert {r["lr"] for r in found if (r["kind"], r["arm"]) == ("final", arm)} == {best}
+        assert {r["seed"] for r in found if r["kind"] == "tuning"} == {"1000"}
+    stored = Store(toy / "rows").read()
+    for row in stored.runs:
+        scores = stored.scores[row["run"]]
+        assert len(scores) == int(row["scores"]) == 4  # two subjects, two classes
+        mean = np.mean([float(score["dice"]) for score in scores])
+        assert float(row["mean_dice"]) == pytest.approx(mean, abs=1e-5)
+        steps = [int(point["step"]) for point in stored.curves[row["run"]]]
+        assert steps == ([1, 2] if row["kind"] == "final" else [2])
+    # Runs of a seed differ in the arm alone.
+    for seed in ("0", "1"):
+        assert len({r["pair"] for r in found if r["seed"] == seed}) == 1
+    assert len({r["pair"] for r in found}) == 3
+    assert not any((toy / "work" / "runs").iterdir())
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is left to run")
+
+    monkeypatch.setattr(work, "finetune", never)
+    assert run_toy(toy) == 0
+    assert "4 tuning runs are there" in capsys.readouterr().out
+    assert rows(toy) == found
+
+
+def test_a_cut_line_and_a_killed_run_are_done_again(toy, monkeypatch):
+    assert run_toy(toy, "--seeds", "0") == 0
+    whole = rows(toy)
+    path = toy / "rows" / "runs.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert len(rows(toy)) == len(whole) - 1
+    assert Store(toy / "rows").read().cut == 4  # its scores
+    stop_at(2, monkeypatch)
+    assert run_toy(toy, "--seeds", "0") == 130
+    monkeypatch.undo()
+    monkeypatch.setenv("RISKMAP_DATA", str(toy / "data"))
+    assert len(rows(toy)) == len(whole) - 1
+    assert run_toy(toy, "--seeds", "0") == 0
+    assert without_time(rows(toy)) == without_time(whole)
+    with path.open(newline="") as file:
+        assert {len(line) for line in csv.reader(file)} == {len(whole[0])}
+
+
+def test_a_run_without_all_its_scores_does_not_count(toy):
+    assert run_toy(toy, "--seeds", "0") == 0
+    path = toy / "rows" / "scores.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    assert len(rows(toy)) == 5
+    assert run_toy(toy, "--seeds", "0") == 0
+    assert len(rows(toy)) == 6
+
+
+def test_worker_processes_do_the_same(toy):
+    assert run_toy(toy, "--seeds", "0", arms="risk_dice") == 0
+    alone = rows(toy)
+    (toy / "rows" / "runs.csv").unlink()
+    assert run_toy(toy, "--seeds", "0", "--workers", "2", arms="risk_dice") == 0
+    assert without_time(rows(toy)) == without_time(alone)
+
+
+def test_arms_share_weights_crops_and_order(toy, monkeypatch):
+    """And each arm trains on its own loss and weights."""
+    batches: list[list[str]] = []
+    weights: list[list[str]] = []
+    next_batch, begin = CropSampler.next_batch, Stepper.__init__
+
+    def noted_batch(self):
+        batch = next_batch(self)
+        batches[-1].append(digest(batch.image, batch.label, batch.foreground, batch.cases))
+        return batch
+
+    def noted_begin(self, config, network, *rest):
+        batches.append([])
+        weights.append([digest(value) for value in network.state_dict().values()])
+        begin(self, config, network, *rest)
+
+    place = work.Place(toy / "scenarios", toy / "work", toy / "rows")
+    work.do(work.Task("toy", 0), place)
+    monkeypatch.setattr(CropSampler, "next_batch", noted_batch)
+    monkeypatch.setattr(Stepper, "__init__", noted_begin)
+    for arm in ARMS:
+        work.do(work.Task("toy", 0, arm, "short", 0.01), place)
+    assert len(batches) == len(ARMS)
+    assert len(batches[0]) == 2
+    assert all(own == batches[0] for own in batches)
+    fine_tuned = [own for arm, own in zip(ARMS, weights, strict=True) if arm != "scratch"]
+    assert all(own == fine_tuned[0] for own in fine_tuned)
+    assert weights[list(ARMS).index("scratch")] != fine_tuned[0]
+    stored = Store(toy / "rows").read()
+    curves = {r["arm"]: [c["train_loss"] for c in stored.curves[r["run"]]] for r in stored.runs}
+    fresh = [tuple(curve) for arm, curve in curves.items() if arm != "scratch"]
+    assert len(set(fresh)) == len(fresh)
+
+
+def test_a_rate_that_diverges_counts_as_nothing_found(toy):
+    place = work.Place(toy / "scenarios", toy / "work", toy / "rows")
+    done = work.do(work.Task("toy", 0, "ce", "short", 1e30), place)
+    assert done.note == "Dice 0.0"
+    (row,) = rows(toy)
+    assert (row["mean_dice"], row["scores"]) == ("0.000000", "4")
+
+
+def test_splits(toy):
+    scenario = load_scenarios(toy / "scenarios")["toy"]
+    drawn = [split(scenario, seed) for seed in range(6)]
+    for parts in drawn:
+        assert (len(parts.source), len(parts.train), len(parts.test)) == (2, 2, 2)
+        assert len({*parts.source, *parts.train, *parts.test}) == 6
+    assert len({tuple(parts.test) for parts in drawn}) > 1
+    assert split(scenario, 3) == drawn[3]
+    target = scenario.target.model_copy(update={"train": 1, "test": None})
+    source = scenario.source.model_copy(update={"subjects": "train"})
+    both = scenario.model_copy(update={"target": target, "source": source, "split": "rotated"})
+    ways = [split(both, seed) for seed in range(7)]
+    assert {parts.train[0] for parts in ways} == {f"case{index:02d}" for index in range(7)}
+    assert all(parts.source == parts.train for parts in ways)
+    assert all(not set(parts.train) & set(parts.test) for parts in ways)
+
+
+def test_scenario_files():
+    scenarios = load_scenarios()
+    assert {"deep_structures_1", "deep_structures_4", "hippocampus_2", "lesions"} <= set(scenarios)
+    real = [each for each in scenarios.values() if each.folder]
+    assert {each.folder for each in real} == {"hippocampus", "brain_ixi", "ms_lesions"}
+    for scenario in scenarios.values():
+        assert len(scenario.lengths) >= 2
+        assert scenario.seeds >= (10 if scenario.folder else 5)
+        setups = {
+            work.setup_of(scenario, length, ARMS[arm])
+            for length in scenario.lengths
+            for arm in ARMS
+        }
+        assert len(setups) == len(scenario.lengths) * len(ARMS)
+        if scenario.simulated:
+            own = split(scenario, 0)
+            assert not {*own.source, *own.train} & set(own.test)
+    few = [split(scenarios[f"deep_structures_{count}"], 2) for count in (1, 2, 4)]
+    assert few[0].test == few[1].test == few[2].test
+    assert few[2].train[:2] == few[1].train
+    assert set(DEFAULT) <= set(ARMS)
+
+
+def test_data_that_is_missing_is_told(toy, monkeypatch, capsys):
+    monkeypatch.setenv("RISKMAP_DATA", str(toy / "elsewhere"))
+    assert run_toy(toy) == 0
+    assert "toy: left out: no toy in" in capsys.readouterr().out
+    assert main(["run", "--scenarios", "nothing"]) == 2
+    assert "--scenarios: nothing unknown; there are" in capsys.readouterr().err
+
+
+def test_best_rate_is_by_the_mean_and_the_smaller_of_equals(toy):
+    scenario = load_scenarios(toy / "scenarios")["toy"]
+    setup = work.setup_of(scenario, "short", ARMS["ce"])
+    shared = {"kind": "tuning", "scenario": "toy", "length": "short", "arm": "ce", "setup": setup}
+
+    def best(dice: dict[tuple[str, str], str], seeds=(1000, 1001)):
+        runs = [{**shared, "lr": k[0], "seed": k[1], "mean_dice": v} for k, v in dice.items()]
+        return runner.best_rate(runs, scenario, "ce", "short", seeds)
+
+    dice = {("0.01", "1000"): "0.2", ("0.01", "1001"): "0.6", ("0.02", "1000"): "0.4"}
+    assert best(dice) is None
+    assert best({**dice, ("0.02", "1001"): "0.4"}) == 0.01
+    assert best({**dice, ("0.02", "1001"): "0.5"}) == 0.02
+    assert best(dice, seeds=(1000,)) == 0.02
+
+
+def test_losses():
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8), dtype=torch.int16)
+    foreground = torch.ones(2, 8, 8, dtype=torch.bool)
+    peer = FocalLoss(to_onehot_y=True, use_softmax=True, gamma=2.0)
+    expected = 3 * peer(logits, label[:, None].long())  # MONAI's mean is over the classes, too
+    torch.testing.assert_close(losses.focal(logits, label, None, foreground), expected)
+    ce = torch.nn.functional.cross_entropy(logits, label.long(), reduction="none")
+    hardest = ce.flatten().sort(descending=True).values[: 128 // 10].mean()
+    torch.testing.assert_close(losses.top_k(logits, label, None, foreground), hardest)
+    half = label.clone()
+    half[1] = -100
+    torch.testing.assert_close(
+        losses.focal(logits, half, None, foreground),
+        losses.focal(logits[:1], label[:1], None, foreground[:1]),
+    )
+    for loss in (losses.focal_dice, losses.top_k_dice):
+        assert 0 < loss(logits, half, None, foreground) < 10
+
+
+def test_class_means_keep_the_mean_of_each_class():
+    class Labelled:
+        def __init__(self, name: str) -> None:
+            self.name, self.label = name, torch.randint(-1, 3, (4, 4, 4), dtype=torch.int16)
+            self.label[self.label < 0] = -100
+
+    maps = SimpleNamespace(
+        conditional=torch.zeros(3, 2), risk={name: torch.rand(4, 4, 4) for name in "ab"}
+    )
+    cases = [Labelled(name) for name in "ab"]
+    weights = losses.class_means(maps, cases)  # type: ignore[arg-type]
+    label, risk, mean = (
+        torch.cat([each.flatten() for each in group])
+        for group in (
+            [case.label for case in cases],
+            [maps.risk[case.name] for case in cases],
+            [weights[case.name] for case in cases],
+        )
+    )
+    assert (mean[label == -100] == 0).all()
+    for index in range(3):
+        (value,) = mean[label == index].unique().tolist()
+        assert value == pytest.approx(float(risk[label == index].mean()), abs=1e-6)
+
+
+def result(seed: int, dice: dict[str, float], pair: str = "") -> Result:
+    return Result(seed, pair or str(seed), {name: {"box": value} for name, value in dice.items()})
+
+
+def test_interval_without_subjects_is_the_t_interval():
+    means = [0.1, 0.4, 0.2, 0.6, 0.3, 0.25]
+    found = interval({seed: {f"s{seed}": mean} for seed, mean in enumerate(means)}, 40000)
+    reach = student.ppf(0.975, 5) * np.std(means, ddof=1) / np.sqrt(6)
+    assert found.mean == pytest.approx(np.mean(means))
+    assert found.high - found.mean == pytest.approx(reach, rel=0.02)
+    assert (found.seeds, found.subjects, found.won, found.told) == (6, 6, 6, "ahead")
+
+
+def test_subjects_that_come_back_do_not_get_better_known_with_seeds():
+    """Differences that belong to the subject alone leave its error, however many the seeds."""
+    effects = dict(zip("abcdef", [-0.3, 0.2, 0.5, 0.1, -0.1, 0.4], strict=True))
+    crossed = interval(dict.fromkeys(range(50), effects))
+    deviation = np.std(list(effects.values()), ddof=1)
+    expected = student.ppf(0.975, 5) * deviation / np.sqrt(6)  # the t interval of the subjects
+    assert crossed.high - crossed.mean == pytest.approx(expected, rel=0.05)
+    nested = interval({seed: {f"{seed}{k}": v for k, v in effects.items()} for seed in range(50)})
+    assert nested.high - nested.mean < expected / 5
+
+
+def test_interval_covers_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        seeds = rng.normal(0, 1, 5)
+        rows = {
+            s: {f"{s}-{k}": each + rng.normal(0, 1) for k in range(4)}
+            for s, each in enumerate(seeds)
+        }
+        found = interval(rows, 400)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 186
+
+
+def test_one_seed_has_no_interval():
+    found = interval({0: {"a": 0.2, "b": 0.4}})
+    assert found.mean == pytest.approx(0.3)
+    assert np.isnan(found.low)
+    assert np.isnan(found.high)
+    assert found.told == "not told apart"
+
+
+def test_pairing_refuses_what_is_no_pair():
+    one = [result(0, {"a": 0.5, "b": 0.7}), result(1, {"a": 0.2})]
+    other = [result(1, {"a": 0.1}), result(0, {"a": 0.4, "b": 0.4})]
+    found = differences(one, other)
+    assert found == {0: pytest.approx({"a": 0.1, "b": 0.3}), 1: pytest.approx({"a": 0.1})}
+    for wrong, message in (
+        (other[:1], r"seeds \[0\]: expected runs of both arms"),
+        ([other[0], result(0, {"a": 0.4, "b": 0.4}, "x")], "seed 0: the runs differ in more than"),
+        ([other[0], result(0, {"a": 0.4})], "seed 0: expected the same subjects and classes"),
+        ([*other, other[0]], "seed 1: expected one run of an arm, got two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            differences(one, wrong)
+
+
+def made_up(folder: Path, gains: dict[str, float], seeds: int = 6, **changed: str) -> None:
+    """Rows of a scenario whose arms gain so much over 0.5, with noise that the arms share."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.05, (seeds, 3, 2))
+    store = Store(folder)
+    for (arm, gain), seed in itertools.product(gains.items(), range(seeds)):
+        run = f"{arm}{seed}{sorted(changed.values())}"
+        own = rng.normal(0, 0.003, (3, 2)) + noise[seed] + 0.5 + gain
+        scores = [
+            {"run": run, "subject": f"s{s}", "class": c, "dice": f"{own[s, i]:.4f}", "hd95": "2.5"}
+            for s in range(3)
+            for i, c in enumerate(("box", "crate"))
+        ]
+        row = {
+            **{"run": run, "kind": "final", "scenario": "toy", "length": "short", "steps": "100"},
+            **{"arm": arm, "lr": "0.01", "seed": seed, "setup": "a", "pair": f"p{seed}"},
+            **{"train_cases": 2, "test_cases": 3, "scores": len(scores), "mean_dice": own.mean()},
+            **{"leep": "-0.2", "entropy": "0.8", "step_ms": "12.5", "seconds": "3", "cpu": "chip"},
+            **{"device": "cpu", "torch": "2", "monai": "1", "riskmap_ext": "0", "date": "2020"},
+            **changed,
+        }
+        curve = [{"run": run, "step": s, "train_loss": 1, "mean_dice": s / 200} for s in (50, 100)]
+        store.append(row, scores, curve)
+
+
+def test_page_from_made_up_rows(tmp_path):
+    gains = {"scratch": -0.1, "ce": 0.0, "ce_dice": 0.1, "risk_dice": 0.2, "class_dice": 0.25}
+    made_up(tmp_path / "rows", gains)
+    page = tmp_path / "evidence.md"
+    write_page(tmp_path / "rows", page)
+    text = page.read_text()
+    (group,) = evidence.groups(Store(tmp_path / "rows").read())
+    against = group.against("risk_dice", "ce_dice")
+    assert against.mean == pytest.approx(0.1, abs=0.01)
+    assert against.told == "ahead"
+    assert (
+        f"{100 * against.mean:+.1f} ({100 * against.low:+.1f} to {100 * against.high:+.1f})" in text
+    )
+    assert "Against CE + Dice, of 1 comparisons: ahead in 1 (toy short)" in text
+    assert "toy, short: risk + Dice is behind class weights + Dice (\u2212" in text
+    assert "toy, short: ahead of risk + Dice: class weights + Dice (+" in text
+    assert "tells 75 % of the label entropy 0.800" in text
+    assert "30 runs that are compared and 0 for learning rates; on chip, cpu" in text
+    for name in ("overview", "toy-differences", "toy-curves"):
+        assert f"](evidence/{name}.png)" in text
+        assert (tmp_path / "evidence" / f"{name}.png").stat().st_size > 5000
+    again = tmp_path / "again.md"
+    write_page(tmp_path / "rows", again)
+    assert again.read_text().replace("again/", "evidence/") == text
+
+
+def test_page_says_how_few_and_what_is_left_out(tmp_path):
+    made_up(tmp_path, {"ce_dice": 0.1, "risk_dice": 0.2}, seeds=3, scenario="lesions")
+    made_up(tmp_path, {"risk_dice": 0.3}, seeds=2, scenario="lesions", setup="b", date="2021")
+    made_up(tmp_path, {"class_dice": 0.3}, seeds=2, scenario="lesions", pair="other")
+    page = tmp_path / "evidence.md"
+    write_page(tmp_path, page)
+    text = page.read_text()
+    assert "3 of 5: too few to decide" in text
+    assert "2 runs of risk + Dice with another definition or rate" in text
+    assert "2 runs of class weights + Dice from another source or on other cases" in text
+    assert "tissues_t2 | " in text
+
+
+def test_page_without_rows(tmp_path):
+    write_page(tmp_path / "none", tmp_path / "evidence.md")
+    assert "No runs are stored yet" in (tmp_path / "evidence.md").read_text()
