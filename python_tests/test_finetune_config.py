@@ -158,6 +158,9 @@ def test_all_errors_are_told_at_once(tmp_path):
         ("output=", "output: expected a folder"),
         ("output=''", "output: expected a path, got an empty text"),
         ("data.root=''", "data.root: expected a path, got an empty text"),
+        ("train.steps=true", "train.steps: expected a number, got true"),
+        ("train.grad_clip=no", "train.grad_clip: expected a number, got false"),
+        ("data.train=yes", "data.train: expected a number, got true"),
         ("output=2020-13-45", "not valid YAML .no timestamp: month must be in 1..12"),
     ],
 )
