@@ -150,6 +150,28 @@ def test_class_names_of_map(riskmap, root, source, tmp_path, classes):
     assert "classes" in err
 
 
+def test_names_with_brackets_are_shown_as_they_are(riskmap, tmp_path):
+    data, output = tmp_path / "data[/red]", tmp_path / "out[/x]"
+    write_cases(data, 3)
+    classes = ["background", "[/b]", "[red]<i>"]
+    source = finetune(configuration(data, tmp_path / "source[/s]"), progress=False).checkpoint
+    content = settings(data, output, data={"classes": classes}, source={"checkpoint": str(source)})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(content))
+    labels = str(data / "labels")
+    evaluate = ["evaluate", "--prediction", labels, "--reference", labels]
+    for command in (
+        ["finetune", str(config), "--dry-run"],
+        ["finetune", str(config)],
+        ["rank", str(config), "--source", str(source)],
+        [*evaluate, "--structure", "[/b]=1", "--structure", "[red]<i>=2"],
+    ):
+        code, out, err = riskmap(*command)
+        assert (code, err) == (0, "")
+        if command[0] != "rank":
+            assert all(name in out for name in classes[1:])
+
+
 def test_folders_where_files_are_expected(riskmap, root, source, tmp_path):
     image, label = root / "images" / "case00.nii.gz", root / "labels" / "case00.nii.gz"
     folder = tmp_path / "x.nii.gz"

@@ -158,6 +158,10 @@ def test_all_errors_are_told_at_once(tmp_path):
         ("output=", "output: expected a folder"),
         ("output=''", "output: expected a path, got an empty text"),
         ("data.root=''", "data.root: expected a path, got an empty text"),
+        ("train.steps=true", "train.steps: expected a number, got true"),
+        ("train.grad_clip=no", "train.grad_clip: expected a number, got false"),
+        ("data.train=yes", "data.train: expected a number, got true"),
+        ("output=2020-13-45", "not valid YAML .no timestamp: month must be in 1..12"),
     ],
 )
 def test_bad_overrides(tmp_path, override, told):
@@ -177,6 +181,10 @@ def test_bad_overrides(tmp_path, override, told):
             "line 4: the key steps is given twice, first in",
         ),
         ("output: a\noutput: a", "line 2: the key output is given twice, first in line 1"),
+        ("output: 2020-13-45", "no timestamp: month must be in 1..12; a text goes in quotes"),
+        ("seed: !!int x", "not valid YAML (no int: "),
+        ("output: &a [*a]", "*a is within what it stands for"),
+        ("data: &d {root: x, more: {on: *d}}", "*d is within what it stands for"),
     ],
 )
 def test_bad_files(tmp_path, text, told):

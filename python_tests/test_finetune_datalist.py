@@ -144,6 +144,11 @@ def test_decathlon_datalist(tmp_path):
         ('{"training": [{"image": "x"}]}', "expected image and label"),
         ('{"training": [{"image": ["a", 1], "label": "c"}]}', "expected file names"),
         ('{"training": [1], "labels": {"a": "b"}}', "labels"),
+        ('{"training": 5}', "expected a list 'training', got 5"),
+        ('{"training": [], "validation": "x"}', "expected a list 'validation', got 'x'"),
+        ('{"training": [1], "labels": {"0": "b", "\u00b2": "a"}}', "labels"),
+        ('{"training": [1], "labels": {"b": 0, "whole": []}}', "for each region"),
+        ('{"training": [1], "labels": {"b": 0, "c": [1], "d": 40000}}', "up to 32767"),
     ],
 )
 def test_bad_datalists(tmp_path, text, told):

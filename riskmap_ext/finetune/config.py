@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -25,6 +26,7 @@ from pydantic import (
 from riskmap_ext.finetune.orientation import check_orientation
 
 IGNORE_INDEX = -100
+_UNIONS = (Union, UnionType, Annotated)
 
 
 def _against_base(value: Any, info: ValidationInfo) -> Any:
@@ -49,6 +51,16 @@ def check_names(names: Any) -> Any:
     return names
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a value may have, of a union each."""
+    if isinstance(annotation, type):
+        return {annotation}
+    parts = get_args(annotation)
+    # What is in an Annotated beside the type, and in a list or dict, are no types of the value.
+    parts = parts[:1] if get_origin(annotation) is Annotated else parts
+    return set().union(*map(_kinds, parts)) if get_origin(annotation) in _UNIONS else set()
+
+
 def _one_or_many(value: Any) -> Any:
     return value if value is None or isinstance(value, (list, tuple)) else [value]
 
@@ -67,6 +79,14 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
 
 
 class CaseConfig(_Section):

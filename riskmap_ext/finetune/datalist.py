@@ -14,6 +14,8 @@ from riskmap_ext.finetune.errors import ConfigError, DataError
 from riskmap_ext.finetune.label_table import label_table, read_label_map
 from riskmap_ext.finetune.structures import Structures, structures_of
 
+# Of int16.
+_MAX_CLASS = 32767
 # .img is the other half of .hdr.
 EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
@@ -201,7 +203,7 @@ def _find(data: DataConfig) -> _Found:
 def _read_datalist(path: Path, data: DataConfig) -> _Found:
     """A Medical Segmentation Decathlon or MONAI datalist, or an nnU-Net dataset.json."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError([f"{path}: no such file"]) from None
     except IsADirectoryError:
@@ -215,9 +217,9 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
     if "training" not in content and "file_ending" in content:
         return _nnunet_cases(path, content, data, labels, channels)
     training = _datalist_cases(path, content, "training")
+    validation = _datalist_cases(path, content, "validation")
     if not training:
         raise DataError([f"{path}: expected a list 'training' of image and label pairs"])
-    validation = _datalist_cases(path, content, "validation")
     names = [case.name for case in validation] or None
     return _Found(training + validation, names, labels, channels)
 
@@ -256,7 +258,10 @@ def _nnunet_cases(
 
 def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseFiles]:
     pairs: list[tuple[tuple[Path, ...], Path]] = []
-    for entry in content.get(key) or []:
+    entries = content.get(key) or []
+    if not isinstance(entries, list):
+        raise DataError([f"{path}: expected a list {key!r}, got {entries!r}"])
+    for entry in entries:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
             raise DataError([f"{path}: expected image and label in each {key!r}, got {entry!r}"])
         given = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
@@ -285,7 +290,7 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> DatasetLabels:
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         return DatasetLabels()
-    by_number = all(str(key).isdigit() for key in labels)
+    by_number = all(re.fullmatch(r"[0-9]+", str(key)) for key in labels)
     try:
         check_names([str(name) for name in (labels.values() if by_number else labels)])
     except ValueError as error:
@@ -317,7 +322,11 @@ def _region_labels(
     """nnU-Net's regions; a class takes the name of the region that is it alone."""
     regions = {name: value if _is_list(value) else [value] for name, value in named.items()}
     regions = {name: values for name, values in regions.items() if values != [0]}
-    highest = max(number for values in regions.values() for number in values)
+    highest = max((number for values in regions.values() for number in values), default=0)
+    if not 0 < highest <= _MAX_CLASS or not all(regions.values()):
+        raise DataError(
+            [f"{path}: labels: expected numbers up to {_MAX_CLASS} for each region, got {named}"]
+        )
     alone = {values[0]: name for name, values in regions.items() if len(values) == 1}
     background = next((n for n, v in named.items() if v in (0, [0])), "background")
     names = {number: alone.get(number, f"label {number}") for number in range(1, highest + 1)}

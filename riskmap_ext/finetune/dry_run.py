@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from riskmap_ext.finetune.checkpoint import KeyReport
 from riskmap_ext.finetune.config import IGNORE_INDEX, Config
@@ -178,7 +179,7 @@ def _table(config: Config, listing: Listing, models: Models, result: DryRun, dev
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from riskmap_ext.finetune.checkpoint import load_source
 from riskmap_ext.finetune.config import Config, SourceConfig
@@ -120,5 +121,5 @@ def _table(ranked: Sequence[RankedSource], cases: int) -> Table:
     for each in ranked:
         told = "nothing" if each.tells_nothing else f"{each.told:.0%}"
         numbers = (f"{each.leep:.4f}", f"{each.gain:.4f}", told)
-        table.add_row(str(each.checkpoint), str(each.classes), *numbers)
+        table.add_row(Text(str(each.checkpoint)), str(each.classes), *numbers)
     return table

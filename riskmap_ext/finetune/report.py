@@ -110,7 +110,7 @@ class Log:
             TextColumn("left"),
             TimeRemainingColumn(),
             _Memory(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
             # Where there is no terminal, the log's lines tell how far it is.
@@ -221,7 +221,7 @@ def dice_table(table: Mapping[str, Sequence[float]], names: Sequence[str], title
     for i, name in enumerate(names):
         known = [row[i] for row in table.values() if not math.isnan(row[i])] or [math.nan]
         cells = [number(v) for v in (means[i], min(known), max(known))]
-        shown.add_row(name, *cells, f"{counts[i]} of {len(table)}")
+        shown.add_row(Text(name), *cells, f"{counts[i]} of {len(table)}")
     scored = sum(value > 0 for value in counts)
     shown.add_section()
     overall = number(mean_without_nan(means))

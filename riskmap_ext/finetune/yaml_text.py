@@ -16,6 +16,25 @@ class DuplicateKeyError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        # Anchors of the nodes that are being composed.
+        self._open: list[str | None] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            if alias.anchor in self._open:
+                raise yaml.composer.ComposerError(
+                    None, None, f"*{alias.anchor} is within what it stands for", alias.start_mark
+                )
+            return super().compose_node(parent, index)
+        anchor = self.peek_event().anchor
+        self._open.append(anchor)
+        node = super().compose_node(parent, index)
+        self._open.pop()
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # As composed: keys that a merge (<<) brings in later may be given again.
         node = super().compose_mapping_node(anchor)
@@ -54,3 +73,22 @@ def key_lines(text: str) -> dict[str, int]:
 def read_yaml(text: str) -> Any:
     """The plain content of a YAML document. Raises: yaml.YAMLError, DuplicateKeyError."""
     return yaml.load(text, Loader=_Loader)
+
+
+def _plain_value(loader: _Loader, node: yaml.Node) -> Any:
+    """A scalar by the rules of its tag: `2020-13-45` looks like a date, but is none."""
+    try:
+        return _CONSTRUCTORS[node.tag](loader, node)
+    except (ValueError, KeyError, OverflowError) as error:
+        kind = node.tag.rpartition(":")[2]
+        raise yaml.constructor.ConstructorError(
+            None, None, f"no {kind}: {error}; a text goes in quotes", node.start_mark
+        ) from None
+
+
+_CONSTRUCTORS = {
+    f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
+    for kind in ("bool", "float", "int", "timestamp")
+}
+for _tag in _CONSTRUCTORS:
+    _Loader.add_constructor(_tag, _plain_value)
