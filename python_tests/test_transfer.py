@@ -244,6 +244,8 @@ def test_data_that_is_missing_is_told(toy, monkeypatch, capsys):
     monkeypatch.setenv("RISKMAP_DATA", str(toy / "elsewhere"))
     assert run_toy(toy) == 0
     assert "toy: left out: no toy in" in capsys.readouterr().out
+    assert run_toy(toy, "--seeds", "0,1000") == 2
+    assert "--seeds: 1000 and above are for the learning rates" in capsys.readouterr().err
     assert main(["run", "--scenarios", "nothing"]) == 2
     assert "--scenarios: nothing unknown; there are" in capsys.readouterr().err
 

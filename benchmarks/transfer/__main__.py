@@ -69,6 +69,8 @@ def _run(options: argparse.Namespace) -> int:
     arms = list(ARMS) if options.arms == ["all"] else options.arms or DEFAULT
     if unknown := [key for key in arms if key not in ARMS]:
         raise ValueError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(ARMS)}")
+    if late := [seed for seed in options.seeds or () if seed >= TUNING_SEED]:
+        raise ValueError(f"--seeds: {late[0]} and above are for the learning rates alone")
     tuning = options.tuning_seeds
     wanted = runner.Wanted(
         scenarios,

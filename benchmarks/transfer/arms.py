@@ -38,7 +38,12 @@ class Arm:
 REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "risk_dice"
 
 _EVERY = (
-    Arm("scratch", "from scratch", "CE + Dice, no weights of the source", from_source=False),
+    Arm(
+        "scratch",
+        "CE + Dice from scratch",
+        "random weights in the place of the source's",
+        from_source=False,
+    ),
     Arm("ce", "CE", "plain fine-tuning with cross-entropy", loss=_CE),
     Arm("ce_dice", "CE + Dice", "plain fine-tuning, the usual sum"),
     Arm("risk_ce", "risk CE", "risk-weighted cross-entropy, as in the paper", loss=_CE, risk={}),

@@ -48,7 +48,7 @@ def curves(groups: Sequence[Group], path: Path) -> Path | None:
     shown = [g for g in groups if any(len(curve) > 1 for curve in g.curves.values())]
     if not shown:
         return None
-    figure = _figure(5.5 * len(shown), 4)
+    figure = _figure(5 * len(shown) + 1.8, 4)
     for axes, group in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for arm, curve in group.curves.items():
             steps, dice = zip(*curve, strict=True) if curve else ((), ())
@@ -66,7 +66,7 @@ def curves(groups: Sequence[Group], path: Path) -> Path | None:
         axes.set_xlabel("step")
         axes.set_ylabel("mean Dice, points")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return _save(figure, path)
 
 

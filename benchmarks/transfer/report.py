@@ -144,7 +144,7 @@ def _negative(found: list[Group]) -> Iterator[str]:
         scratch = group.against(REFERENCE, "scratch")
         if scratch is not None and scratch.told != "ahead":
             lines.append(
-                f"{where}: the source's weights themselves do not help: {ARMS[REFERENCE].name} is "
+                f"{where}: no gain of the source's weights is seen: {ARMS[REFERENCE].name} is "
                 f"{_told(scratch, 'scratch')}."
             )
     yield from (f"* {line}" for line in lines or ["None in the rows so far."])
@@ -271,7 +271,8 @@ def _classes(group: Group) -> Iterator[str]:
 def _mean(each: Interval) -> str:
     if math.isnan(each.low):
         return f"{POINTS * each.mean:.1f} (no interval)"
-    return f"{POINTS * each.mean:.1f} ({POINTS * each.low:.1f} to {POINTS * each.high:.1f})"
+    low, high = max(0.0, each.low), min(1.0, each.high)  # a Dice cannot lie beyond
+    return f"{POINTS * each.mean:.1f} ({POINTS * low:.1f} to {POINTS * high:.1f})"
 
 
 def _difference(each: Interval | None) -> str:
