@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -64,6 +65,17 @@ def test_headers_of_all_cases_are_looked_at(root, tmp_path, monkeypatch):
     (root / "labels" / "case00.nii.gz").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"case00\.nii\.gz: cannot be read"):
         check_run(config, progress=False)
+
+
+def test_a_header_without_axes(root, tmp_path):
+    path = root / "labels" / "case00.nii.gz"
+    image = nib.load(path)
+    header = image.header.copy()
+    header["sform_code"], header["qform_code"] = 1, 0
+    header["srow_x"] = 0
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, header), path)
+    with pytest.raises(DataError, match=r"case00\.nii\.gz: the header's affine cannot be inverted"):
+        check_run(configuration(root, tmp_path / "out"), progress=False)
 
 
 def test_labels_are_read(root, tmp_path):
