@@ -181,6 +181,16 @@ class TestChannels:
                 checkpoint, [images], tmp_path / "more", suffix=["a", "b", "c"], progress=False
             )
 
+    def test_suffixes_of_which_one_ends_in_the_other(self, tmp_path):
+        suffixes = ("_T1w", "_ce_T1w")
+        names = write_channels(tmp_path / "data", suffixes=suffixes)
+        data = {"image_suffix": list(suffixes)}
+        config = configuration(tmp_path / "data", tmp_path / "run", data=data, train=TRAIN)
+        checkpoint = finetune(config, progress=False).checkpoint
+        images = tmp_path / "data" / "imagesTr"
+        written = predict_images(checkpoint, [images], tmp_path / "out", progress=False)
+        assert [path.name for path in written] == [f"{name}.nii.gz" for name in names]
+
     def test_a_source_that_sees_one_of_them(self, tmp_path):
         write_channels(tmp_path / "data")
         one = configuration(

@@ -116,6 +116,15 @@ def test_first_nnunet_channel_needs_no_suffix(tmp_path):
     assert [c.name for c in read(tmp_path).train] == ["a", "b"]
 
 
+def test_two_files_of_one_name(root):
+    path = root / "labels" / "case00.nii"
+    save(path, phantom(1)[1])
+    message = problem(root)
+    assert f"{path.with_suffix('.nii.gz')}: has the same name as {path}" in message
+    path.rename(path.with_name("case00_old.nii"))
+    assert [case.name for case in read(root).train] == ["case00", "case01"]
+
+
 def test_images_without_a_label_are_told(root):
     label_of(root).unlink()
     cases = read(root, train=1)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
 import yaml
-from finetune_data import RAS, configuration, phantom, save, settings, write_cases
+from finetune_data import RAS, configuration, phantom, save, settings, stop_at, write_cases
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, DataError, check_run, finetune
 from riskmap_ext.finetune.cli import main
+from riskmap_ext.finetune.report import Log
+from riskmap_ext.finetune.workspace import claimed_output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +69,17 @@ def test_headers_of_all_cases_are_looked_at(root, tmp_path, monkeypatch):
         check_run(config, progress=False)
 
 
+def test_a_header_without_axes(root, tmp_path):
+    path = root / "labels" / "case00.nii.gz"
+    image = nib.load(path)
+    header = image.header.copy()
+    header["sform_code"], header["qform_code"] = 1, 0
+    header["srow_x"] = 0
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, header), path)
+    with pytest.raises(DataError, match=r"case00\.nii\.gz: the header's affine cannot be inverted"):
+        check_run(configuration(root, tmp_path / "out"), progress=False)
+
+
 def test_labels_are_read(root, tmp_path):
     label = phantom(0)[1]
     label[0, 0, 0] = 9
@@ -86,6 +100,49 @@ def test_a_folder_that_is_taken(root, tmp_path):
     finetune(config, progress=False)
     with pytest.raises(ConfigError, match="already holds a run"):
         check_run(config, progress=False)
+
+
+def test_of_a_run_that_is_gone_on_with(root, tmp_path, monkeypatch):
+    config = configuration(root, tmp_path / "out", train={"steps": 4})
+    stop_at(4, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, progress=False)
+    monkeypatch.undo()
+    check_run(config, progress=False, resume=True)
+    other = configuration(root, tmp_path / "out", train={"steps": 4, "lr": 0.02})
+    with pytest.raises(ConfigError, match=r"--resume: train\.lr: not as in"):
+        check_run(other, progress=False, resume=True)
+    save(root / "images" / "case00.nii.gz", phantom(7)[0])
+    with pytest.raises(ConfigError, match="the training cases have changed"):
+        check_run(config, progress=False, resume=True)
+
+
+def test_a_folder_in_use(root, tmp_path):
+    config = configuration(root, tmp_path / "out", overwrite=True)
+    with claimed_output(config, Log(quiet=True)):
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="is in use by a run"):
+                check_run(config, progress=False, resume=resume)
+    check_run(config, progress=False)
+
+
+def test_labels_that_are_ignored_throughout(root, tmp_path):
+    label_map = {0: "ignore", 1: "ignore", 2: "ignore"}
+    config = configuration(root, tmp_path / "out", data={"label_map": label_map})
+    for work in (check_run, finetune):
+        with pytest.raises(DataError, match=r"case01\.nii\.gz: every voxel is ignored"):
+            work(config, progress=False)
+
+
+def test_of_several_processes(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = configuration(root, tmp_path / "out", train={"batch_size": 3})
+    with pytest.raises(ConfigError, match="a multiple of the 2 processes"):
+        check_run(config, progress=False)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        check_run(configuration(root, tmp_path / "out"))
+    assert capsys.readouterr().out.count("nothing is in the way") == 1
 
 
 @pytest.mark.parametrize(

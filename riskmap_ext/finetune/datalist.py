@@ -381,10 +381,22 @@ def _pair_folders(
 
 
 def _names(folder: Path, suffix: str) -> dict[str, Path]:
-    """Case name -> file, of the files whose name without format ends in `suffix`."""
-    named = {stem(path): path for path in volumes_in(folder)}
-    ends = {name: path for name, path in named.items() if name.endswith(suffix)}
-    return {name.removesuffix(suffix): path for name, path in ends.items()}
+    """Case name -> file, of the files whose name without format ends in `suffix`.
+
+    Raises: DataError for a.nii beside a.nii.gz.
+    """
+    named: dict[str, Path] = {}
+    problems = []
+    for path in volumes_in(folder):
+        name = stem(path)
+        if not name.endswith(suffix):
+            continue
+        if name in named:
+            problems.append(f"{path}: has the same name as {named[name]}; keep one of them there")
+        named[name] = path
+    if problems:
+        raise DataError(problems)
+    return {name.removesuffix(suffix): path for name, path in named.items()}
 
 
 def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:

@@ -14,21 +14,27 @@ from riskmap_ext.finetune.config import IGNORE_INDEX, Config
 from riskmap_ext.finetune.data import Case, read_case
 from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.errors import DataError
+from riskmap_ext.finetune.label_table import plain_label_map
+from riskmap_ext.finetune.lock import check_free
 from riskmap_ext.finetune.memory import MemoryNeed, described, memory_need, volume_store
 from riskmap_ext.finetune.plan import (
     Models,
     build_models,
+    check_inputs,
     check_options,
     check_preprocessing,
+    inputs_digest,
     most_outputs,
+    resolved,
 )
-from riskmap_ext.finetune.processes import Processes
+from riskmap_ext.finetune.processes import started
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.volumes import grid_problems, read_header
 from riskmap_ext.finetune.workspace import (
     check_output,
+    check_same_run,
     check_threads,
     run_device,
     torch_state,
@@ -59,24 +65,31 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
 
     Raises: InputError as finetune does, with a line for each problem.
     """
-    log = Log(quiet=not progress)
+    group = started()
+    log = Log(quiet=not (progress and group.is_main))
     resumed = unfinished_run(config) if resume else None
-    if resumed is None and not resume:
-        check_output(config)
+    if resumed is None:
+        check_output(config.model_copy(update={"overwrite": config.overwrite or resume}))
+    check_free(config.output)
     check_threads(config)
     device = run_device(config)
-    check_options(config, device, Processes())
+    check_options(config, device, group)
     listing = list_cases(config.data)
     with torch_state(config, device):
         models = build_models(config, listing.structures, listing.channels, device)
     _check_headers(listing)
     need = memory_need(config, listing, most_outputs(models, listing.structures))
     store = volume_store(config, need, device)
-    read, voxels, spacings = _read_some(config, listing, models, log)
+    label_map = plain_label_map(listing.label_table)
+    if resumed is not None:
+        check_same_run(resolved(config, listing.structures, label_map, listing.channels))
+    read, voxels, cases = _read_some(config, listing, models, log)
+    if len(cases) == len(listing.train):
+        check_inputs(resumed, inputs_digest(models.source, [digest for digest, _ in cases]))
     for note in listing.notes:
         log.warn(note)
     if models.source is not None:
-        check_preprocessing(config, models.source, spacings, log)
+        check_preprocessing(config, models.source, [spacing for _, spacing in cases], log)
     total = len(listing.train) + len(listing.validation)
     parameters = sum(p.numel() for p in models.network.parameters())
     result = DryRun(
@@ -120,12 +133,13 @@ def _header_problems(case: CaseFiles, channels: int) -> list[str]:
 
 def _read_some(
     config: Config, listing: Listing, models: Models, log: Log
-) -> tuple[list[str], dict[str, int], list[tuple[float, float, float]]]:
-    """Names of the cases that were read, the voxels of each class, and the training's spacings."""
+) -> tuple[list[str], dict[str, int], list[tuple[str, tuple[float, float, float]]]]:
+    """Names of the cases that were read, the voxels of each class, and of the training cases their
+    digests and voxel sizes."""
     files = [*listing.train, *listing.validation]
     counts = np.zeros(len(listing.structures.classes), dtype=np.int64)
     read: list[str] = []
-    spacings = []
+    trained = []
     problems: list[str] = []
     until = time.monotonic() + _SECONDS
     with log.progress("cases") as bar:
@@ -137,18 +151,20 @@ def _read_some(
                 case = read_case(entry, config.data, listing, TensorStore())
                 counts += _class_counts(case, len(counts))
                 if len(read) < len(listing.train):
-                    spacings.append(case.grid.spacing)
+                    trained.append((case.digest, case.grid.spacing))
                 if not read:
                     flip_axes(case, models.dims, config.train.augment)
             except DataError as error:
                 problems.extend(error.problems)
             read.append(entry.name)
+            if len(read) == len(listing.train) and not (problems or counts.any()):
+                problems += [f"{each.label}: every voxel is ignored" for each in listing.train]
             bar.update(task, advance=1, note=entry.name)
     if problems:
         raise DataError(problems)
     names = listing.structures.classes
     voxels = {name: int(count) for name, count in zip(names, counts, strict=True)}
-    return read, voxels, spacings
+    return read, voxels, trained
 
 
 def _class_counts(case: Case, classes: int) -> np.ndarray:

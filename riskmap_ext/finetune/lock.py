@@ -38,6 +38,13 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(file)
 
 
+def check_free(folder: Path) -> None:
+    """Raises: ConfigError naming the process that holds `folder`."""
+    path = folder / _NAME
+    if fcntl is not None and path.exists() and (file := _taken(path)) is not None:
+        os.close(file)
+
+
 def _taken(path: Path) -> int | None:
     file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:

@@ -88,28 +88,41 @@ def make_plan(
     else:
         models = build_models(config, cases.structures, cases.channels, device)
     flip_axes(cases.train[0], models.dims, config.train.augment)
-    config = config.model_copy(update={"data": config.data.model_copy(update=_resolved(cases))})
-    inputs = digest(
-        None if models.source is None else models.source.digest, [c.digest for c in cases.train]
-    )
+    config = resolved(config, cases.structures, cases.label_map, cases.channels)
+    inputs = inputs_digest(models.source, [case.digest for case in cases.train])
+    check_inputs(resumed, inputs)
+    return Plan(config, log, device, processes, cases, store, models, inputs, resumed)
+
+
+def resolved(
+    config: Config,
+    structures: Structures,
+    label_map: dict[int, int | str] | None,
+    channels: list[str],
+) -> Config:
+    """With what the data set itself has said of labels and channels, as keys of `data`."""
+    told = {
+        "classes": structures.classes,
+        "label_map": label_map,
+        "regions": structures.regions,
+        "region_classes": structures.region_classes,
+        "channels": channels,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=told)})
+
+
+def inputs_digest(source: SourceModel | None, cases: list[str]) -> str:
+    """Of the source's weights and the digests of the training cases."""
+    return digest(None if source is None else source.digest, cases)
+
+
+def check_inputs(resumed: dict[str, Any] | None, inputs: str) -> None:
+    """Raises: ConfigError where a run that is gone on with was begun with others."""
     if resumed is not None and resumed["inputs"] != inputs:
         raise ConfigError(
             "--resume: the source checkpoint or the training cases have changed since the run was "
             "begun; overwrite=true without --resume starts anew"
         )
-    return Plan(config, log, device, processes, cases, store, models, inputs, resumed)
-
-
-def _resolved(cases: Cases) -> dict[str, Any]:
-    """What the data set itself has said of labels and channels, as keys of `data`."""
-    structures = cases.structures
-    return {
-        "classes": structures.classes,
-        "label_map": cases.label_map,
-        "regions": structures.regions,
-        "region_classes": structures.region_classes,
-        "channels": cases.channels,
-    }
 
 
 def check_options(config: Config, device: torch.device, processes: Processes) -> None:

@@ -128,7 +128,9 @@ def _files(
         if not paths:
             problems.append(f"{given}: no image in this folder")
         for path in paths:
-            suffix = next((s for s in suffixes if stem(path).endswith(s)), None)
+            fitting = [s for s in suffixes if stem(path).endswith(s)]
+            # Of _T1w and _ce_T1w the longer one, where both fit.
+            suffix = max(fitting, key=len, default=None)
             if suffix is None:
                 # In a folder it is another contrast.
                 if path == given:

@@ -125,6 +125,11 @@ def _joined(device: torch.device) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), gradients)
 
 
+def started() -> Processes:
+    """Those that torchrun has started, without any talk between them."""
+    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def local_rank() -> int:
     """Of this process on its machine, as torchrun says it; 0 without it."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from riskmap_ext.finetune.datalist import stem, volumes_in
 from riskmap_ext.finetune.errors import ConfigError, DataError
@@ -112,7 +112,7 @@ def summary(scores: Sequence[Score], tolerance: float) -> Table:
         dice = [score.dice for score in there]
         counts = [sum(score.outcome == outcome for score in own) for outcome in (MISSED, EXTRA)]
         table.add_row(
-            Text(structure),
+            escape(structure),
             f"{len(there)} of {cases}",
             *(str(count) if count else "-" for count in counts),
             number(statistics.fmean(dice) if dice else math.nan),

@@ -106,6 +106,8 @@ def read_header(path: Path, channels: int = 1) -> Volume:
         affine = np.asarray(volume.affine, dtype=np.float64)
     except Exception as error:  # a damaged file can raise nearly anything in its reader
         raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
+    if problem := _bad_affine(path, affine):
+        raise DataError([problem])
     flat = channels == 1 and all(size == 1 for size in shape[3:])
     stacked = channels > 1 and len(shape) == 4 and shape[3] == channels
     if len(shape) < 3 or not (flat or stacked):
@@ -166,9 +168,15 @@ def _open(path: Path, channels: int = 1) -> Volume:
         )
     if values.size == 0:
         raise DataError([f"{path}: the volume is empty, shape {values.shape}"])
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise DataError([f"{path}: the header's affine cannot be inverted: {affine.tolist()}"])
+    if problem := _bad_affine(path, affine):
+        raise DataError([problem])
     return Volume(values, affine, _codes(volume.header))
+
+
+def _bad_affine(path: Path, affine: np.ndarray) -> str | None:
+    if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-12:
+        return None
+    return f"{path}: the header's affine cannot be inverted: {affine.tolist()}"
 
 
 def _codes(header: Any) -> tuple[int, int]:
