@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
-import torch
-
 from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.scenario import Scenario
 from benchmarks.transfer.store import Row, keys
 from benchmarks.transfer.work import BUSY, FINAL, TUNING, Done, Place, Task, do, key_of, setup_of
+from riskmap_ext.finetune.workers import start_worker
 
 Say = Callable[[str], None]
 
@@ -138,7 +133,7 @@ def run(wanted: Wanted, place: Place, workers: int, say: Say = print) -> int:
     if workers > 0:
         # Spawned, since a forked child inherits torch's thread pool in an unusable state.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         for scenario in wanted.scenarios.values():
             for phase in (TUNING, FINAL):
@@ -207,17 +202,3 @@ def _do_all(
                 progress.say(f"{of[future]}: failed: {text}")
                 progress.left -= of[future].arm is not None
     return failed
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C is for the parent: what runs is ended and stored first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -350,9 +350,10 @@ def _demo(
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
 ) -> None:
     """Compare losses on simulated brains: offline, a few minutes on two cores."""
-    from riskmap_ext.finetune import demo
+    with _stoppable():
+        from riskmap_ext.finetune import demo
 
-    demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
+        demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
 
 
 def _info() -> None:

@@ -41,6 +41,7 @@ from riskmap_ext.finetune.figures import ComparisonRow, comparison
 from riskmap_ext.finetune.files import write_csv
 from riskmap_ext.finetune.run import finetune, make_maps
 from riskmap_ext.finetune.simulate import STRUCTURES, write_cohort
+from riskmap_ext.finetune.workers import start_worker
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _run_all(
     arms: list[ArmResult] = []
     # Spawned, since a forked child inherits torch's thread pool in an unusable state.
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
     )
     bar = Progress(
         TextColumn("{task.description}"),
@@ -253,10 +254,6 @@ def _run_all(
         pool.shutdown(wait=True, cancel_futures=True)
     order = {arm.key: index for index, arm in enumerate(ARMS)}
     return sorted(sources, key=lambda s: s.seed), sorted(arms, key=lambda a: (a.seed, order[a.arm]))
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
 
 
 def train_source(output: Path, seed: int, settings: Settings) -> SourceResult:
