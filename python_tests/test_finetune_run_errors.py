@@ -233,6 +233,7 @@ def test_a_run_that_ended_early_is_unfinished(root, tmp_path):
     finetune(config, progress=False)
     with pytest.raises(ConfigError, match="already holds a run"):
         finetune(config, progress=False)
+    (config.output / "environment.json").unlink()
     log = config.output / "log.txt"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match=r"holds an unfinished run .*overwrite=true"):
