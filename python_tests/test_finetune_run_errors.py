@@ -244,7 +244,7 @@ def test_class_names_in_any_script(root, source, tmp_path, recwarn):
     config = configuration(
         root,
         tmp_path / "out",
-        data={"classes": ["background", "\u6d77\u99ac", "\u8166"]},
+        data={"classes": ["background", "\u6d77\u99ac", "$\\foo_$"]},
         source={"checkpoint": str(source)},
         write={"overlays": 1},
     )
