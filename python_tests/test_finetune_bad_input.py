@@ -6,6 +6,7 @@ import errno
 import gzip
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_damaged_files(
         assert place.left_behind() == []
     # What predict has segmented before is whole and stays.
     assert not any(path.name.startswith(".") for path in place.left_behind())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_header_of_more_than_memory(riskmap: Callable, place: Place, name: str) -> None:
+    for path in (place.image, place.label):
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        struct.pack_into("<3h", content, 42, 30000, 30000, 30000)
+        path.write_bytes(gzip.compress(bytes(content)))
+    refused(riskmap(*place.command(name)), "of memory is available")
 
 
 @pytest.mark.parametrize("name", READS_LABELS)

@@ -155,6 +155,18 @@ def test_cut_off_while_overlays_are_drawn_and_moved(
     assert list((tmp_path / "moved" / "overlays").iterdir())
 
 
+def test_cut_off_while_the_report_of_a_run_without_validation_is_written(
+    root: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(root, tmp_path / "run", source, data={"validation": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr("riskmap_ext.finetune.run.report_at_end", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(run, progress=False)
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        finetune(run, progress=False, resume=True)
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 

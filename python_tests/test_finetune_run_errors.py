@@ -106,6 +106,13 @@ def test_the_source_is_not_overwritten(root, source, tmp_path):
             {"network": {"name": "UNet", "args": {**NETWORK_2D["args"], "spatial_dims": "2"}}},
             "network.args.spatial_dims: expected 2 (slices) or 3 (volumes), got '2'",
         ),
+        (
+            {
+                "network": {"name": "UNet", "args": {**NETWORK_2D["args"], "norm": "BATCH"}},
+                "train": {"batch_size": 1, "patch_size": 2},
+            },
+            "train.batch_size: one crop of [2, 2] at a time is too little",
+        ),
         ({"device": "cuda:7"}, "device: cuda:7"),
         ({"source": {"checkpoint": "/none.pt"}}, "/none.pt"),
         ({"network": {**NETWORK_2D, "name": "UNett"}}, "network.name"),
@@ -226,6 +233,7 @@ def test_a_run_that_ended_early_is_unfinished(root, tmp_path):
     finetune(config, progress=False)
     with pytest.raises(ConfigError, match="already holds a run"):
         finetune(config, progress=False)
+    (config.output / "environment.json").unlink()
     log = config.output / "log.txt"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match=r"holds an unfinished run .*overwrite=true"):
@@ -236,7 +244,7 @@ def test_class_names_in_any_script(root, source, tmp_path, recwarn):
     config = configuration(
         root,
         tmp_path / "out",
-        data={"classes": ["background", "\u6d77\u99ac", "\u8166"]},
+        data={"classes": ["background", "\u6d77\u99ac", "$\\foo_$"]},
         source={"checkpoint": str(source)},
         write={"overlays": 1},
     )

@@ -76,7 +76,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     check_options(config, device, group)
     listing = list_cases(config.data)
     with torch_state(config, device):
-        models = build_models(config, listing.structures, listing.channels, device)
+        models = build_models(config, listing.structures, listing.channels, device, group)
     _check_headers(listing)
     need = memory_need(config, listing, most_outputs(models, listing.structures))
     store = volume_store(config, need, device)

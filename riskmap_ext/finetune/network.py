@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Sequence
@@ -151,6 +152,26 @@ def check_forward(
             f"{shape}, expected {[1, num_outputs, *size]}; sizes divisible by the product of the "
             "network's strides usually keep their size"
         )
+
+
+def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -> None:
+    """Tries one crop by itself in training: batch normalization needs more than one value.
+
+    Raises: ConfigError.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        return
+    tried = copy.deepcopy(network).train()
+    blank = torch.zeros(1, channels, *size, device=next(network.parameters()).device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            tried(blank)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.batch_size: one crop of {list(size)} at a time is too little for the batch "
+            f"normalization of {type(network).__name__} ({error}); use two or more, for each "
+            "process of torchrun, or larger crops"
+        ) from None
 
 
 def first_output(out: Any, image: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from riskmap_ext.finetune.network import (
     Predictor,
     build_network,
     check_forward,
+    check_single_crops,
     patch_size,
     spatial_dims,
     without_channels,
@@ -80,13 +81,13 @@ def make_plan(
     store = TensorStore()
     if cases is None:
         listing = list_cases(config.data)
-        models = build_models(config, listing.structures, listing.channels, device)
+        models = build_models(config, listing.structures, listing.channels, device, processes)
         need = memory_need(config, listing, most_outputs(models, listing.structures))
         store = volume_store(config, need, device)
         cases = read_cases(config, log, store)
         log(described(need, store))
     else:
-        models = build_models(config, cases.structures, cases.channels, device)
+        models = build_models(config, cases.structures, cases.channels, device, processes)
     flip_axes(cases.train[0], models.dims, config.train.augment)
     config = resolved(config, cases.structures, cases.label_map, cases.channels)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
@@ -138,7 +139,11 @@ def check_options(config: Config, device: torch.device, processes: Processes) ->
 
 
 def build_models(
-    config: Config, structures: Structures, channels: list[str], device: torch.device
+    config: Config,
+    structures: Structures,
+    channels: list[str],
+    device: torch.device,
+    processes: Processes,
 ) -> Models:
     """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
     source = None if config.source is None else load_source(config.source)
@@ -158,6 +163,9 @@ def build_models(
     network = build_network(wanted, count, len(channels)).to(device)
     orient(network, wanted.orientation, config.data.slice_axis, dims)
     check_forward(network, patch, count, len(channels), "train.patch_size")
+    # GPUs normalize over the batch of all processes.
+    if config.train.batch_size // (1 if device.type == "cuda" else processes.size) == 1:
+        check_single_crops(network, patch, len(channels))
     predictor = Predictor(network, dims, patch, config.inference)
     check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
     keys = None

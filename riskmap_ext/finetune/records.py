@@ -88,6 +88,12 @@ def note_end(folder: Path, device: torch.device, seconds: float) -> None:
     write_json(folder / ENVIRONMENT_FILE, {"starts": starts})
 
 
+def ended(folder: Path) -> bool:
+    """Whether the last start of the run came to its end."""
+    starts = _starts(folder / ENVIRONMENT_FILE)
+    return bool(starts) and starts[-1].get("ended") is not None
+
+
 def _starts(path: Path) -> list[dict[str, Any]]:
     """Of an earlier process; none where the file cannot be used."""
     try:

@@ -275,13 +275,19 @@ def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
 
 @contextmanager
 def _any_letters() -> Iterator[None]:
-    """Names in any script: by a font that has their letters, else as boxes, without a word."""
+    """Names in any script, and with any signs: $ is no formula.
+
+    By a font that has their letters, else as boxes, without a word.
+    """
     import matplotlib
     from matplotlib import font_manager
 
     present = set(font_manager.get_font_names())
     family = [*matplotlib.rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
-    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": family}):
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"font.family": family, "text.parse_math": False}),
+    ):
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 

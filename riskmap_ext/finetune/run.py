@@ -152,8 +152,8 @@ def _finetune(
         group.wait()  # for what the others still write
         seconds = time.perf_counter() - started
         if group.is_main:
-            (config.output / RESUME_FILE).unlink(missing_ok=True)
             note_end(config.output, device, seconds)
+            (config.output / RESUME_FILE).unlink(missing_ok=True)
             if config.write.report:
                 report_at_end(config.output, log)
         log(f"Done in {seconds:.1f} s: {config.output}")

@@ -103,10 +103,9 @@ def read_run(folder: Path) -> RunFiles:
     starts = _starts(folder / ENVIRONMENT_FILE)
     log = _text(folder / "log.txt")
     can_resume = (folder / RESUME_FILE).exists()
-    ended = bool(starts) and starts[-1].get("ended") is not None
     return RunFiles(
         folder=folder,
-        is_finished=finished(folder) or (ended and not can_resume),
+        is_finished=finished(folder),
         can_resume=can_resume,
         config_text=config_text,
         config=config,

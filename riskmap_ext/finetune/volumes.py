@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from riskmap_ext.finetune.errors import DataError
+from riskmap_ext.finetune.resample import available_memory
 
 # Corners of two files of one grid may lie this far apart, in voxels.
 _GRID_TOLERANCE = 0.1
@@ -143,9 +145,10 @@ def _open(path: Path, channels: int = 1) -> Volume:
     """Voxels [X, Y, Z], or [M, X, Y, Z] of a 4-D file of M > 1 channels."""
     try:
         volume: Any = nib.load(path)
+        _check_memory(path, volume.shape)
         values = np.asanyarray(volume.dataobj)
         affine = np.asarray(volume.affine, dtype=np.float64)
-    except MemoryError:
+    except DataError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything in its reader
         raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
@@ -171,6 +174,19 @@ def _open(path: Path, channels: int = 1) -> Volume:
     if problem := _bad_affine(path, affine):
         raise DataError([problem])
     return Volume(values, affine, _codes(volume.header))
+
+
+def _check_memory(path: Path, shape: Sequence[int]) -> None:
+    """A damaged header may ask for any size."""
+    needed, available = math.prod(map(int, shape)) * 4, available_memory()
+    if available is not None and needed > available:
+        raise DataError(
+            [
+                f"{path}: its shape {tuple(map(int, shape))} takes {needed / 2**30:.3g} GiB or "
+                f"more, and {available / 2**30:.3g} GiB of memory is available; is its header "
+                "damaged?"
+            ]
+        )
 
 
 def _bad_affine(path: Path, affine: np.ndarray) -> str | None:

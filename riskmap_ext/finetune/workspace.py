@@ -21,6 +21,7 @@ from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.files import write_text
 from riskmap_ext.finetune.lock import locked
 from riskmap_ext.finetune.processes import local_rank, local_size
+from riskmap_ext.finetune.records import ended
 from riskmap_ext.finetune.report import Log
 
 NONFINITE_FILE = "nonfinite.json"
@@ -234,10 +235,10 @@ def check_output(config: Config) -> list[str]:
 
 
 def finished(output: Path) -> bool:
-    """Whether the run in `output` came to its end: its scores, or the last line of its log."""
+    """Whether the run in `output` came to its end: its scores, its last start, or its log."""
     if (output / RESUME_FILE).exists():
         return False
-    if (output / "dice.csv").exists():
+    if (output / "dice.csv").exists() or ended(output):
         return True
     try:
         lines = (output / "log.txt").read_text(encoding="utf-8").splitlines()
