@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ def written_beside(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def half_written(folder: Path) -> list[Path]:
+    """Temporary files there of processes that were killed, or of such as are still at work."""
+    return [path for path in folder.glob(".*") if re.match(r"\.\d+-\d+-", path.name)]
 
 
 def _to_disk(path: Path) -> None:
