@@ -172,6 +172,23 @@ def test_names_with_brackets_are_shown_as_they_are(riskmap, tmp_path):
             assert all(name in out for name in classes[1:])
 
 
+def test_what_is_one_process_is_no_work_for_torchrun(riskmap, monkeypatch, source, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = tmp_path / "out"
+    for command in (
+        ["predict", source, "--image", tmp_path, "--output", output],
+        ["map", "--source", source, "--image", tmp_path, "--label", tmp_path, "--output", output],
+        ["evaluate", "--prediction", tmp_path, "--reference", tmp_path],
+        ["report", source.parent],
+        ["rank", tmp_path / "run.yaml", "--source", source],
+    ):
+        code, _, err = riskmap(*command)
+        assert code == 2
+        assert f"torchrun: riskmap {command[0]} is one process" in err
+    assert not output.exists()
+
+
 def test_folders_where_files_are_expected(riskmap, root, source, tmp_path):
     image, label = root / "images" / "case00.nii.gz", root / "labels" / "case00.nii.gz"
     folder = tmp_path / "x.nii.gz"

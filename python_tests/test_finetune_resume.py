@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,22 @@ def test_cut_off_while_the_report_of_a_run_without_validation_is_written(
             finetune(run, progress=False)
     with pytest.raises(ConfigError, match="holds a finished run"):
         finetune(run, progress=False, resume=True)
+
+
+def test_a_cache_that_has_rotted_is_made_again(root: Path, source: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    finetune(config(root, tmp_path / "one", source, cache=cache), progress=False)
+    for path in (tmp_path / "cache").iterdir():
+        content = bytearray(path.read_bytes())
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda each: each.file_size)
+        # Beyond the entry's own header, within its bytes.
+        place = largest.header_offset + 300
+        content[place] ^= 1
+        path.write_bytes(content)
+    finetune(config(root, tmp_path / "two", source, cache=cache), progress=False)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert "from the cache" not in (tmp_path / "two" / "log.txt").read_text()
 
 
 def _interrupt(*_: Any) -> None:

@@ -287,6 +287,18 @@ def test_a_killed_run_leaves_no_lock(root, tmp_path):
     assert not (output / ".lock").exists()
 
 
+def test_what_a_killed_run_has_half_written_is_cleared(root, tmp_path):
+    config = configuration(root, tmp_path / "out")
+    left = [config.output / name for name in (".12-34-resume.pt", "maps/.12-34-a_risk.nii.gz")]
+    mine = config.output / ".notes"
+    for path in (*left, mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    finetune(config, progress=False, resume=True)
+    assert not any(path.exists() for path in left)
+    assert mine.exists()
+
+
 def test_a_loss_that_is_not_finite_names_its_cases(root, tmp_path):
     train = {"steps": 40, "lr": 1e30, "grad_clip": None, "optimizer": "SGD", "validate_every": 0}
     config = configuration(root, tmp_path / "out", train=train)

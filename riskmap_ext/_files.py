@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,22 @@ def written_beside(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         yield partial
+        _to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def half_written(folder: Path) -> list[Path]:
+    """Temporary files there of processes that were killed, or of such as are still at work."""
+    return [path for path in folder.glob(".*") if re.match(r"\.\d+-\d+-", path.name)]
+
+
+def _to_disk(path: Path) -> None:
+    """Else a power cut may leave the new name with nothing in it."""
+    if path.exists():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def write_torch(path: Path, content: Any) -> None:
@@ -39,9 +54,17 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
     mapped: tensors stay in the file and are read page by page as they are used.
     """
     try:
+        if not mapped and _is_damaged(path):
+            return None
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # a damaged zip raises errors of many types
         return None
+
+
+def _is_damaged(path: Path) -> bool:
+    """By the checksums in the file, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is not None
 
 
 def digest(*parts: Any) -> str:

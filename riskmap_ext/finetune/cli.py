@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -96,7 +97,7 @@ def _report(
 
     It needs no other file and no network. The run may be unfinished.
     """
-    with _stoppable():
+    with _stoppable(alone="report"):
         from riskmap_ext.finetune.run_report import write_report
 
         _check_file(output)
@@ -129,7 +130,7 @@ def _map(
     Give one --image and one --label folder (paired by name), or as many --label files as --image
     files, in the same order. The LEEP statistics come from these images.
     """
-    with _stoppable():
+    with _stoppable(alone="map"):
         from riskmap_ext.finetune.config_file import apply_overrides, parse_config
         from riskmap_ext.finetune.errors import InputError
         from riskmap_ext.finetune.run import make_maps
@@ -170,7 +171,7 @@ def _rank(
     The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
     what it gains over the class frequencies alone.
     """
-    with _stoppable():
+    with _stoppable(alone="rank"):
         from riskmap_ext.finetune.config_file import load_config, located
         from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
@@ -192,8 +193,8 @@ def _predict(
     suffix: Annotated[
         str | None,
         typer.Option(
-            help="Endings of the file names of each channel, such as _T1w,_FLAIR; as in the "
-            "training otherwise."
+            help="Endings of the file names of each channel, such as _T1w,_FLAIR; of several "
+            "channels, as in the training otherwise."
         ),
     ] = None,
     orientation: Annotated[
@@ -221,7 +222,7 @@ def _predict(
     The checkpoint knows its network, its classes and how its images were prepared. Values are class
     numbers, 0 for the background.
     """
-    with _stoppable():
+    with _stoppable(alone="predict"):
         from riskmap_ext.finetune.config import InferenceConfig
         from riskmap_ext.finetune.errors import InputError
         from riskmap_ext.finetune.predict import predict_images
@@ -271,7 +272,7 @@ def _evaluate(
     Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
     that neither has is left out, one that only the prediction has is counted as extra.
     """
-    with _stoppable():
+    with _stoppable(alone="evaluate"):
         from riskmap_ext.finetune.scores import score_files, write_scores
 
         _check_file(output)
@@ -364,9 +365,15 @@ def _info() -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a command with one line and the shell's code, 130 or 143."""
-    from riskmap_ext.finetune.errors import Terminated
+def _stoppable(alone: str | None = None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a command with one line and the shell's code, 130 or 143.
+
+    alone: the command, where several processes would each do, and write, the same.
+    """
+    from riskmap_ext.finetune.errors import ConfigError, Terminated
+
+    if alone and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"torchrun: riskmap {alone} is one process; start it without torchrun")
 
     def terminate(*_: Any) -> None:
         raise Terminated

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from riskmap_ext import _library
-from riskmap_ext._files import read_torch
+from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.checkpoint import RESUME_FILE, RESUME_FORMAT
 from riskmap_ext.finetune.config import DEVICE, Config
 from riskmap_ext.finetune.errors import ConfigError
@@ -200,6 +200,9 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
             if made:
                 output.rmdir()
             raise ConfigError(f"output: {output} cannot be written ({error})") from None
+        for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
+            for left in half_written(folder):
+                left.unlink(missing_ok=True)
         if resumed:
             check_same_run(config)
         else:
