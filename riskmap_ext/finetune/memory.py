@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.datalist import CaseFiles, Listing
 from riskmap_ext.finetune.errors import DataError
 from riskmap_ext.finetune.processes import local_size
-from riskmap_ext.finetune.resample import available_memory
+from riskmap_ext.finetune.resample import available_memory, resampled_shape
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.volumes import read_header, voxel_sizes
 
@@ -39,7 +40,7 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
     Raises: DataError for a header that cannot be read.
     """
     cases = [*listing.train, *listing.validation]
-    voxels = {case.name: prepared_voxels(case, config.data.spacing) for case in cases}
+    voxels = {case.name: _prepared_voxels(case, config.data.spacing) for case in cases}
     channels = len(listing.channels)
     # Image, label and mask; of training cases once more for crops, with label, mask and risk in
     # float32; the two maps.
@@ -55,15 +56,12 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
     )
 
 
-def prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
+def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
     """How many voxels a case has once it is resampled. Raises: DataError naming the file."""
     label = read_header(case.label)
     shape, sizes = list(label.shape), voxel_sizes(label.affine)
     if spacing is not None:
-        shape = [
-            max(1, round((n - 1) * size / wanted + 1))
-            for n, size, wanted in zip(shape, sizes, spacing, strict=False)
-        ]
+        shape = [max(1, size) for size in resampled_shape(shape, sizes, spacing)]
     return math.prod(shape)
 
 
@@ -119,4 +117,4 @@ def process_memory() -> int | None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return None
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -95,7 +95,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if dist.is_available() and dist.is_initialized():
         yield _joined(device)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started().size < 2:
         yield Processes()
         return
     if not dist.is_available():

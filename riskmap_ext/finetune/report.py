@@ -258,16 +258,19 @@ def write_overlay(
 
 def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
     """Image, labels and prediction side by side, [H, 3 W, 3] uint8: the slice with most label."""
+    # matplotlib is slow to import, and not wanted by every run.
+    from riskmap_ext.finetune.figures import class_colours, grey_window
+
     label = case.grid.to_ras(case.label)
     z = int((label > 0).sum(axis=(0, 1)).argmax())
     image = case.grid.to_ras(case.image[0])[..., z]
-    low, high = np.percentile(image, (1, 99))
-    grey = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)[..., None]
+    low, high = grey_window(image)
+    grey = np.clip((image - low) / (high - low), 0, 1)[..., None]
     panels = [np.broadcast_to(grey, (*grey.shape[:2], 3))]
-    for classes in (label[..., z], case.grid.to_ras(prediction)[..., z]):
-        # Distinct hues, a golden angle apart.
-        hue = (classes[..., None] * 0.618 + np.array([0, 1 / 3, 2 / 3])) % 1
-        colour = np.clip(np.abs(6 * hue - 3) - 1, 0, 1)
+    shown = [label[..., z], case.grid.to_ras(prediction)[..., z]]
+    colours = class_colours(max(int(classes.max()) for classes in shown) + 1)
+    for classes in shown:
+        colour = colours[np.maximum(classes, 0)]
         panels.append(np.where(classes[..., None] > 0, 0.5 * grey + 0.5 * colour, grey))
     rotated = [np.rot90(panel) for panel in panels]
     return (255 * np.concatenate(rotated, axis=1)).astype(np.uint8)

@@ -41,6 +41,17 @@ def resample(
     return out, moved
 
 
+def resampled_shape(
+    shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
+) -> list[int]:
+    """Voxels along each axis once voxels of `sizes` mm have become such of `spacing` mm."""
+    # From the first voxel's centre to the last one's, as the transform counts.
+    return [
+        round((n - 1) * size / wanted + 1)
+        for n, size, wanted in zip(shape, sizes, spacing, strict=True)
+    ]
+
+
 def check_spacing(
     path: Path, shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
 ) -> None:
@@ -48,11 +59,7 @@ def check_spacing(
 
     Raises: DataError with the resulting shape, before anything of that size is made.
     """
-    # From the first voxel's centre to the last one's, as the transform counts.
-    result = [
-        round((n - 1) * size / wanted + 1)
-        for n, size, wanted in zip(shape, sizes, spacing, strict=True)
-    ]
+    result = resampled_shape(shape, sizes, spacing)
     made = (
         f"{path}: data.spacing {[float(v) for v in spacing]} mm makes {_by(result)} of its "
         f"{_by(shape)} voxels of {_by(f'{size:.3g}' for size in sizes)} mm"

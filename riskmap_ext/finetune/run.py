@@ -210,9 +210,9 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
             log.warn(note)
         check_preprocessing(config, source, cases.spacings, log)
         log.stage = "before all maps were made"
-        mapped = cases.train, cases.validation
-        maps = _map_cases(config, log, source, predictor, cases, mapped[1], Processes(), None)
-        for case in _drawn(config, [*mapped[0], *mapped[1]]):
+        others = cases.validation
+        maps = _map_cases(config, log, source, predictor, cases, others, Processes(), None)
+        for case in _drawn(config, [*cases.train, *others]):
             risk = maps.risk[case.name]
             write_overlay(config.output / "overlays", case, cases.classes, None, risk)
     log(f"Done: {config.output}")
@@ -257,8 +257,7 @@ def _map_cases(
     store: TensorStore | None,
 ) -> SourceMaps:
     with log.progress("cases") as bar:
-        total = sum(len(group.share(each)) for each in (cases.train, cases.train))
-        total += len(cases.train) + len(others)
+        total = 2 * len(group.share(cases.train)) + len(cases.train) + len(others)
         task = bar.add_task("Source model", total=total, note="")
 
         def advance(note: str) -> None:

@@ -113,8 +113,9 @@ def read_header(path: Path, channels: int = 1) -> Volume:
     flat = channels == 1 and all(size == 1 for size in shape[3:])
     stacked = channels > 1 and len(shape) == 4 and shape[3] == channels
     if len(shape) < 3 or not (flat or stacked):
-        wanted = "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
-        raise DataError([f"{path}: expected {wanted}, got {len(shape)}-D, shape {shape}"])
+        raise DataError(
+            [f"{path}: expected {_wanted(channels)}, got {len(shape)}-D, shape {shape}"]
+        )
     return Volume(np.broadcast_to(np.uint8(0), shape[:3]), affine, _codes(volume.header))
 
 
@@ -160,20 +161,26 @@ def _open(path: Path, channels: int = 1) -> Volume:
         values = np.moveaxis(values, -1, 0)
     elif values.ndim != 3 or channels > 1:
         shape = tuple(int(size) for size in values.shape)
-        wanted = "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
         advice = (
             "; data.channels says that the last axis is channels"
             if channels == 1 and len(shape) == 4
             else ""
         )
         raise DataError(
-            [f"{path}: expected {wanted}, got {values.ndim}-D with shape {shape}{advice}"]
+            [
+                f"{path}: expected {_wanted(channels)}, got {values.ndim}-D with shape {shape}"
+                + advice
+            ]
         )
     if values.size == 0:
         raise DataError([f"{path}: the volume is empty, shape {values.shape}"])
     if problem := _bad_affine(path, affine):
         raise DataError([problem])
     return Volume(values, affine, _codes(volume.header))
+
+
+def _wanted(channels: int) -> str:
+    return "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
 
 
 def _check_memory(path: Path, shape: Sequence[int]) -> None:
