@@ -23,6 +23,18 @@ NETWORK_3D = {
     "name": "UNet",
     "args": {"spatial_dims": 3, "channels": [4, 8], "strides": [2], "num_res_units": 1},
 }
+DYNUNET_2D = {
+    "name": "DynUNet",
+    "args": {
+        "spatial_dims": 2,
+        "kernel_size": [3, 3, 3],
+        "strides": [1, 2, 2],
+        "upsample_kernel_size": [2, 2],
+        "filters": [4, 8, 8],
+    },
+}
+# Another task on the same labels: what a source is trained for.
+MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
 SHAPE = (20, 24, 12)
 
@@ -113,3 +125,14 @@ def stop_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return next_batch(self)
 
     monkeypatch.setattr(CropSampler, "next_batch", counted)
+
+
+def train_source(
+    root: Path, output: Path, steps: int, data: dict[str, Any] = MERGED, **train: Any
+) -> Path:
+    """The checkpoint of a source model."""
+    from riskmap_ext.finetune import finetune
+
+    train = {"steps": steps, "validate_every": 0, **train}
+    finetune(configuration(root, output, data=data, train=train), progress=False)
+    return output / "last.pt"

@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from riskmap_ext.finetune import CheckpointError, ConfigError
+from riskmap_ext.finetune.checkpoint import load_source
+from riskmap_ext.finetune.config import SourceConfig
 
 LABELS = {"background": 0, "box": 1, "crate": 2}
 
@@ -179,3 +184,15 @@ def save_bundle(
         (root / "configs" / "metadata.json").write_text(json.dumps(metadata))
     torch.save(network.state_dict(), root / "models" / "model.pt")
     return root
+
+
+def load(path: Path, **options: Any) -> Any:
+    return load_source(SourceConfig(checkpoint=path, **options))
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """What is said of a source that is not taken."""
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load(path, **options)
+    assert str(path) in str(caught.value)
+    return str(caught.value)

@@ -16,11 +16,17 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import configuration, write_cases
 from monai.bundle import init_bundle
 from monai.networks import nets
-from source_data import BUNDLE_NETWORK, Runs, bundle_config, bundle_metadata, save_bundle
+from source_data import (
+    BUNDLE_NETWORK,
+    Runs,
+    bundle_config,
+    bundle_metadata,
+    load,
+    refusal,
+    save_bundle,
+)
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune
-from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.config import SourceConfig
 from riskmap_ext.finetune.predict import predict_images
 from riskmap_ext.finetune.rank import rank_sources
 
@@ -50,17 +56,6 @@ def bundle(tmp_path: Path) -> Path:
 def data(tmp_path: Path) -> Path:
     write_cases(tmp_path / "data", 3)
     return tmp_path / "data"
-
-
-def load(path: Path, **options: Any) -> Any:
-    return load_source(SourceConfig(checkpoint=path, **options))
-
-
-def refusal(root: Path, **options: Any) -> str:
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        load(root, **options)
-    assert str(root) in str(caught.value)
-    return str(caught.value)
 
 
 def rewrite(root: Path, config: dict[str, Any] | None = None, **metadata: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from finetune_data import configuration, real_data
+from finetune_data import configuration
+from nnunet_data import write_raw_data_set
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
@@ -29,23 +29,8 @@ LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's folders with a small hippocampus data set, planned and preprocessed."""
-    data, root = real_data("hippocampus"), tmp_path_factory.mktemp("nnunet")
-    raw = root / "raw" / NAME
-    for name in ("imagesTr", "labelsTr"):
-        (raw / name).mkdir(parents=True)
-    for image in sorted((data / "images").iterdir())[:CASES]:
-        case = image.name.removesuffix(".nii.gz")
-        shutil.copyfile(image, raw / "imagesTr" / f"{case}_0000.nii.gz")
-        label = nib.load(data / "labels" / image.name)
-        values = np.asarray(label.dataobj).astype(np.uint8)
-        nib.save(nib.Nifti1Image(values, nib.load(image).affine), raw / "labelsTr" / image.name)
-    content = {
-        "channel_names": {"0": "MRI"},
-        "labels": LABELS,
-        "numTraining": CASES,
-        "file_ending": ".nii.gz",
-    }
-    (raw / "dataset.json").write_text(json.dumps(content))
+    root = tmp_path_factory.mktemp("nnunet")
+    write_raw_data_set(root / "raw" / NAME, CASES, LABELS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes no 0
         patch.setenv("nnUNet_compile", "f")

@@ -18,13 +18,12 @@ pytest.importorskip("nibabel")
 import torch
 import torch.distributed as dist
 import yaml
-from finetune_data import configuration, settings, write_cases
+from finetune_data import DYNUNET_2D, configuration, settings, train_source, write_cases
 
 from riskmap_ext.finetune import finetune
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
-MERGED = {"classes": ["background", "thing"], "label_map": {1: "thing", 2: "thing"}}
 # SGD, since Adam makes steps of full length of the rounding of biases that have no effect.
 TRAIN = {"steps": 6, "batch_size": 4, "validate_every": 3, "accumulate": 2, "optimizer": "SGD"}
 
@@ -38,10 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    train = {"steps": 20, "validate_every": 0}
-    finetune(configuration(root, output, data=MERGED, train=train), progress=False)
-    return output / "last.pt"
+    return train_source(root, tmp_path_factory.mktemp("source") / "run", 20)
 
 
 def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -130,18 +126,8 @@ def test_a_failure_of_one_process_ends_all(root: Path, tmp_path: Path) -> None:
 
 
 def test_outputs_that_the_loss_does_not_see(root: Path, tmp_path: Path) -> None:
-    deep = {
-        "name": "DynUNet",
-        "args": {
-            "spatial_dims": 2,
-            "kernel_size": [3, 3, 3],
-            "strides": [1, 2, 2],
-            "upsample_kernel_size": [2, 2],
-            "filters": [4, 8, 8],
-            "deep_supervision": True,
-            "deep_supr_num": 1,
-        },
-    }
+    heads = {"deep_supervision": True, "deep_supr_num": 1}
+    deep = {**DYNUNET_2D, "args": {**DYNUNET_2D["args"], **heads}}
     content = settings(root, tmp_path / "out", network=deep, train={**TRAIN, "steps": 3})
     done = torchrun(write(tmp_path / "run.yaml", content))
     assert done.returncode == 0, done.stderr

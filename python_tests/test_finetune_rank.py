@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_2D, configuration, write_cases
+from finetune_data import MERGED, NETWORK_2D, configuration, train_source, write_cases
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, rank_sources
 from riskmap_ext.finetune.checkpoint import save_checkpoint
@@ -22,7 +22,6 @@ from riskmap_ext.finetune.structures import Structures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
 SAME: dict[str, Any] = {}
 
 
@@ -39,10 +38,7 @@ def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     folder = tmp_path_factory.mktemp("sources")
     found = {}
     for name, data in (("same", SAME), ("merged", MERGED)):
-        train = {"steps": 60, "validate_every": 0, "lr": 0.02}
-        run = configuration(root, folder / name, data=data, train=train)
-        finetune(run, progress=False)
-        found[name] = folder / name / "last.pt"
+        found[name] = train_source(root, folder / name, 60, data, lr=0.02)
     found["untrained"] = folder / "untrained.pt"
     network = NetworkConfig.model_validate(NETWORK_2D)
     blank = build_network(network, 2)

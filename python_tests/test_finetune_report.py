@@ -19,14 +19,13 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, rows_of, save, stop_at, write_cases
+from finetune_data import configuration, rows_of, save, stop_at, train_source, write_cases
 from html_page import Page
 
 import riskmap_ext
-from riskmap_ext.finetune import finetune, make_maps, svg
+from riskmap_ext.finetune import finetune, make_maps
 from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.leep_table import leep_section
-from riskmap_ext.finetune.losses import LossCurve
 from riskmap_ext.finetune.run_cases import CaseResults, read_results
 from riskmap_ext.finetune.run_files import Leep, read_run
 from riskmap_ext.finetune.run_page import run_page
@@ -55,10 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    train = {"steps": 30, "validate_every": 0, "lr": 0.02}
-    finetune(configuration(root, output, data=MERGED, train=train), progress=False)
-    return output / "last.pt"
+    return train_source(root, tmp_path_factory.mktemp("source") / "run", 30, MERGED, lr=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -511,41 +507,18 @@ class TestErrors:
         assert not list(tmp_path.iterdir())
 
 
-class TestLosses:
-    def write(self, path: Path, steps: int) -> list[dict[str, str]]:
-        curve = LossCurve(path, steps, torch.device("cpu"))
-        for step in range(1, steps + 1):
-            curve.add(step, torch.tensor(float(step)), 0.1)
-        curve.write()
-        return rows_of(path)
-
-    def test_every_step_of_a_short_run(self, tmp_path: Path) -> None:
-        rows = self.write(tmp_path / "losses.csv", 7)
-        assert [row["step"] for row in rows] == list("1234567")
-        assert [float(row["loss"]) for row in rows] == list(range(1, 8))
-
-    @pytest.mark.parametrize("steps", [999, 1000, 2501, 12345])
-    def test_means_of_a_long_one(self, tmp_path: Path, steps: int) -> None:
-        rows = self.write(tmp_path / "losses.csv", steps)
-        assert 500 <= len(rows) <= 1000
-        assert int(rows[-1]["step"]) == steps
-        every = int(rows[0]["step"])
-        assert float(rows[0]["loss"]) == (1 + every) / 2
-        means = {int(row["step"]): float(row["loss"]) for row in rows}
-        assert means[every * 100] == pytest.approx(every * 100 - (every - 1) / 2)
-
-    def test_a_loss_that_is_not_finite_is_kept(
-        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        train = {**TRAIN, "lr": 1e30, "grad_clip": None, "optimizer": "SGD", "validate_every": 6}
-        with pytest.raises(InputError, match="not finite"):
-            finetune(config(root, tmp_path / "run", None, train=train), progress=False)
-        losses = [float(row["loss"]) for row in rows_of(tmp_path / "run" / "losses.csv")]
-        assert math.isfinite(losses[0])
-        assert not math.isfinite(losses[-1])
-        with (tmp_path / "run" / "losses.csv").open("a") as file:
-            file.writelines(f"{step},{'inf' if step % 2 else '-inf'},0\n" for step in range(7, 200))
-        assert page_of(tmp_path / "run").open == []
+def test_a_loss_that_is_not_finite_is_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {**TRAIN, "lr": 1e30, "grad_clip": None, "optimizer": "SGD", "validate_every": 6}
+    with pytest.raises(InputError, match="not finite"):
+        finetune(config(root, tmp_path / "run", None, train=train), progress=False)
+    losses = [float(row["loss"]) for row in rows_of(tmp_path / "run" / "losses.csv")]
+    assert math.isfinite(losses[0])
+    assert not math.isfinite(losses[-1])
+    with (tmp_path / "run" / "losses.csv").open("a") as file:
+        file.writelines(f"{step},{'inf' if step % 2 else '-inf'},0\n" for step in range(7, 200))
+    assert page_of(tmp_path / "run").open == []
 
 
 def test_many_source_classes(run: Path) -> None:
@@ -564,38 +537,3 @@ def test_many_source_classes(run: Path) -> None:
     assert len(rows) == classes + 1
     rest = 1 - leep.source_frequencies[used].sum()
     assert f"30 source classes with most mass are shown; 75 with {rest:.2%} of it" in page.text
-
-
-class TestChart:
-    def chart(self, points: list[tuple[float, float]], **options: Any) -> str:
-        lines = [svg.Line("a <b>", points, 1)]
-        return svg.chart(lines, title="t", x_label="step", y_label="y", **options)
-
-    def test_gaps_at_what_is_not_finite(self) -> None:
-        text = self.chart([(0, 1.0), (1, math.nan), (2, 2.0), (3, math.inf), (4, 3.0)])
-        path = re.search(r"<path class='line l1'[^>]* d='([^']*)'", text)
-        assert path is not None
-        assert path[1].count("M") == 3
-        assert "nan" not in text
-        assert "inf" not in text
-
-    @pytest.mark.parametrize("points", [[], [(1, math.nan)]])
-    def test_nothing_to_draw(self, points: list[tuple[float, float]]) -> None:
-        assert self.chart(points) == ""
-
-    @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, -5.0])
-    def test_one_value(self, value: float) -> None:
-        assert "a &lt;b&gt;" in self.chart([(1, value)])
-        assert "nan" not in self.chart([(1, value), (2, value)])
-
-    def test_few_ticks_whatever_the_span(self) -> None:
-        for high in (1.0, 50.0, 1e4, 1e30, 1e300):
-            text = self.chart([(0, 1e-3), (1, high)], log=True)
-            assert 2 <= text.count("class='grid'") <= 14
-
-    def test_logarithmic_where_values_span_much(self) -> None:
-        far = [(0, 1000.0), (1, 0.1)]
-        assert "y (log)" in self.chart(far, log=True)
-        assert "(log)" not in self.chart(far)
-        assert "(log)" not in self.chart([(0, 1.0), (1, 2.0)], log=True)
-        assert "(log)" not in self.chart([(0, 1.0), (1, 0.0)], log=True)

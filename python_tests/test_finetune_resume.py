@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, stop_at, write_cases
+from finetune_data import configuration, stop_at, train_source, write_cases
 
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.errors import CheckpointError, ConfigError
@@ -54,11 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    data = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
-    train = {"steps": 10, "validate_every": 0}
-    finetune(configuration(root, output, data=data, train=train), progress=False)
-    return output / "last.pt"
+    return train_source(root, tmp_path_factory.mktemp("source") / "run", 10)
 
 
 @pytest.fixture(scope="module")

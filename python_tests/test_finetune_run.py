@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_3D, configuration, phantom, rows_of, save, write_cases
+from finetune_data import DYNUNET_2D, NETWORK_3D, configuration, phantom, rows_of, save, write_cases
 
 import riskmap_ext
 from riskmap_ext.finetune import (
@@ -306,18 +306,7 @@ def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):
         {"data": {"spacing": [2, 2, 2], "image_foreground": "otsu"}},
         {"data": {"slice_axis": "sagittal", "label_map": {1: 1, 2: "ignore"}}},
         {"inference": {"patch_size": [24, 24], "overlap": 0.5, "batch_size": 4}},
-        {
-            "network": {
-                "name": "DynUNet",
-                "args": {
-                    "spatial_dims": 2,
-                    "kernel_size": [3, 3, 3],
-                    "strides": [1, 2, 2],
-                    "upsample_kernel_size": [2, 2],
-                    "filters": [4, 8, 8],
-                },
-            }
-        },
+        {"network": DYNUNET_2D},
     ],
     ids=lambda s: "-".join(f"{k}.{n}" for k, v in s.items() for n in v),
 )

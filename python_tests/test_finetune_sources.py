@@ -17,14 +17,15 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import NETWORK_3D, configuration, phantom, save, settings, write_cases
 from source_data import (
     Runs,
+    load,
     nnunet_dataset,
     nnunet_network,
     nnunet_plans,
+    refusal,
     save_nnunet,
 )
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, load_config, parse_config
-from riskmap_ext.finetune.checkpoint import load_source
 from riskmap_ext.finetune.config import InferenceConfig, NetworkConfig, SourceConfig
 from riskmap_ext.finetune.data import read_image
 from riskmap_ext.finetune.network import build_network
@@ -53,17 +54,6 @@ def make_nnunet(tmp_path: Path, dims: int = 3, outputs: int = 3, **dataset: Any)
     channels = len(content["channel_names"])
     network = nnunet_network(plans, channels, outputs)
     return save_nnunet(tmp_path / "nnunet.pth", network, plans, content)
-
-
-def load(path: Path, **options: Any) -> Any:
-    return load_source(SourceConfig(checkpoint=path, **options))
-
-
-def refusal(path: Path, **options: Any) -> str:
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        load(path, **options)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.usefixtures("networks")

@@ -6,17 +6,16 @@ import copy
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from finetune_data import real_data
+from nnunet_data import write_raw_data_set
 from test_howto import blocks, run_command
 from torch import Tensor
 
@@ -40,7 +39,6 @@ NAMES = {kind: f"Dataset{401 + index}_{kind}" for index, kind in enumerate(LABEL
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's three folders with the hippocampus set in four ways, planned and preprocessed."""
-    data = real_data("hippocampus")
     root = tmp_path_factory.mktemp("nnunet")
     environment = {
         "nnUNet_n_proc_DA": "1",  # the planner takes no 0
@@ -52,34 +50,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, value in environment.items():
             patch.setenv(name, value)
         for kind in LABELS:
-            _raw_data_set(root / "raw" / NAMES[kind], data, kind)
+            order = {"regions_class_order": [1, 2]} if kind == "regions" else {}
+            change = partial(_changed, kind)
+            write_raw_data_set(root / "raw" / NAMES[kind], CASES, LABELS[kind], change, **order)
         _prepare()
         patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process
         yield root
 
 
-def _raw_data_set(folder: Path, data: Path, kind: str) -> None:
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True)
-    for image in sorted((data / "images").iterdir())[:CASES]:
-        case = image.name.removesuffix(".nii.gz")
-        shutil.copyfile(image, folder / "imagesTr" / f"{case}_0000.nii.gz")
-        label = nib.load(data / "labels" / image.name)
-        values = np.asarray(label.dataobj).astype(np.uint8)
-        if kind == "whole":
-            values = (values > 0).astype(np.uint8)
-        if kind == "ignored":
-            values[:3] = 3
-        nib.save(nib.Nifti1Image(values, nib.load(image).affine), folder / "labelsTr" / image.name)
-    content: dict[str, Any] = {
-        "channel_names": {"0": "MRI"},
-        "labels": LABELS[kind],
-        "numTraining": CASES,
-        "file_ending": ".nii.gz",
-    }
-    if kind == "regions":
-        content["regions_class_order"] = [1, 2]
-    (folder / "dataset.json").write_text(json.dumps(content))
+def _changed(kind: str, values: np.ndarray) -> np.ndarray:
+    if kind == "whole":
+        return (values > 0).astype(np.uint8)
+    if kind == "ignored":
+        values[:3] = 3
+    return values
 
 
 def _prepare() -> None:
