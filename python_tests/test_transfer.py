@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,7 +174,9 @@ def test_arms_share_weights_crops_and_order(toy, monkeypatch):
         begin(self, config, network, *rest)
 
     place = work.Place(toy / "scenarios", toy / "work", toy / "rows")
-    work.do(work.Task("toy", 0), place)
+    scenario = load_scenarios(place.scenarios)["toy"]
+    for other in range(max(arm.sources for arm in ARMS.values())):
+        work.source_of(scenario, 0, place, other)
     monkeypatch.setattr(CropSampler, "next_batch", noted_batch)
     monkeypatch.setattr(Stepper, "__init__", noted_begin)
     for arm in ARMS:
@@ -240,12 +241,14 @@ def test_scenario_files():
     assert set(DEFAULT) <= set(ARMS)
 
 
-def test_data_that_is_missing_is_told(toy, monkeypatch, capsys):
+def test_what_is_missing_or_unknown_is_told(toy, monkeypatch, capsys):
     monkeypatch.setenv("RISKMAP_DATA", str(toy / "elsewhere"))
     assert run_toy(toy) == 0
     assert "toy: left out: no toy in" in capsys.readouterr().out
     assert run_toy(toy, "--seeds", "0,1000") == 2
     assert "--seeds: 1000 and above are for the learning rates" in capsys.readouterr().err
+    assert run_toy(toy, arms="placed,everything") == 2
+    assert "--arms: everything unknown; there are default, extra" in capsys.readouterr().err
     assert main(["run", "--scenarios", "nothing"]) == 2
     assert "--scenarios: nothing unknown; there are" in capsys.readouterr().err
 
@@ -284,31 +287,6 @@ def test_losses():
     )
     for loss in (losses.focal_dice, losses.top_k_dice):
         assert 0 < loss(logits, half, None, foreground) < 10
-
-
-def test_class_means_keep_the_mean_of_each_class():
-    class Labelled:
-        def __init__(self, name: str) -> None:
-            self.name, self.label = name, torch.randint(-1, 3, (4, 4, 4), dtype=torch.int16)
-            self.label[self.label < 0] = -100
-
-    maps = SimpleNamespace(
-        conditional=torch.zeros(3, 2), risk={name: torch.rand(4, 4, 4) for name in "ab"}
-    )
-    cases = [Labelled(name) for name in "ab"]
-    weights = losses.class_means(maps, cases)  # type: ignore[arg-type]
-    label, risk, mean = (
-        torch.cat([each.flatten() for each in group])
-        for group in (
-            [case.label for case in cases],
-            [maps.risk[case.name] for case in cases],
-            [weights[case.name] for case in cases],
-        )
-    )
-    assert (mean[label == -100] == 0).all()
-    for index in range(3):
-        (value,) = mean[label == index].unique().tolist()
-        assert value == pytest.approx(float(risk[label == index].mean()), abs=1e-6)
 
 
 def result(seed: int, dice: dict[str, float], pair: str = "") -> Result:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.transfer import runner
-from benchmarks.transfer.arms import ARMS, DEFAULT
+from benchmarks.transfer.arms import ARMS, DEFAULT, GROUPS
 from benchmarks.transfer.scenario import FOLDER, ROOT, TUNING_SEED, chosen, load_scenarios
 from benchmarks.transfer.work import Place
 
@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="do the runs that are not stored yet")
     several = {"type": _names, "metavar": "A,B"}
     run.add_argument("--scenarios", **several, help="default: all")
-    run.add_argument("--arms", **several, help=f"default: {','.join(DEFAULT)}; or all")
+    run.add_argument(
+        "--arms", **several, help=f"arms or {', '.join(GROUPS)}; default: {','.join(DEFAULT)}"
+    )
     run.add_argument("--lengths", **several, help="default: all of each scenario")
     run.add_argument("--seeds", type=_numbers, metavar="0-9", help="default: as the scenario says")
     run.add_argument(
@@ -66,9 +68,11 @@ def _run(options: argparse.Namespace) -> int:
         index, count = options.shard
         part = f"{index}of{count}"
         scenarios = dict(list(scenarios.items())[index - 1 :: count])
-    arms = list(ARMS) if options.arms == ["all"] else options.arms or DEFAULT
+    named = [GROUPS.get(key, (key,)) for key in options.arms or ["default"]]
+    arms = list(dict.fromkeys(arm for group in named for arm in group))
     if unknown := [key for key in arms if key not in ARMS]:
-        raise ValueError(f"--arms: {', '.join(unknown)} unknown; there are {', '.join(ARMS)}")
+        known = ", ".join([*GROUPS, *ARMS])
+        raise ValueError(f"--arms: {', '.join(unknown)} unknown; there are {known}")
     if late := [seed for seed in options.seeds or () if seed >= TUNING_SEED]:
         raise ValueError(f"--seeds: {late[0]} and above are for the learning rates alone")
     tuning = options.tuning_seeds

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.transfer import losses
+from benchmarks.transfer import location, losses
 
 _CE = {"ce_weight": 1.0, "dice_weight": 0.0}
 _CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
@@ -16,7 +16,8 @@ _CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
 class Arm:
     """`risk` and `loss` are sections of the driver's configuration; risk None is no risk map.
 
-    own_loss and weights stand in the place of the loss section and of the risk maps.
+    own_loss and weights stand in the place of the loss section and of the risk maps; a class as
+    own_loss is made anew for each run. sources: how many source networks weights is given.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Arm:
     from_source: bool = True
     own_loss: Callable[..., Any] | None = None
     weights: Callable[..., Any] | None = None
+    sources: int = 1
 
     @property
     def definition(self) -> list[Any]:
@@ -36,6 +38,13 @@ class Arm:
 
 
 REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "risk_dice"
+_CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
+
+
+def _placed(key: str, name: str, what: str, **options: Any) -> Arm:
+    """Class weights + Dice with a factor that differs within the classes alone."""
+    return Arm(key, f"class and {name} + Dice", what, loss=_CLASS_DICE, risk={}, **options)
+
 
 _EVERY = (
     Arm(
@@ -53,20 +62,80 @@ _EVERY = (
         "class_dice",
         "class weights + Dice",
         "√(1/f) as class weights; needs no source's map",
-        loss={**_CE_DICE, "class_weights": "sqrt_inverse_frequency"},
+        loss=_CLASS_DICE,
     ),
     Arm(
         "class_mean_dice",
         "class means + Dice",
         "control: the risk map averaged within each class",
         risk={},
-        weights=losses.class_means,
+        weights=location.class_means,
     ),
     Arm("focal", "focal", "focal loss, exponent 2", own_loss=losses.focal),
     Arm("top_k", "top-k CE", "cross-entropy of the hardest tenth", own_loss=losses.top_k),
     Arm("focal_dice", "focal + Dice", "focal loss and Dice", own_loss=losses.focal_dice),
     Arm("top_k_dice", "top-k CE + Dice", "top-k CE and Dice", own_loss=losses.top_k_dice),
 )
-ARMS = {arm.key: arm for arm in _EVERY}
+_PLACED = (
+    _placed(
+        "place_output",
+        "output",
+        "1 / √p, p LEEP's likelihood of the label",
+        weights=location.output,
+    ),
+    _placed(
+        "place_several",
+        "three sources",
+        "1 / √p, p the mean likelihood of three sources of other seeds",
+        weights=location.several,
+        sources=3,
+    ),
+    _placed(
+        "place_gaussian",
+        "Gaussian head",
+        "1 / √p, p of a Gaussian head on the source's features",
+        weights=location.gaussian,
+    ),
+    _placed(
+        "place_neighbours",
+        "neighbours",
+        "1 / √p, p of the 15 nearest neighbours among the source's features",
+        weights=location.neighbours,
+    ),
+    _placed(
+        "place_refreshed",
+        "refreshed",
+        "1 / √p, p LEEP's likelihood from the model being trained, at each step",
+        own_loss=location.Refreshed,
+    ),
+    _placed(
+        "place_disagreement",
+        "disagreement",
+        "√(q / p), q from the source (LEEP) and p from the model being trained",
+        weights=location.source_likelihood,
+        own_loss=location.Disagreement,
+    ),
+    _placed(
+        "doubt_output",
+        "doubt",
+        "√p, p LEEP's likelihood: less weight where the label is doubtful",
+        weights=location.doubt_output,
+    ),
+    _placed(
+        "doubt_neighbours",
+        "doubt of neighbours",
+        "√p, p of the nearest neighbours",
+        weights=location.doubt_neighbours,
+    ),
+    _placed(
+        "doubt_refreshed",
+        "refreshed doubt",
+        "√p, p LEEP's likelihood from the model being trained",
+        own_loss=location.DoubtRefreshed,
+    ),
+)
+ARMS = {arm.key: arm for arm in (*_EVERY, *_PLACED)}
+PLACED = tuple(arm.key for arm in _PLACED)  # what CONTROL is held against: location alone
 EXTRA = ("focal_dice", "top_k_dice")  # on request: beside CE + Dice arms they are a fairer peer
-DEFAULT = tuple(key for key in ARMS if key not in EXTRA)
+DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *PLACED))
+GROUPS = {"default": DEFAULT, "extra": EXTRA, "placed": PLACED, "all": tuple(ARMS)}

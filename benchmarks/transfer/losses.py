@@ -1,17 +1,12 @@
-"""Losses and voxel weights of the arms that the driver has no key for."""
+"""Losses of the arms that the driver has no key for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from riskmap_ext import weighted_loss
 from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.data import Case
-from riskmap_ext.finetune.maps import SourceMaps
 
 GAMMA = 2.0
 TOP_SHARE = 0.1
@@ -36,26 +31,6 @@ def focal_dice(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: T
 
 def top_k_dice(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor) -> Tensor:
     return top_k(logits, label, risk, foreground) + _dice(logits, label, foreground)
-
-
-def class_means(maps: SourceMaps, cases: Sequence[Case]) -> Mapping[str, Tensor]:
-    """The risk maps with each weight replaced by the mean of its class over the training voxels."""
-    total = torch.zeros(len(maps.conditional), dtype=torch.float64)
-    count = torch.zeros_like(total)
-    for case in cases:
-        valid = case.label != IGNORE_INDEX
-        label = case.label[valid].long()
-        total += torch.bincount(
-            label, weights=maps.risk[case.name][valid].double(), minlength=len(total)
-        )
-        count += torch.bincount(label, minlength=len(total))
-    mean = (total / count.clamp(min=1)).float()
-    return {
-        case.name: torch.where(
-            case.label == IGNORE_INDEX, 0.0, mean[case.label.long().clamp(min=0)]
-        )
-        for case in cases
-    }
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

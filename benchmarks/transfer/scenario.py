@@ -48,6 +48,16 @@ class Target(_Section):
     test: Count | None = None
 
 
+class Noise(_Section):
+    """Wrong training labels. moved: share of slices whose labels lie `voxels` off; omitted: chance
+    of each structure in a slice to be labelled background.
+    """
+
+    moved: Annotated[float, Field(ge=0, le=1)]
+    voxels: Count
+    omitted: Annotated[float, Field(ge=0, le=1)]
+
+
 class Tuning(_Section):
     """Seeds 1000, 1001, ... and the learning rates tried; `at` the length of a name or at each."""
 
@@ -57,7 +67,10 @@ class Tuning(_Section):
 
 
 class Scenario(_Section):
-    """One problem. simulated: resolution and extent of the simulation; folder: of real images."""
+    """One problem. simulated: resolution and extent of the simulation; folder: of real images.
+
+    noise: in the labels that are trained on; the source's are as they are.
+    """
 
     name: str
     title: str
@@ -67,6 +80,7 @@ class Scenario(_Section):
     split: Literal["shuffled", "rotated"] = "shuffled"
     source: Source
     target: Target
+    noise: Noise | None = None
     network: dict[str, Any]
     train: dict[str, Any]
     lengths: dict[str, Count]
@@ -87,10 +101,10 @@ class Scenario(_Section):
     @property
     def definition(self) -> dict[str, Any]:
         """What the result of a run depends on, whatever the seed, arm, length and rate."""
-        return self.model_dump(
-            mode="json",
-            exclude={"name", "title", "about", "lengths", "curve", "seeds", "tuning"},
-        )
+        apart = {"name", "title", "about", "lengths", "curve", "seeds", "tuning"}
+        if self.noise is None:
+            apart.add("noise")
+        return self.model_dump(mode="json", exclude=apart)
 
     @property
     def final_seeds(self) -> range:
@@ -165,10 +179,13 @@ def data_root() -> Path:
 
 
 def load_scenarios(folder: Path = FOLDER) -> dict[str, Scenario]:
-    """All scenarios of the files; a list of training cases makes one each: `name_2`, `name_4`."""
+    """All scenarios of the files; a list of training cases makes one each: `name_2`, `name_4`.
+
+    `like: other`: what the file does not say is as in other.yaml; sections are joined key by key.
+    """
     found = {}
     for path in sorted(folder.glob("*.yaml")):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _read(path)
         for side in ("source", "target"):
             data = content[side]["data"]
             if "label_map" in data:
@@ -189,6 +206,20 @@ def chosen(every: dict[str, Scenario], names: Sequence[str] | None) -> dict[str,
     if unknown := [name for name in names if name not in every]:
         raise ValueError(f"--scenarios: {', '.join(unknown)} unknown; there are {', '.join(every)}")
     return {name: every[name] for name in names}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    like = content.pop("like", None)
+    return content if like is None else _joined(_read(path.with_stem(like)), content)
+
+
+def _joined(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = {**base, **own}
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            both[key] = _joined(base[key], value)
+    return both
 
 
 def _expanded(label_map: dict[Any, Any]) -> dict[int, Any]:

@@ -20,7 +20,9 @@ import torch
 import riskmap_ext
 from benchmarks import machine
 from benchmarks.transfer.arms import ARMS, Arm
-from benchmarks.transfer.scenario import Scenario, data_root, load_scenarios, split
+from benchmarks.transfer.noise import mislabelled
+from benchmarks.transfer.scenario import Noise, Scenario, data_root, load_scenarios, split
+from benchmarks.transfer.sources import Sources
 from benchmarks.transfer.store import Store, claimed, keys
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.config import Config
@@ -28,9 +30,10 @@ from riskmap_ext.finetune.config_file import parse_config
 from riskmap_ext.finetune.data import Case, Cases, prepare_cases
 from riskmap_ext.finetune.errors import InputError
 from riskmap_ext.finetune.records import LEEP_FILE
-from riskmap_ext.finetune.run import FinetuneResult, finetune
+from riskmap_ext.finetune.run import FinetuneResult, WeightFunction, finetune
 from riskmap_ext.finetune.scores import FOUND, MISSED, score_masks
 from riskmap_ext.finetune.simulate import write_cohort
+from riskmap_ext.finetune.stepper import LossFunction
 from riskmap_ext.finetune.workspace import NONFINITE_FILE
 
 TUNING, FINAL = "tuning", "final"
@@ -105,6 +108,9 @@ def do(task: Task, place: Place, wait: bool = False) -> Done:
     return Done(task, f"Dice {dice:.1f}", time.perf_counter() - started)
 
 
+_OTHER_SEEDS = 100_000
+
+
 def key_of(task: Task, setup: str) -> tuple[str, ...]:
     return (
         *(task.scenario, task.length, str(task.arm)),
@@ -117,11 +123,14 @@ def _scenarios(folder: Path) -> dict[str, Scenario]:
     return load_scenarios(folder)
 
 
-def source_of(scenario: Scenario, seed: int, place: Place) -> Path:
-    """The source network's checkpoint, trained once for all scenarios that share it."""
+def source_of(scenario: Scenario, seed: int, place: Place, other: int = 0) -> Path:
+    """The source network's checkpoint, trained once for all scenarios that share it.
+
+    other: 1, 2, ... for one of the same cases, with other first weights and crops.
+    """
     source = scenario.source
     config = {
-        "seed": seed,
+        "seed": seed + _OTHER_SEEDS * other,
         "device": place.device,
         "data": _data(scenario, "source", seed, place),
         "network": scenario.network,
@@ -208,9 +217,10 @@ def run_config(
 
 
 @lru_cache(maxsize=2)
-def _cases(data: str) -> Cases:
+def _cases(data: str, noise: Noise | None, seed: int) -> Cases:
     """Read once; a process mostly stays with one seed."""
-    return prepare_cases(parse_config(json.loads(data)))
+    cases = prepare_cases(parse_config(json.loads(data)))
+    return cases if noise is None else mislabelled(cases, noise, seed)
 
 
 def _run(
@@ -220,12 +230,12 @@ def _run(
     run = uuid.uuid4().hex[:12]
     config, checkpoint = run_config(scenario, arm, task, place, output)
     shared = {"output": "none", "network": scenario.network, "data": config.data}
-    cases = _cases(json.dumps({**shared, "data": config.data.model_dump(mode="json")}))
+    data = json.dumps({**shared, "data": config.data.model_dump(mode="json")})
+    cases = _cases(data, scenario.noise, task.seed)
+    loss, weights = _hooks(arm, cases, config, _checkpoints(scenario, arm, task, place))
     result: FinetuneResult | None = None
     try:
-        result = finetune(
-            config, cases=cases, progress=False, loss=arm.own_loss, weights=arm.weights
-        )
+        result = finetune(config, cases=cases, progress=False, loss=loss, weights=weights)
     except InputError:
         # A rate that is too high for the arm: the run counts, with nothing found.
         if not (output / NONFINITE_FILE).is_file():
@@ -267,6 +277,25 @@ def _run(
     place.store().append(row, [{"run": run, **score} for score in scores], curve)
     shutil.rmtree(output, ignore_errors=True)
     return row
+
+
+def _checkpoints(scenario: Scenario, arm: Arm, task: Task, place: Place) -> list[Path]:
+    """Before the run, whose own random numbers they would disturb."""
+    return [source_of(scenario, task.seed, place, other) for other in range(arm.sources)]
+
+
+def _hooks(
+    arm: Arm, cases: Cases, config: Config, checkpoints: list[Path]
+) -> tuple[LossFunction | None, WeightFunction | None]:
+    """What stands in the place of the loss section and of the risk maps."""
+    count = len(cases.classes)
+    loss = arm.own_loss
+    if isinstance(loss, type):
+        loss = loss(cases.train, count)
+    if arm.weights is None:
+        return loss, None
+    sources = Sources(config, checkpoints, count)
+    return loss, lambda maps, train: arm.weights(maps, train, sources)
 
 
 def _pair(scenario: Scenario, config: Config, cases: Cases, checkpoint: Path) -> str:

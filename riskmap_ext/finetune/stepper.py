@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
-from riskmap_ext.finetune.data import Cases
+from riskmap_ext.finetune.data import Case, Cases
 from riskmap_ext.finetune.network import first_output
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
@@ -130,22 +130,27 @@ def _no_sync(model: nn.Module) -> Any:
 
 
 def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
-    """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
+    """Of the configuration; [C] float32."""
     wanted = config.loss.class_weights
     if wanted is None:
         return None
     if isinstance(wanted, list):
         return torch.tensor(wanted, dtype=torch.float32, device=device)
-    count = len(cases.classes)
-    frequencies = torch.zeros(count, dtype=torch.float64)
-    for case in cases.train:
+    weights = sqrt_inverse_frequency(cases.train, len(cases.classes))
+    log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
+    return weights.to(device)
+
+
+def sqrt_inverse_frequency(cases: Sequence[Case], num_classes: int) -> Tensor:
+    """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
+    frequencies = torch.zeros(num_classes, dtype=torch.float64)
+    for case in cases:
         valid = case.label[case.label != IGNORE_INDEX]
-        frequencies += torch.bincount(valid.long(), minlength=count)
+        frequencies += torch.bincount(valid.long(), minlength=num_classes)
     frequencies /= frequencies.sum().clamp(min=1)
     weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
     weights /= (weights * frequencies).sum().clamp(min=1e-12)
-    log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
-    return weights.to(device, torch.float32)
+    return weights.float()
 
 
 def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,259 @@
+"""Voxel weights that differ within a class: where, not which class.
+
+A factor is divided by its mean over each class's training voxels and multiplies the class weights
+√(1/f): such an arm differs from "class weights + Dice" in the place of the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import riskmap_ext
+from benchmarks.transfer.sources import Sources
+from riskmap_ext.finetune.config import IGNORE_INDEX
+from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.maps import SourceMaps
+from riskmap_ext.finetune.stepper import sqrt_inverse_frequency
+from riskmap_ext.nn import RiskWeightedLoss
+
+Volumes = Mapping[str, Tensor]
+
+EXPONENT = 0.5
+_FLOOR = 0.01  # of a likelihood: factors before the division stay within 1 to 10, or 0.1 to 1
+_NEIGHBOURS = 15
+_REFERENCES = 256  # of each class and case
+_CHUNK = 1 << 14
+
+
+def class_means(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """The risk maps with each weight replaced by the mean of its class over the training voxels."""
+    return _of_labels(_means(maps.risk, cases, sources.num_classes), cases)
+
+
+def output(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """More weight where LEEP's likelihood of the label is low."""
+    likelihood = {name: each.exp() for name, each in maps.transferability.items()}
+    return _factor(likelihood, cases, sources, -EXPONENT)
+
+
+def several(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """As output, with the mean likelihood of several sources."""
+    found = sources.likelihoods(cases)
+    mean = {case.name: torch.stack([each[case.name] for each in found]).mean(0) for case in cases}
+    return _factor(mean, cases, sources, -EXPONENT)
+
+
+def gaussian(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """As output, with a Gaussian head of one covariance on the source's features."""
+    return _factor(_kept(gaussian_likelihood, cases, sources), cases, sources, -EXPONENT)
+
+
+def neighbours(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """As output, with the nearest neighbours among the source's features in the other cases."""
+    return _factor(_kept(neighbour_likelihood, cases, sources), cases, sources, -EXPONENT)
+
+
+def doubt_output(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """Less weight where LEEP's likelihood of the label is low: the label is doubted."""
+    likelihood = {name: each.exp() for name, each in maps.transferability.items()}
+    return _factor(likelihood, cases, sources, EXPONENT)
+
+
+def doubt_neighbours(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """As doubt_output, with the nearest neighbours' likelihood."""
+    return _factor(_kept(neighbour_likelihood, cases, sources), cases, sources, EXPONENT)
+
+
+def source_likelihood(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
+    """Not a weight: what Disagreement compares the model with."""
+    return {case.name: maps.transferability[case.name].exp() for case in cases}
+
+
+class _Refreshed:
+    """Class weights times a factor of the model that is being trained; one instance a run."""
+
+    def __init__(self, cases: Sequence[Case], num_classes: int) -> None:
+        self._loss = RiskWeightedLoss(
+            weight=sqrt_inverse_frequency(cases, num_classes),
+            ignore_index=IGNORE_INDEX,
+            dice_weight=1.0,
+        )
+        self._num_classes = num_classes
+
+    def __call__(
+        self, logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            raised = self.raised(logits.detach(), label, risk)
+            total, count = _sums(raised, label, self._num_classes)
+            weight = _relative(raised, label, total / count.clamp(min=1))
+        return self._loss(logits, label, weight, foreground=foreground)
+
+    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+        """The factor before the division by its mean in each class."""
+        raise NotImplementedError
+
+
+class Refreshed(_Refreshed):
+    """LEEP of the model that is being trained: statistics of the last batches, then p^-1/2."""
+
+    exponent = -EXPONENT
+    _memory = 0.95
+
+    def __init__(self, cases: Sequence[Case], num_classes: int) -> None:
+        super().__init__(cases, num_classes)
+        self._joint: Tensor | float = 0.0
+
+    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+        given = {"ignore_index": IGNORE_INDEX}
+        joint = riskmap_ext.leep_statistics(logits, label, self._num_classes, **given)
+        self._joint = joint = self._memory * self._joint + joint
+        conditional = riskmap_ext.conditional(joint)
+        found = riskmap_ext.transferability_map(logits, label, conditional, **given)
+        return found.exp().clamp(min=_FLOOR) ** self.exponent
+
+
+class DoubtRefreshed(Refreshed):
+    """As Refreshed, with less weight where the likelihood is low."""
+
+    exponent = EXPONENT
+
+
+class Disagreement(_Refreshed):
+    """More weight where the source tells the label better than the model that is being trained.
+
+    (q / p)^1/2 of the likelihoods of the source (LEEP) and of the model.
+    """
+
+    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+        assert risk is not None
+        index = label.long().clamp(min=0)[:, None]
+        current = logits.float().softmax(dim=1).gather(1, index)[:, 0]
+        return (risk.clamp(min=_FLOOR) / current.clamp(min=_FLOOR)) ** EXPONENT  # 0.1 to 10
+
+
+def gaussian_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
+    """p(y|f) of class means, frequencies and one covariance of all training voxels' features."""
+    features = {name: each.flatten(1).double() for name, each in sources.features(cases).items()}
+    labels = {case.name: case.label.flatten().long() for case in cases}
+    size, count = len(next(iter(features.values()))), sources.num_classes
+    total = torch.zeros(count, dtype=torch.float64)
+    mean = torch.zeros(count, size, dtype=torch.float64)
+    square = torch.zeros(size, size, dtype=torch.float64)
+    for name, label in labels.items():
+        valid = label != IGNORE_INDEX
+        own = features[name][:, valid]
+        total += torch.bincount(label[valid], minlength=count)
+        mean.index_add_(0, label[valid], own.T)
+        square += own @ own.T
+    mean /= total.clamp(min=1)[:, None]
+    covariance = (square - (mean.T * total) @ mean) / total.sum()
+    covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    direction = torch.linalg.solve(covariance, mean.T).T
+    offset = (total / total.sum()).log() - 0.5 * (direction * mean).sum(dim=1)
+    found = {}
+    for case in cases:
+        chance = (direction @ features[case.name] + offset[:, None]).softmax(dim=0)
+        own = chance.gather(0, labels[case.name].clamp(min=0)[None])[0]
+        found[case.name] = own.float().view(case.label.shape)
+    return found
+
+
+def neighbour_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
+    """(k_y + 1) / (k + C) of the k nearest voxels of the other cases, as many drawn of each class.
+
+    With one case alone, of the case itself.
+    """
+    features = {name: each.flatten(1).T for name, each in sources.features(cases).items()}
+    labels = {case.name: case.label.flatten().long() for case in cases}
+    count = sources.num_classes
+    drawn = {}
+    for place, case in enumerate(cases):
+        generator = torch.Generator().manual_seed(place)
+        chosen = []
+        for index in range(count):
+            where = (labels[case.name] == index).nonzero()[:, 0]
+            order = torch.randperm(len(where), generator=generator)
+            chosen.append(where[order[:_REFERENCES]])
+        rows = torch.cat(chosen)
+        drawn[case.name] = (features[case.name][rows], labels[case.name][rows])
+    found = {}
+    for case in cases:
+        others = [each for name, each in drawn.items() if name != case.name]
+        others = others or [drawn[case.name]]
+        references = torch.cat([each for each, _ in others])
+        classes = torch.cat([each for _, each in others])
+        known = min(_NEIGHBOURS, len(references))
+        chances = []
+        label = labels[case.name]
+        for start in range(0, len(label), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            # Squared distances up to a term of the voxel alone.
+            apart = (references**2).sum(dim=1) - 2 * features[case.name][part] @ references.T
+            near = classes[apart.topk(known, dim=1, largest=False, sorted=False).indices]
+            own = (near == label[part, None]).sum(dim=1)
+            chances.append((own + 1) / (known + count))
+        found[case.name] = torch.cat(chances).view(case.label.shape)
+    return found
+
+
+_RECENT: dict[tuple[object, ...], Volumes] = {}
+
+
+def _kept(
+    likelihood: Callable[[Sequence[Case], Sources], Volumes],
+    cases: Sequence[Case],
+    sources: Sources,
+) -> Volumes:
+    """Made once for the runs of a process that differ in their learning rates alone."""
+    key = (likelihood.__name__, *sources.digests, *(case.digest for case in cases))
+    if key not in _RECENT:
+        if len(_RECENT) >= 4:
+            del _RECENT[next(iter(_RECENT))]
+        _RECENT[key] = likelihood(cases, sources)
+    return _RECENT[key]
+
+
+def _factor(
+    likelihood: Volumes, cases: Sequence[Case], sources: Sources, exponent: float
+) -> Volumes:
+    """Likelihood to the power, over its mean in each class."""
+    raised = {case.name: likelihood[case.name].clamp(min=_FLOOR) ** exponent for case in cases}
+    mean = _means(raised, cases, sources.num_classes)
+    return {case.name: _relative(raised[case.name], case.label, mean) for case in cases}
+
+
+def _relative(values: Tensor, label: Tensor, mean: Tensor) -> Tensor:
+    """Over the mean of the class; 0 where the label is ignored."""
+    factor = values / mean.to(values.dtype)[label.long().clamp(min=0)].clamp(min=1e-12)
+    return torch.where(label == IGNORE_INDEX, 0.0, factor).float()
+
+
+def _of_labels(values: Tensor, cases: Sequence[Case]) -> Volumes:
+    return {
+        case.name: torch.where(
+            case.label == IGNORE_INDEX, 0.0, values.float()[case.label.long().clamp(min=0)]
+        )
+        for case in cases
+    }
+
+
+def _means(values: Volumes, cases: Sequence[Case], num_classes: int) -> Tensor:
+    """Of each class over the voxels of all cases; [C] float64."""
+    total = torch.zeros(num_classes, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for case in cases:
+        sums = _sums(values[case.name], case.label, num_classes)
+        total, count = total + sums[0], count + sums[1]
+    return total / count.clamp(min=1)
+
+
+def _sums(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Of each class: sum and number of voxels."""
+    valid = label != IGNORE_INDEX
+    index = label[valid].long()
+    total = torch.bincount(index, weights=values[valid].double(), minlength=num_classes)
+    return total, torch.bincount(index, minlength=num_classes)

@@ -1,0 +1,36 @@
+"""Training labels with an annotator's errors: slices that lie off, structures that are left out."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from benchmarks.transfer.scenario import Noise
+from riskmap_ext._files import digest
+from riskmap_ext.finetune.config import IGNORE_INDEX
+from riskmap_ext.finetune.data import Case, Cases
+
+_WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+def mislabelled(cases: Cases, noise: Noise, seed: int) -> Cases:
+    """The same cases; the labels of those to train on are wrong as `noise` says."""
+    return replace(cases, train=[_mislabelled(case, noise, seed) for case in cases.train])
+
+
+def _mislabelled(case: Case, noise: Noise, seed: int) -> Case:
+    rng = np.random.default_rng([seed, zlib.crc32(case.name.encode())])
+    label = case.label.clone()
+    for index in range(label.shape[-1]):
+        part = label[..., index]
+        for structure in part.unique().tolist():
+            if structure not in (0, IGNORE_INDEX) and rng.random() < noise.omitted:
+                part[part == structure] = 0
+        if rng.random() < noise.moved:
+            way = [noise.voxels * step for step in _WAYS[rng.integers(len(_WAYS))]]
+            label[..., index] = torch.roll(part, way, (0, 1))
+    name = digest(case.digest, noise.model_dump(mode="json"), seed)
+    return replace(case, label=label, digest=name)
