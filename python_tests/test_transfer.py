@@ -414,6 +414,27 @@ def test_page_says_how_few_and_what_is_left_out(tmp_path):
     assert "tissues_t2 | " in text
 
 
+def test_page_holds_factors_against_class_weights_alone(tmp_path):
+    gains = {"ce_dice": 0.1, "risk_dice": 0.15, "class_dice": 0.2}
+    made_up(tmp_path, {**gains, "place_output": 0.1, "doubt_output": 0.4})
+    page = tmp_path / "evidence.md"
+    write_page(tmp_path, page)
+    text = page.read_text()
+    section = text[text.index("## Does the location count?") :].split("\n## ")[0]
+    (group,) = evidence.groups(Store(tmp_path).read())
+    for arm, name in (("place_output", "output"), ("doubt_output", "doubt")):
+        mean = f"{100 * group.against(arm, 'class_dice').mean:+.1f} (".replace("-", "\u2212")
+        assert f"| {name}: {ARMS[arm].what} | {mean}" in section
+    assert "refreshed" not in section
+    assert "Of 2 comparisons with class weights + Dice: ahead in 1, behind in 1," in section
+    (rivals,) = (line for line in text.splitlines() if "ahead of risk + Dice:" in line)
+    assert "class weights + Dice" in rivals
+    assert "class and" not in rivals
+    made_up(tmp_path / "none", gains)
+    write_page(tmp_path / "none", page)
+    assert "Does the location count?" not in page.read_text()
+
+
 def test_page_without_rows(tmp_path):
     write_page(tmp_path / "none", tmp_path / "evidence.md")
     assert "No runs are stored yet" in (tmp_path / "evidence.md").read_text()

@@ -31,6 +31,11 @@ class Arm:
     sources: int = 1
 
     @property
+    def short(self) -> str:
+        """The name of a factor beside the class weights."""
+        return self.name.removeprefix("class and ").removesuffix(" + Dice")
+
+    @property
     def definition(self) -> list[Any]:
         """What a run depends on, as plain values."""
         hooks = [f.__name__ if f else None for f in (self.own_loss, self.weights)]
