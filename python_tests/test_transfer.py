@@ -25,6 +25,7 @@ from benchmarks.transfer.report import write_page
 from benchmarks.transfer.scenario import load_scenarios, split
 from benchmarks.transfer.stats import Result, differences, interval
 from benchmarks.transfer.store import Store
+from riskmap_ext import weighted_loss
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.sampling import CropSampler
 from riskmap_ext.finetune.stepper import Stepper
@@ -289,6 +290,16 @@ def test_losses():
         assert 0 < loss(logits, half, None, foreground) < 10
 
 
+def test_weights_that_fade():
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    foreground, risk = torch.ones(2, 8, 8, dtype=torch.bool), 1 + torch.rand(2, 8, 8)
+    loss = losses.Fading([], 3, 4)
+    for power in (1, 0.75, 0.5, 0.25, 0, 0):
+        expected = weighted_loss(logits, label, risk**power, foreground=foreground, dice_weight=1.0)
+        torch.testing.assert_close(loss(logits, label, risk, foreground), expected)
+
+
 def result(seed: int, dice: dict[str, float], pair: str = "") -> Result:
     return Result(seed, pair or str(seed), {name: {"box": value} for name, value in dice.items()})
 
@@ -416,7 +427,7 @@ def test_page_says_how_few_and_what_is_left_out(tmp_path):
 
 def test_page_holds_factors_against_class_weights_alone(tmp_path):
     gains = {"ce_dice": 0.1, "risk_dice": 0.15, "class_dice": 0.2}
-    made_up(tmp_path, {**gains, "place_output": 0.1, "doubt_output": 0.4})
+    made_up(tmp_path, {**gains, "place_output": 0.1, "doubt_output": 0.4, "linear_dice": 0.3})
     page = tmp_path / "evidence.md"
     write_page(tmp_path, page)
     text = page.read_text()
@@ -427,9 +438,11 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
         assert f"| {name}: {ARMS[arm].what} | {mean}" in section
     assert "refreshed" not in section
     assert "Of 2 comparisons with class weights + Dice: ahead in 1, behind in 1," in section
+    assert "Of 1 comparisons with risk + Dice: ahead in 1, behind in 0," in text
     (rivals,) = (line for line in text.splitlines() if "ahead of risk + Dice:" in line)
     assert "class weights + Dice" in rivals
     assert "class and" not in rivals
+    assert "linear" not in rivals
     made_up(tmp_path / "none", gains)
     write_page(tmp_path / "none", page)
     assert "Does the location count?" not in page.read_text()

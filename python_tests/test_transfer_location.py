@@ -181,7 +181,7 @@ def expected_loss(study, logits, label, foreground, raised):
     ("method", "exponent"), [(location.Refreshed, -0.5), (location.DoubtRefreshed, 0.5)]
 )
 def test_refreshed_is_leep_of_the_model_that_is_trained(study, method, exponent):
-    loss = method(study.cases, CLASSES)
+    loss = method(study.cases, CLASSES, 9)
     joint = torch.zeros(CLASSES, CLASSES, dtype=torch.float64)
     for seed in range(3):
         logits, label, foreground = batch(seed)
@@ -202,7 +202,7 @@ def test_disagreement_is_high_where_the_source_knows_more(study):
     current = logits.detach().softmax(dim=1).gather(1, label.long().clamp(min=0)[:, None])[:, 0]
     raised = (likelihood / current.clamp(min=0.01)).sqrt()
     expected = expected_loss(study, logits, label, foreground, raised)
-    loss = location.Disagreement(study.cases, CLASSES)
+    loss = location.Disagreement(study.cases, CLASSES, 9)
     torch.testing.assert_close(loss(logits, label, likelihood, foreground), expected)
 
 

@@ -17,7 +17,8 @@ class Arm:
     """`risk` and `loss` are sections of the driver's configuration; risk None is no risk map.
 
     own_loss and weights stand in the place of the loss section and of the risk maps; a class as
-    own_loss is made anew for each run. sources: how many source networks weights is given.
+    own_loss is made for each run from its training cases, number of classes and steps. sources: how
+    many source networks weights is given.
     """
 
     key: str
@@ -44,6 +45,10 @@ class Arm:
 
 REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "risk_dice"
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
+
+
+def _power(alpha: float) -> dict[str, Any]:
+    return {"scheme": "power", "alpha": alpha}
 
 
 def _placed(key: str, name: str, what: str, **options: Any) -> Arm:
@@ -80,6 +85,31 @@ _EVERY = (
     Arm("top_k", "top-k CE", "cross-entropy of the hardest tenth", own_loss=losses.top_k),
     Arm("focal_dice", "focal + Dice", "focal loss and Dice", own_loss=losses.focal_dice),
     Arm("top_k_dice", "top-k CE + Dice", "top-k CE and Dice", own_loss=losses.top_k_dice),
+)
+_SETTINGS = (
+    Arm("power_third", "power ⅓ + Dice", "scheme power with exponent ⅓", risk=_power(1 / 3)),
+    Arm("power_strong", "power ¾ + Dice", "scheme power with exponent ¾", risk=_power(0.75)),
+    Arm(
+        "anneal_dice",
+        "fading power + Dice",
+        "scheme power with an exponent that falls from 0.5 to 0 over the steps",
+        risk=_power(0.5),
+        own_loss=losses.Fading,
+    ),
+    Arm("linear_dice", "linear + Dice", "scheme linear, 1 to 10", risk={"scheme": "linear"}),
+    Arm(
+        "image_dice",
+        "risk of image + Dice",
+        "exponential, its range from each image alone",
+        risk={"range": "image"},
+    ),
+    Arm(
+        "valid_dice",
+        "risk over valid + Dice",
+        "exponential; cross-entropy over the number of valid voxels, not of the image's foreground",
+        loss={**_CE_DICE, "normalization": "valid"},
+        risk={},
+    ),
 )
 _PLACED = (
     _placed(
@@ -139,8 +169,15 @@ _PLACED = (
         own_loss=location.DoubtRefreshed,
     ),
 )
-ARMS = {arm.key: arm for arm in (*_EVERY, *_PLACED)}
+ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_PLACED)}
+SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the driver, beside its default
 PLACED = tuple(arm.key for arm in _PLACED)  # what CONTROL is held against: location alone
 EXTRA = ("focal_dice", "top_k_dice")  # on request: beside CE + Dice arms they are a fairer peer
-DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *PLACED))
-GROUPS = {"default": DEFAULT, "extra": EXTRA, "placed": PLACED, "all": tuple(ARMS)}
+DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))
+GROUPS = {
+    "default": DEFAULT,
+    "extra": EXTRA,
+    "settings": SETTINGS,
+    "placed": PLACED,
+    "all": tuple(ARMS),
+}

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.transfer.arms import ARMS, CONTROL, OURS, PLACED, REFERENCE
+from benchmarks.transfer.arms import ARMS, CONTROL, OURS, PLACED, REFERENCE, SETTINGS
 from benchmarks.transfer.evidence import POINTS, Group
 from benchmarks.transfer.stats import Interval
 
@@ -51,7 +51,7 @@ def curves(groups: Sequence[Group], path: Path) -> Path | None:
     figure = _figure(5 * len(shown) + 1.8, 4)
     for axes, group in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for arm, curve in group.curves.items():
-            if arm in PLACED:
+            if arm in SETTINGS + PLACED:
                 continue
             steps, dice = zip(*curve, strict=True) if curve else ((), ())
             strong = arm in _STRONG

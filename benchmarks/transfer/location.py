@@ -75,7 +75,7 @@ def source_likelihood(maps: SourceMaps, cases: Sequence[Case], sources: Sources)
 class _Refreshed:
     """Class weights times a factor of the model that is being trained; one instance a run."""
 
-    def __init__(self, cases: Sequence[Case], num_classes: int) -> None:
+    def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
         self._loss = RiskWeightedLoss(
             weight=sqrt_inverse_frequency(cases, num_classes),
             ignore_index=IGNORE_INDEX,
@@ -103,8 +103,8 @@ class Refreshed(_Refreshed):
     exponent = -EXPONENT
     _memory = 0.95
 
-    def __init__(self, cases: Sequence[Case], num_classes: int) -> None:
-        super().__init__(cases, num_classes)
+    def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
+        super().__init__(cases, num_classes, steps)
         self._joint: Tensor | float = 0.0
 
     def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:

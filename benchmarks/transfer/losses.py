@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from riskmap_ext import weighted_loss
 from riskmap_ext.finetune.config import IGNORE_INDEX
+from riskmap_ext.finetune.data import Case
+from riskmap_ext.nn import RiskWeightedLoss
 
 GAMMA = 2.0
 TOP_SHARE = 0.1
@@ -31,6 +35,22 @@ def focal_dice(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: T
 
 def top_k_dice(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor) -> Tensor:
     return top_k(logits, label, risk, foreground) + _dice(logits, label, foreground)
+
+
+class Fading:
+    """Risk-weighted CE + Dice with the weights to the power 1 - t, t the share of steps done."""
+
+    def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
+        self._loss = RiskWeightedLoss(ignore_index=IGNORE_INDEX, dice_weight=1.0)
+        self._done, self._steps = 0, steps
+
+    def __call__(
+        self, logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor
+    ) -> Tensor:
+        assert risk is not None
+        left = max(0.0, 1 - self._done / self._steps)
+        self._done += 1
+        return self._loss(logits, label, risk**left, foreground=foreground)
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.transfer import charts
-from benchmarks.transfer.arms import ARMS, CONTROL, DEFAULT, OURS, PLACED, REFERENCE
+from benchmarks.transfer.arms import ARMS, CONTROL, DEFAULT, OURS, PLACED, REFERENCE, SETTINGS
 from benchmarks.transfer.evidence import POINTS, Group, groups
 from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
 from benchmarks.transfer.stats import Interval
@@ -69,6 +69,7 @@ def _page(
     else:
         yield from _summary(found, known, pictures)
         yield from _negative(found)
+        yield from _settings(found)
         yield from _location(found)
     yield from _what_was_run(rows, found, known)
     yield from _how()
@@ -135,7 +136,7 @@ def _negative(found: list[Group]) -> Iterator[str]:
         rivals = {
             key: group.against(key, OURS)
             for key in group.runs
-            if key not in (OURS, "scratch", *PLACED)
+            if key not in (OURS, "scratch", *SETTINGS, *PLACED)
         }
         better = [
             f"{ARMS[key].name} ({_difference(each)})"
@@ -154,25 +155,43 @@ def _negative(found: list[Group]) -> Iterator[str]:
     yield ""
 
 
+def _settings(found: list[Group]) -> Iterator[str]:
+    ours = ARMS[OURS].name
+    yield from _apart(
+        found,
+        SETTINGS,
+        OURS,
+        "## Other settings of the risk map",
+        f"What other settings gain over {ours}: paired differences of the mean Dice in points.",
+    )
+
+
 def _location(found: list[Group]) -> Iterator[str]:
     """The arms that differ from CONTROL in the place of the weights alone."""
-    shown = [g for g in found if CONTROL in g.runs and any(key in g.runs for key in PLACED)]
+    yield from _apart(
+        found,
+        PLACED,
+        CONTROL,
+        "## Does the location count?",
+        "Class weights times a factor whose mean over the voxels of each class is 1: what such an "
+        f"arm gains over {ARMS[CONTROL].name} comes from where within a class the weight lies. "
+        "Paired differences of the mean Dice in points.",
+    )
+
+
+def _apart(
+    found: list[Group], arms: Sequence[str], other: str, title: str, about: str
+) -> Iterator[str]:
+    """A row for each of the arms, a column for each group that has any of them."""
+    shown = [g for g in found if other in g.runs and any(key in g.runs for key in arms)]
     if not shown:
         return
-    control = ARMS[CONTROL].name
-    yield "## Does the location count?"
-    yield ""
-    yield (
-        "Class weights times a factor whose mean over the voxels of each class is 1: what such an "
-        f"arm gains over {control} comes from where within a class the weight lies. Paired "
-        "differences of the mean Dice in points."
-    )
-    yield ""
-    yield _line("factor", *(f"[{g.scenario}](#{_anchor(g.scenario)}), {g.length}" for g in shown))
+    yield from (title, "", about, "")
+    yield _line("arm", *(f"[{g.scenario}](#{_anchor(g.scenario)}), {g.length}" for g in shown))
     yield _line(*["---"] * (1 + len(shown)))
     verdicts = {"ahead": 0, "behind": 0, "not told apart": 0}
-    for key in PLACED:
-        cells = [group.against(key, CONTROL) for group in shown]
+    for key in arms:
+        cells = [group.against(key, other) for group in shown]
         for each in cells:
             if each is not None:
                 verdicts[each.told] += 1
@@ -180,7 +199,7 @@ def _location(found: list[Group]) -> Iterator[str]:
             yield _line(f"{ARMS[key].short}: {ARMS[key].what}", *map(_difference, cells))
     yield ""
     told = ", ".join(f"{word} in {count}" for word, count in verdicts.items())
-    yield f"Of {sum(verdicts.values())} comparisons with {control}: {told}."
+    yield f"Of {sum(verdicts.values())} comparisons with {ARMS[other].name}: {told}."
     yield ""
 
 

@@ -291,7 +291,7 @@ def _hooks(
     count = len(cases.classes)
     loss = arm.own_loss
     if isinstance(loss, type):
-        loss = loss(cases.train, count)
+        loss = loss(cases.train, count, config.train.steps)
     if arm.weights is None:
         return loss, None
     sources = Sources(config, checkpoints, count)
