@@ -12,13 +12,20 @@ _CE = {"ce_weight": 1.0, "dice_weight": 0.0}
 _CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
 
 
+# Said to the driver, whose defaults may change, and no part of a run's definition.
+BASE: dict[str, dict[str, Any]] = {
+    "risk": {"scheme": "exponential", "range": "dataset"},
+    "loss": {"class_weights": None, "normalization": "foreground"},
+}
+
+
 @dataclass(frozen=True)
 class Arm:
     """`risk` and `loss` are sections of the driver's configuration; risk None is no risk map.
 
-    own_loss and weights stand in the place of the loss section and of the risk maps; a class as
-    own_loss is made for each run from its training cases, number of classes and steps. sources: how
-    many source networks weights is given.
+    What they leave out is as in BASE. own_loss and weights stand in the place of the loss section
+    and of the risk maps; a class as own_loss is made for each run from its training cases, number
+    of classes and steps. sources: how many source networks weights is given.
     """
 
     key: str

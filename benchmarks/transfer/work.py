@@ -19,7 +19,7 @@ import torch
 
 import riskmap_ext
 from benchmarks import machine
-from benchmarks.transfer.arms import ARMS, Arm
+from benchmarks.transfer.arms import ARMS, BASE, Arm
 from benchmarks.transfer.noise import mislabelled
 from benchmarks.transfer.scenario import Noise, Scenario, data_root, load_scenarios, split
 from benchmarks.transfer.sources import Sources
@@ -202,8 +202,8 @@ def run_config(
         "data": _data(scenario, "target", task.seed, place),
         "network": scenario.network,
         "source": {"checkpoint": checkpoint, "initialize": arm.from_source},
-        "risk": {"use": arm.risk is not None, **(arm.risk or {})},
-        "loss": arm.loss,
+        "risk": {"use": arm.risk is not None, **BASE["risk"], **(arm.risk or {})},
+        "loss": {**BASE["loss"], **arm.loss},
         "train": {
             **scenario.train,
             "steps": steps,
