@@ -168,7 +168,7 @@ def test_maps_are_those_of_the_library(run, root, source):
         given = (logits[case.name], case.label[None], statistics.conditional)
         expected = {
             "transferability": riskmap_ext.transferability_map(*given),
-            "risk": riskmap_ext.risk_map(*given, range=statistics.hardness_range),
+            "risk": riskmap_ext.risk_map(*given, scheme="linear", range=statistics.hardness_range),
         }
         image = nib.load(root / "images" / f"{case.name}.nii.gz")
         for kind, volume in expected.items():
@@ -322,7 +322,7 @@ def test_settings_run_through(root, tmp_path, sections):
         {"scheme": "power", "alpha": 0.3},
         {"scheme": "linear", "scale": 4},
         {"range": "image"},
-        {"range": [0, 3], "base": 4},
+        {"scheme": "exponential", "range": [0, 3], "base": 4},
     ],
     ids=str,
 )
@@ -341,8 +341,9 @@ def test_risk_settings_reach_the_maps(root, source, tmp_path, risk):
         place = ((h - lo) / (hi - lo)).clamp(0, 1)
         expected = {
             "power": torch.exp(risk.get("alpha", 0) * h),
-            "linear": 1 + risk.get("scale", 0) * place,
-        }.get(risk.get("scheme"), risk.get("base", 10.0) ** place)
+            "linear": 1 + risk.get("scale", 9.0) * place,
+            "exponential": risk.get("base", 10.0) ** place,
+        }[risk.get("scheme", "linear")]
         torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-3)
     assert max(float(v.max()) for v in volumes) > 1.2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -387,21 +388,21 @@ def made_up(folder: Path, gains: dict[str, float], seeds: int = 6, **changed: st
 
 
 def test_page_from_made_up_rows(tmp_path):
-    gains = {"scratch": -0.1, "ce": 0.0, "ce_dice": 0.1, "risk_dice": 0.2, "class_dice": 0.25}
+    gains = {"scratch": -0.1, "ce": 0.0, "ce_dice": 0.1, "linear_dice": 0.2, "class_dice": 0.25}
     made_up(tmp_path / "rows", gains)
     page = tmp_path / "evidence.md"
     write_page(tmp_path / "rows", page)
     text = page.read_text()
     (group,) = evidence.groups(Store(tmp_path / "rows").read())
-    against = group.against("risk_dice", "ce_dice")
+    against = group.against("linear_dice", "ce_dice")
     assert against.mean == pytest.approx(0.1, abs=0.01)
     assert against.told == "ahead"
     assert (
         f"{100 * against.mean:+.1f} ({100 * against.low:+.1f} to {100 * against.high:+.1f})" in text
     )
     assert "Against CE + Dice, of 1 comparisons: ahead in 1 (toy short)" in text
-    assert "toy, short: risk + Dice is behind class weights + Dice (\u2212" in text
-    assert "toy, short: ahead of risk + Dice: class weights + Dice (+" in text
+    assert "toy, short: linear risk + Dice is behind class weights + Dice (\u2212" in text
+    assert "toy, short: ahead of linear risk + Dice: class weights + Dice (+" in text
     assert "tells 75 % of the label entropy 0.800" in text
     assert "30 runs that are compared and 0 for learning rates; on chip, cpu" in text
     for name in ("overview", "toy-differences", "toy-curves"):
@@ -413,21 +414,30 @@ def test_page_from_made_up_rows(tmp_path):
 
 
 def test_page_says_how_few_and_what_is_left_out(tmp_path):
-    made_up(tmp_path, {"ce_dice": 0.1, "risk_dice": 0.2}, seeds=3, scenario="lesions")
-    made_up(tmp_path, {"risk_dice": 0.3}, seeds=2, scenario="lesions", setup="b", date="2021")
+    made_up(tmp_path, {"ce_dice": 0.1, "linear_dice": 0.2}, seeds=3, scenario="lesions")
+    made_up(tmp_path, {"linear_dice": 0.3}, seeds=2, scenario="lesions", setup="b", date="2021")
     made_up(tmp_path, {"class_dice": 0.3}, seeds=2, scenario="lesions", pair="other")
     page = tmp_path / "evidence.md"
     write_page(tmp_path, page)
     text = page.read_text()
     assert "3 of 5: too few to decide" in text
-    assert "2 runs of risk + Dice with another definition or rate" in text
+    assert "2 runs of linear risk + Dice with another definition or rate" in text
     assert "2 runs of class weights + Dice from another source or on other cases" in text
     assert "tissues_t2 | " in text
 
 
 def test_page_holds_factors_against_class_weights_alone(tmp_path):
-    gains = {"ce_dice": 0.1, "risk_dice": 0.15, "class_dice": 0.2}
-    made_up(tmp_path, {**gains, "place_output": 0.1, "doubt_output": 0.4, "linear_dice": 0.3})
+    gains = {"ce_dice": 0.1, "linear_dice": 0.15, "class_dice": 0.2}
+    made_up(
+        tmp_path,
+        {
+            **gains,
+            "place_output": 0.1,
+            "doubt_output": 0.4,
+            "risk_dice": 0.3,
+            "class_mean_dice": 0.3,
+        },
+    )
     page = tmp_path / "evidence.md"
     write_page(tmp_path, page)
     text = page.read_text()
@@ -437,12 +447,11 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
         mean = f"{100 * group.against(arm, 'class_dice').mean:+.1f} (".replace("-", "\u2212")
         assert f"| {name}: {ARMS[arm].what} | {mean}" in section
     assert "refreshed" not in section
-    assert "Of 2 comparisons with class weights + Dice: ahead in 1, behind in 1," in section
-    assert "Of 1 comparisons with risk + Dice: ahead in 1, behind in 0," in text
-    (rivals,) = (line for line in text.splitlines() if "ahead of risk + Dice:" in line)
+    assert "Of 3 comparisons: ahead in 1, behind in 1, not told apart in 1." in section
+    assert "Of 1 comparisons: ahead in 1, behind in 0, not told apart in 0." in text
+    (rivals,) = (line for line in text.splitlines() if "ahead of linear risk + Dice:" in line)
     assert "class weights + Dice" in rivals
     assert "class and" not in rivals
-    assert "linear" not in rivals
     made_up(tmp_path / "none", gains)
     write_page(tmp_path / "none", page)
     assert "Does the location count?" not in page.read_text()
@@ -451,3 +460,14 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
 def test_page_without_rows(tmp_path):
     write_page(tmp_path / "none", tmp_path / "evidence.md")
     assert "No runs are stored yet" in (tmp_path / "evidence.md").read_text()
+
+
+def test_figures_in_prose_are_those_of_the_page():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for file, title in (("README.md", "## Does it help?"), ("docs/method.md", "## When it helps")):
+        text = (root / file).read_text(encoding="utf-8")
+        section = text[text.index(title) :].split("\n## ")[0]
+        figures = set(re.findall(r"[+\u2212]\d+\.\d (?:\([^)]*\))?", section))
+        assert figures
+        assert [figure for figure in figures if figure not in page] == []

@@ -50,7 +50,8 @@ class Arm:
         return [self.loss, self.risk, self.from_source, *hooks]
 
 
-REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "risk_dice"
+REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "linear_dice"
+PAPER, MEANS = "risk_dice", "class_mean_dice"  # the exponential map, and its means in each class
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
 
 
@@ -72,9 +73,16 @@ _EVERY = (
     ),
     Arm("ce", "CE", "plain fine-tuning with cross-entropy", loss=_CE),
     Arm("ce_dice", "CE + Dice", "plain fine-tuning, the usual sum"),
-    Arm("risk_ce", "risk CE", "risk-weighted cross-entropy, as in the paper", loss=_CE, risk={}),
-    Arm("risk_dice", "risk + Dice", "the driver's default", risk={}),
-    Arm("power_dice", "power + Dice", "scheme power with exponent 0.5", risk={"scheme": "power"}),
+    Arm(
+        "risk_ce",
+        "risk CE",
+        "cross-entropy weighted by the exponential scheme, as in the paper",
+        loss=_CE,
+        risk={},
+    ),
+    Arm("linear_dice", "linear risk + Dice", "the driver's default", risk={"scheme": "linear"}),
+    Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),
+    Arm("power_dice", "power risk + Dice", "scheme power, exponent 0.5", risk={"scheme": "power"}),
     Arm(
         "class_dice",
         "class weights + Dice",
@@ -84,7 +92,7 @@ _EVERY = (
     Arm(
         "class_mean_dice",
         "class means + Dice",
-        "control: the risk map averaged within each class",
+        "control: the exponential risk map averaged within each class",
         risk={},
         weights=location.class_means,
     ),
@@ -94,16 +102,15 @@ _EVERY = (
     Arm("top_k_dice", "top-k CE + Dice", "top-k CE and Dice", own_loss=losses.top_k_dice),
 )
 _SETTINGS = (
-    Arm("power_third", "power ⅓ + Dice", "scheme power with exponent ⅓", risk=_power(1 / 3)),
-    Arm("power_strong", "power ¾ + Dice", "scheme power with exponent ¾", risk=_power(0.75)),
+    Arm("power_third", "power ⅓ risk + Dice", "scheme power, exponent ⅓", risk=_power(1 / 3)),
+    Arm("power_strong", "power ¾ risk + Dice", "scheme power, exponent ¾", risk=_power(0.75)),
     Arm(
         "anneal_dice",
-        "fading power + Dice",
-        "scheme power with an exponent that falls from 0.5 to 0 over the steps",
+        "fading risk + Dice",
+        "scheme power, an exponent that falls from 0.5 to 0 over the steps",
         risk=_power(0.5),
         own_loss=losses.Fading,
     ),
-    Arm("linear_dice", "linear + Dice", "scheme linear, 1 to 10", risk={"scheme": "linear"}),
     Arm(
         "image_dice",
         "risk of image + Dice",

@@ -365,7 +365,7 @@ def _config(
         }
     else:
         config["source"] = {"checkpoint": folder / "source" / "last.pt"}
-        config["risk"] = {"use": arm.risk}
+        config["risk"] = {"use": arm.risk, "scheme": "exponential"}  # the paper's
     return parse_config(config, origin="demo")
 
 
