@@ -445,7 +445,7 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
     (group,) = evidence.groups(Store(tmp_path).read())
     for arm, name in (("place_output", "output"), ("doubt_output", "doubt")):
         mean = f"{100 * group.against(arm, 'class_dice').mean:+.1f} (".replace("-", "\u2212")
-        assert f"| {name}: {ARMS[arm].what} | {mean}" in section
+        assert f"| {name} | {mean}" in section
     assert "refreshed" not in section
     assert "Of 3 comparisons: ahead in 1, behind in 1, not told apart in 1." in section
     assert "Of 1 comparisons: ahead in 1, behind in 0, not told apart in 0." in text

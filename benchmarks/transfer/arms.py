@@ -80,7 +80,12 @@ _EVERY = (
         loss=_CE,
         risk={},
     ),
-    Arm("linear_dice", "linear risk + Dice", "the driver's default", risk={"scheme": "linear"}),
+    Arm(
+        "linear_dice",
+        "linear risk + Dice",
+        "scheme linear, 1 to 10: the driver's default",
+        risk={"scheme": "linear"},
+    ),
     Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),
     Arm("power_dice", "power risk + Dice", "scheme power, exponent 0.5", risk={"scheme": "power"}),
     Arm(

@@ -171,7 +171,8 @@ def _settings(found: list[Group]) -> Iterator[str]:
         found,
         dict.fromkeys((PAPER, "power_dice", *SETTINGS), OURS),
         "## Other settings of the risk map",
-        f"What other settings gain over {ours}: paired differences of the mean Dice in points.",
+        f"What other settings ([what each is](#how)) gain over {ours}: paired differences of the "
+        "mean Dice in points.",
     )
 
 
@@ -183,8 +184,8 @@ def _location(found: list[Group]) -> Iterator[str]:
         "## Does the location count?",
         "The exponential map against its means within each class; below it, class weights times a "
         "factor whose mean over each class is 1, against class weights alone. What is "
-        "gained comes from where within a class the weight lies. Paired differences of the mean "
-        "Dice in points.",
+        "gained comes from where within a class the weight lies ([what each factor is](#how)). "
+        "Paired differences of the mean Dice in points.",
     )
 
 
@@ -203,7 +204,7 @@ def _apart(found: list[Group], pairs: Mapping[str, str], title: str, about: str)
             if each is not None:
                 verdicts[each.told] += 1
         if any(cells):
-            yield _line(f"{ARMS[key].short}: {ARMS[key].what}", *map(_difference, cells))
+            yield _line(ARMS[key].short, *map(_difference, cells))
     yield ""
     told = ", ".join(f"{word} in {count}" for word, count in verdicts.items())
     yield f"Of {sum(verdicts.values())} comparisons: {told}."

@@ -256,7 +256,7 @@ class RiskConfig(_Section):
     """Give the map to the loss. False is plain fine-tuning; the maps are made all the same."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
     """How a weight follows from the hardness (docs/method.md). The paper has
-    `exponential`; in no comparison was it ahead of `linear`, in one behind (docs/evidence.md)."""
+    `exponential`; in no comparison was it ahead of `linear`, in two behind (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
