@@ -306,6 +306,23 @@ def test_a_run_with_wrong_labels_is_another_scenario(place):
     assert len(pairs) == 2  # the arms of a scenario share all but the arm
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"like": "wrong"}, "wrong.yaml: like: wrong is like this file itself"),
+        ({"like": "round"}, "wrong.yaml: like: round is like this file itself"),
+        ({"like": "nothing"}, "wrong.yaml: like: no nothing.yaml beside it"),
+        (["toy"], "wrong.yaml: expected keys of a scenario, got .'toy'."),
+    ],
+    ids=str,
+)
+def test_a_scenario_like_no_other_is_told(place, content, message):
+    (place.scenarios / "round.yaml").write_text("like: wrong")
+    (place.scenarios / "wrong.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_scenarios(place.scenarios)
+
+
 def test_scenarios_with_wrong_labels_differ_in_nothing_else():
     scenarios = load_scenarios()
     for noisy, clean in (

@@ -208,10 +208,20 @@ def chosen(every: dict[str, Scenario], names: Sequence[str] | None) -> dict[str,
     return {name: every[name] for name in names}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """readers: the files that came here by their `like`. Raises: ValueError naming the file."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected keys of a scenario, got {content!r}")
     like = content.pop("like", None)
-    return content if like is None else _joined(_read(path.with_stem(like)), content)
+    if like is None:
+        return content
+    base = path.with_name(f"{like}.yaml")
+    if base in (*readers, path):
+        raise ValueError(f"{path}: like: {like} is like this file itself")
+    if not base.is_file():
+        raise ValueError(f"{path}: like: no {base.name} beside it")
+    return _joined(_read(base, (*readers, path)), content)
 
 
 def _joined(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
