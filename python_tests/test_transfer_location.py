@@ -138,6 +138,8 @@ def test_gaussian_likelihood_is_that_of_the_densities(study):
 
 def test_neighbour_likelihood_is_a_count_among_the_other_cases(study):
     found = location.neighbour_likelihood(study.cases, study.sources)
+    every = together(study, {case.name: case.label for case in study.cases})
+    frequency = torch.bincount(every[every >= 0].long()) / (every >= 0).sum()
     for case in study.cases:
         others = [each for each in study.cases if each is not case]
         features = torch.cat([study.sources.found[each.name].flatten(1).T for each in others])
@@ -145,9 +147,11 @@ def test_neighbour_likelihood_is_a_count_among_the_other_cases(study):
         features, label = features[label >= 0], label[label >= 0]
         own = study.sources.found[case.name].flatten(1).T.double()
         near = torch.cdist(own, features.double()).topk(15, largest=False).indices
-        same = (label[near] == case.label.flatten()[:, None]).sum(dim=1)
         valid = case.label.flatten() >= 0
-        expected = (same + 1) / (15 + CLASSES)
+        votes = torch.stack([(label[near] == index).sum(dim=1) for index in range(CLASSES)], 1)
+        joint = frequency * (votes + 1 / CLASSES)
+        chance = joint / joint.sum(dim=1, keepdim=True)
+        expected = chance.gather(1, case.label.flatten().long().clamp(min=0)[:, None])[:, 0]
         torch.testing.assert_close(found[case.name].flatten()[valid], expected[valid])
     alone = location.neighbour_likelihood(study.cases[:1], study.sources)
     assert set(alone) == {"a"}
@@ -161,16 +165,21 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits.requires_grad_(), label, torch.ones(2, 8, 8, dtype=torch.bool)
 
 
-def expected_loss(study, logits, label, foreground, raised):
-    """Class weights times the factor over its mean in each class."""
-    factor = torch.zeros_like(raised)
+def over_mean(values: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    factor = torch.zeros_like(values)
     for index in range(CLASSES):
         own = label == index
-        factor[own] = raised[own] / raised[own].mean()
+        factor[own] = values[own] / values[own].mean()
+    return factor
+
+
+def expected_loss(study, logits, label, foreground, likelihood, exponent=-0.5):
+    """Class weights times the likelihood's power, over its mean in each class."""
+    relative = over_mean(likelihood, label)
     return riskmap_ext.weighted_loss(
         logits,
         label,
-        factor,
+        over_mean(relative.clamp(0.01, 100) ** exponent, label),
         weight=sqrt_inverse_frequency(study.cases, CLASSES),
         foreground=foreground,
         dice_weight=1.0,
@@ -188,22 +197,37 @@ def test_refreshed_is_leep_of_the_model_that_is_trained(study, method, exponent)
         joint = 0.95 * joint + riskmap_ext.leep_statistics(logits.detach(), label, CLASSES)
         chance = logits.detach().softmax(dim=1)
         rows = riskmap_ext.conditional(joint).float()[label.long().clamp(min=0)]
-        likelihood = (rows.movedim(-1, 1) * chance).sum(dim=1).clamp(min=0.01)
-        expected = expected_loss(study, logits, label, foreground, likelihood**exponent)
+        likelihood = (rows.movedim(-1, 1) * chance).sum(dim=1)
+        expected = expected_loss(study, logits, label, foreground, likelihood, exponent)
         found = loss(logits, label, None, foreground)
         torch.testing.assert_close(found, expected)
         gradients = [torch.autograd.grad(each, logits)[0] for each in (found, expected)]
         torch.testing.assert_close(*gradients)
 
 
-def test_disagreement_is_high_where_the_source_knows_more(study):
+def test_disagreement_is_the_source_over_the_model(study):
     logits, label, foreground = batch(0)
-    likelihood = torch.rand(2, 8, 8).clamp(min=0.05)
+    likelihood = torch.rand(2, 8, 8).clamp(min=0.3)
     current = logits.detach().softmax(dim=1).gather(1, label.long().clamp(min=0)[:, None])[:, 0]
-    raised = (likelihood / current.clamp(min=0.01)).sqrt()
-    expected = expected_loss(study, logits, label, foreground, raised)
-    loss = location.Disagreement(study.cases, CLASSES, 9)
-    torch.testing.assert_close(loss(logits, label, likelihood, foreground), expected)
+    given = (logits, label, likelihood, foreground)
+    hard, apart = (
+        method(study.cases, CLASSES, 9)(*given)
+        for method in (location.Hardness, location.Disagreement)
+    )
+    torch.testing.assert_close(hard, expected_loss(study, logits, label, foreground, current))
+    expected = expected_loss(study, logits, label, foreground, current / likelihood)
+    torch.testing.assert_close(apart, expected)
+
+
+def test_factors_do_not_hang_on_how_rare_a_class_is(study):
+    """The likelihoods of a rare class are all small."""
+    rare = {name: each - 6 for name, each in study.maps.transferability.items()}
+    other = SimpleNamespace(transferability=rare)
+    for weights in (location.output, location.doubt_output):
+        found = [
+            together(study, weights(m, study.cases, study.sources)) for m in (study.maps, other)
+        ]
+        torch.testing.assert_close(*found)
 
 
 @pytest.fixture

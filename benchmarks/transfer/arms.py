@@ -25,7 +25,8 @@ class Arm:
 
     What they leave out is as in BASE. own_loss and weights stand in the place of the loss section
     and of the risk maps; a class as own_loss is made for each run from its training cases, number
-    of classes and steps. sources: how many source networks weights is given.
+    of classes and steps. sources: how many source networks weights is given. constants: of
+    own_loss and weights, for `definition`.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Arm:
     own_loss: Callable[..., Any] | None = None
     weights: Callable[..., Any] | None = None
     sources: int = 1
+    constants: list[float] = field(default_factory=list)
 
     @property
     def short(self) -> str:
@@ -47,7 +49,7 @@ class Arm:
     def definition(self) -> list[Any]:
         """What a run depends on, as plain values."""
         hooks = [f.__name__ if f else None for f in (self.own_loss, self.weights)]
-        return [self.loss, self.risk, self.from_source, *hooks]
+        return [self.loss, self.risk, self.from_source, *hooks, *self.constants]
 
 
 REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "linear_dice"
@@ -61,7 +63,16 @@ def _power(alpha: float) -> dict[str, Any]:
 
 def _placed(key: str, name: str, what: str, **options: Any) -> Arm:
     """Class weights + Dice with a factor that differs within the classes alone."""
-    return Arm(key, f"class and {name} + Dice", what, loss=_CLASS_DICE, risk={}, **options)
+    constants = [*location.CONSTANTS, options.get("sources", 1)]
+    return Arm(
+        key,
+        f"class and {name} + Dice",
+        what,
+        loss=_CLASS_DICE,
+        risk={},
+        constants=constants,
+        **options,
+    )
 
 
 _EVERY = (
@@ -161,6 +172,12 @@ _PLACED = (
         "refreshed",
         "1 / √p, p LEEP's likelihood from the model being trained, at each step",
         own_loss=location.Refreshed,
+    ),
+    _placed(
+        "place_hardness",
+        "hardness",
+        "1 / √p, p the label's probability by the model being trained",
+        own_loss=location.Hardness,
     ),
     _placed(
         "place_disagreement",

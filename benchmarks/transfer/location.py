@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import riskmap_ext
@@ -22,7 +23,10 @@ from riskmap_ext.nn import RiskWeightedLoss
 Volumes = Mapping[str, Tensor]
 
 EXPONENT = 0.5
-_FLOOR = 0.01  # of a likelihood: factors before the division stay within 1 to 10, or 0.1 to 1
+# A likelihood over its mean in the class stays within 1 / REACH to REACH; absolute bounds would
+# cut off rare classes, whose likelihoods are all small.
+REACH = 100.0
+_TINY = 1e-6  # of a likelihood, as in the transferability map
 _NEIGHBOURS = 15
 _REFERENCES = 256  # of each class and case
 _CHUNK = 1 << 14
@@ -73,7 +77,12 @@ def source_likelihood(maps: SourceMaps, cases: Sequence[Case], sources: Sources)
 
 
 class _Refreshed:
-    """Class weights times a factor of the model that is being trained; one instance a run."""
+    """Class weights times a factor of the model that is being trained; one instance a run.
+
+    The factor has a mean of 1 over the voxels of each class in a batch.
+    """
+
+    exponent = -EXPONENT
 
     def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
         self._loss = RiskWeightedLoss(
@@ -87,33 +96,35 @@ class _Refreshed:
         self, logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor
     ) -> Tensor:
         with torch.no_grad():
-            raised = self.raised(logits.detach(), label, risk)
-            total, count = _sums(raised, label, self._num_classes)
-            weight = _relative(raised, label, total / count.clamp(min=1))
+            likelihood = self.likelihood(logits.detach(), label, risk)
+            raised = self._over_mean(likelihood, label).clamp(1 / REACH, REACH) ** self.exponent
+            weight = self._over_mean(raised, label)
         return self._loss(logits, label, weight, foreground=foreground)
 
-    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
-        """The factor before the division by its mean in each class."""
+    def likelihood(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    def _over_mean(self, values: Tensor, label: Tensor) -> Tensor:
+        """Of the class in the batch."""
+        total, count = _sums(values, label, self._num_classes)
+        return _relative(values, label, total / count.clamp(min=1))
 
 
 class Refreshed(_Refreshed):
     """LEEP of the model that is being trained: statistics of the last batches, then p^-1/2."""
 
-    exponent = -EXPONENT
     _memory = 0.95
 
     def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
         super().__init__(cases, num_classes, steps)
         self._joint: Tensor | float = 0.0
 
-    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+    def likelihood(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
         given = {"ignore_index": IGNORE_INDEX}
         joint = riskmap_ext.leep_statistics(logits, label, self._num_classes, **given)
         self._joint = joint = self._memory * self._joint + joint
         conditional = riskmap_ext.conditional(joint)
-        found = riskmap_ext.transferability_map(logits, label, conditional, **given)
-        return found.exp().clamp(min=_FLOOR) ** self.exponent
+        return riskmap_ext.transferability_map(logits, label, conditional, **given).exp()
 
 
 class DoubtRefreshed(Refreshed):
@@ -122,17 +133,23 @@ class DoubtRefreshed(Refreshed):
     exponent = EXPONENT
 
 
-class Disagreement(_Refreshed):
+class Hardness(_Refreshed):
+    """More weight where the model that is being trained gives the label a low probability."""
+
+    def likelihood(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+        index = label.long().clamp(min=0)[:, None]
+        return logits.float().softmax(dim=1).gather(1, index)[:, 0]
+
+
+class Disagreement(Hardness):
     """More weight where the source tells the label better than the model that is being trained.
 
     (q / p)^1/2 of the likelihoods of the source (LEEP) and of the model.
     """
 
-    def raised(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
+    def likelihood(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
         assert risk is not None
-        index = label.long().clamp(min=0)[:, None]
-        current = logits.float().softmax(dim=1).gather(1, index)[:, 0]
-        return (risk.clamp(min=_FLOOR) / current.clamp(min=_FLOOR)) ** EXPONENT  # 0.1 to 10
+        return super().likelihood(logits, label, risk) / risk.clamp(min=_TINY)
 
 
 def gaussian_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
@@ -163,13 +180,16 @@ def gaussian_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
 
 
 def neighbour_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
-    """(k_y + 1) / (k + C) of the k nearest voxels of the other cases, as many drawn of each class.
+    """p(y|f) from the k nearest voxels of the other cases, as many drawn of each class.
 
-    With one case alone, of the case itself.
+    f_y (k_y + 1 / C) over its sum over the classes, f their frequencies. With one case alone, of
+    the case itself.
     """
     features = {name: each.flatten(1).T for name, each in sources.features(cases).items()}
     labels = {case.name: case.label.flatten().long() for case in cases}
     count = sources.num_classes
+    frequency = sum(torch.bincount(_valid(each), minlength=count) for each in labels.values())
+    frequency = frequency / frequency.sum()
     drawn = {}
     for place, case in enumerate(cases):
         generator = torch.Generator().manual_seed(place)
@@ -194,11 +214,15 @@ def neighbour_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
             # Squared distances up to a term of the voxel alone.
             apart = (references**2).sum(dim=1) - 2 * features[case.name][part] @ references.T
             near = classes[apart.topk(known, dim=1, largest=False, sorted=False).indices]
-            own = (near == label[part, None]).sum(dim=1)
-            chances.append((own + 1) / (known + count))
+            votes = F.one_hot(near, count).sum(dim=1) + 1 / count
+            chance = votes * frequency / (votes * frequency).sum(dim=1, keepdim=True)
+            chances.append(chance.gather(1, label[part, None].clamp(min=0))[:, 0])
         found[case.name] = torch.cat(chances).view(case.label.shape)
     return found
 
+
+# What a stored run of these arms depends on, beside the functions' names.
+CONSTANTS = [EXPONENT, REACH, _TINY, _NEIGHBOURS, _REFERENCES]
 
 _RECENT: dict[tuple[object, ...], Volumes] = {}
 
@@ -221,9 +245,15 @@ def _factor(
     likelihood: Volumes, cases: Sequence[Case], sources: Sources, exponent: float
 ) -> Volumes:
     """Likelihood to the power, over its mean in each class."""
-    raised = {case.name: likelihood[case.name].clamp(min=_FLOOR) ** exponent for case in cases}
-    mean = _means(raised, cases, sources.num_classes)
-    return {case.name: _relative(raised[case.name], case.label, mean) for case in cases}
+
+    def over_mean(values: Volumes) -> Volumes:
+        mean = _means(values, cases, sources.num_classes)
+        return {case.name: _relative(values[case.name], case.label, mean) for case in cases}
+
+    relative = over_mean(likelihood)
+    return over_mean(
+        {name: each.clamp(1 / REACH, REACH) ** exponent for name, each in relative.items()}
+    )
 
 
 def _relative(values: Tensor, label: Tensor, mean: Tensor) -> Tensor:
@@ -251,9 +281,13 @@ def _means(values: Volumes, cases: Sequence[Case], num_classes: int) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def _valid(label: Tensor) -> Tensor:
+    return label[label != IGNORE_INDEX].long()
+
+
 def _sums(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Of each class: sum and number of voxels."""
     valid = label != IGNORE_INDEX
-    index = label[valid].long()
+    index = _valid(label)
     total = torch.bincount(index, weights=values[valid].double(), minlength=num_classes)
     return total, torch.bincount(index, minlength=num_classes)
