@@ -255,6 +255,74 @@ def test_what_is_missing_or_unknown_is_told(toy, monkeypatch, capsys):
     assert "--scenarios: nothing unknown; there are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "nope"], "error: --lengths: nope unknown; there are short"),
+        (["--seeds", "5-2"], "--seeds: expected numbers such as 0-4,7, got 5-2"),
+        (["--seeds", "x"], "--seeds: expected numbers such as 0-4,7, got x"),
+        (["--scenarios", ""], "--scenarios: expected names, got none"),
+        (["--tuning-seeds", "0"], "--tuning-seeds: expected a number from 1, got 0"),
+        (["--workers", "-3"], "--workers: expected a number from 0, got -3"),
+        (["--shard", "one"], "--shard: expected I/N with I from 1 to N, got one"),
+        (["--device", "banana"], "error: --device: banana cannot be used: "),
+        (["--out", "FILE"], "error: --out: FILE is no folder"),
+        (["--work", "FILE"], "error: --work: FILE is no folder"),
+        (["--scenario-files", "nowhere"], "error: nowhere: no scenario files (*.yaml)"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_told(toy, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(toy)
+    Path("FILE").touch()
+    try:
+        code = run_toy(toy, *options)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("a: {b", "cannot be read: while parsing"),
+        ("", "expected keys of a scenario, got None"),
+        ("title: x", "not the sections of a scenario: 'source'"),
+        ({"target": 3}, "not the sections of a scenario: "),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"noise": {"moved": 2, "voxels": 1, "omitted": 0}}, "noise.moved: Input should be less"),
+        ({"target": {**TOY["target"], "train": []}}, "target.train: expected a number or several"),
+    ],
+    ids=str,
+)
+def test_bad_scenario_files_are_told(toy, capsys, change, message):
+    path = toy / "scenarios" / "toy.yaml"
+    path.write_text(change if isinstance(change, str) else yaml.safe_dump({**TOY, **change}))
+    assert run_toy(toy) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {message}")
+    assert error.count("\n") == 1
+
+
+def test_rows_that_are_none_are_told(toy, tmp_path, capsys):
+    made_up(tmp_path / "rows", {"ce_dice": 0.1})
+    path, page = tmp_path / "rows" / "scores.csv", str(tmp_path / "page.md")
+    lines = path.read_text().splitlines()
+    for dice, said in (("7.5", "'7.5' is no such number"), ("much", "'much' is no such number")):
+        cells = lines[3].split(",")
+        cells[3] = dice
+        path.write_text("\n".join([*lines[:3], ",".join(cells), *lines[4:], ""]))
+        assert main(["report", "--out", str(path.parent), "--page", page]) == 2
+        assert f"error: {path}: line 4: dice: {said}" in capsys.readouterr().err
+    path.write_bytes(b"\xff\xfe\n")
+    assert main(["report", "--out", str(path.parent), "--page", page]) == 2
+    assert f"error: {path}: not a file of rows" in capsys.readouterr().err
+    assert main(["report", "--out", str(path), "--page", page]) == 2
+    assert f"error: --out: no folder of rows at {path}" in capsys.readouterr().err
+    assert not Path(page).exists()
+
+
 def test_best_rate_is_by_the_mean_and_the_smaller_of_equals(toy):
     scenario = load_scenarios(toy / "scenarios")["toy"]
     setup = work.setup_of(scenario, "short", ARMS["ce"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from benchmarks.transfer import runner
 from benchmarks.transfer.arms import ARMS, DEFAULT, GROUPS
@@ -43,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tuning-seeds", type=_count, metavar="N", help="default: as the scenario says"
     )
     run.add_argument(
-        "--workers", type=int, default=2, help="processes of one thread (2); 0: this one"
+        "--workers", type=_workers, default=2, help="processes of one thread (2); 0: this one"
     )
     run.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th scenario, from I = 1")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
@@ -75,6 +78,10 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--arms: {', '.join(unknown)} unknown; there are {known}")
     if late := [seed for seed in options.seeds or () if seed >= TUNING_SEED]:
         raise ValueError(f"--seeds: {late[0]} and above are for the learning rates alone")
+    _check_places(options)
+    known = sorted({length for each in scenarios.values() for length in each.lengths})
+    if unknown := [each for each in options.lengths or () if scenarios and each not in known]:
+        raise ValueError(f"--lengths: {', '.join(unknown)} unknown; there are {', '.join(known)}")
     tuning = options.tuning_seeds
     wanted = runner.Wanted(
         scenarios,
@@ -89,6 +96,18 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _check_places(options: argparse.Namespace) -> None:
+    for option in ("work", "out"):
+        path = getattr(options, option)
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--{option}: {path} is no folder")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {options.device} cannot be used: {reason}") from None
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -96,6 +115,8 @@ def _say(line: str) -> None:
 def _report(options: argparse.Namespace) -> int:
     from benchmarks.transfer.report import write_page
 
+    if not options.out.is_dir():
+        raise ValueError(f"--out: no folder of rows at {options.out}")
     write_page(options.out, options.page)
     print(options.page)
     return 0
@@ -115,26 +136,37 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("expected names, got none")
+    return found
 
 
 def _numbers(text: str) -> list[int]:
     """`0-4,7`: 0, 1, 2, 3, 4, 7."""
     found: list[int] = []
     for part in _names(text):
-        low, _, high = part.partition("-")
-        found += range(int(low), int(high or low) + 1)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        low, high = (int(each or match[1]) for each in match.groups()) if match else (1, 0)
+        if low > high:
+            raise argparse.ArgumentTypeError(f"expected numbers such as 0-4,7, got {text}")
+        found += range(low, high + 1)
     return list(dict.fromkeys(found))
 
 
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+def _count(text: str, least: int = 1) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a number from {least}, got {text}")
     return int(text)
 
 
+def _workers(text: str) -> int:
+    return _count(text, 0)
+
+
 def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = match.groups() if match else ("0", "0")
     if not 1 <= int(index) <= int(count):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, got {text}")
     return int(index), int(count)

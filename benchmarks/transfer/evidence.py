@@ -152,12 +152,12 @@ def _drop_unpaired(chosen: dict[str, list[Row]], left_out: list[str]) -> None:
 
 
 def _tried(runs: Sequence[Row], like: Row) -> set[float]:
-    same = ("scenario", "arm")
-    return {
-        float(row["lr"])
-        for row in runs
-        if row["kind"] == TUNING and all(row[key] == like[key] for key in same)
-    }
+    """The rates of its own tuning, or of the length that was tuned in its place."""
+    tuned = [row for row in runs if row["kind"] == TUNING]
+    for same in (("scenario", "setup"), ("scenario", "arm")):
+        if found := {float(r["lr"]) for r in tuned if all(r[k] == like[k] for k in same)}:
+            return found
+    return set()
 
 
 def _result(row: Row, scores: Sequence[Row]) -> Result:

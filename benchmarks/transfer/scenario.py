@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from riskmap_ext.finetune.datalist import stem, volumes_in
 
@@ -185,17 +185,37 @@ def load_scenarios(folder: Path = FOLDER) -> dict[str, Scenario]:
     """
     found = {}
     for path in sorted(folder.glob("*.yaml")):
-        content = _read(path)
-        for side in ("source", "target"):
-            data = content[side]["data"]
-            if "label_map" in data:
-                data["label_map"] = _expanded(data["label_map"])
-        counts = content["target"]["train"]
-        for count in counts if isinstance(counts, list) else [counts]:
-            name = f"{path.stem}_{count}" if isinstance(counts, list) else path.stem
-            target = {**content["target"], "train": count}
-            title = content["title"].replace("{train}", str(count))
-            found[name] = Scenario(**{**content, "name": name, "title": title, "target": target})
+        try:
+            found |= _scenarios_of(path)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}: {key}: {first['msg']}") from None
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: cannot be read: {reason}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not the sections of a scenario: {error}") from None
+    if not found:
+        raise ValueError(f"{folder}: no scenario files (*.yaml)")
+    return found
+
+
+def _scenarios_of(path: Path) -> dict[str, Scenario]:
+    found = {}
+    content = _read(path)
+    for side in ("source", "target"):
+        data = content[side]["data"]
+        if "label_map" in data:
+            data["label_map"] = _expanded(data["label_map"])
+    counts = content["target"]["train"]
+    if counts == []:
+        raise ValueError(f"{path}: target.train: expected a number or several, got none")
+    for count in counts if isinstance(counts, list) else [counts]:
+        name = f"{path.stem}_{count}" if isinstance(counts, list) else path.stem
+        target = {**content["target"], "train": count}
+        title = content["title"].replace("{train}", str(count))
+        found[name] = Scenario(**{**content, "name": name, "title": title, "target": target})
     return found
 
 
@@ -236,6 +256,9 @@ def _expanded(label_map: dict[Any, Any]) -> dict[int, Any]:
     """`100-207: cortex` as a value each."""
     values: dict[int, Any] = {}
     for key, name in label_map.items():
-        low, high = re.fullmatch(r"(\d+)(?:-(\d+))?", str(key)).groups()
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(key))
+        if match is None:
+            raise TypeError(f"label_map: expected values such as 3 or 3-7, got {key!r}")
+        low, high = match.groups()
         values |= dict.fromkeys(range(int(low), int(high or low) + 1), name)
     return values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ RUN_FIELDS = (
 SCORE_FIELDS = ("run", "subject", "class", "dice", "hd95")
 CURVE_FIELDS = ("run", "step", "train_loss", "mean_dice")
 KEY = ("scenario", "length", "arm", "lr", "seed", "kind", "setup")  # of runs that are the same
+_SHARES = {"dice", "mean_dice"}
+_NUMBERS = {"steps", "lr", "seed", "scores", "leep", "entropy", "step", *_SHARES}
 _FILES = {"runs": RUN_FIELDS, "scores": SCORE_FIELDS, "curves": CURVE_FIELDS}
 
 
@@ -91,16 +94,31 @@ class Store:
     def _lines(self, kind: str) -> Iterator[Row]:
         fields = _FILES[kind]
         for path in sorted(self.folder.glob(f"{kind}*.csv")):
-            text = path.read_text(encoding="utf-8")
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeError:
+                raise ValueError(f"{path}: not a file of rows: no UTF-8") from None
             text = text[: text.rfind("\n") + 1]  # what was cut while it was written
             if not text:
                 continue
             header, *lines = csv.reader(io.StringIO(text))
             if tuple(header) != fields:
                 raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
-            for line in lines:
+            for number, line in enumerate(lines, start=2):
                 if len(line) == len(fields):
-                    yield dict(zip(fields, line, strict=True))
+                    row = dict(zip(fields, line, strict=True))
+                    _check(path, number, row)
+                    yield row
+
+
+def _check(path: Path, number: int, row: Row) -> None:
+    for key in _NUMBERS & row.keys():
+        try:
+            value = float(row[key])
+        except ValueError:
+            value = math.inf
+        if value == math.inf or (key in _SHARES and (value < 0 or value > 1)):
+            raise ValueError(f"{path}: line {number}: {key}: {row[key]!r} is no such number")
 
 
 def _append(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
