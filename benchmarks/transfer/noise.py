@@ -6,7 +6,8 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
-import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.transfer.scenario import Noise
 from riskmap_ext._files import digest
@@ -30,7 +31,14 @@ def _mislabelled(case: Case, noise: Noise, seed: int) -> Case:
             if structure not in (0, IGNORE_INDEX) and rng.random() < noise.omitted:
                 part[part == structure] = 0
         if rng.random() < noise.moved:
-            way = [noise.voxels * step for step in _WAYS[rng.integers(len(_WAYS))]]
-            label[..., index] = torch.roll(part, way, (0, 1))
+            across, along = (noise.voxels * step for step in _WAYS[rng.integers(len(_WAYS))])
+            label[..., index] = _moved(part, across, along)
     name = digest(case.digest, noise.model_dump(mode="json"), seed)
     return replace(case, label=label, digest=name)
+
+
+def _moved(part: Tensor, across: int, along: int) -> Tensor:
+    """Background comes in at the border."""
+    wide = F.pad(part, (max(along, 0), max(-along, 0), max(across, 0), max(-across, 0)))
+    size, length = part.shape
+    return wide[max(-across, 0) :, max(-along, 0) :][:size, :length]
