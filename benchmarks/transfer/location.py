@@ -39,8 +39,7 @@ def class_means(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Vo
 
 def output(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
     """More weight where LEEP's likelihood of the label is low."""
-    likelihood = {name: each.exp() for name, each in maps.transferability.items()}
-    return _factor(likelihood, cases, sources, -EXPONENT)
+    return _factor(source_likelihood(maps, cases, sources), cases, sources, -EXPONENT)
 
 
 def several(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
@@ -62,8 +61,7 @@ def neighbours(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Vol
 
 def doubt_output(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
     """Less weight where LEEP's likelihood of the label is low: the label is doubted."""
-    likelihood = {name: each.exp() for name, each in maps.transferability.items()}
-    return _factor(likelihood, cases, sources, EXPONENT)
+    return _factor(source_likelihood(maps, cases, sources), cases, sources, EXPONENT)
 
 
 def doubt_neighbours(maps: SourceMaps, cases: Sequence[Case], sources: Sources) -> Volumes:
@@ -188,7 +186,8 @@ def neighbour_likelihood(cases: Sequence[Case], sources: Sources) -> Volumes:
     features = {name: each.flatten(1).T for name, each in sources.features(cases).items()}
     labels = {case.name: case.label.flatten().long() for case in cases}
     count = sources.num_classes
-    frequency = sum(torch.bincount(_valid(each), minlength=count) for each in labels.values())
+    every = torch.cat(list(labels.values()))
+    frequency = torch.bincount(every[every != IGNORE_INDEX], minlength=count)
     frequency = frequency / frequency.sum()
     drawn = {}
     for place, case in enumerate(cases):
@@ -281,13 +280,9 @@ def _means(values: Volumes, cases: Sequence[Case], num_classes: int) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _valid(label: Tensor) -> Tensor:
-    return label[label != IGNORE_INDEX].long()
-
-
 def _sums(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Of each class: sum and number of voxels."""
     valid = label != IGNORE_INDEX
-    index = _valid(label)
+    index = label[valid].long()
     total = torch.bincount(index, weights=values[valid].double(), minlength=num_classes)
     return total, torch.bincount(index, minlength=num_classes)

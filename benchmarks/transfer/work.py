@@ -232,7 +232,9 @@ def _run(
     shared = {"output": "none", "network": scenario.network, "data": config.data}
     data = json.dumps({**shared, "data": config.data.model_dump(mode="json")})
     cases = _cases(data, scenario.noise, task.seed)
-    loss, weights = _hooks(arm, cases, config, _checkpoints(scenario, arm, task, place))
+    # Trained before the run, whose own random numbers they would disturb.
+    others = [source_of(scenario, task.seed, place, other) for other in range(1, arm.sources)]
+    loss, weights = _hooks(arm, cases, config, [checkpoint, *others])
     result: FinetuneResult | None = None
     try:
         result = finetune(config, cases=cases, progress=False, loss=loss, weights=weights)
@@ -277,11 +279,6 @@ def _run(
     place.store().append(row, [{"run": run, **score} for score in scores], curve)
     shutil.rmtree(output, ignore_errors=True)
     return row
-
-
-def _checkpoints(scenario: Scenario, arm: Arm, task: Task, place: Place) -> list[Path]:
-    """Before the run, whose own random numbers they would disturb."""
-    return [source_of(scenario, task.seed, place, other) for other in range(arm.sources)]
 
 
 def _hooks(
