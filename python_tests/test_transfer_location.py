@@ -12,8 +12,9 @@ import yaml
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 pytest.importorskip("benchmarks", reason="needs the repository's root on the path")
 
-from finetune_data import NETWORK_2D, write_cases
+from finetune_data import write_cases
 from scipy.stats import multivariate_normal
+from transfer_data import TOY
 
 import riskmap_ext
 from benchmarks.transfer import location, work
@@ -234,23 +235,11 @@ def test_factors_do_not_hang_on_how_rare_a_class_is(study):
 def place(tmp_path, monkeypatch) -> work.Place:
     write_cases(tmp_path / "data" / "toy", 6)
     monkeypatch.setenv("RISKMAP_DATA", str(tmp_path / "data"))
-    classes = {"classes": ["background", "thing"], "label_map": {0: "background", "1-2": "thing"}}
-    toy = {
-        "title": "Boxes",
-        "folder": "toy",
-        "source": {"data": classes, "subjects": 2, "steps": 2, "lr": 0.01},
-        "target": {"data": {"classes": ["background", "box", "crate"]}, "train": 2, "test": 2},
-        "network": NETWORK_2D,
-        "train": {"batch_size": 2, "patch_size": 16},
-        "lengths": {"short": 2},
-        "seeds": 2,
-        "tuning": {"rates": [0.01, 0.02], "seeds": 1},
-    }
     noise = {"moved": 1.0, "voxels": 3, "omitted": 0.5}
     noisy = {"like": "toy", "title": "Wrong boxes", "target": {"test": 1}, "noise": noise}
     folder = tmp_path / "scenarios"
     folder.mkdir()
-    for name, content in (("toy", toy), ("wrong", noisy)):
+    for name, content in (("toy", TOY), ("wrong", noisy)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return work.Place(folder, tmp_path / "work", tmp_path / "rows")
 
