@@ -181,7 +181,8 @@ def data_root() -> Path:
 def load_scenarios(folder: Path = FOLDER) -> dict[str, Scenario]:
     """All scenarios of the files; a list of training cases makes one each: `name_2`, `name_4`.
 
-    `like: other`: what the file does not say is as in other.yaml; sections are joined key by key.
+    `like: other`: what the file does not say is as in other.yaml; sections are joined key by key,
+    but a network is the file's own with all of its arguments.
     """
     found = {}
     for path in sorted(folder.glob("*.yaml")):
@@ -241,7 +242,8 @@ def _read(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}: like: {like} is like this file itself")
     if not base.is_file():
         raise ValueError(f"{path}: like: no {base.name} beside it")
-    return _joined(_read(base, (*readers, path)), content)
+    joined = _joined(_read(base, (*readers, path)), content)
+    return {**joined, "network": content["network"]} if "network" in content else joined
 
 
 def _joined(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
