@@ -271,7 +271,11 @@ class TestRegions:
         assert set(np.unique(nib.load(written[0]).dataobj)) <= {0, 1, 2}
         # A source of regions, for classes.
         target = configuration(
-            tmp_path / "data", tmp_path / "next", source={"checkpoint": checkpoint}, train=TRAIN
+            tmp_path / "data",
+            tmp_path / "next",
+            source={"checkpoint": checkpoint},
+            risk={"use": True},
+            train=TRAIN,
         )
         following = finetune(target, progress=False)
         assert following.leep < 0

@@ -249,6 +249,24 @@ def test_the_loss_section_has_the_options_of_the_loss(tmp_path):
     assert loss.options == options
 
 
+@pytest.mark.parametrize(
+    ("sections", "of_classes", "of_regions"),
+    [
+        ({}, "sqrt_inverse_frequency", None),
+        ({"risk": {"use": True}}, None, None),
+        ({"loss": {"class_weights": None}}, None, None),
+        ({"risk": {"use": True}, "loss": {"class_weights": [1, 2]}}, [1, 2], [1, 2]),
+    ],
+    ids=str,
+)
+def test_automatic_class_weights(tmp_path, sections, of_classes, of_regions):
+    source = {"checkpoint": "source.pt"}
+    config = parse_config(content(tmp_path, source=source) | sections)
+    assert config.class_weights(regions=False) == of_classes
+    assert config.class_weights(regions=True) == of_regions
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
 def test_augmentation_is_gentle_by_default():
     augment = AugmentConfig()
     # Left and right are classes of their own in many label sets.

@@ -36,7 +36,13 @@ def test_tells_the_plan_and_writes_nothing(root, tmp_path, capsys):
     assert list(found.class_voxels.values()) == np.bincount(labels).tolist()
     assert found.memory.voxels == labels.size
     told = capsys.readouterr().out
-    for part in ("2 (case00, case01)", "UNet", "nothing is in the way", "MiB"):
+    for part in (
+        "2 (case00, case01)",
+        "UNet",
+        "sqrt_inverse_frequency",
+        "nothing is in the way",
+        "MiB",
+    ):
         assert part in told
     assert not (tmp_path / "out").exists()
 

@@ -118,6 +118,7 @@ def test_a_model_of_nnunets_trainer(folder: Path, tmp_path: Path, kind: str) -> 
         data={"classes": None, "image_foreground": "all"},
         network=None,
         source={"checkpoint": str(checkpoint), "orientation": "RAS"},
+        risk={"use": True},
         train={"steps": 1, "patch_size": 32, "validate_every": 0},
     )
     result = finetune(config, progress=False)

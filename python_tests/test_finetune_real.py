@@ -134,8 +134,9 @@ def test_brains_in_another_orientation(tmp_path):
     )
     assert source.mean_dice > 0.7
     chosen = {"checkpoint": str(source.checkpoint)}
+    sections = {"source": chosen, "risk": {"use": True}}
     result = finetune(
-        parse_config({**shared, "output": str(tmp_path / "target"), "source": chosen}),
+        parse_config({**shared, "output": str(tmp_path / "target"), **sections}),
         progress=False,
     )
     assert result.classes == ["background", *STRUCTURES]

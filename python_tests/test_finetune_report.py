@@ -70,11 +70,12 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def config(root: Path, output: Path, source: Path | None, **sections: Any) -> Any:
-    given = {
+    given: dict[str, Any] = {
         "train": TRAIN,
         "data": {"train": 3, "validation": 3, "classes": CLASSES},
-        **({} if source is None else {"source": {"checkpoint": str(source)}}),
     }
+    if source is not None:
+        given |= {"source": {"checkpoint": str(source)}, "risk": {"use": True}}
     return configuration(root, output, **(given | sections))
 
 

@@ -69,6 +69,7 @@ def config(root: Path, output: Path, source: Path, **sections: Any) -> Any:
         "train": TRAIN,
         "network": NETWORK,
         "source": {"checkpoint": str(source)},
+        "risk": {"use": True},
     } | sections
     return configuration(root, output, **sections)
 

@@ -65,6 +65,7 @@ def run(root, source, tmp_path_factory):
         output,
         network=None,
         source={"checkpoint": str(source)},
+        risk={"use": True},
         train={"steps": 6, "validate_every": 2},
         write={"overlays": True, "tensorboard": True},
         data={"validation": 2},
@@ -267,6 +268,7 @@ def test_same_seed_same_result(root, source, tmp_path):
             seed=seed,
             cache=str(tmp_path / "cache"),
             source={"checkpoint": str(source)},
+            risk={"use": True},
             write={"maps": False, "predictions": False},
         )
         results.append(finetune(config, progress=False))
@@ -286,10 +288,32 @@ def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):
     losses = {}
     for use in (True, False):
         config = configuration(
-            root, tmp_path / str(use), source={"checkpoint": str(source)}, risk={"use": use}
+            root,
+            tmp_path / str(use),
+            source={"checkpoint": str(source)},
+            risk={"use": use},
+            loss={"class_weights": None},
         )
         losses[use] = finetune(config, progress=False).history[0]["train_loss"]
     assert losses[True] > losses[False]
+
+
+def test_class_weights_take_the_place_of_the_map(root, source, tmp_path):
+    losses = {}
+    for name, sections in {
+        "default": {},
+        "named": {"loss": {"class_weights": "sqrt_inverse_frequency"}},
+        "plain": {"loss": {"class_weights": None}},
+        "map": {"risk": {"use": True}},
+        "map alone": {"risk": {"use": True}, "loss": {"class_weights": None}},
+        "both": {"risk": {"use": True}, "loss": {"class_weights": "sqrt_inverse_frequency"}},
+    }.items():
+        config = configuration(
+            root, tmp_path / name, source={"checkpoint": str(source)}, **sections
+        )
+        losses[name] = finetune(config, progress=False).history[0]["train_loss"]
+    assert losses["default"] == losses["named"] != losses["plain"]
+    assert losses["map"] == losses["map alone"] != losses["both"]
 
 
 @pytest.mark.parametrize(
@@ -413,8 +437,7 @@ def test_ignored_voxels_do_not_count_in_dice():
 
 
 def test_class_weights_keep_the_mean_at_one(root, tmp_path):
-    loss = {"class_weights": "sqrt_inverse_frequency"}
-    config = configuration(root, tmp_path, loss=loss)
+    config = configuration(root, tmp_path)
     cases = prepare_cases(config)
     weights = class_weights(config, cases, torch.device("cpu"), Log(quiet=True))
     assert weights is not None
@@ -428,15 +451,21 @@ def test_weights_of_ones_are_no_weights(root, source, tmp_path):
     sections = {"source": {"checkpoint": str(source)}, "network": None}
     runs = []
     for name, risk, weights in (
-        ("plain", {"use": False}, None),
-        ("ones", {}, lambda maps, cases: {c.name: torch.ones(c.label.shape) for c in cases}),
-        ("maps", {}, lambda maps, cases: maps.risk),
+        ("plain", False, None),
+        ("ones", True, lambda maps, cases: {c.name: torch.ones(c.label.shape) for c in cases}),
+        ("maps", True, lambda maps, cases: maps.risk),
     ):
-        config = configuration(root, tmp_path / name, risk=risk, **sections)
+        config = configuration(
+            root, tmp_path / name, risk={"use": risk}, loss={"class_weights": None}, **sections
+        )
         runs.append(finetune(config, progress=False, weights=weights))
     plain, ones, maps = (run.history for run in runs)
     assert [row["train_loss"] for row in ones] == [row["train_loss"] for row in plain]
     assert [row["train_loss"] for row in maps] != [row["train_loss"] for row in plain]
+    config = configuration(root, tmp_path / "unused", **sections)
+    with pytest.raises(ValueError, match=r"weights: .*risk\.use=true"):
+        finetune(config, progress=False, weights=lambda maps, cases: maps.risk)
+    assert not config.output.exists()
 
 
 def test_a_loss_of_the_callers_own(root, tmp_path):

@@ -162,13 +162,15 @@ def test_arms_share_weights_crops_and_order(toy, monkeypatch):
     assert len(batches) == len(ARMS)
     assert len(batches[0]) == 2
     assert all(own == batches[0] for own in batches)
-    fine_tuned = [own for arm, own in zip(ARMS, weights, strict=True) if arm != "scratch"]
-    assert all(own == fine_tuned[0] for own in fine_tuned)
-    assert weights[list(ARMS).index("scratch")] != fine_tuned[0]
+    firsts: dict[bool, list[list[str]]] = {True: [], False: []}
+    for arm, own in zip(ARMS.values(), weights, strict=True):
+        firsts[arm.from_source].append(own)
+    for same in firsts.values():
+        assert all(own == same[0] for own in same)
+    assert firsts[True][0] != firsts[False][0]
     stored = Store(toy / "rows").read()
     curves = {r["arm"]: [c["train_loss"] for c in stored.curves[r["run"]]] for r in stored.runs}
-    fresh = [tuple(curve) for arm, curve in curves.items() if arm != "scratch"]
-    assert len(set(fresh)) == len(fresh)
+    assert len({tuple(curve) for curve in curves.values()}) == len(ARMS)
 
 
 def test_a_rate_that_diverges_counts_as_nothing_found(toy):

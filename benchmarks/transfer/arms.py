@@ -52,7 +52,9 @@ class Arm:
         return [self.loss, self.risk, self.from_source, *hooks, *self.constants]
 
 
-REFERENCE, CONTROL, OURS = "ce_dice", "class_dice", "linear_dice"
+REFERENCE = "ce_dice"
+DRIVER = "class_dice"  # what the driver does unless asked
+MAP = "linear_dice"  # with risk.use=true
 PAPER, MEANS = "risk_dice", "class_mean_dice"  # the exponential map, and its means in each class
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
 
@@ -94,7 +96,7 @@ _EVERY = (
     Arm(
         "linear_dice",
         "linear risk + Dice",
-        "scheme linear, 1 to 10: the driver's default",
+        "scheme linear, 1 to 10: the driver's map, `risk.use=true`",
         risk={"scheme": "linear"},
     ),
     Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),
@@ -102,7 +104,7 @@ _EVERY = (
     Arm(
         "class_dice",
         "class weights + Dice",
-        "√(1/f) as class weights; needs no source's map",
+        "√(1/f) as class weights: the driver's default; needs no source's map",
         loss=_CLASS_DICE,
     ),
     Arm(
@@ -111,6 +113,13 @@ _EVERY = (
         "control: the exponential risk map averaged within each class",
         risk={},
         weights=location.class_means,
+    ),
+    Arm(
+        "scratch_class",
+        "class weights + Dice from scratch",
+        "random weights in the place of the source's",
+        loss=_CLASS_DICE,
+        from_source=False,
     ),
     Arm("focal", "focal", "focal loss, exponent 2", own_loss=losses.focal),
     Arm("top_k", "top-k CE", "cross-entropy of the hardest tenth", own_loss=losses.top_k),
@@ -206,9 +215,10 @@ _PLACED = (
     ),
 )
 ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_PLACED)}
-SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the driver, beside its default
-PLACED = tuple(arm.key for arm in _PLACED)  # what CONTROL is held against: location alone
-EXTRA = ("focal_dice", "top_k_dice")  # on request: beside CE + Dice arms they are a fairer peer
+SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the map, beside MAP
+PLACED = tuple(arm.key for arm in _PLACED)  # held against DRIVER: location alone
+# On request. Beside arms with Dice, the first two are fairer peers than without it.
+EXTRA = ("focal_dice", "top_k_dice", "scratch_class")
 DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))
 GROUPS = {
     "default": DEFAULT,

@@ -134,6 +134,7 @@ def source_of(scenario: Scenario, seed: int, place: Place, other: int = 0) -> Pa
         "device": place.device,
         "data": _data(scenario, "source", seed, place),
         "network": scenario.network,
+        "loss": BASE["loss"],
         "train": {**scenario.train, "steps": source.steps, "lr": source.lr, "validate_every": 0},
         **_COMMON,
     }

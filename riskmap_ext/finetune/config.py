@@ -252,11 +252,12 @@ class SourceConfig(_Section):
 class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
-    use: bool = True
-    """Give the map to the loss. False is plain fine-tuning; the maps are made all the same."""
+    use: bool = False
+    """Give the map to the loss. The maps are made all the same. By default the loss has class
+    weights instead, which did as well or better (docs/evidence.md)."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
-    """How a weight follows from the hardness (docs/method.md). The paper has
-    `exponential`; in no comparison was it ahead of `linear`, in two behind (docs/evidence.md)."""
+    """How a weight follows from the hardness (docs/method.md). The paper has `exponential`, which
+    was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -290,9 +291,11 @@ class LossConfig(_Section):
     the cross-entropy can be scaled up by."""
     region: Literal["valid", "foreground"] = "valid"
     """Voxels the cross-entropy is summed over."""
-    class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
+    class_weights: Literal["auto", "sqrt_inverse_frequency"] | list[NonNegative] | None = "auto"
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
-    √(1/f) with mean 1 over the training voxels. Null: all 1."""
+    √(1/f) with mean 1 over the training voxels. Null: all 1. `auto` is `sqrt_inverse_frequency`,
+    but null with a risk map (`risk.use`), which has weight for rare classes of its own, and with
+    regions."""
     label_smoothing: Fraction = 0.0
     """As in `torch.nn.functional.cross_entropy`."""
     include_background: bool = False
@@ -446,18 +449,18 @@ class Config(_Section):
             raise ValueError(
                 "network: expected a name and args, or a source whose network is taken; got neither"
             )
-        if self.source is None and self.risk.use and "use" in self.risk.model_fields_set:
+        if self.source is None and self.risk.use:
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
         return self
 
-    @property
-    def uses_risk(self) -> bool:
-        return self.source is not None and self.risk.use
+    def class_weights(self, regions: bool) -> str | list[float] | None:
+        """`loss.class_weights`, with `auto` resolved for classes or for regions."""
+        wanted = self.loss.class_weights
+        if wanted != "auto":
+            return wanted
+        return None if self.risk.use or regions else "sqrt_inverse_frequency"
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives the same run."""
         plain = self.model_dump(mode="json")
-        if self.source is None:
-            # true (the default) is refused where there is no source.
-            plain["risk"]["use"] = False
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

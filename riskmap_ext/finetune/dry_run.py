@@ -191,7 +191,10 @@ def _table(config: Config, listing: Listing, models: Models, result: DryRun, dev
         "patches": f"{config.train.batch_size} of {models.patch}, {config.train.steps} steps",
         "source": "none: plain training" if models.source is None else str(models.source.path),
         "weights": "" if result.keys is None else result.keys.summary(),
-        "risk map": f"{config.risk.scheme}" if config.uses_risk else "none",
+        "risk map": config.risk.scheme if config.risk.use else "not in the loss",
+        "class weights": str(
+            config.class_weights(listing.structures.regions is not None) or "none"
+        ),
     }
     for name, value in rows.items():
         if value:

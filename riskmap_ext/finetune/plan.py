@@ -155,8 +155,8 @@ def build_models(
     patch = patch_size(config, dims)
     count = structures.num_outputs
     wanted = without_channels(wanted, count, len(channels), "network.args")
-    weights = config.loss.class_weights
-    if weights is not None and structures.regions is not None and isinstance(weights, str):
+    weights = config.class_weights(regions=structures.regions is not None)
+    if isinstance(weights, str) and structures.regions is not None:
         raise ConfigError(f"loss.class_weights: {weights} is for classes; give a number a region")
     if isinstance(weights, list) and len(weights) != count:
         raise ConfigError(f"loss.class_weights: expected {count} numbers, got {len(weights)}")

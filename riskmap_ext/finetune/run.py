@@ -109,11 +109,14 @@ def finetune(
             where there is none.
         loss: in the place of the configuration's: (logits [B, C, *P], label [B, *P] int16 with -100
             for ignored voxels, risk [B, *P] or None, image foreground [B, *P]) -> a scalar.
-        weights: in the place of the risk maps, where `risk.use` is true: (maps, training cases) ->
-            case name -> voxel weights, such as a function of `maps.transferability`.
+        weights: in the place of the risk maps, with `risk.use`: (maps, training cases) -> case name
+            -> voxel weights, such as a function of `maps.transferability`.
 
-    Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written.
+    Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
+    ValueError for `weights` without `risk.use`.
     """
+    if weights is not None and not config.risk.use:
+        raise ValueError("weights: stand in the place of the risk map; expected risk.use=true")
     device = run_device(config)
     with processes(device) as group:
         log = Log(quiet=not (progress and group.is_main))
@@ -297,7 +300,7 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
         plan.store,
     )
     if not config.risk.use:
-        plan.log("risk.use is false: the loss takes no risk map")
+        plan.log("The loss takes no risk map; it would with risk.use=true")
     return maps
 
 

@@ -51,7 +51,7 @@ def _what(run: RunFiles) -> str:
         if source is not None and run.is_finished and not (run.metrics or run.losses):
             kind = f"Maps of {source.checkpoint}, without any training"
         elif source is not None:
-            kind += ", weighted by its risk map" if run.config.uses_risk else ", without a risk map"
+            kind += ", weighted by its risk map" if run.config.risk.use else ", without a risk map"
         parts.append(kind)
     if run.starts:
         start = run.starts[0]

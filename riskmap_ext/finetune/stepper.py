@@ -131,7 +131,7 @@ def _no_sync(model: nn.Module) -> Any:
 
 def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
     """Of the configuration; [C] float32."""
-    wanted = config.loss.class_weights
+    wanted = config.class_weights(cases.structures.regions is not None)
     if wanted is None:
         return None
     if isinstance(wanted, list):
