@@ -70,10 +70,10 @@ def _finetune(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Fine-tune a segmentation network with the transfer-risk-weighted loss.
+    """Fine-tune a segmentation network, weighted by class or by transfer risk (risk.use=true).
 
-    Without `source` in the configuration it trains the network plainly: that is how a source model
-    is made.
+    Without `source` in the configuration it trains the network from scratch: that is how a source
+    model is made.
     """
     with _stoppable():
         from riskmap_ext.finetune.config_file import load_config, located
