@@ -51,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th scenario, from I = 1")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda:N")
     run.add_argument("--work", type=Path, default=WORK, help="folder of what can be made again")
-    run.add_argument("--scenario-files", type=Path, default=FOLDER, help="folder of scenarios")
     report = commands.add_parser("report", help="make the page from the stored rows")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
     for each in (run, report):
         each.add_argument("--out", type=Path, default=OUT, help="folder of the rows")
+        each.add_argument("--scenario-files", type=Path, default=FOLDER, help="folder of scenarios")
     commands.add_parser("list", help="scenarios and arms")
     return parser
 
@@ -117,7 +117,7 @@ def _report(options: argparse.Namespace) -> int:
 
     if not options.out.is_dir():
         raise ValueError(f"--out: no folder of rows at {options.out}")
-    write_page(options.out, options.page)
+    write_page(options.out, options.page, options.scenario_files)
     print(options.page)
     return 0
 

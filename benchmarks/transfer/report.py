@@ -85,7 +85,7 @@ def _page(
         yield from _settings(found)
         yield from _location(found)
     yield from _what_was_run(rows, found, known)
-    yield from _how()
+    yield from _how(found)
     for name, own in _by_scenario(found).items():
         yield from _scenario(name, own, known.get(name), pictures.get(name, []))
 
@@ -105,11 +105,18 @@ def _summary(
     yield "## The driver's default"
     yield ""
     yield (
-        f"By these tables the driver takes {ARMS[DRIVER].name} unless it is asked for the map. "
-        "What that gains over another arm:"
+        f"The driver takes {ARMS[DRIVER].name} unless it is asked for the map. What that gains "
+        "over another arm:"
     )
     yield ""
     yield from _gains(found, known, DRIVER)
+    yield from _apart(
+        found,
+        {"scratch_class": "scratch"},
+        "### Without a source",
+        "The same from scratch, against CE + Dice from scratch: paired differences of the mean "
+        "Dice in points.",
+    )
 
 
 def _gains(found: list[Group], known: dict[str, Scenario], arm: str) -> Iterator[str]:
@@ -183,12 +190,13 @@ def _negative(found: list[Group]) -> Iterator[str]:
 
 def _settings(found: list[Group]) -> Iterator[str]:
     ours = ARMS[MAP].name
+    others = dict.fromkeys((PAPER, "power_dice", *SETTINGS), MAP)
     yield from _apart(
         found,
-        dict.fromkeys((PAPER, "power_dice", *SETTINGS), MAP),
+        {**others, "image_dice": PAPER, "valid_dice": PAPER},
         "## Other settings of the risk map",
-        f"What other settings ([what each is](#how)) gain over {ours}: paired differences of the "
-        "mean Dice in points.",
+        f"What other settings ([what each is](#how)) gain over {ours}, those of the exponential "
+        f"scheme over {ARMS[PAPER].name}: paired differences of the mean Dice in points.",
     )
 
 
@@ -279,12 +287,13 @@ def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) ->
         yield ""
 
 
-def _how() -> Iterator[str]:
+def _how(found: list[Group]) -> Iterator[str]:
     yield HOW.read_text(encoding="utf-8")
     yield _line("arm", "what")
     yield _line("---", "---")
-    for arm in ARMS.values():
-        yield _line(arm.name, arm.what)
+    for key, arm in ARMS.items():
+        if not found or any(key in group.runs for group in found):
+            yield _line(arm.name, arm.what)
     yield ""
 
 
