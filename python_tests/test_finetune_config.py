@@ -255,6 +255,7 @@ def test_the_loss_section_has_the_options_of_the_loss(tmp_path):
         ({}, "sqrt_inverse_frequency", None),
         ({"risk": {"use": True}}, None, None),
         ({"loss": {"class_weights": None}}, None, None),
+        ({"loss": {"label_smoothing": 0.1}}, None, None),
         ({"risk": {"use": True}, "loss": {"class_weights": [1, 2]}}, [1, 2], [1, 2]),
     ],
     ids=str,

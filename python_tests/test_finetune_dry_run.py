@@ -32,19 +32,37 @@ def test_tells_the_plan_and_writes_nothing(root, tmp_path, capsys):
     assert found.train == ["case00", "case01"]
     assert found.validation == ["case02"]
     assert found.read == ["case00", "case01", "case02"]
-    labels = np.concatenate([phantom(seed)[1].ravel() for seed in range(3)])
+    labels = np.concatenate([phantom(seed)[1].ravel() for seed in range(2)])
     assert list(found.class_voxels.values()) == np.bincount(labels).tolist()
-    assert found.memory.voxels == labels.size
+    assert 2 * found.memory.voxels == 3 * labels.size
     told = capsys.readouterr().out
     for part in (
         "2 (case00, case01)",
         "UNet",
-        "sqrt_inverse_frequency",
+        "√(1/f)",
         "nothing is in the way",
         "MiB",
     ):
         assert part in told
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_effect_is_told(root, tmp_path, capsys):
+    for seed in range(2):  # the training cases; the validation case has the class
+        label = phantom(seed)[1]
+        save(root / "labels" / f"case0{seed}.nii.gz", np.where(label == 2, 0, label), RAS)
+    given = configuration(root, tmp_path / "out", risk={"scheme": "power"})
+    check_run(given)
+    warnings = [
+        "no voxel of class crate in the 2 training cases",
+        "risk.scheme: without risk.use=true the map is made and not given to the loss",
+    ]
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"Warning: {text}" in told for text in warnings)
+    finetune(given, progress=False)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Warning: no voxel of class crate in the training cases" in log
+    assert f"Warning: {warnings[1]}" in log
 
 
 def test_keys_of_the_source(root, tmp_path):
@@ -98,7 +116,7 @@ def test_labels_are_read(root, tmp_path):
 def test_a_class_without_voxels_is_told(root, tmp_path, capsys):
     data = {"classes": ["background", "box", "crate", "barrel"]}
     check_run(configuration(root, tmp_path / "out", data=data))
-    assert "no voxel of class barrel in the 3 cases" in capsys.readouterr().out
+    assert "no voxel of class barrel in the 2 training cases" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_taken(root, tmp_path):

@@ -25,8 +25,6 @@ from riskmap_ext.finetune import (
 from riskmap_ext.finetune.checkpoint import load_source
 from riskmap_ext.finetune.evaluate import dice_per_structure
 from riskmap_ext.finetune.network import Predictor
-from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.stepper import class_weights
 from riskmap_ext.finetune.structures import Structures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,38 +282,6 @@ def test_prepared_cases_are_shared(root, source, tmp_path, monkeypatch):
     assert finetune(config, cases=cases, progress=False).history
 
 
-def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):
-    losses = {}
-    for use in (True, False):
-        config = configuration(
-            root,
-            tmp_path / str(use),
-            source={"checkpoint": str(source)},
-            risk={"use": use},
-            loss={"class_weights": None},
-        )
-        losses[use] = finetune(config, progress=False).history[0]["train_loss"]
-    assert losses[True] > losses[False]
-
-
-def test_class_weights_take_the_place_of_the_map(root, source, tmp_path):
-    losses = {}
-    for name, sections in {
-        "default": {},
-        "named": {"loss": {"class_weights": "sqrt_inverse_frequency"}},
-        "plain": {"loss": {"class_weights": None}},
-        "map": {"risk": {"use": True}},
-        "map alone": {"risk": {"use": True}, "loss": {"class_weights": None}},
-        "both": {"risk": {"use": True}, "loss": {"class_weights": "sqrt_inverse_frequency"}},
-    }.items():
-        config = configuration(
-            root, tmp_path / name, source={"checkpoint": str(source)}, **sections
-        )
-        losses[name] = finetune(config, progress=False).history[0]["train_loss"]
-    assert losses["default"] == losses["named"] != losses["plain"]
-    assert losses["map"] == losses["map alone"] != losses["both"]
-
-
 @pytest.mark.parametrize(
     "sections",
     [
@@ -434,51 +400,6 @@ def test_ignored_voxels_do_not_count_in_dice():
     assert dice[0] == pytest.approx(2 / 3)
     assert dice[1] == 0
     assert math.isnan(dice[2])
-
-
-def test_class_weights_keep_the_mean_at_one(root, tmp_path):
-    config = configuration(root, tmp_path)
-    cases = prepare_cases(config)
-    weights = class_weights(config, cases, torch.device("cpu"), Log(quiet=True))
-    assert weights is not None
-    labels = torch.cat([case.label.flatten() for case in cases.train]).long()
-    share = torch.bincount(labels).double() / labels.numel()
-    torch.testing.assert_close(weights / weights[0], (share[0] / share).sqrt().float())
-    assert float((weights.double() * share).sum()) == pytest.approx(1)
-
-
-def test_weights_of_ones_are_no_weights(root, source, tmp_path):
-    sections = {"source": {"checkpoint": str(source)}, "network": None}
-    runs = []
-    for name, risk, weights in (
-        ("plain", False, None),
-        ("ones", True, lambda maps, cases: {c.name: torch.ones(c.label.shape) for c in cases}),
-        ("maps", True, lambda maps, cases: maps.risk),
-    ):
-        config = configuration(
-            root, tmp_path / name, risk={"use": risk}, loss={"class_weights": None}, **sections
-        )
-        runs.append(finetune(config, progress=False, weights=weights))
-    plain, ones, maps = (run.history for run in runs)
-    assert [row["train_loss"] for row in ones] == [row["train_loss"] for row in plain]
-    assert [row["train_loss"] for row in maps] != [row["train_loss"] for row in plain]
-    config = configuration(root, tmp_path / "unused", **sections)
-    with pytest.raises(ValueError, match=r"weights: .*risk\.use=true"):
-        finetune(config, progress=False, weights=lambda maps, cases: maps.risk)
-    assert not config.output.exists()
-
-
-def test_a_loss_of_the_callers_own(root, tmp_path):
-    seen = []
-
-    def loss(logits, label, risk, foreground):
-        seen.append((logits.shape, label.shape, risk, foreground.dtype))
-        return torch.nn.functional.cross_entropy(logits, label.long(), ignore_index=-100)
-
-    result = finetune(configuration(root, tmp_path / "out"), progress=False, loss=loss)
-    assert seen == [((2, 3, 16, 16), (2, 16, 16), None, torch.bool)] * 2
-    assert 0.5 < result.history[0]["train_loss"] < 2
-    assert result.step_seconds > 0
 
 
 def test_random_state_and_threads_are_left_alone(root, tmp_path):

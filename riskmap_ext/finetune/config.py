@@ -240,8 +240,8 @@ class SourceConfig(_Section):
     initialize: bool = True
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
-    """The output layer: `auto` is fresh where the class counts differ, `keep` takes the source's,
-    `reinitialize` is always fresh."""
+    """The output layer: `auto` is fresh where the class counts differ or one of the two has
+    regions, `keep` takes the source's, `reinitialize` is always fresh."""
 
     @field_validator("classes")
     @classmethod
@@ -253,8 +253,9 @@ class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
     use: bool = False
-    """Give the map to the loss. The maps are made all the same. By default the loss has class
-    weights instead, which did as well or better (docs/evidence.md)."""
+    """Give the map to the loss. By default it has class weights instead, which the map was ahead of
+    in few comparisons (docs/evidence.md). The maps are made all the same, for the report: two
+    passes of the source over the training cases."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
     """How a weight follows from the hardness (docs/method.md). The paper has `exponential`, which
     was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
@@ -294,10 +295,11 @@ class LossConfig(_Section):
     class_weights: Literal["auto", "sqrt_inverse_frequency"] | list[NonNegative] | None = "auto"
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
     √(1/f) with mean 1 over the training voxels. Null: all 1. `auto` is `sqrt_inverse_frequency`,
-    but null with a risk map (`risk.use`), which has weight for rare classes of its own, and with
-    regions."""
+    but null with a risk map (`risk.use`), which has weight for rare classes of its own, with
+    label smoothing and with regions."""
     label_smoothing: Fraction = 0.0
-    """As in `torch.nn.functional.cross_entropy`."""
+    """As in `torch.nn.functional.cross_entropy`: class weights weigh what is spread over the
+    classes, too, so that strong ones draw all voxels to rare classes."""
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
@@ -426,7 +428,7 @@ class Config(_Section):
     network: NetworkConfig | None = None
     """Left out, the network is that of the source."""
     source: SourceConfig | None = None
-    """Left out, training is plain: that is how a source model is made."""
+    """Left out, training is from scratch: that is how a source model is made."""
     risk: RiskConfig = Field(default_factory=RiskConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -453,12 +455,22 @@ class Config(_Section):
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
         return self
 
+    @property
+    def notes(self) -> list[str]:
+        """Warnings of what is said and has no effect."""
+        given = self.risk.model_fields_set
+        if not given or "use" in given:
+            return []
+        keys = ", ".join(f"risk.{key}" for key in sorted(given))
+        return [f"{keys}: without risk.use=true the map is made and not given to the loss"]
+
     def class_weights(self, regions: bool) -> str | list[float] | None:
         """`loss.class_weights`, with `auto` resolved for classes or for regions."""
         wanted = self.loss.class_weights
         if wanted != "auto":
             return wanted
-        return None if self.risk.use or regions else "sqrt_inverse_frequency"
+        mapped = self.risk.use or regions or self.loss.label_smoothing > 0
+        return None if mapped else "sqrt_inverse_frequency"
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives the same run."""

@@ -30,6 +30,7 @@ from riskmap_ext.finetune.plan import (
 from riskmap_ext.finetune.processes import started
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
+from riskmap_ext.finetune.stepper import loss_in_words
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.volumes import grid_problems, read_header
 from riskmap_ext.finetune.workspace import (
@@ -47,7 +48,7 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would work on. class_voxels: class -> voxels in the cases that were read."""
+    """What a run would work on. class_voxels: class -> voxels in the training cases read."""
 
     train: list[str]
     validation: list[str]
@@ -86,7 +87,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     read, voxels, cases = _read_some(config, listing, models, log)
     if len(cases) == len(listing.train):
         check_inputs(resumed, inputs_digest(models.source, [digest for digest, _ in cases]))
-    for note in listing.notes:
+    for note in (*listing.notes, *config.notes):
         log.warn(note)
     if models.source is not None:
         check_preprocessing(config, models.source, [spacing for _, spacing in cases], log)
@@ -105,7 +106,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     log(described(need, store))
     for name, count in voxels.items():
         if count == 0:
-            log.warn(f"no voxel of class {name} in the {len(read)} cases that were read")
+            log.warn(f"no voxel of class {name} in the {len(cases)} training cases that were read")
     rest = "" if len(read) == total else f" ({total - len(read)} by their headers alone)"
     log(f"{total} cases checked{rest}: nothing is in the way of this run, and nothing was written")
     return result
@@ -149,8 +150,8 @@ def _read_some(
                 break
             try:
                 case = read_case(entry, config.data, listing, TensorStore())
-                counts += _class_counts(case, len(counts))
                 if len(read) < len(listing.train):
+                    counts += _class_counts(case, len(counts))
                     trained.append((case.digest, case.grid.spacing))
                 if not read:
                     flip_axes(case, models.dims, config.train.augment)
@@ -185,15 +186,16 @@ def _table(config: Config, listing: Listing, models: Models, result: DryRun, dev
         "training cases": _names(result.train),
         "validation cases": _names(result.validation) or "none: no Dice",
         "channels": ", ".join(listing.channels) if len(listing.channels) > 1 else "",
-        "classes": shares,
+        "training classes": shares,
         "regions": ", ".join(listing.structures.regions or []),
         "network": f"{models.config.name}, {result.parameters:,} parameters, on {device}",
         "patches": f"{config.train.batch_size} of {models.patch}, {config.train.steps} steps",
-        "source": "none: plain training" if models.source is None else str(models.source.path),
+        "source": "none: training from scratch"
+        if models.source is None
+        else str(models.source.path),
         "weights": "" if result.keys is None else result.keys.summary(),
-        "risk map": config.risk.scheme if config.risk.use else "not in the loss",
-        "class weights": str(
-            config.class_weights(listing.structures.regions is not None) or "none"
+        "loss": loss_in_words(
+            config, listing.structures.regions is not None, loss=False, weights=False
         ),
     }
     for name, value in rows.items():

@@ -20,7 +20,7 @@ def leep_section(run: RunFiles) -> str:
     leep = run.leep
     if leep is None:
         if run.config is not None and run.config.source is None:
-            return page.note("No source model: plain training, so there is nothing to score.")
+            return page.note("No source model: trained from scratch, so there is nothing to score.")
         return page.note("There is no leep.json: an older run, or one that has not come so far.")
     told = leep.score + leep.label_entropy
     share = told / leep.label_entropy if leep.label_entropy > 0 else 0.0

@@ -30,6 +30,7 @@ from riskmap_ext.finetune.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
+from riskmap_ext.finetune.stepper import class_voxels
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.structures import Structures
 
@@ -170,7 +171,10 @@ def build_models(
     check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
     keys = None
     if source is not None and config.source is not None and config.source.initialize:
-        keys = start_from_source(network, wanted, count, source, config.source.head)
+        head = config.source.head
+        if head == "auto" and (source.structures.regions is None) != (structures.regions is None):
+            head = "reinitialize"  # sigmoids say nothing of a softmax, however many there are
+        keys = start_from_source(network, wanted, count, source, head)
     return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys)
 
 
@@ -327,6 +331,11 @@ def tell_plan(plan: Plan) -> None:
         f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
         + ", ".join(cases.classes)
     )
+    for name, count in zip(
+        cases.classes, class_voxels(cases.train, len(cases.classes)), strict=True
+    ):
+        if count == 0:
+            log.warn(f"no voxel of class {name} in the training cases")
     if cases.structures.regions is not None:
         log("Regions: " + ", ".join(cases.structures.regions))
     if len(cases.channels) > 1:
@@ -343,6 +352,12 @@ def tell_plan(plan: Plan) -> None:
         check_preprocessing(config, models.source, cases.spacings, log)
     if models.keys is not None and models.source is not None:
         log(f"Weights from {models.source.path}: {models.keys.summary()}")
+        theirs, mine = (list(s.scored) for s in (models.source.structures, cases.structures))
+        if not models.keys.reinitialized and theirs != mine:
+            log(
+                f"The output layer is the source's ({', '.join(theirs)}); "
+                "source.head=reinitialize makes a fresh one"
+            )
         if len(models.keys.loaded) * 2 < len(models.network.state_dict()):
             log.warn("less than half of the network's weights come from the source")
     norms = [m for m in models.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

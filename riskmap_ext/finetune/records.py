@@ -48,8 +48,10 @@ def write_leep(
     )
 
 
-def note_start(folder: Path, device: torch.device, cases: dict[str, int], *, resumed: bool) -> None:
-    """Adds a start of the run to environment.json: versions and machine."""
+def note_start(
+    folder: Path, device: torch.device, cases: dict[str, int], loss: str, *, resumed: bool
+) -> None:
+    """Adds a start of the run to environment.json: its loss in words, versions and machine."""
     starts = _starts(folder / ENVIRONMENT_FILE) if resumed else []
     start: dict[str, Any] = {
         "begun": _now(),
@@ -58,6 +60,7 @@ def note_start(folder: Path, device: torch.device, cases: dict[str, int], *, res
         "peak_memory_bytes": None,
         "peak_gpu_memory_bytes": None,
         "cases": cases,
+        "loss": loss,
         "riskmap_ext": riskmap_ext.__version__,
         "torch": torch.__version__,
         "monai": monai.__version__,

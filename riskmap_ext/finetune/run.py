@@ -43,7 +43,7 @@ from riskmap_ext.finetune.processes import Processes, processes
 from riskmap_ext.finetune.records import note_end, note_start, write_leep
 from riskmap_ext.finetune.report import Log, dice_table, write_dice, write_overlay
 from riskmap_ext.finetune.run_report import report_at_end
-from riskmap_ext.finetune.stepper import LossFunction
+from riskmap_ext.finetune.stepper import LossFunction, loss_in_words
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.train import Trained, train_network
 from riskmap_ext.finetune.workspace import (
@@ -113,7 +113,7 @@ def finetune(
             -> voxel weights, such as a function of `maps.transferability`.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
-    ValueError for `weights` without `risk.use`.
+    ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
     """
     if weights is not None and not config.risk.use:
         raise ValueError("weights: stand in the place of the risk map; expected risk.use=true")
@@ -146,7 +146,7 @@ def _finetune(
         torch_state(config, device),
     ):
         plan = group.together(lambda: make_plan(config, cases, device, group, log, resumed))
-        group.on_main(lambda: _begin(plan, held))
+        group.on_main(lambda: _begin(plan, held, loss, weights))
         maps = _source_maps(plan)
         trained = _train(plan, maps, loss, weights)
         table = _evaluate(plan, maps, trained.predictions)
@@ -175,15 +175,29 @@ def _finetune(
     )
 
 
-def _begin(plan: Plan, held: contextlib.ExitStack) -> None:
+def _begin(
+    plan: Plan,
+    held: contextlib.ExitStack,
+    loss: LossFunction | None,
+    weights: WeightFunction | None,
+) -> None:
     """The output folder, and what the plan says in its log."""
     config, resumed = plan.config, plan.resumed
+    told = loss_in_words(
+        config,
+        plan.cases.structures.regions is not None,
+        loss=loss is not None,
+        weights=weights is not None,
+    )
     held.enter_context(claimed_output(config, plan.log, resumed=resumed is not None))
     counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
-    note_start(config.output, plan.device, counts, resumed=resumed is not None)
+    note_start(config.output, plan.device, counts, told, resumed=resumed is not None)
     if resumed is not None:
         plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
     tell_plan(plan)
+    plan.log(f"Loss: {told}")
+    for note in config.notes:
+        plan.log.warn(note)
     if plan.models.keys is not None and resumed is None:
         write_json(config.output / "keys.json", plan.models.keys.as_dict())
 
@@ -284,7 +298,7 @@ def _map_cases(
 def _source_maps(plan: Plan) -> SourceMaps | None:
     config, models = plan.config, plan.models
     if models.source is None or models.source_predictor is None:
-        plan.log("No source model: plain training")
+        plan.log("No source model: training from scratch")
         return None
     # Maps of validation cases are only looked at: neither statistics nor training see them.
     shown = config.write.maps or bool(config.write.overlays)
@@ -299,8 +313,6 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
         plan.processes,
         plan.store,
     )
-    if not config.risk.use:
-        plan.log("The loss takes no risk map; it would with risk.use=true")
     return maps
 
 
@@ -312,8 +324,20 @@ def _train(
 ) -> Trained:
     risk: Mapping[str, Tensor] | None = None
     if maps is not None and plan.config.risk.use:
-        risk = maps.risk if weights is None else weights(maps, plan.cases.train)
+        risk = maps.risk if weights is None else _checked(weights(maps, plan.cases.train), plan)
     return train_network(plan, risk, loss)
+
+
+def _checked(weights: Mapping[str, Tensor], plan: Plan) -> Mapping[str, Tensor]:
+    for case in plan.cases.train:
+        if case.name not in weights:
+            raise ValueError(
+                f"weights: expected a tensor for each training case, none of {case.name}"
+            )
+        found, expected = list(weights[case.name].shape), list(case.label.shape)
+        if found != expected:
+            raise ValueError(f"weights: {case.name}: expected the shape {expected}, got {found}")
+    return weights
 
 
 def _evaluate(

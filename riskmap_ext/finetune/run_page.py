@@ -50,11 +50,11 @@ def _what(run: RunFiles) -> str:
         kind = "Training" if source is None else f"Fine-tuning from {source.checkpoint}"
         if source is not None and run.is_finished and not (run.metrics or run.losses):
             kind = f"Maps of {source.checkpoint}, without any training"
-        elif source is not None:
-            kind += ", weighted by its risk map" if run.config.risk.use else ", without a risk map"
         parts.append(kind)
     if run.starts:
         start = run.starts[0]
+        if "loss" in start:
+            parts.append(f"loss: {start['loss']}")
         parts.append(f"begun {start.get('begun')}, riskmap_ext {start.get('riskmap_ext')}")
     return f"<p class='note'>{escape('; '.join(parts))}</p>" if parts else ""
 

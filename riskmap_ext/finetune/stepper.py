@@ -23,6 +23,10 @@ from riskmap_ext.nn import RiskWeightedLoss
 LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
+# About that of one voxel in ten thousand, where the others are background.
+_LARGE_WEIGHT = 100.0
+
+
 class Stepper:
     """One optimiser step per call; returns the loss of this process's part, detached."""
 
@@ -129,6 +133,25 @@ def _no_sync(model: nn.Module) -> Any:
     return contextlib.nullcontext()
 
 
+def loss_in_words(config: Config, regions: bool, *, loss: bool, weights: bool) -> str:
+    """loss, weights: whether the caller has given a function in their place."""
+    if loss:
+        return "the caller's own" + (", with the risk map" if config.risk.use else "")
+    factors = []
+    if config.risk.use:
+        factors.append("the caller's weights" if weights else f"the {config.risk.scheme} risk map")
+    wanted = config.class_weights(regions)
+    if wanted is not None:
+        factors.append("√(1/f) of its class" if wanted == "sqrt_inverse_frequency" else f"{wanted}")
+    parts = []
+    if config.loss.ce_weight > 0:
+        by = " and ".join(factors)
+        parts.append("cross-entropy, each voxel weighted by " + by if by else "plain cross-entropy")
+    if config.loss.dice_weight > 0:
+        parts.append("soft Dice")
+    return "; ".join(parts)
+
+
 def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
     """Of the configuration; [C] float32."""
     wanted = config.class_weights(cases.structures.regions is not None)
@@ -138,15 +161,28 @@ def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) 
         return torch.tensor(wanted, dtype=torch.float32, device=device)
     weights = sqrt_inverse_frequency(cases.train, len(cases.classes))
     log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
+    largest = float(weights.max())
+    if largest > _LARGE_WEIGHT:
+        name = cases.classes[int(weights.argmax())]
+        log.warn(
+            f"class {name} is so rare in the training cases that its weight is {largest:.3g}; are "
+            "its labels right? loss.class_weights takes null, and numbers of your own"
+        )
     return weights.to(device)
+
+
+def class_voxels(cases: Sequence[Case], num_classes: int) -> Tensor:
+    """[C] float64."""
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    for case in cases:
+        valid = case.label[case.label != IGNORE_INDEX]
+        counts += torch.bincount(valid.long(), minlength=num_classes)
+    return counts
 
 
 def sqrt_inverse_frequency(cases: Sequence[Case], num_classes: int) -> Tensor:
     """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
-    frequencies = torch.zeros(num_classes, dtype=torch.float64)
-    for case in cases:
-        valid = case.label[case.label != IGNORE_INDEX]
-        frequencies += torch.bincount(valid.long(), minlength=num_classes)
+    frequencies = class_voxels(cases, num_classes)
     frequencies /= frequencies.sum().clamp(min=1)
     weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
     weights /= (weights * frequencies).sum().clamp(min=1e-12)
