@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import MERGED, configuration, write_cases
+from finetune_data import configuration, train_source, write_cases
 
 from riskmap_ext.finetune import finetune, prepare_cases
 from riskmap_ext.finetune.report import Log
@@ -27,10 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    train = {"steps": 30, "validate_every": 0, "lr": 0.02}
-    config = configuration(root, output, data=MERGED, train=train)
-    return finetune(config, progress=False).checkpoint
+    return train_source(root, tmp_path_factory.mktemp("source") / "run", 30, lr=0.02)
 
 
 def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):
