@@ -250,22 +250,21 @@ def test_the_loss_section_has_the_options_of_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sections", "of_classes", "of_regions"),
+    ("sections", "told"),
     [
-        ({}, "sqrt_inverse_frequency", None),
-        ({"risk": {"use": True}}, None, None),
-        ({"loss": {"class_weights": None}}, None, None),
-        ({"loss": {"label_smoothing": 0.1}}, None, None),
-        ({"risk": {"use": True}, "loss": {"class_weights": [1, 2]}}, [1, 2], [1, 2]),
+        ({}, []),
+        ({"risk": {"scheme": "power"}}, ["risk.scheme: there is no source"]),
+        ({"risk": {"use": False, "scheme": "power"}}, []),
+        ({"source": {"checkpoint": "a.pt"}, "risk": {"scheme": "power"}}, []),
+        ({"loss": {"class_weights": [1, 2], "label_smoothing": 0.1}}, ["loss.class_weights weigh"]),
     ],
     ids=str,
 )
-def test_automatic_class_weights(tmp_path, sections, of_classes, of_regions):
-    source = {"checkpoint": "source.pt"}
-    config = parse_config(content(tmp_path, source=source) | sections)
-    assert config.class_weights(regions=False) == of_classes
-    assert config.class_weights(regions=True) == of_regions
-    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+def test_what_has_no_effect_or_a_bad_one_is_told(tmp_path, sections, told):
+    config = parse_config(content(tmp_path) | sections)
+    assert [note[: len(text)] for note, text in zip(config.notes, told, strict=True)] == told
+    again = parse_config(yaml.safe_load(config.to_yaml()))
+    assert not any(note.startswith("risk.") for note in again.notes)
 
 
 def test_augmentation_is_gentle_by_default():

@@ -39,7 +39,7 @@ def test_tells_the_plan_and_writes_nothing(root, tmp_path, capsys):
     for part in (
         "2 (case00, case01)",
         "UNet",
-        "√(1/f)",
+        "unweighted; soft Dice",
         "nothing is in the way",
         "MiB",
     ):
@@ -55,7 +55,7 @@ def test_what_has_no_effect_is_told(root, tmp_path, capsys):
     check_run(given)
     warnings = [
         "no voxel of class crate in the 2 training cases",
-        "risk.scheme: without risk.use=true the map is made and not given to the loss",
+        "risk.scheme: there is no source, so that no map is made",
     ]
     told = " ".join(capsys.readouterr().out.split())
     assert all(f"Warning: {text}" in told for text in warnings)

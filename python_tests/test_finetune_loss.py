@@ -44,26 +44,26 @@ def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):
     assert losses[True] > losses[False]
 
 
-def test_class_weights_take_the_place_of_the_map(root, source, tmp_path):
+def test_class_weights_and_the_map(root, source, tmp_path):
     losses = {}
-    for name, sections in {
-        "default": {},
-        "named": {"loss": {"class_weights": "sqrt_inverse_frequency"}},
-        "plain": {"loss": {"class_weights": None}},
-        "map": {"risk": {"use": True}},
-        "map alone": {"risk": {"use": True}, "loss": {"class_weights": None}},
-        "both": {"risk": {"use": True}, "loss": {"class_weights": "sqrt_inverse_frequency"}},
-    }.items():
-        config = configuration(
-            root, tmp_path / name, source={"checkpoint": str(source)}, **sections
-        )
-        losses[name] = finetune(config, progress=False).history[0]["train_loss"]
-    assert losses["default"] == losses["named"] != losses["plain"]
-    assert losses["map"] == losses["map alone"] != losses["both"]
+    for use in (True, False):
+        for weights in ("sqrt_inverse_frequency", None):
+            config = configuration(
+                root,
+                tmp_path / f"{use} {weights}",
+                source={"checkpoint": str(source)},
+                risk={"use": use},
+                loss={"class_weights": weights},
+            )
+            losses[use, weights] = finetune(config, progress=False).history[0]["train_loss"]
+    default = configuration(root, tmp_path / "default", source={"checkpoint": str(source)})
+    assert finetune(default, progress=False).history[0]["train_loss"] == losses[True, None]
+    assert len(set(losses.values())) == 4
 
 
 def test_class_weights_keep_the_mean_at_one(root, tmp_path):
-    config = configuration(root, tmp_path)
+    loss = {"class_weights": "sqrt_inverse_frequency"}
+    config = configuration(root, tmp_path, loss=loss)
     cases = prepare_cases(config)
     weights = class_weights(config, cases, torch.device("cpu"), Log(quiet=True))
     assert weights is not None
@@ -88,7 +88,7 @@ def test_weights_of_ones_are_no_weights(root, source, tmp_path):
     plain, ones, maps = (run.history for run in runs)
     assert [row["train_loss"] for row in ones] == [row["train_loss"] for row in plain]
     assert [row["train_loss"] for row in maps] != [row["train_loss"] for row in plain]
-    config = configuration(root, tmp_path / "unused", **sections)
+    config = configuration(root, tmp_path / "unused", risk={"use": False}, **sections)
     with pytest.raises(ValueError, match=r"weights: .*risk\.use=true"):
         finetune(config, progress=False, weights=lambda maps, cases: maps.risk)
     assert not config.output.exists()
@@ -111,26 +111,36 @@ def test_weights_that_do_not_fit(root, source, tmp_path, weights, message):
 @pytest.mark.parametrize(
     ("sections", "hooks", "told"),
     [
-        ({}, {}, "cross-entropy, each voxel weighted by √(1/f) of its class; soft Dice"),
-        ({"loss": {"class_weights": None}}, {}, "plain cross-entropy; soft Dice"),
+        ({}, {}, "cross-entropy, each voxel weighted by the linear risk map; soft Dice"),
+        ({"risk": {"use": False}}, {}, "cross-entropy, unweighted; soft Dice"),
+        ({"source": None}, {}, "cross-entropy, unweighted; soft Dice"),
         ({"loss": {"ce_weight": 0}}, {}, "soft Dice"),
         (
-            {"risk": {"use": True}, "loss": {"class_weights": [1, 2, 3], "dice_weight": 0}},
+            {"risk": {"use": False}, "loss": {"class_weights": "sqrt_inverse_frequency"}},
             {},
-            "cross-entropy, each voxel weighted by the linear risk map and [1.0, 2.0, 3.0]",
+            "cross-entropy, each voxel weighted by √(1/f) of its class; soft Dice",
         ),
         (
-            {"risk": {"use": True}},
+            {"loss": {"class_weights": [1, 2.5], "dice_weight": 0, "label_smoothing": 0.1}},
+            {},
+            "cross-entropy, each voxel weighted by the linear risk map and the factor of its class "
+            "(1, 2.5), label smoothing 0.1",
+        ),
+        (
+            {},
             {"weights": True},
             "cross-entropy, each voxel weighted by the caller's weights; soft Dice",
         ),
-        ({"risk": {"use": True}}, {"loss": True}, "the caller's own, with the risk map"),
+        ({}, {"loss": True}, "the caller's own with the linear risk map"),
+        ({}, {"loss": True, "weights": True}, "the caller's own with the caller's weights"),
+        ({"risk": {"use": False}}, {"loss": True}, "the caller's own"),
     ],
     ids=str,
 )
 def test_the_loss_in_words(tmp_path, sections, hooks, told):
-    config = configuration(tmp_path, tmp_path, source={"checkpoint": "a.pt"}, **sections)
-    assert loss_in_words(config, False, **({"loss": False, "weights": False} | hooks)) == told
+    given = {"source": {"checkpoint": "a.pt"}, **sections}
+    config = configuration(tmp_path, tmp_path, **given)
+    assert loss_in_words(config, **hooks) == told
 
 
 def test_a_loss_of_the_callers_own(root, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def test_a_source_with_other_preprocessing_is_told(root, source, tmp_path):
     finetune(config, progress=False)
     log = (config.output / "log.txt").read_text()
     assert "Warning: the source was trained with data.spacing=None" in log
+    stamps = [re.findall(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", line) for line in log.splitlines()]
+    assert all(len(found) <= 1 for found in stamps)  # a table has lines without
 
 
 def test_a_source_that_tells_nothing_is_told(root, source, tmp_path):

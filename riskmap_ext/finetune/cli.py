@@ -70,7 +70,7 @@ def _finetune(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Fine-tune a segmentation network, weighted by class or by transfer risk (risk.use=true).
+    """Fine-tune a segmentation network with the transfer-risk-weighted loss.
 
     Without `source` in the configuration it trains the network from scratch: that is how a source
     model is made.

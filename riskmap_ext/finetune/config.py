@@ -240,8 +240,8 @@ class SourceConfig(_Section):
     initialize: bool = True
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
-    """The output layer: `auto` is fresh where the class counts differ or one of the two has
-    regions, `keep` takes the source's, `reinitialize` is always fresh."""
+    """The output layer: `auto` is fresh where the class counts differ or only one of the
+    two has regions, `keep` takes the source's, `reinitialize` is always fresh."""
 
     @field_validator("classes")
     @classmethod
@@ -252,10 +252,9 @@ class SourceConfig(_Section):
 class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
-    use: bool = False
-    """Give the map to the loss. By default it has class weights instead, which the map was ahead of
-    in few comparisons (docs/evidence.md). The maps are made all the same, for the report: two
-    passes of the source over the training cases."""
+    use: bool = True
+    """Give the map to the loss. With false it is made all the same, for the report: two passes of
+    the source over the training cases. Without a source there is none."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
     """How a weight follows from the hardness (docs/method.md). The paper has `exponential`, which
     was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
@@ -292,14 +291,12 @@ class LossConfig(_Section):
     the cross-entropy can be scaled up by."""
     region: Literal["valid", "foreground"] = "valid"
     """Voxels the cross-entropy is summed over."""
-    class_weights: Literal["auto", "sqrt_inverse_frequency"] | list[NonNegative] | None = "auto"
+    class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
-    √(1/f) with mean 1 over the training voxels. Null: all 1. `auto` is `sqrt_inverse_frequency`,
-    but null with a risk map (`risk.use`), which has weight for rare classes of its own, with
-    label smoothing and with regions."""
+    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1."""
     label_smoothing: Fraction = 0.0
     """As in `torch.nn.functional.cross_entropy`: class weights weigh what is spread over the
-    classes, too, so that strong ones draw all voxels to rare classes."""
+    classes, too, so that strong ones can draw all voxels to rare classes."""
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
@@ -451,28 +448,33 @@ class Config(_Section):
             raise ValueError(
                 "network: expected a name and args, or a source whose network is taken; got neither"
             )
-        if self.source is None and self.risk.use:
+        if self.source is None and self.risk.use and "use" in self.risk.model_fields_set:
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
         return self
 
     @property
-    def notes(self) -> list[str]:
-        """Warnings of what is said and has no effect."""
-        given = self.risk.model_fields_set
-        if not given or "use" in given:
-            return []
-        keys = ", ".join(f"risk.{key}" for key in sorted(given))
-        return [f"{keys}: without risk.use=true the map is made and not given to the loss"]
+    def uses_risk(self) -> bool:
+        return self.source is not None and self.risk.use
 
-    def class_weights(self, regions: bool) -> str | list[float] | None:
-        """`loss.class_weights`, with `auto` resolved for classes or for regions."""
-        wanted = self.loss.class_weights
-        if wanted != "auto":
-            return wanted
-        mapped = self.risk.use or regions or self.loss.label_smoothing > 0
-        return None if mapped else "sqrt_inverse_frequency"
+    @property
+    def notes(self) -> list[str]:
+        """Warnings of what is said and has no effect, or a bad one."""
+        found = []
+        given = self.risk.model_fields_set
+        if self.source is None and given and "use" not in given:
+            keys = ", ".join(f"risk.{key}" for key in sorted(given))
+            found.append(f"{keys}: there is no source, so that no map is made")
+        if self.loss.label_smoothing > 0 and self.loss.class_weights is not None:
+            found.append(
+                "loss.class_weights weigh what loss.label_smoothing spreads, too: strong ones can "
+                "draw all voxels to rare classes"
+            )
+        return found
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives the same run."""
         plain = self.model_dump(mode="json")
+        if self.source is None:
+            # true (the default) is refused where there is no source.
+            plain["risk"]["use"] = False
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

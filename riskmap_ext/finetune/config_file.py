@@ -30,7 +30,7 @@ _EXPECTED = {
     "source.checkpoint": "a file, or the folder of a MONAI bundle",
     "source.classes": "a number >= 1 or a list of class names",
     "risk.range": "dataset, image or [lo, hi]",
-    "loss.class_weights": "auto, sqrt_inverse_frequency, a list of numbers >= 0 or null",
+    "loss.class_weights": "sqrt_inverse_frequency, a list of numbers >= 0 or null",
     "write.overlays": "true, false or a number >= 0",
 }
 _PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "source.checkpoint")

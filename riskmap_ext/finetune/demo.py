@@ -54,8 +54,8 @@ class Arm:
     loss: dict[str, Any]
 
 
-_CE: dict[str, Any] = {"ce_weight": 1.0, "dice_weight": 0.0, "class_weights": None}
-_CE_DICE = {**_CE, "dice_weight": 1.0}
+_CE = {"ce_weight": 1.0, "dice_weight": 0.0}
+_CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
 ARMS = (
     Arm("ce", "CE", False, _CE),
     Arm("ce_dice", "CE + Dice", False, _CE_DICE),

@@ -228,9 +228,9 @@ def _limits(s: Settings, arms: Sequence[ArmResult]) -> list[str]:
         f"Training length matters. This run has {s.steps} steps; with three times the standard 300 "
         "most of the gap between weighted losses and CE + Dice was gone (`riskmap demo --steps "
         "900`).",
-        "In experiments before this one the class part of the map (rare structures get large "
-        "weights) explained nearly all of its gain. That is why class weights + Dice is an arm "
-        "here.",
+        "In larger comparisons (docs/evidence.md) the class part of the map (rare structures get "
+        "large weights) explains nearly all of its gain. That is why class weights + Dice is an "
+        "arm here.",
         f"All arms use one learning rate ({s.lr:g}); a study would tune it for each.",
     ]
 

@@ -194,9 +194,7 @@ def _table(config: Config, listing: Listing, models: Models, result: DryRun, dev
         if models.source is None
         else str(models.source.path),
         "weights": "" if result.keys is None else result.keys.summary(),
-        "loss": loss_in_words(
-            config, listing.structures.regions is not None, loss=False, weights=False
-        ),
+        "loss": loss_in_words(config),
     }
     for name, value in rows.items():
         if value:

@@ -156,7 +156,7 @@ def build_models(
     patch = patch_size(config, dims)
     count = structures.num_outputs
     wanted = without_channels(wanted, count, len(channels), "network.args")
-    weights = config.class_weights(regions=structures.regions is not None)
+    weights = config.loss.class_weights
     if isinstance(weights, str) and structures.regions is not None:
         raise ConfigError(f"loss.class_weights: {weights} is for classes; give a number a region")
     if isinstance(weights, list) and len(weights) != count:

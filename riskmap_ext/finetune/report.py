@@ -70,7 +70,7 @@ class Log:
         self._path = path
         early, self._early = self._early, []
         for line in early:
-            self._append(line)
+            self._write(line)
 
     def __call__(self, message: str) -> None:
         self.console.print(message, markup=False)
@@ -96,6 +96,10 @@ class Log:
         if self._path is None:
             self._early.append(line)
             return
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -115,8 +115,10 @@ def finetune(
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
     ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
     """
-    if weights is not None and not config.risk.use:
-        raise ValueError("weights: stand in the place of the risk map; expected risk.use=true")
+    if weights is not None and not config.uses_risk:
+        raise ValueError(
+            "weights: stand in the place of the risk map; expected a source and risk.use=true"
+        )
     device = run_device(config)
     with processes(device) as group:
         log = Log(quiet=not (progress and group.is_main))
@@ -183,12 +185,7 @@ def _begin(
 ) -> None:
     """The output folder, and what the plan says in its log."""
     config, resumed = plan.config, plan.resumed
-    told = loss_in_words(
-        config,
-        plan.cases.structures.regions is not None,
-        loss=loss is not None,
-        weights=weights is not None,
-    )
+    told = loss_in_words(config, loss=loss is not None, weights=weights is not None)
     held.enter_context(claimed_output(config, plan.log, resumed=resumed is not None))
     counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
     note_start(config.output, plan.device, counts, told, resumed=resumed is not None)
@@ -323,7 +320,7 @@ def _train(
     weights: WeightFunction | None,
 ) -> Trained:
     risk: Mapping[str, Tensor] | None = None
-    if maps is not None and plan.config.risk.use:
+    if maps is not None and plan.config.uses_risk:
         risk = maps.risk if weights is None else _checked(weights(maps, plan.cases.train), plan)
     return train_network(plan, risk, loss)
 

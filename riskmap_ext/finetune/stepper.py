@@ -133,20 +133,26 @@ def _no_sync(model: nn.Module) -> Any:
     return contextlib.nullcontext()
 
 
-def loss_in_words(config: Config, regions: bool, *, loss: bool, weights: bool) -> str:
+def loss_in_words(config: Config, *, loss: bool = False, weights: bool = False) -> str:
     """loss, weights: whether the caller has given a function in their place."""
-    if loss:
-        return "the caller's own" + (", with the risk map" if config.risk.use else "")
     factors = []
-    if config.risk.use:
+    if config.uses_risk:
         factors.append("the caller's weights" if weights else f"the {config.risk.scheme} risk map")
-    wanted = config.class_weights(regions)
-    if wanted is not None:
-        factors.append("√(1/f) of its class" if wanted == "sqrt_inverse_frequency" else f"{wanted}")
+    if loss:
+        return " with ".join(["the caller's own", *factors])
+    wanted = config.loss.class_weights
+    if isinstance(wanted, list):
+        factors.append(
+            "the factor of its class (" + ", ".join(f"{each:g}" for each in wanted) + ")"
+        )
+    elif wanted is not None:
+        factors.append("√(1/f) of its class")
     parts = []
     if config.loss.ce_weight > 0:
         by = " and ".join(factors)
-        parts.append("cross-entropy, each voxel weighted by " + by if by else "plain cross-entropy")
+        parts.append("cross-entropy, " + (f"each voxel weighted by {by}" if by else "unweighted"))
+        if config.loss.label_smoothing > 0:
+            parts[0] += f", label smoothing {config.loss.label_smoothing:g}"
     if config.loss.dice_weight > 0:
         parts.append("soft Dice")
     return "; ".join(parts)
@@ -154,7 +160,7 @@ def loss_in_words(config: Config, regions: bool, *, loss: bool, weights: bool) -
 
 def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
     """Of the configuration; [C] float32."""
-    wanted = config.class_weights(cases.structures.regions is not None)
+    wanted = config.loss.class_weights
     if wanted is None:
         return None
     if isinstance(wanted, list):
