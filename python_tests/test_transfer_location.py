@@ -18,7 +18,7 @@ from transfer_data import TOY
 
 import riskmap_ext
 from benchmarks.transfer import location, work
-from benchmarks.transfer.arms import ARMS, DRIVER, PLACED
+from benchmarks.transfer.arms import ARMS, PLACED, WEIGHTS
 from benchmarks.transfer.noise import mislabelled
 from benchmarks.transfer.scenario import Noise, load_scenarios
 from benchmarks.transfer.sources import Sources
@@ -279,7 +279,7 @@ def test_sources_agree_with_the_driver_and_differ_from_each_other(place):
 
 
 def test_wrong_labels_are_for_training_alone(place):
-    _, cases, _ = prepared(place, "wrong", DRIVER)
+    _, cases, _ = prepared(place, "wrong", WEIGHTS)
     noise = load_scenarios(place.scenarios)["wrong"].noise
     wrong = mislabelled(cases, noise, 0)
     assert wrong.validation is cases.validation
@@ -309,10 +309,10 @@ def test_a_run_with_wrong_labels_is_another_scenario(place):
     toy, wrong = scenarios["toy"], scenarios["wrong"]
     assert wrong.source == toy.source
     assert (wrong.target.test, wrong.target.train) == (1, 2)
-    arm = ARMS[DRIVER]
+    arm = ARMS[WEIGHTS]
     assert work.setup_of(toy, "short", arm) != work.setup_of(wrong, "short", arm)
     for name in ("toy", "wrong"):
-        for key in (DRIVER, "place_several"):
+        for key in (WEIGHTS, "place_several"):
             work.do(work.Task(name, 0, key, "short", 0.01), place)
     found = place.store().read().runs
     pairs = {(row["scenario"], row["pair"]) for row in found}

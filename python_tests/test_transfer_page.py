@@ -17,7 +17,7 @@ from scipy.stats import t as student
 from benchmarks.transfer import evidence
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.report import write_page
-from benchmarks.transfer.stats import Result, differences, interval
+from benchmarks.transfer.stats import Result, Signs, differences, interval
 from benchmarks.transfer.store import Store
 
 
@@ -89,9 +89,10 @@ def made_up(folder: Path, gains: dict[str, float], seeds: int = 6, **changed: st
     store = Store(folder)
     for (arm, gain), seed in itertools.product(gains.items(), range(seeds)):
         run = f"{arm}{seed}{sorted(changed.values())}"
+        hd95 = {"ce_dice": "", "class_dice": "3.5"}.get(arm, "2.5")
         own = rng.normal(0, 0.003, (3, 2)) + noise[seed] + 0.5 + gain
         scores = [
-            {"run": run, "subject": f"s{s}", "class": c, "dice": f"{own[s, i]:.4f}", "hd95": "2.5"}
+            {"run": run, "subject": f"s{s}", "class": c, "dice": f"{own[s, i]:.4f}", "hd95": hd95}
             for s in range(3)
             for i, c in enumerate(("box", "crate"))
         ]
@@ -123,6 +124,9 @@ def test_page_from_made_up_rows(tmp_path):
     assert "Against CE + Dice, of 1 comparisons: ahead in 1 (toy short)" in text
     assert "toy, short: linear risk + Dice is behind class weights + Dice (\u2212" in text
     assert "toy, short: ahead of linear risk + Dice: class weights + Dice (+" in text
+    assert "| [toy](#toy) | short, 100 | 2.5 | half missed, 6 of 6 | 3.5, 6 of 6 |" in text
+    told = "lower in 1, higher in 0, not told apart in 0"
+    assert f"* linear risk + Dice against class weights + Dice, by seeds: {told}." in text
     assert "tells 75 % of the label entropy 0.800" in text
     assert "30 runs that are compared and 0 for learning rates; on chip, cpu" in text
     for name in ("overview", "toy-differences", "toy-curves"):
@@ -209,3 +213,19 @@ def test_figures_in_prose_are_those_of_the_page():
         figures = set(re.findall(r"[+\u2212]\d+\.\d (?:\([^)]*\))?", section))
         assert figures
         assert [figure for figure in figures if figure not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "p", "told"),
+    [
+        (10, 0, 2 / 1024, "lower"),
+        (1, 9, 22 / 1024, "higher"),
+        (8, 2, 112 / 1024, "not told apart"),
+        (5, 0, 2 / 32, "not told apart"),
+        (0, 0, 1, "not told apart"),
+    ],
+)
+def test_signs(lower, higher, p, told):
+    found = Signs(lower, higher, 10)
+    assert found.p == pytest.approx(p)
+    assert found.told == told

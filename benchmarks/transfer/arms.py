@@ -53,8 +53,8 @@ class Arm:
 
 
 REFERENCE = "ce_dice"
-DRIVER = "class_dice"  # what the driver does unless asked
-MAP = "linear_dice"  # with risk.use=true
+WEIGHTS = "class_dice"  # without a map
+MAP = "linear_dice"  # what the driver does unless asked
 PAPER, MEANS = "risk_dice", "class_mean_dice"  # the exponential map, and its means in each class
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
 
@@ -96,7 +96,7 @@ _EVERY = (
     Arm(
         "linear_dice",
         "linear risk + Dice",
-        "scheme linear, 1 to 10: the driver's map, `risk.use=true`",
+        "scheme linear, 1 to 10: the driver's default",
         risk={"scheme": "linear"},
     ),
     Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),
@@ -104,7 +104,7 @@ _EVERY = (
     Arm(
         "class_dice",
         "class weights + Dice",
-        "√(1/f) as class weights: the driver's default; needs no source's map",
+        "√(1/f) as class weights; needs no source's map",
         loss=_CLASS_DICE,
     ),
     Arm(
@@ -216,7 +216,7 @@ _PLACED = (
 )
 ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_PLACED)}
 SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the map, beside MAP
-PLACED = tuple(arm.key for arm in _PLACED)  # held against DRIVER: location alone
+PLACED = tuple(arm.key for arm in _PLACED)  # held against WEIGHTS: location alone
 # On request. Beside arms with Dice, the first two are fairer peers than without it.
 EXTRA = ("focal_dice", "top_k_dice", "scratch_class")
 DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))

@@ -10,20 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.transfer.arms import ARMS, DRIVER, MAP, PLACED, REFERENCE, SETTINGS
+from benchmarks.transfer.arms import ARMS, MAP, PLACED, REFERENCE, SETTINGS, WEIGHTS
 from benchmarks.transfer.evidence import POINTS, Group
 from benchmarks.transfer.stats import Interval
 
 _COLOURS = ("#3f51b5", "#e07b00", "#2e7d32", "#8e24aa")
 # Of curves: what is looked at stands out.
-_STRONG = {MAP: "#3f51b5", REFERENCE: "#444444", DRIVER: "#e07b00"}
+_STRONG = {MAP: "#3f51b5", REFERENCE: "#444444", WEIGHTS: "#e07b00"}
 
 
 def overview(groups: Sequence[Group], path: Path) -> Path:
     """The map against CE + Dice and against class weights + Dice, a line for each group."""
     figure = _figure(11, 1.2 + 0.34 * len(groups))
     names = [f"{group.scenario}, {group.length}" for group in groups]
-    for axes, other in zip(figure.subplots(1, 2, sharey=True), (REFERENCE, DRIVER), strict=True):
+    for axes, other in zip(figure.subplots(1, 2, sharey=True), (REFERENCE, WEIGHTS), strict=True):
         _intervals(axes, names, {"": [group.against(MAP, other) for group in groups]})
         axes.set_title(f"{ARMS[MAP].name} minus {ARMS[other].name}", fontsize=10)
     return _save(figure, path)

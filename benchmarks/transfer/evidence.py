@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.transfer import stats
 from benchmarks.transfer.arms import ARMS
-from benchmarks.transfer.stats import Interval, Result
+from benchmarks.transfer.stats import Interval, Result, Signs
 from benchmarks.transfer.store import Row, Rows
 from benchmarks.transfer.work import FINAL, TUNING
 
@@ -54,6 +54,7 @@ class Group:
     steps: int
     runs: dict[str, Runs]
     hd95: dict[str, float] = field(repr=False)
+    hd95_of_seeds: dict[str, dict[int, float]] = field(repr=False)
     curves: dict[str, list[tuple[float, float]]] = field(repr=False)
     left_out: list[str]
 
@@ -69,6 +70,15 @@ class Group:
         shared = {r.seed for r in one} & {r.seed for r in two}
         pairs = [[r for r in side if r.seed in shared] for side in (one, two)]
         return stats.interval(stats.differences(*pairs)) if shared else None
+
+    def nearer(self, arm: str, other: str) -> Signs | None:
+        """In how many of the seeds that both have the median HD95 of `arm` is lower and higher."""
+        if arm not in self.runs or other not in self.runs:
+            return None
+        one, two = self.hd95_of_seeds[arm], self.hd95_of_seeds[other]
+        shared = one.keys() & two.keys()
+        lower = sum(one[seed] < two[seed] for seed in shared)
+        return Signs(lower, sum(one[seed] > two[seed] for seed in shared), len(shared))
 
     def leep(self) -> tuple[float, float]:
         """Mean LEEP score and label entropy over seeds."""
@@ -118,6 +128,10 @@ def _group(scenario: str, length: str, final: list[Row], rows: Rows) -> Group:
         max(int(row["steps"]) for row in final),
         runs,
         {arm: _hd95(each.rows, rows.scores) for arm, each in runs.items()},
+        {
+            arm: {int(row["seed"]): _hd95([row], rows.scores) for row in each.rows}
+            for arm, each in runs.items()
+        },
         {arm: _curve(each.rows, rows.curves) for arm, each in runs.items()},
         left_out,
     )

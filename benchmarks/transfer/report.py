@@ -10,13 +10,13 @@ from benchmarks.transfer import charts
 from benchmarks.transfer.arms import (
     ARMS,
     DEFAULT,
-    DRIVER,
     MAP,
     MEANS,
     PAPER,
     PLACED,
     REFERENCE,
     SETTINGS,
+    WEIGHTS,
 )
 from benchmarks.transfer.evidence import POINTS, Group, groups
 from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
@@ -26,10 +26,10 @@ from benchmarks.transfer.work import TUNING
 from riskmap_ext.finetune.files import write_text
 
 HOW = Path(__file__).with_name("how.md")
-# What the map and what the driver's default are held against, in the order of the summary.
+# What the map and what class weights are held against, in the order of the summary.
 _OTHERS = {
-    MAP: ("ce", REFERENCE, DRIVER, PAPER, "scratch"),
-    DRIVER: ("ce", REFERENCE, PAPER, "scratch", "scratch_class"),
+    MAP: ("ce", REFERENCE, WEIGHTS, PAPER, "scratch"),
+    WEIGHTS: ("ce", REFERENCE, PAPER, "scratch", "scratch_class"),
 }
 
 
@@ -81,6 +81,8 @@ def _page(
         yield ""
     else:
         yield from _summary(found, known, pictures)
+        yield from _surfaces(found)
+        yield from _weights(found, known)
         yield from _negative(found)
         yield from _settings(found)
         yield from _location(found)
@@ -96,20 +98,23 @@ def _summary(
     yield "## Summary"
     yield ""
     yield (
-        f"What {ARMS[MAP].name}, the map as the driver makes it, gains over another arm: paired "
-        "difference of the mean Dice in points with its 95 % interval, and the seeds it won."
+        f"What {ARMS[MAP].name}, the driver's default, gains over another arm: paired difference "
+        "of the mean Dice in points with its 95 % interval, and the seeds it won."
     )
     yield ""
     yield from _gains(found, known, MAP)
     yield from _images(pictures.get("", []), "paired differences of all scenarios")
-    yield "## The driver's default"
+
+
+def _weights(found: list[Group], known: dict[str, Scenario]) -> Iterator[str]:
+    yield "## Class weights without a map"
     yield ""
     yield (
-        f"The driver takes {ARMS[DRIVER].name} unless it is asked for the map. What that gains "
-        "over another arm:"
+        f"What {ARMS[WEIGHTS].name} gains over other arms: paired differences of the mean Dice in "
+        "points."
     )
     yield ""
-    yield from _gains(found, known, DRIVER)
+    yield from _gains(found, known, WEIGHTS)
     yield from _apart(
         found,
         {"scratch_class": "scratch"},
@@ -117,6 +122,42 @@ def _summary(
         "The same from scratch, against CE + Dice from scratch: paired differences of the mean "
         "Dice in points.",
     )
+
+
+def _surfaces(found: list[Group]) -> Iterator[str]:
+    """The map against others by HD95, whose infinite values leave no mean."""
+    others = [
+        key for key in (REFERENCE, WEIGHTS, PAPER, MEANS) if any(key in g.runs for g in found)
+    ]
+    yield "## Surface distances"
+    yield ""
+    yield (
+        "Median HD95 in mm over seeds, subjects and classes (a structure that was missed counts as "
+        f"infinite), and in how many seeds the median of {ARMS[MAP].name} is the lower one. Told "
+        "apart: by a sign test over the seeds with p below 0.05, which 5 seeds cannot reach."
+    )
+    yield ""
+    yield _line("scenario", "steps", *(ARMS[key].name for key in (MAP, *others)))
+    yield _line(*["---"] * (3 + len(others)))
+    verdicts = {key: {"lower": 0, "higher": 0, "not told apart": 0} for key in others}
+    for group in found:
+        if MAP not in group.runs:
+            continue
+        cells = []
+        for key in others:
+            signs = group.nearer(MAP, key)
+            if signs is None:
+                cells.append("")
+                continue
+            verdicts[key][signs.told] += 1
+            cells.append(f"{_mm(group.hd95[key])}, {signs.lower} of {signs.seeds}")
+        name = f"[{group.scenario}](#{_anchor(group.scenario)})"
+        yield _line(name, f"{group.length}, {group.steps}", _mm(group.hd95[MAP]), *cells)
+    yield ""
+    for key in others:
+        told = ", ".join(f"{word} in {count}" for word, count in verdicts[key].items())
+        yield f"* {ARMS[MAP].name} against {ARMS[key].name}, by seeds: {told}."
+    yield ""
 
 
 def _gains(found: list[Group], known: dict[str, Scenario], arm: str) -> Iterator[str]:
@@ -162,7 +203,7 @@ def _negative(found: list[Group]) -> Iterator[str]:
     lines = []
     for group in found:
         where = f"{group.scenario}, {group.length}"
-        for key in (REFERENCE, DRIVER):
+        for key in (REFERENCE, WEIGHTS):
             each = group.against(MAP, key)
             if each is not None and each.told != "ahead":
                 lines.append(f"{where}: {ours} is {_told(each, key)}.")
@@ -204,7 +245,7 @@ def _location(found: list[Group]) -> Iterator[str]:
     """The arms that differ from another in the place of the weights alone."""
     yield from _apart(
         found,
-        {PAPER: MEANS, **dict.fromkeys(PLACED, DRIVER)},
+        {PAPER: MEANS, **dict.fromkeys(PLACED, WEIGHTS)},
         "## Does the location count?",
         "The exponential map against its means within each class; below it, class weights times a "
         "factor whose mean over each class is 1, against class weights alone. What is "
@@ -324,7 +365,7 @@ def _scenario(
 def _table(group: Group) -> Iterator[str]:
     yield _line(
         *("arm", "rate", "mean Dice", f"against {ARMS[REFERENCE].name}"),
-        *(f"against {ARMS[DRIVER].name}", "HD95, mm", "ms / step"),
+        *(f"against {ARMS[WEIGHTS].name}", "HD95, mm", "ms / step"),
     )
     yield _line("---", *["---:"] * 6)
     for key, runs in group.runs.items():
@@ -334,8 +375,8 @@ def _table(group: Group) -> Iterator[str]:
             f"{runs.lr:g}{'‡' if runs.at_edge else ''}",
             _mean(runs.mean()),
             "" if key == REFERENCE else _difference(group.against(key, REFERENCE)),
-            "" if key == DRIVER else _difference(group.against(key, DRIVER)),
-            f"{hd95:.1f}" if math.isfinite(hd95) else "half missed",
+            "" if key == WEIGHTS else _difference(group.against(key, WEIGHTS)),
+            _mm(hd95),
             _number(runs.step_ms(), ".1f"),
         )
     yield ""
@@ -368,6 +409,10 @@ def _difference(each: Interval | None) -> str:
         return f"{POINTS * each.mean:+.1f} (no interval)"
     low, high = POINTS * each.low, POINTS * each.high
     return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f}), {won}".replace("-", "\u2212")
+
+
+def _mm(hd95: float) -> str:
+    return f"{hd95:.1f}" if math.isfinite(hd95) else "half missed"
 
 
 def _number(value: float, form: str) -> str:

@@ -157,3 +157,25 @@ def _by_seed(runs: Sequence[Result]) -> dict[int, Result]:
 
 def _layout(run: Result) -> dict[str, list[str]]:
     return {name: sorted(row) for name, row in run.dice.items()}
+
+
+@dataclass(frozen=True)
+class Signs:
+    """In how many seeds a number is lower and higher; in the rest it is the same."""
+
+    lower: int
+    higher: int
+    seeds: int
+
+    @property
+    def p(self) -> float:
+        """Of a sign test, two-sided; ties do not count."""
+        count, least = self.lower + self.higher, min(self.lower, self.higher)
+        tail = sum(math.comb(count, k) for k in range(least + 1)) / 2**count
+        return min(1.0, 2 * tail)
+
+    @property
+    def told(self) -> str:
+        if self.p >= 0.05:
+            return "not told apart"
+        return "lower" if self.lower > self.higher else "higher"
