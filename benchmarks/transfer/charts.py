@@ -49,17 +49,21 @@ def curves(groups: Sequence[Group], path: Path) -> Path | None:
     if not shown:
         return None
     figure = _figure(5 * len(shown) + 1.8, 4)
+    arms = [arm for arm in ARMS if any(arm in group.curves for group in shown)]
+    arms = [arm for arm in arms if arm not in SETTINGS + PLACED]
+    colours = {arm: f"C{index}" for index, arm in enumerate(arms)} | _STRONG
+    lines = {}
     for axes, group in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for arm, curve in group.curves.items():
-            if arm in SETTINGS + PLACED:
+        for arm in arms:
+            if not (curve := group.curves.get(arm)):
                 continue
-            steps, dice = zip(*curve, strict=True) if curve else ((), ())
+            steps, dice = zip(*curve, strict=True)
             strong = arm in _STRONG
-            axes.plot(
+            (lines[arm],) = axes.plot(
                 steps,
                 [POINTS * value for value in dice],
                 marker=".",
-                color=_STRONG.get(arm),
+                color=colours[arm],
                 linewidth=2.2 if strong else 0.9,
                 alpha=1 if strong else 0.6,
                 label=ARMS[arm].name,
@@ -68,7 +72,8 @@ def curves(groups: Sequence[Group], path: Path) -> Path | None:
         axes.set_xlabel("step")
         axes.set_ylabel("mean Dice, points")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    handles = [lines[arm] for arm in arms if arm in lines]
+    figure.legend(handles=handles, fontsize=7, loc="outside right upper")
     return _save(figure, path)
 
 

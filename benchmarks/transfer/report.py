@@ -315,8 +315,7 @@ def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) ->
             }
         )
         cases = ", ".join(f"{train} / {test}" for train, test in sizes)
-        missing = [ARMS[key].name for key in DEFAULT if any(key not in g.runs for g in own)]
-        yield _line(name, title, cases, done, ", ".join(missing))
+        yield _line(name, title, cases, done, ", ".join(_missing(own)))
     yield ""
     notes = [f"{g.scenario}, {g.length}: {note}" for g in found for note in g.left_out]
     if rows.cut:
@@ -326,6 +325,15 @@ def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) ->
         yield ""
         yield from (f"* {note}" for note in notes)
         yield ""
+
+
+def _missing(own: list[Group]) -> Iterator[str]:
+    """Arms without rows; with the length where others of it have some."""
+    for key in DEFAULT:
+        lengths = [group.length for group in own if key not in group.runs]
+        if lengths:
+            some = "" if len(lengths) == len(own) else f" ({', '.join(lengths)})"
+            yield ARMS[key].name + some
 
 
 def _how(found: list[Group]) -> Iterator[str]:
