@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ def _cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
     cuda_on_host.load(cuda_on_host.library())
     with cuda_on_host.in_place_of_the_cpu_kernels():
         yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four small cases for the driver."""
+    from finetune_data import write_cases
+
+    folder = tmp_path_factory.mktemp("data")
+    write_cases(folder, 4)
+    return folder
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

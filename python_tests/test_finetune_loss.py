@@ -9,20 +9,13 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, train_source, write_cases
+from finetune_data import configuration, train_source
 
 from riskmap_ext.finetune import finetune, prepare_cases
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.stepper import class_weights, loss_in_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 4)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import MERGED, NETWORK_2D, configuration, train_source, write_cases
+from finetune_data import MERGED, NETWORK_2D, configuration, train_source
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, rank_sources
 from riskmap_ext.finetune.checkpoint import save_checkpoint
@@ -23,13 +23,6 @@ from riskmap_ext.finetune.structures import Structures
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAME: dict[str, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 4)
-    return folder
 
 
 @pytest.fixture(scope="module")

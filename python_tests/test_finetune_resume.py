@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, stop_at, train_source, write_cases
+from finetune_data import configuration, stop_at, train_source
 
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.errors import CheckpointError, ConfigError
@@ -43,13 +43,6 @@ NETWORK = {
     },
 }
 SECONDS = "seconds"  # the only column that may differ
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 4)
-    return folder
 
 
 @pytest.fixture(scope="module")
