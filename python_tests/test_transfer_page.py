@@ -209,7 +209,7 @@ def test_figures_in_prose_are_those_of_the_page():
     page = (root / "docs" / "evidence.md").read_text(encoding="utf-8")
     for file, title in (("README.md", "## Does it help?"), ("docs/method.md", "## When it helps")):
         text = (root / file).read_text(encoding="utf-8")
-        section = text[text.index(title) :].split("\n## ")[0]
+        section = " ".join(text[text.index(title) :].split("\n## ")[0].split())
         figures = set(re.findall(r"[+\u2212]\d+\.\d (?:\([^)]*\))?", section))
         assert figures
         assert [figure for figure in figures if figure not in page] == []

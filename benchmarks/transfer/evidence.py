@@ -27,6 +27,7 @@ class Runs:
     rows: list[Row] = field(repr=False)
     results: list[Result] = field(repr=False)
     at_edge: bool  # the rate is the smallest or largest that was tried
+    near_tie: bool  # another rate came within a point of it
 
     def mean(self) -> Interval:
         return stats.interval(stats.values(self.results))
@@ -121,6 +122,8 @@ def _group(scenario: str, length: str, final: list[Row], rows: Rows) -> Group:
             own,
             [_result(row, rows.scores[row["run"]]) for row in own],
             len(rates) > 1 and lr in (min(rates), max(rates)),
+            lr in rates
+            and any(POINTS * (rates[lr] - dice) < 1 for rate, dice in rates.items() if rate != lr),
         )
     return Group(
         scenario,
@@ -165,13 +168,17 @@ def _drop_unpaired(chosen: dict[str, list[Row]], left_out: list[str]) -> None:
         chosen[arm] = kept
 
 
-def _tried(runs: Sequence[Row], like: Row) -> set[float]:
-    """The rates of its own tuning, or of the length that was tuned in its place."""
+def _tried(runs: Sequence[Row], like: Row) -> dict[float, float]:
+    """Rate -> mean Dice of its own tuning, or of the length that was tuned in its place."""
     tuned = [row for row in runs if row["kind"] == TUNING]
     for same in (("scenario", "setup"), ("scenario", "arm")):
-        if found := {float(r["lr"]) for r in tuned if all(r[k] == like[k] for k in same)}:
-            return found
-    return set()
+        found: dict[float, list[float]] = {}
+        for row in tuned:
+            if all(row[k] == like[k] for k in same):
+                found.setdefault(float(row["lr"]), []).append(float(row["mean_dice"]))
+        if found:
+            return {lr: statistics.fmean(dice) for lr, dice in found.items()}
+    return {}
 
 
 def _result(row: Row, scores: Sequence[Row]) -> Result:

@@ -380,7 +380,7 @@ def _table(group: Group) -> Iterator[str]:
         hd95 = group.hd95[key]
         yield _line(
             f"**{ARMS[key].name}**" if key == MAP else ARMS[key].name,
-            f"{runs.lr:g}{'‡' if runs.at_edge else ''}",
+            f"{runs.lr:g}{'‡' if runs.at_edge else ''}{' ≈' if runs.near_tie else ''}",
             _mean(runs.mean()),
             "" if key == REFERENCE else _difference(group.against(key, REFERENCE)),
             "" if key == WEIGHTS else _difference(group.against(key, WEIGHTS)),

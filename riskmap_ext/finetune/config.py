@@ -241,7 +241,8 @@ class SourceConfig(_Section):
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
     """The output layer: `auto` is fresh where the class counts differ or only one of the
-    two has regions, `keep` takes the source's, `reinitialize` is always fresh."""
+    two has regions, `keep` takes the source's, `reinitialize` is always fresh: for as many classes
+    that are other ones."""
 
     @field_validator("classes")
     @classmethod
@@ -293,10 +294,12 @@ class LossConfig(_Section):
     """Voxels the cross-entropy is summed over."""
     class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
-    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1."""
+    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
+    multiply the risk map unless `risk.use` is false, as it was wherever they were compared."""
     label_smoothing: Fraction = 0.0
-    """As in `torch.nn.functional.cross_entropy`: class weights weigh what is spread over the
-    classes, too, so that strong ones can draw all voxels to rare classes."""
+    """As in `torch.nn.functional.cross_entropy`. With class weights, the smoothed share of each
+    class is multiplied by its weight: large ones can make a network predict rare classes
+    everywhere."""
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
