@@ -14,7 +14,6 @@ nib = pytest.importorskip("nibabel")
 
 import torch  # noqa: E402
 from finetune_data import (  # noqa: E402
-    MERGED,
     RAS,
     configuration,
     phantom,
@@ -26,7 +25,6 @@ from finetune_data import (  # noqa: E402
 from riskmap_ext.finetune import (  # noqa: E402
     ConfigError,
     DataError,
-    FinetuneResult,
     finetune,
     load_config,
     predict_images,
@@ -271,26 +269,6 @@ class TestRegions:
         images = tmp_path / "data" / "images"
         written = predict_images(checkpoint, [images], tmp_path / "out", progress=False)
         assert set(np.unique(nib.load(written[0]).dataobj)) <= {0, 1, 2}
-
-    def test_a_source_of_regions_for_classes(self, tmp_path):
-        write_cases(tmp_path / "data", 3)
-
-        def run(name: str, data: dict[str, Any], **sections: Any) -> FinetuneResult:
-            config = configuration(
-                tmp_path / "data", tmp_path / name, data=data, train=TRAIN, **sections
-            )
-            return finetune(config, progress=False)
-
-        source = {"source": {"checkpoint": run("regions", {"regions": REGIONS}).checkpoint}}
-        found = run("classes", MERGED, **source, risk={"use": True})
-        assert found.leep < 0
-        assert list(found.dice) == ["thing"]
-        assert found.keys.reinitialized  # two outputs each, but of other kinds
-        others = {**MERGED, "classes": ["background", "other"]}
-        kept = run("kept", others, source={"checkpoint": found.checkpoint})
-        assert not kept.keys.reinitialized
-        log = (tmp_path / "kept" / "log.txt").read_text()
-        assert "The output layer is the source's (thing); source.head=reinitialize" in log
 
     def test_class_weights_are_for_classes(self, tmp_path):
         write_cases(tmp_path / "data", 3)

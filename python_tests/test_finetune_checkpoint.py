@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_2D, phantom, save
+from finetune_data import MERGED, NETWORK_2D, configuration, phantom, save, write_cases
 
-from riskmap_ext.finetune import CheckpointError, ConfigError
+from riskmap_ext.finetune import CheckpointError, ConfigError, FinetuneResult, finetune
 from riskmap_ext.finetune.checkpoint import load_source, save_checkpoint, start_from_source
 from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.network import build_network, head_keys
@@ -89,7 +90,7 @@ def test_head_is_new_where_class_counts_differ(checkpoint):
     network = build_network(NETWORK, 5)
     fresh = {key: value.clone() for key, value in network.state_dict().items()}
     source = load(checkpoint)
-    report = start_from_source(network, NETWORK, 5, source, "auto")
+    report = start_from_source(network, NETWORK, of(5), source, "auto")
     assert set(report.reinitialized) == head_keys(NETWORK, 5)
     assert set(report.loaded) == set(fresh) - set(report.reinitialized)
     assert report.new == report.skipped == report.mismatched == []
@@ -99,25 +100,53 @@ def test_head_is_new_where_class_counts_differ(checkpoint):
     assert "reinitialized" in report.summary()
 
 
+def of(classes: int) -> Structures:
+    return Structures([f"class {index}" for index in range(classes)])
+
+
 def test_head_is_kept_where_class_counts_agree(checkpoint):
     for head, renewed in (("auto", False), ("keep", False), ("reinitialize", True)):
-        report = start_from_source(build_network(NETWORK, 3), NETWORK, 3, load(checkpoint), head)
+        network = build_network(NETWORK, 3)
+        report = start_from_source(network, NETWORK, of(3), load(checkpoint), head)
         assert bool(report.reinitialized) is renewed
     with pytest.raises(CheckpointError, match=r"source\.head: keep needs"):
-        start_from_source(build_network(NETWORK, 4), NETWORK, 4, load(checkpoint), "keep")
+        start_from_source(build_network(NETWORK, 4), NETWORK, of(4), load(checkpoint), "keep")
+
+
+def test_a_source_of_regions_for_classes(tmp_path: Path) -> None:
+    write_cases(tmp_path / "data", 3)
+    regions = {"whole": ["box", "crate"], "core": "crate"}
+    train = {"steps": 2, "validate_every": 1}
+
+    def run(name: str, data: dict[str, Any], **sections: Any) -> FinetuneResult:
+        config = configuration(
+            tmp_path / "data", tmp_path / name, data=data, train=train, **sections
+        )
+        return finetune(config, progress=False)
+
+    source = {"source": {"checkpoint": run("regions", {"regions": regions}).checkpoint}}
+    found = run("classes", MERGED, **source, risk={"use": True})
+    assert found.leep < 0
+    assert list(found.dice) == ["thing"]
+    assert found.keys.reinitialized  # two outputs each, but of other kinds
+    others = {**MERGED, "classes": ["background", "other"]}
+    kept = run("kept", others, source={"checkpoint": found.checkpoint})
+    assert not kept.keys.reinitialized
+    log = (tmp_path / "kept" / "log.txt").read_text()
+    assert "The output layer is the source's (thing); source.head=reinitialize" in log
 
 
 def test_other_network(checkpoint):
     wider = NetworkConfig(name="UNet", args={**NETWORK.args, "channels": [4, 12]})
-    report = start_from_source(build_network(wider, 3), wider, 3, load(checkpoint), "auto")
+    report = start_from_source(build_network(wider, 3), wider, of(3), load(checkpoint), "auto")
     assert report.loaded
     assert report.mismatched
     deeper = NetworkConfig(name="UNet", args={**NETWORK.args, "num_res_units": 2})
-    report = start_from_source(build_network(deeper, 3), deeper, 3, load(checkpoint), "auto")
+    report = start_from_source(build_network(deeper, 3), deeper, of(3), load(checkpoint), "auto")
     assert report.new
     other = NetworkConfig(name="SegResNet", args={"spatial_dims": 2, "init_filters": 8})
     with pytest.raises(CheckpointError) as caught:
-        start_from_source(build_network(other, 3), other, 3, load(checkpoint), "auto")
+        start_from_source(build_network(other, 3), other, of(3), load(checkpoint), "auto")
     for told in (str(checkpoint), "the file holds UNet(", "SegResNet(", "source.initialize=false"):
         assert told in str(caught.value)
 
@@ -174,7 +203,7 @@ def test_keys_that_the_network_lacks_are_skipped(tmp_path):
     deeper = NetworkConfig(name="UNet", args={**NETWORK.args, "num_res_units": 2})
     save_checkpoint(tmp_path / "s.pt", build_network(deeper, 3), deeper, NAMED, ["T1"], {}, {})
     source = load(tmp_path / "s.pt")
-    report = start_from_source(build_network(NETWORK, 3), NETWORK, 3, source, "auto")
+    report = start_from_source(build_network(NETWORK, 3), NETWORK, of(3), source, "auto")
     assert report.skipped
     assert not set(report.skipped) & set(build_network(NETWORK, 3).state_dict())
 

@@ -22,6 +22,7 @@ from benchmarks.transfer.arms import ARMS, PLACED, WEIGHTS
 from benchmarks.transfer.noise import mislabelled
 from benchmarks.transfer.scenario import Noise, load_scenarios
 from benchmarks.transfer.sources import Sources
+from riskmap_ext.finetune.data import class_voxels
 from riskmap_ext.finetune.run import finetune
 from riskmap_ext.finetune.stepper import sqrt_inverse_frequency
 
@@ -181,7 +182,7 @@ def expected_loss(study, logits, label, foreground, likelihood, exponent=-0.5):
         logits,
         label,
         over_mean(relative.clamp(0.01, 100) ** exponent, label),
-        weight=sqrt_inverse_frequency(study.cases, CLASSES),
+        weight=sqrt_inverse_frequency(class_voxels(study.cases, CLASSES)),
         foreground=foreground,
         dice_weight=1.0,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 import riskmap_ext
 from benchmarks.transfer.sources import Sources
 from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.data import Case, class_voxels
 from riskmap_ext.finetune.maps import SourceMaps
 from riskmap_ext.finetune.stepper import sqrt_inverse_frequency
 from riskmap_ext.nn import RiskWeightedLoss
@@ -84,7 +84,7 @@ class _Refreshed:
 
     def __init__(self, cases: Sequence[Case], num_classes: int, steps: int) -> None:
         self._loss = RiskWeightedLoss(
-            weight=sqrt_inverse_frequency(cases, num_classes),
+            weight=sqrt_inverse_frequency(class_voxels(cases, num_classes)),
             ignore_index=IGNORE_INDEX,
             dice_weight=1.0,
         )

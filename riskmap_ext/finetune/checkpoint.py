@@ -195,20 +195,27 @@ def _own_or_plain(source: SourceConfig, content: dict[str, Any]) -> SourceFile:
 
 
 def start_from_source(
-    network: nn.Module, config: NetworkConfig, num_outputs: int, source: SourceModel, head: str
+    network: nn.Module,
+    config: NetworkConfig,
+    structures: Structures,
+    source: SourceModel,
+    head: str,
 ) -> KeyReport:
     """Copies the source's weights into `network` and reports every key.
 
-    head: "auto" gives the output layer fresh weights where the numbers of outputs differ, "keep"
-    asks for equal numbers, "reinitialize" always does.
+    head: "auto" gives the output layer fresh weights where the numbers of outputs differ or only
+    one of the two has regions, "keep" asks for equal numbers, "reinitialize" always does.
 
     Raises: CheckpointError where nothing can be loaded or the head cannot be kept.
     """
     mine = network.state_dict()
     theirs = source.network.state_dict()
+    num_outputs, theirs_count = structures.num_outputs, source.structures.num_outputs
     outputs = head_keys(config, num_outputs)
-    theirs_count = source.structures.num_outputs
-    fresh_head = head == "reinitialize" or (head == "auto" and num_outputs != theirs_count)
+    # Sigmoids say nothing of a softmax, however many there are.
+    same_kind = (structures.regions is None) == (source.structures.regions is None)
+    alike = same_kind and num_outputs == theirs_count
+    fresh_head = head == "reinitialize" or (head == "auto" and not alike)
     if head == "keep" and num_outputs != theirs_count:
         raise CheckpointError(
             f"source.head: keep needs as many outputs as the source has ({theirs_count}), got "

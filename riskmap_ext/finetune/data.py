@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,20 @@ class Cases:
     def spacings(self) -> list[tuple[float, float, float]]:
         """Voxel sizes of the prepared training cases, in mm."""
         return [case.grid.spacing for case in self.train]
+
+    @cached_property
+    def class_voxels(self) -> Tensor:
+        """Of the training cases; [C] float64."""
+        return class_voxels(self.train, len(self.classes))
+
+
+def class_voxels(cases: Sequence[Case], num_classes: int) -> Tensor:
+    """Voxels of each class, without ignored ones; [C] float64."""
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    for case in cases:
+        valid = case.label[case.label != IGNORE_INDEX]
+        counts += torch.bincount(valid.long(), minlength=num_classes)
+    return counts
 
 
 def prepare_cases(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext.finetune.checkpoint import KeyReport
-from riskmap_ext.finetune.config import IGNORE_INDEX, Config
-from riskmap_ext.finetune.data import Case, read_case
+from riskmap_ext.finetune.config import Config
+from riskmap_ext.finetune.data import class_voxels, read_case
 from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.errors import DataError
 from riskmap_ext.finetune.label_table import plain_label_map
@@ -138,7 +138,7 @@ def _read_some(
     """Names of the cases that were read, the voxels of each class, and of the training cases their
     digests and voxel sizes."""
     files = [*listing.train, *listing.validation]
-    counts = np.zeros(len(listing.structures.classes), dtype=np.int64)
+    counts = torch.zeros(len(listing.structures.classes), dtype=torch.float64)
     read: list[str] = []
     trained = []
     problems: list[str] = []
@@ -151,7 +151,7 @@ def _read_some(
             try:
                 case = read_case(entry, config.data, listing, TensorStore())
                 if len(read) < len(listing.train):
-                    counts += _class_counts(case, len(counts))
+                    counts += class_voxels([case], len(counts))
                     trained.append((case.digest, case.grid.spacing))
                 if not read:
                     flip_axes(case, models.dims, config.train.augment)
@@ -166,11 +166,6 @@ def _read_some(
     names = listing.structures.classes
     voxels = {name: int(count) for name, count in zip(names, counts, strict=True)}
     return read, voxels, trained
-
-
-def _class_counts(case: Case, classes: int) -> np.ndarray:
-    label = case.label.numpy()
-    return np.bincount(label[label != IGNORE_INDEX].astype(np.int64), minlength=classes)
 
 
 def _table(config: Config, listing: Listing, models: Models, result: DryRun, device: str) -> Table:

@@ -30,7 +30,6 @@ from riskmap_ext.finetune.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import flip_axes
-from riskmap_ext.finetune.stepper import class_voxels
 from riskmap_ext.finetune.storage import TensorStore
 from riskmap_ext.finetune.structures import Structures
 
@@ -171,10 +170,7 @@ def build_models(
     check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
     keys = None
     if source is not None and config.source is not None and config.source.initialize:
-        head = config.source.head
-        if head == "auto" and (source.structures.regions is None) != (structures.regions is None):
-            head = "reinitialize"  # sigmoids say nothing of a softmax, however many there are
-        keys = start_from_source(network, wanted, count, source, head)
+        keys = start_from_source(network, wanted, structures, source, config.source.head)
     return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys)
 
 
@@ -331,9 +327,7 @@ def tell_plan(plan: Plan) -> None:
         f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
         + ", ".join(cases.classes)
     )
-    for name, count in zip(
-        cases.classes, class_voxels(cases.train, len(cases.classes)), strict=True
-    ):
+    for name, count in zip(cases.classes, cases.class_voxels, strict=True):
         if count == 0:
             log.warn(f"no voxel of class {name} in the training cases")
     if cases.structures.regions is not None:

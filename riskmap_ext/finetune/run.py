@@ -300,7 +300,7 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
     # Maps of validation cases are only looked at: neither statistics nor training see them.
     shown = config.write.maps or bool(config.write.overlays)
     others = plan.cases.validation if shown else []
-    maps = _map_cases(
+    return _map_cases(
         config,
         plan.log,
         models.source,
@@ -310,7 +310,6 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
         plan.processes,
         plan.store,
     )
-    return maps
 
 
 def _train(

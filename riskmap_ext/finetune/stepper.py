@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.config import IGNORE_INDEX, Config, TrainConfig
-from riskmap_ext.finetune.data import Case, Cases
+from riskmap_ext.finetune.data import Cases
 from riskmap_ext.finetune.network import first_output
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
@@ -165,7 +165,7 @@ def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) 
         return None
     if isinstance(wanted, list):
         return torch.tensor(wanted, dtype=torch.float32, device=device)
-    weights = sqrt_inverse_frequency(cases.train, len(cases.classes))
+    weights = sqrt_inverse_frequency(cases.class_voxels)
     log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
     largest = float(weights.max())
     if largest > _LARGE_WEIGHT:
@@ -177,19 +177,9 @@ def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) 
     return weights.to(device)
 
 
-def class_voxels(cases: Sequence[Case], num_classes: int) -> Tensor:
-    """[C] float64."""
-    counts = torch.zeros(num_classes, dtype=torch.float64)
-    for case in cases:
-        valid = case.label[case.label != IGNORE_INDEX]
-        counts += torch.bincount(valid.long(), minlength=num_classes)
-    return counts
-
-
-def sqrt_inverse_frequency(cases: Sequence[Case], num_classes: int) -> Tensor:
-    """sqrt(1 / f_k), scaled so that the mean weight over the training voxels is 1; [C] float32."""
-    frequencies = class_voxels(cases, num_classes)
-    frequencies /= frequencies.sum().clamp(min=1)
+def sqrt_inverse_frequency(voxels: Tensor) -> Tensor:
+    """sqrt(1 / f_k) of the voxels of each class, with mean 1 over all of them; [C] float32."""
+    frequencies = voxels / voxels.sum().clamp(min=1)
     weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
     weights /= (weights * frequencies).sum().clamp(min=1e-12)
     return weights.float()
