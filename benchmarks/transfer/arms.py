@@ -56,6 +56,7 @@ REFERENCE = "ce_dice"
 WEIGHTS = "class_dice"  # without a map
 MAP = "linear_dice"  # what the driver does unless asked
 PAPER, MEANS = "risk_dice", "class_mean_dice"  # the exponential map, and its means in each class
+_LINEAR = {"scheme": "linear"}
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
 
 
@@ -97,7 +98,7 @@ _EVERY = (
         "linear_dice",
         "linear risk + Dice",
         "scheme linear, 1 to 10: the driver's default",
-        risk={"scheme": "linear"},
+        risk=_LINEAR,
     ),
     Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),
     Arm("power_dice", "power risk + Dice", "scheme power, exponent 0.5", risk={"scheme": "power"}),
@@ -148,6 +149,29 @@ _SETTINGS = (
         "exponential; cross-entropy over the number of valid voxels, not of the image's foreground",
         loss={**_CE_DICE, "normalization": "valid"},
         risk={},
+    ),
+)
+_SCALES = (
+    Arm(
+        "linear_labels",
+        "linear risk over labels + Dice",
+        "cross-entropy over the labelled foreground, without the image's mask; floor 0.05",
+        risk=_LINEAR,
+        own_loss=losses.labels_alone,
+    ),
+    Arm(
+        "linear_floored",
+        "linear risk over floored labels + Dice",
+        "cross-entropy over the labelled foreground, without the image's mask; floor 0.4",
+        risk=_LINEAR,
+        own_loss=losses.labels_floored,
+    ),
+    Arm(
+        "linear_valid",
+        "linear risk over valid + Dice",
+        "cross-entropy over the number of valid voxels",
+        loss={**_CE_DICE, "normalization": "valid"},
+        risk=_LINEAR,
     ),
 )
 _PLACED = (
@@ -214,16 +238,18 @@ _PLACED = (
         own_loss=location.DoubtRefreshed,
     ),
 )
-ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_PLACED)}
+ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_SCALES, *_PLACED)}
 SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the map, beside MAP
+SCALES = tuple(arm.key for arm in _SCALES)  # of MAP's cross-entropy
 PLACED = tuple(arm.key for arm in _PLACED)  # held against WEIGHTS: location alone
 # On request. Beside arms with Dice, the first two are fairer peers than without it.
 EXTRA = ("focal_dice", "top_k_dice", "scratch_class")
-DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))
+DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *SCALES, *PLACED))
 GROUPS = {
     "default": DEFAULT,
     "extra": EXTRA,
     "settings": SETTINGS,
+    "scales": SCALES,
     "placed": PLACED,
     "all": tuple(ARMS),
 }

@@ -37,6 +37,18 @@ def top_k_dice(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: T
     return top_k(logits, label, risk, foreground) + _dice(logits, label, foreground)
 
 
+def labels_alone(logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor) -> Tensor:
+    """Risk-weighted CE + Dice normalised by the labelled foreground, without the image's mask."""
+    return _labelled(logits, label, risk, 0.05)
+
+
+def labels_floored(
+    logits: Tensor, label: Tensor, risk: Tensor | None, foreground: Tensor
+) -> Tensor:
+    """The same with a floor that bounds the scale to 2.5, about what a brain mask gives."""
+    return _labelled(logits, label, risk, 0.4)
+
+
 class Fading:
     """Risk-weighted CE + Dice with the weights to the power 1 - t, t the share of steps done."""
 
@@ -51,6 +63,18 @@ class Fading:
         left = max(0.0, 1 - self._done / self._steps)
         self._done += 1
         return self._loss(logits, label, risk**left, foreground=foreground)
+
+
+def _labelled(logits: Tensor, label: Tensor, risk: Tensor | None, floor: float) -> Tensor:
+    return weighted_loss(
+        logits,
+        label,
+        risk,
+        ignore_index=IGNORE_INDEX,
+        normalization="foreground",
+        foreground_floor=floor,
+        dice_weight=1.0,
+    )
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
