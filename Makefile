@@ -6,6 +6,7 @@ NNUNET ?= nnunetv2==2.8.1 acvl-utils==0.2.6 dynamic-network-architectures==0.4.4
   batchgeneratorsv2==0.3.6
 VENV ?= .venv
 BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean
@@ -86,12 +87,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(NATIVE)
 
 # The site, in build/site: a warning ends it. The variable hushes an advertisement.
 docs: install

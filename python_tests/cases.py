@@ -144,6 +144,7 @@ class Case:
             kwargs["foreground"] = self.foreground(device)
         if self.with_weight:
             kwargs["weight"] = self.weight(device)
+            kwargs["dice_class_weight"] = self.weight(device).flip(0)
         if self.regions:
             kwargs["regions"] = self.table(self.regions, self.classes, device)
         return args, kwargs
@@ -346,21 +347,29 @@ _LOSS_OPTIONS: tuple[dict[str, Any], ...] = (
     {"normalization": "batch_foreground", "foreground_floor": 1.0, "reduction": "sum"},
     {"normalization": "valid", "reduction": "sum"},
     {"normalization": "none"},
-    {"region": "foreground"},
-    {"region": "foreground", "normalization": "valid", "reduction": "sum"},
-    {"region": "foreground", "reduction": "none"},
+    {"ce_voxels": "foreground"},
+    {"ce_voxels": "foreground", "normalization": "valid", "reduction": "sum"},
+    {"ce_voxels": "foreground", "reduction": "none"},
     {"reduction": "none", "label_smoothing": 0.2, "ce_weight": 0.5},
     {"label_smoothing": 0.1},
-    {"label_smoothing": 1.0, "region": "foreground"},
+    {"label_smoothing": 1.0, "ce_voxels": "foreground"},
     {"background": None},
     {"background": 2},
     {"ce_weight": 2.5},
     {"ce_weight": 0.0, "dice_weight": 1.0},
     {"dice_weight": 1.0, "reduction": "sum"},
     {"dice_weight": 0.7, "include_background": True, "label_smoothing": 0.1},
-    {"dice_weight": 1.5, "background": None, "region": "foreground"},
+    {"dice_weight": 1.5, "background": None, "ce_voxels": "foreground"},
     {"dice_weight": 1.0, "batch_dice": True, "background": 1},
     {"dice_weight": 1.0, "batch_dice": True, "reduction": "sum"},
+    {"dice_weight": 1.0, "squared_pred": True},
+    {"dice_weight": 1.0, "jaccard": True, "batch_dice": True},
+    {"dice_weight": 0.8, "squared_pred": True, "jaccard": True, "include_background": True},
+    {"dice_weight": 1.0, "smooth_nr": 0.0, "smooth_dr": 1e-6, "squared_pred": True},
+    {"dice_weight": 1.0, "smooth_nr": 0.0, "smooth_dr": 0.0, "reduction": "sum"},
+    {"dice_weight": 1.0, "smooth_nr": 2.0, "smooth_dr": 0.5, "jaccard": True, "batch_dice": True},
+    {"normalization": "weighted"},
+    {"normalization": "weighted", "dice_weight": 1.0, "reduction": "sum"},
 )
 
 _LOSS_INPUTS = (
@@ -399,7 +408,7 @@ REGION_TABLES = [
 ]  # fmt: skip
 
 _LOSS_OPTIONS_OF_REGIONS = tuple(
-    options for options in _LOSS_OPTIONS if not options.get("include_background")
+    options for options in _LOSS_OPTIONS if options.get("normalization") != "weighted"
 )
 
 REGION_CASES = (

@@ -93,6 +93,15 @@ def test_a_bad_class_weight_spoils_all(bad: float, in_forward: bool, device: tor
         assert all(image.isnan().any() for image in gradient)
 
 
+@pytest.mark.parametrize("bad", BAD_RISKS)
+def test_a_bad_class_weight_of_dice_spoils_all(bad: float, device: torch.device) -> None:
+    weight = torch.ones(BASE.classes, device=device)
+    weight[1] = bad
+    options = {"dice_weight": 1.0, "dice_class_weight": weight}
+    loss, *_ = loss_of(BASE, device, options=options)
+    assert loss.isnan()
+
+
 @each_path
 @pytest.mark.parametrize("bad", BAD_RISKS)
 def test_a_bad_risk_at_an_ignored_voxel_is_none(

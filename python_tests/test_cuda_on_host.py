@@ -105,7 +105,7 @@ VOLUMES = [
 ]
 LOSSES: dict[str, dict] = {
     "ce": {},
-    "none": {"reduction": "none", "region": "foreground"},
+    "none": {"reduction": "none", "ce_voxels": "foreground"},
     "smooth": {"label_smoothing": 0.1, "normalization": "batch_foreground", "reduction": "sum"},
     "dice": {"dice_weight": 1.0},
     "batch_dice": {"dice_weight": 0.5, "batch_dice": True, "label_smoothing": 0.1},

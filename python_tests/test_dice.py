@@ -107,6 +107,96 @@ def test_monai_with_cross_entropy(include_background: bool, device: torch.device
     _assert_same(logits, found, peer(logits, target.unsqueeze(1)))
 
 
+@BOTH
+@BATCH
+@pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
+@pytest.mark.parametrize("squared", [False, True], ids=["plain", "squared"])
+@pytest.mark.parametrize("smooth", [(1e-6, 1e-6), (0.0, 1e-6), (0.0, 0.0), (1.0, 2.0)], ids=str)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_monai_family(
+    activation: str,
+    smooth: tuple[float, float],
+    squared: bool,
+    jaccard: bool,
+    batch: bool,
+    include_background: bool,
+    device: torch.device,
+) -> None:
+    """With class weights on the Dice, which MONAI averages without dividing by their sum."""
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    regions = activation == "sigmoid"
+    if regions and not include_background:
+        pytest.skip("regions have no background; MONAI's adapter has a test of its own")
+    channels = 3 if regions else 4
+    logits, target = _inputs(
+        device, classes=4, regions=channels * regions, spatial=(5, 6, 7), ignored=0.0
+    )
+    members = BRATS.to(device).t() if regions else torch.eye(channels, device=device)
+    truth = members[target].movedim(-1, 1).double()  # MONAI's own one-hot is float32
+    weight = torch.linspace(0.2, 2.0, channels, dtype=torch.float64, device=device)
+    family = {"squared_pred": squared, "jaccard": jaccard}
+    family |= {"smooth_nr": smooth[0], "smooth_dr": smooth[1]}
+    peer = losses.DiceLoss(
+        **{activation: True},
+        include_background=include_background,
+        batch=batch,
+        weight=weight if include_background else weight[1:],
+        **family,
+    ).to(device)
+    found = riskmap_ext.weighted_loss(
+        logits,
+        target,
+        **DICE,
+        include_background=include_background,
+        batch_dice=batch,
+        dice_class_weight=weight,
+        regions=BRATS.to(device) if regions else None,
+        **family,
+    )
+    _assert_same(logits, found, peer(logits, truth))
+
+
+@pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
+@pytest.mark.parametrize(
+    ("smooth_nr", "smooth_dr", "expected"), [(0.0, 0.0, 1.0), (0.0, 1e-5, 1.0), (2.0, 2.0, 0.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_empty_class_has_a_defined_value(
+    dtype: torch.dtype,
+    smooth_nr: float,
+    smooth_dr: float,
+    expected: float,
+    jaccard: bool,
+    device: torch.device,
+) -> None:
+    """Its probability is 0 everywhere, and no voxel has its label: 0 / 0 without smoothing."""
+    logits = torch.zeros(1, 2, 6, dtype=dtype, device=device)
+    logits[:, 1] = -1e4
+    logits.requires_grad_()
+    loss = riskmap_ext.weighted_loss(
+        logits,
+        torch.zeros(1, 6, dtype=torch.int64, device=device),
+        **DICE,
+        jaccard=jaccard,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+    )
+    loss.backward()
+    assert loss.item() == expected
+    assert torch.count_nonzero(logits.grad) == 0
+
+
+def test_extreme_logits_have_finite_gradients(device: torch.device) -> None:
+    logits = 1e4 * Case("extreme_family", classes=5).logits(device)
+    target = Case("extreme_family", classes=5, ignored=0.0).target(device)
+    for jaccard in (False, True):
+        leaf = logits.clone().requires_grad_()
+        riskmap_ext.weighted_loss(
+            leaf, target, **DICE, squared_pred=True, jaccard=jaccard, smooth_nr=0.0, smooth_dr=0.0
+        ).backward()
+        assert leaf.grad.isfinite().all()
+
+
 def _nnunet_soft_dice(
     logits: Tensor, target: Tensor, *, batch_dice: bool, do_bg: bool, smooth: float = 1e-5
 ) -> Tensor:

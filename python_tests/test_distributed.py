@@ -60,6 +60,55 @@ def process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+REGIONS = [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
+LOSSES = {
+    "classes": {"weight": [0.5, 1.0, 2.0]},
+    "squared": {"squared_pred": True, "dice_class_weight": [0.5, 1.0, 2.0], "jaccard": True},
+    "regions": {"regions": REGIONS, "smooth_nr": 0.0},
+    "background": {"include_background": True},
+}
+
+
+def gradients(image: Tensor, label: Tensor, distributed: bool) -> dict[str, list[Tensor]]:
+    """Of a network's parameters by the loss with one Dice over the batch; first its value."""
+    found = {}
+    for name, options in LOSSES.items():
+        model = network(CLASSES, seed=2).double()
+        trained = DistributedDataParallel(model) if distributed else model
+        loss = riskmap_ext.nn.RiskWeightedLoss(
+            normalization="valid", dice_weight=1.0, batch_dice=True, sync_dice=True, **options
+        )
+        value = loss(trained(image.double()), label, torch.ones(label.shape))
+        value.backward()
+        found[name] = [value.detach(), *(each.grad for each in model.parameters())]
+    return found
+
+
+def synced_process(rank: int, folder: str) -> None:
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    image, label = data()
+    mine = slice(2 * rank, 2 * rank + 2)
+    torch.save(gradients(image[mine], label[mine], distributed=True), f"{folder}/{rank}.pt")
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_batch_dice_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """As nnU-Net has it: the sums of all processes, and a gradient that their mean makes whole."""
+    mp.spawn(synced_process, args=(str(tmp_path),), nprocs=2)
+    expected = gradients(*data(), distributed=False)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, (loss, *of_parameters) in expected.items():
+        mean = (first[name][0] + second[name][0]) / 2
+        torch.testing.assert_close(mean, loss, rtol=1e-12, atol=0)
+        for rank in (first, second):
+            for found, each in zip(rank[name][1:], of_parameters, strict=True):
+                torch.testing.assert_close(found, each, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes_end_in_the_weights_of_one(tmp_path: Path) -> None:
     mp.spawn(process, args=(str(tmp_path),), nprocs=2)

@@ -135,6 +135,18 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
     (loss, {"weight": torch.ones(3, 1)}, ValueError, ["weight", "[3]", "[3, 1]"]),
     (loss, {"weight": torch.ones(3).int()}, TypeError, ["weight", "floating", "int32"]),
     (loss, {"weight": [1.0, 2.0, 3.0]}, TypeError, ["weight", "Tensor", "list"]),
+    (loss, {"dice_class_weight": torch.ones(4)}, ValueError, ["dice_class_weight", "[3]", "[4]"]),
+    (loss, {"smooth_nr": -1.0}, ValueError, ["smooth_nr", ">= 0", "-1.0"]),
+    (loss, {"smooth_dr": float("nan")}, ValueError, ["smooth_dr", "finite", "nan"]),
+    (loss, {"squared_pred": 1}, TypeError, ["squared_pred", "True", "int"]),
+    (loss, {"jaccard": None}, TypeError, ["jaccard", "True", "NoneType"]),
+    (loss, {"sync_dice": True}, ValueError, ["sync_dice", "batch_dice=True"]),
+    (
+        loss,
+        {"normalization": "weighted", "regions": [[1, 1, 0], [0, 1, 0], [0, 0, 1]]},
+        ValueError,
+        ["normalization", "regions", "'weighted'"],
+    ),
     (loss, {"foreground": torch.ones(2, 5, 6)}, TypeError, ["foreground", "bool", "float32"]),
     (
         loss,
@@ -152,7 +164,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
         ValueError,
         ["normalization", "'foreground'", "'batch_foreground'", "'valid'", "'none'", "'mean'"],
     ),
-    (loss, {"region": "all"}, ValueError, ["region", "'valid'", "'foreground'", "'all'"]),
+    (loss, {"ce_voxels": "all"}, ValueError, ["ce_voxels", "'valid'", "'foreground'", "'all'"]),
     (loss, {"reduction": None}, TypeError, ["reduction", "'mean'", "NoneType"]),
     (loss, {"reduction": "max"}, ValueError, ["reduction", "'mean'", "'sum'", "'none'", "'max'"]),
     (loss, {"ce_weight": -1.0}, ValueError, ["ce_weight", ">= 0", "-1.0"]),
@@ -269,7 +281,7 @@ def test_bad_risk_outside_the_summed_region_is_still_bad() -> None:
     weights = torch.ones(2, 5, 6)
     weights[0, 0, 0] = -1
     with pytest.raises(ValueError, match=r"\brisk\b"):
-        loss(risk=weights, region="foreground")
+        loss(risk=weights, ce_voxels="foreground")
 
 
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf")])

@@ -290,7 +290,7 @@ def test_prepared_cases_are_shared(root, source, tmp_path, monkeypatch):
         {"train": {"optimizer": "SGD", "schedule": "cosine", "grad_clip": None}},
         {"train": {"optimizer": "Adam", "schedule": "constant", "validate_every": 0}},
         {"loss": {"class_weights": "sqrt_inverse_frequency"}},
-        {"loss": {"class_weights": [1, 2, 3], "label_smoothing": 0.1, "region": "foreground"}},
+        {"loss": {"class_weights": [1, 2, 3], "label_smoothing": 0.1, "ce_voxels": "foreground"}},
         {"loss": {"dice_weight": 0, "normalization": "batch_foreground"}},
         {"loss": {"ce_weight": 0, "batch_dice": True, "include_background": True}},
         {"data": {"spacing": [2, 2, 2], "image_foreground": "otsu"}},

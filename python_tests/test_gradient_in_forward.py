@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 FORWARD_CASES = [
     case
     for case in (*LOSS_CASES, *REGION_CASES)
-    if not case.loss_options.get("dice_weight") and case.loss_options.get("reduction") != "none"
+    if not case.loss_options.get("dice_weight")
+    and case.loss_options.get("reduction") != "none"
+    and not (case.with_weight and case.loss_options.get("normalization") == "weighted")
 ]
 
 

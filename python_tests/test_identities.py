@@ -92,6 +92,26 @@ def test_plain_mean_is_cross_entropy(
     assert_gradient_close(found[1], expected[1], tolerance=2e-6)
 
 
+@pytest.mark.parametrize("dice_weight", [0.0, 0.5])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weighted_mean_is_cross_entropy(
+    weighted: bool, label_smoothing: float, dice_weight: float, device: torch.device
+) -> None:
+    """Over a batch whose images have different numbers of valid voxels."""
+    case = Case("torch_weighted", batch=3, classes=5, empty_image=True, dtype=torch.float64)
+    logits, target = case.logits(device), case.target(device)
+    options = {"label_smoothing": label_smoothing}
+    if weighted:
+        options["weight"] = case.weight(device).double()
+    dice = riskmap_ext.weighted_loss(logits, target, ce_weight=0.0, dice_weight=dice_weight)
+    found = riskmap_ext.weighted_loss(
+        logits, target, normalization="weighted", dice_weight=dice_weight, **options
+    )
+    expected = F.cross_entropy(logits, target, **options) + dice
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 def test_voxel_map_is_cross_entropy_with_class_weights(
     label_smoothing: float, device: torch.device
@@ -218,10 +238,10 @@ def test_images_share_a_loss_as_reduction_says(device: torch.device) -> None:
         assert together.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("region", ["valid", "foreground"])
-def test_voxel_map_adds_up_to_the_sum(region: str, device: torch.device) -> None:
+@pytest.mark.parametrize("ce_voxels", ["valid", "foreground"])
+def test_voxel_map_adds_up_to_the_sum(ce_voxels: str, device: torch.device) -> None:
     args, kwargs = BASE.loss_call(device)
-    kwargs.update(region=region, normalization="none")
+    kwargs.update(ce_voxels=ce_voxels, normalization="none")
     voxels = riskmap_ext.weighted_loss(*args, reduction="none", **kwargs)
     total = riskmap_ext.weighted_loss(*args, reduction="sum", **kwargs)
     assert voxels.sum().item() == pytest.approx(total.item(), rel=1e-6)
@@ -321,9 +341,9 @@ def test_loss_of_a_case_worked_by_hand(device: torch.device) -> None:
         ("foreground", "foreground"): easy,
         ("valid", "foreground"): easy / 2,
     }
-    for (normalization, region), expected in cases.items():
+    for (normalization, ce_voxels), expected in cases.items():
         loss = riskmap_ext.weighted_loss(
-            logits, target, risk, normalization=normalization, region=region
+            logits, target, risk, normalization=normalization, ce_voxels=ce_voxels
         )
         assert loss.item() == pytest.approx(expected, rel=1e-6)
     floored = riskmap_ext.weighted_loss(logits, target, risk, foreground_floor=0.75)

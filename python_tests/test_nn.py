@@ -25,7 +25,8 @@ def test_equals_the_function(device: torch.device) -> None:
     (logits, target, risk), kwargs = CASE.loss_call(device)
     foreground = kwargs["foreground"]
     options = {"dice_weight": 0.5, "label_smoothing": 0.1, "reduction": "sum"}
-    module = RiskWeightedLoss(weight=kwargs["weight"], **options).to(device)
+    weights = {name: kwargs[name] for name in ("weight", "dice_class_weight")}
+    module = RiskWeightedLoss(**weights, **options).to(device)
     found = loss_and_gradients(
         ((logits, target, risk), {}), lambda x, y, r: module(x, y, r, foreground)
     )
@@ -49,7 +50,7 @@ def test_weight_moves_along_but_is_not_saved() -> None:
 
 
 def test_copies_and_prints() -> None:
-    module = RiskWeightedLoss(dice_weight=0.25, region="foreground")
+    module = RiskWeightedLoss(dice_weight=0.25, ce_voxels="foreground")
     (logits, target, risk), _ = CASE.loss_call(torch.device("cpu"))
     assert torch.equal(copy.deepcopy(module)(logits, target, risk), module(logits, target, risk))
     assert "dice_weight=0.25" in repr(module)

@@ -96,8 +96,8 @@ def _by_hand(
         {"weight": torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)},
         {"dice_weight": 1.0},
         {"dice_weight": 0.7, "batch_dice": True, "label_smoothing": 0.1},
-        {"region": "foreground"},
-        {"region": "foreground", "dice_weight": 1.0},
+        {"ce_voxels": "foreground"},
+        {"ce_voxels": "foreground", "dice_weight": 1.0},
     ],
     ids=str,
 )
@@ -114,9 +114,9 @@ def test_equals_the_sums_written_out(
     found.backward()
 
     copies = _brats_inputs(device, **changes)
-    by_hand = {k: v for k, v in options.items() if k != "region"}
+    by_hand = {k: v for k, v in options.items() if k != "ce_voxels"}
     expected = _by_hand(
-        *copies, foreground_only="region" in options, reduction=reduction, **by_hand
+        *copies, foreground_only="ce_voxels" in options, reduction=reduction, **by_hand
     )
     expected.backward()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -177,7 +177,7 @@ def test_tables_of_every_kind(table: Any, device: torch.device) -> None:
     [
         {},
         {"reduction": "none"},
-        {"label_smoothing": 0.3, "region": "foreground", "reduction": "sum"},
+        {"label_smoothing": 0.3, "ce_voxels": "foreground", "reduction": "sum"},
         {"dice_weight": 1.0},
         {"dice_weight": 0.7, "batch_dice": True, "normalization": "batch_foreground"},
     ],

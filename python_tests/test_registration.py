@@ -47,6 +47,7 @@ def _loss_arguments(
     reduction: int = MEAN,
     whole: bool = True,
     regions: bool = False,
+    squared: bool = False,
 ) -> tuple[Any, ...]:
     """``whole``: with the optional tensors."""
     return (
@@ -56,15 +57,20 @@ def _loss_arguments(
         case.weight(device) if whole else None,
         case.foreground(device) if whole else None,
         _regions(case.classes, device) if regions else None,
+        case.weight(device) if whole else None,  # dice_class_weight
         case.ignore_index,
         0 if whole else None,  # background
         0.05,  # foreground_floor
         FOREGROUND_SIZE if whole else VALID_SIZE,
-        0,  # region
+        0,  # ce_voxels
         reduction,
         0.1 if whole else 0.0,  # label_smoothing
         1.0,  # ce_weight
         dice,
+        1e-5,  # smooth_nr
+        1e-6,  # smooth_dr
+        squared,
+        False,  # jaccard
         False,  # include_background
         False,  # batch_dice
     )
@@ -73,11 +79,32 @@ def _loss_arguments(
 def _backward_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
     arguments = _loss_arguments(case, device, **options)
     risk = arguments[2]
-    ignore_index, background, region, label_smoothing = (arguments[i] for i in (6, 7, 10, 12))
     loss, scale, slopes = torch.ops.riskmap_ext.weighted_loss(*arguments)
     tensors = (torch.randn_like(loss), *arguments[:6], scale, slopes)
-    numbers = (ignore_index, background, region, label_smoothing)
-    return *tensors, *numbers, risk is not None
+    return *tensors, *_of_gradient(arguments), risk is not None
+
+
+def _of_gradient(arguments: tuple[Any, ...]) -> list[Any]:
+    """ignore_index, background, ce_voxels, label_smoothing, squared_pred."""
+    return [arguments[i] for i in (7, 8, 11, 13, 18)]
+
+
+def _with_gradient_arguments(
+    case: Case, device: torch.device, grad_risk: bool, **options: Any
+) -> tuple[Any, ...]:
+    arguments = _loss_arguments(case, device, **options)
+    return *arguments[:6], *arguments[7:15], grad_risk
+
+
+def _sums_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
+    arguments = _loss_arguments(case, device, **options)
+    return *arguments[:6], *_of_gradient(arguments)
+
+
+def _finish_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
+    sums = torch.ops.riskmap_ext._weighted_loss_sums(*_sums_arguments(case, device, **options))
+    weight = case.weight(device)
+    return sums, weight, weight, 0, 0.05, VALID_SIZE, SUM, 1.0, 0.5, 1e-5, 0.0, True, True, False
 
 
 SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)
@@ -110,6 +137,7 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
     "weighted_loss": [
         lambda d: _loss_arguments(SMALL, d),
         lambda d: _loss_arguments(SMALL, d, dice=1.0),
+        lambda d: _loss_arguments(SMALL, d, dice=1.0, squared=True),
         lambda d: _loss_arguments(SMALL, d, reduction=NONE),
         lambda d: _loss_arguments(VOLUME, d, dice=0.5, reduction=SUM, whole=False),
         lambda d: _loss_arguments(EMPTY, d, whole=False),
@@ -118,16 +146,27 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
     "_weighted_loss_backward": [
         lambda d: _backward_arguments(SMALL, d),
         lambda d: _backward_arguments(SMALL, d, dice=1.0),
+        lambda d: _backward_arguments(SMALL, d, dice=1.0, squared=True),
         lambda d: _backward_arguments(SMALL, d, reduction=NONE),
         lambda d: _backward_arguments(VOLUME, d, dice=0.5, whole=False),
         lambda d: _backward_arguments(EMPTY, d, whole=False),
         lambda d: _backward_arguments(SMALL, d, dice=1.0, regions=True),
     ],
     "_weighted_loss_with_gradient": [
-        lambda d: (*_loss_arguments(SMALL, d)[:14], True),
-        lambda d: (*_loss_arguments(SMALL, d, regions=True)[:14], True),
-        lambda d: (*_loss_arguments(VOLUME, d, reduction=SUM, whole=False)[:14], False),
-        lambda d: (*_loss_arguments(EMPTY, d, whole=False)[:14], False),
+        lambda d: _with_gradient_arguments(SMALL, d, True),
+        lambda d: _with_gradient_arguments(SMALL, d, True, regions=True),
+        lambda d: _with_gradient_arguments(VOLUME, d, False, reduction=SUM, whole=False),
+        lambda d: _with_gradient_arguments(EMPTY, d, False, whole=False),
+    ],
+    "_weighted_loss_sums": [
+        lambda d: _sums_arguments(SMALL, d),
+        lambda d: _sums_arguments(VOLUME, d, whole=False),
+        lambda d: _sums_arguments(EMPTY, d, whole=False),
+        lambda d: _sums_arguments(SMALL, d, regions=True),
+    ],
+    "_weighted_loss_finish": [
+        lambda d: _finish_arguments(SMALL, d),
+        lambda d: _finish_arguments(EMPTY, d),
     ],
     "_scale_gradient_": [
         lambda d, f=f: (SMALL.logits(d), torch.tensor(f, device=d)) for f in (1.0, 0.0, -2.5)
@@ -222,7 +261,7 @@ def test_compiled_loss(dynamic: bool) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"reduction": "none", "region": "foreground"},
+        {"reduction": "none", "ce_voxels": "foreground"},
         {"normalization": "batch_foreground", "background": None, "batch_dice": True},
     ],
     ids=["none", "batch"],

@@ -33,7 +33,7 @@ def test_gradients_vanish_at_ignored_voxels(case: Case, device: torch.device) ->
     "options",
     [
         {},
-        {"reduction": "none", "region": "foreground"},
+        {"reduction": "none", "ce_voxels": "foreground"},
         {"reduction": "sum", "label_smoothing": 0.1, "normalization": "batch_foreground"},
         {"dice_weight": 0.8, "ce_weight": 0.5},
         {"dice_weight": 0.8, "batch_dice": True, "label_smoothing": 0.2},
@@ -185,7 +185,7 @@ def test_nothing_is_looked_at_in_ignored_voxels(dice: float, device: torch.devic
 
 def test_nothing_is_looked_at_outside_the_region(device: torch.device) -> None:
     (logits, target, risk), kwargs = BASE.loss_call(device)
-    kwargs["region"] = "foreground"
+    kwargs["ce_voxels"] = "foreground"
     expected = loss_and_gradients(((logits, target, risk), kwargs))
     spoiled = logits.masked_fill((target == 0).unsqueeze(1), torch.nan)
     found = loss_and_gradients(((spoiled, target, risk), kwargs))
@@ -220,10 +220,10 @@ def test_gradient_is_laid_out_as_the_logits(
 
 @pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
 @pytest.mark.parametrize("normalization", ["foreground", "batch_foreground", "valid", "none"])
-@pytest.mark.parametrize("region", ["valid", "foreground"])
+@pytest.mark.parametrize("ce_voxels", ["valid", "foreground"])
 @pytest.mark.parametrize("labels", ["ignored", "no_voxels", "no_images"])
 def test_nothing_valid_is_zero(
-    labels: str, region: str, normalization: str, dice: float, device: torch.device
+    labels: str, ce_voxels: str, normalization: str, dice: float, device: torch.device
 ) -> None:
     case = {
         "ignored": Case("nothing", labels="ignored"),
@@ -231,7 +231,7 @@ def test_nothing_valid_is_zero(
         "no_images": Case("nothing", batch=0),
     }[labels]
     args, kwargs = case.loss_call(device)
-    kwargs.update(normalization=normalization, region=region, dice_weight=dice)
+    kwargs.update(normalization=normalization, ce_voxels=ce_voxels, dice_weight=dice)
     for reduction in ("mean", "sum"):
         loss, *gradients = loss_and_gradients((args, {**kwargs, "reduction": reduction}))
         assert loss.item() == 0

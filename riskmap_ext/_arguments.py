@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# In the order of the numbers in the schemas.
 SCHEMES = ("exponential", "power", "linear")
-NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none")
-REGIONS = ("valid", "foreground")
+NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none", "weighted")
+CE_VOXELS = ("valid", "foreground")
 REDUCTIONS = ("mean", "sum", "none")
 
 MAX_WEIGHT = 1e38  # voxel weights are float32
@@ -166,16 +167,18 @@ def validate_joint(value: Any) -> Tensor:
     return tensor
 
 
-def validate_class_weight(value: Any, logits: Tensor) -> Tensor:
-    tensor = plain_tensor("weight", value)
-    _require_dtype("weight", tensor, FLOATING_DTYPES, "a floating dtype")
+def validate_class_weight(name: str, value: Any, logits: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    tensor = plain_tensor(name, value)
+    _require_dtype(name, tensor, FLOATING_DTYPES, "a floating dtype")
     if tensor.dim() != 1 or tensor.size(0) != logits.size(1):
         raise ValueError(
-            f"weight: expected [{logits.size(1)}], one value per class of logits "
+            f"{name}: expected [{logits.size(1)}], one value per class of logits "
             f"{_shape(logits)}, got shape {_shape(tensor)}"
         )
-    _require_device("weight", tensor, "logits", logits)
-    return tensor
+    _require_device(name, tensor, "logits", logits)
+    return tensor.detach()
 
 
 def validate_regions(value: Any, logits: Tensor, logits_name: str = "logits") -> Tensor | None:
@@ -312,6 +315,7 @@ class LossTensors(NamedTuple):
     weight: Tensor | None
     foreground: Tensor | None
     regions: Tensor | None
+    dice_class_weight: Tensor | None
 
     @property
     def num_labels(self) -> int:
@@ -319,16 +323,23 @@ class LossTensors(NamedTuple):
 
 
 def loss_tensors(
-    logits: Any, target: Any, risk: Any, weight: Any, foreground: Any, regions: Any = None
+    logits: Any,
+    target: Any,
+    risk: Any,
+    weight: Any,
+    foreground: Any,
+    regions: Any,
+    dice_class_weight: Any,
 ) -> LossTensors:
     logits = validate_logits("logits", logits)
     return LossTensors(
         logits,
         validate_labels("target", target, logits),
         None if risk is None else validate_voxel_map("risk", risk, logits),
-        None if weight is None else validate_class_weight(weight, logits),
+        validate_class_weight("weight", weight, logits),
         None if foreground is None else validate_mask("foreground", foreground, logits),
         validate_regions(regions, logits),
+        validate_class_weight("dice_class_weight", dice_class_weight, logits),
     )
 
 
@@ -337,13 +348,44 @@ class LossOptions(NamedTuple):
     background: int | None
     foreground_floor: float
     normalization: str
-    region: str
+    ce_voxels: str
     reduction: str
     label_smoothing: float
     ce_weight: float
     dice_weight: float
+    smooth_nr: float
+    smooth_dr: float
+    squared_pred: bool
+    jaccard: bool
     include_background: bool
     batch_dice: bool
+    sync_dice: bool
+
+    @property
+    def of_cross_entropy(self) -> tuple[Any, ...]:
+        """As the ops take them, in the order of their schemas."""
+        return (
+            self.ignore_index,
+            self.background,
+            self.foreground_floor,
+            NORMALIZATIONS.index(self.normalization),
+            CE_VOXELS.index(self.ce_voxels),
+            REDUCTIONS.index(self.reduction),
+            self.label_smoothing,
+            self.ce_weight,
+        )
+
+    @property
+    def of_dice(self) -> tuple[Any, ...]:
+        return (
+            self.dice_weight,
+            self.smooth_nr,
+            self.smooth_dr,
+            self.squared_pred,
+            self.jaccard,
+            self.include_background,
+            self.batch_dice,
+        )
 
 
 def loss_options(
@@ -354,27 +396,47 @@ def loss_options(
     background: Any,
     foreground_floor: Any,
     normalization: Any,
-    region: Any,
+    ce_voxels: Any,
     reduction: Any,
     label_smoothing: Any,
     ce_weight: Any,
     dice_weight: Any,
+    smooth_nr: Any,
+    smooth_dr: Any,
+    squared_pred: Any,
+    jaccard: Any,
     include_background: Any,
     batch_dice: Any,
+    sync_dice: Any,
 ) -> LossOptions:
     options = LossOptions(
         integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
         validate_background(background, num_labels),
         number("foreground_floor", foreground_floor, 0.0, 1.0),
         validate_choice("normalization", normalization, NORMALIZATIONS),
-        validate_choice("region", region, REGIONS),
+        validate_choice("ce_voxels", ce_voxels, CE_VOXELS),
         validate_choice("reduction", reduction, REDUCTIONS),
         number("label_smoothing", label_smoothing, 0.0, 1.0),
         number("ce_weight", ce_weight, 0.0),
         number("dice_weight", dice_weight, 0.0),
+        number("smooth_nr", smooth_nr, 0.0),
+        number("smooth_dr", smooth_dr, 0.0),
+        validate_flag("squared_pred", squared_pred),
+        validate_flag("jaccard", jaccard),
         validate_flag("include_background", include_background),
         validate_flag("batch_dice", batch_dice),
+        validate_flag("sync_dice", sync_dice),
     )
+    if options.sync_dice and not options.batch_dice:
+        raise ValueError(
+            "sync_dice: expected batch_dice=True with it, as only the sums of a batch can be those "
+            "of all processes, got batch_dice=False"
+        )
+    if has_regions and options.normalization == "weighted":
+        raise ValueError(
+            "normalization: expected another one with regions, as a voxel of overlapping regions "
+            "has no class weight of its own, got 'weighted'"
+        )
     if options.dice_weight > 0:
         if options.reduction == "none":
             raise ValueError(

@@ -18,6 +18,8 @@ _CUDA_OPS = (
     "risk_map",
     "weighted_loss",
     "_weighted_loss_backward",
+    "_weighted_loss_finish",
+    "_weighted_loss_sums",
     "_weighted_loss_with_gradient",
     "_scale_gradient_",
 )

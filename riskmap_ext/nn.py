@@ -15,7 +15,7 @@ __all__ = ["RiskWeightedLoss"]
 
 Scales = Tensor | Sequence[Tensor]
 
-_OF_FORWARD = ("weight", "foreground", "regions")  # tensors, not fixed options
+_OF_FORWARD = ("weight", "dice_class_weight", "foreground", "regions")  # tensors, not fixed options
 
 
 class RiskWeightedLoss(torch.nn.Module):
@@ -26,7 +26,7 @@ class RiskWeightedLoss(torch.nn.Module):
     of the finest scale each, which is sampled at the nearest voxel for the others.
 
     Args:
-        weight: class weights [C], a tensor or a sequence of numbers.
+        weight, dice_class_weight: class weights [C], a tensor or a sequence of numbers.
         regions: table [C, L] of overlapping regions, a tensor or nested lists.
         scale_weights: s_i, finite and >= 0, one for each scale; None: 1, 1/2, 1/4, ... divided by
             their sum (nnU-Net gives its coarsest scale 0 besides). Not used for a single tensor
@@ -34,27 +34,32 @@ class RiskWeightedLoss(torch.nn.Module):
         options: the other keyword arguments of :func:`riskmap_ext.weighted_loss`, checked here.
             Deep supervision needs a reduction.
 
-    ``weight`` and ``regions`` are buffers that move with the module and stay out of its state_dict.
+    ``weight``, ``dice_class_weight`` and ``regions`` are buffers that move with the module and stay
+    out of its state_dict.
 
     Shapes: input [B, C, \*S] logits or a list of them; target, risk and foreground [B, \*S] or
     [B, 1, \*S].
     """
 
     weight: Tensor | None
+    dice_class_weight: Tensor | None
     regions: Tensor | None
 
     def __init__(
         self,
         weight: Any = None,
         *,
+        dice_class_weight: Any = None,
         regions: Any = None,
         scale_weights: Sequence[float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        weight = None if weight is None else _class_weights(weight)
+        weight = _class_weights("weight", weight)
+        dice_class_weight = _class_weights("dice_class_weight", dice_class_weight)
         regions = None if regions is None else region_table(regions).clone()
         self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("dice_class_weight", dice_class_weight, persistent=False)
         self.register_buffer("regions", regions, persistent=False)
         self.scale_weights = None if scale_weights is None else _scale_weights(scale_weights)
         defaults = {
@@ -106,6 +111,7 @@ class RiskWeightedLoss(torch.nn.Module):
             target,
             risk,
             weight=self.weight,
+            dice_class_weight=self.dice_class_weight,
             foreground=foreground,
             regions=self.regions,
             **self.options,
@@ -135,14 +141,15 @@ class RiskWeightedLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
 
 
-def _class_weights(value: Any) -> Tensor:
+def _class_weights(name: str, value: Any) -> Tensor | None:
+    if value is None:
+        return None
     if isinstance(value, torch.Tensor):
-        weight = plain_tensor("weight", value).detach().clone()
+        weight = plain_tensor(name, value).detach().clone()
     else:
-        numbers = _numbers("weight", value)
-        weight = torch.tensor(numbers, dtype=torch.float32)
+        weight = torch.tensor(_numbers(name, value), dtype=torch.float32)
     if weight.dim() != 1 or weight.size(0) == 0:
-        raise ValueError(f"weight: expected [C], got shape {list(weight.shape)}")
+        raise ValueError(f"{name}: expected [C], got shape {list(weight.shape)}")
     return weight
 
 

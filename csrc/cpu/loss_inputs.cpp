@@ -5,14 +5,9 @@
 namespace riskmap::cpu {
 namespace {
 
-std::vector<double> class_weights(const LossTensors& tensors, double factor) {
-  const size_t classes = static_cast<size_t>(tensors.logits.size(1));
-  std::vector<double> values = tensors.weight ? values_of(*tensors.weight) : std::vector<double>(classes, 1.0);
-  for (size_t c = 0; c < classes; ++c) {
-    check(std::isfinite(values[c]) && values[c] >= 0, "weighted_loss: weight must be finite and at least 0, got ",
-          values[c], " for class ", c);
-    values[c] *= factor;
-  }
+std::vector<double> scaled_class_weights(const LossTensors& tensors, double factor) {
+  std::vector<double> values = class_weights("weight", tensors.class_weight, tensors.logits.size(1));
+  for (double& each : values) each *= factor;
   return values;
 }
 
@@ -28,6 +23,15 @@ double smooth_factor(const LossTensors& tensors, double label_smoothing) {
 bool wants_double(const LossTensors& tensors) { return tensors.logits.scalar_type() == ScalarType::Double; }
 
 }  // namespace
+
+std::vector<double> class_weights(const char* name, const OptionalTensor& weight, int64_t classes) {
+  if (!weight) return std::vector<double>(static_cast<size_t>(classes), 1.0);
+  const std::vector<double> values = values_of(*weight);
+  for (size_t c = 0; c < values.size(); ++c)
+    check(std::isfinite(values[c]) && values[c] >= 0, "weighted_loss: ", name, " must be finite and at least 0, got ",
+          values[c], " for class ", c);
+  return values;
+}
 
 size_t loss_scratch_bytes(int64_t classes, Dtype dtype) {
   const int64_t tile = tile_voxels(classes, dtype);
@@ -47,13 +51,13 @@ Table::Table(const std::vector<double>& values, bool as_double) : double_(as_dou
 }
 
 LossInputs::LossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background,
-                       Region region, double label_smoothing, bool dice)
+                       CeVoxels ce_voxels, double label_smoothing, bool class_sums, bool squared)
     : logits_(tensors.logits),
       target_(tensors.logits),
       risk_(tensors.logits),
       foreground_(tensors.logits),
-      class_weight_(class_weights(tensors, weight_factor(tensors)), wants_double(tensors)),
-      smooth_(class_weights(tensors, smooth_factor(tensors, label_smoothing)), wants_double(tensors)),
+      class_weight_(scaled_class_weights(tensors, weight_factor(tensors)), wants_double(tensors)),
+      smooth_(scaled_class_weights(tensors, smooth_factor(tensors, label_smoothing)), wants_double(tensors)),
       membership_(
           tensors.regions ? membership_of(*tensors.regions, table_pitch(tensors.num_labels())) : std::vector<double>{},
           wants_double(tensors)) {
@@ -63,52 +67,19 @@ LossInputs::LossInputs(const LossTensors& tensors, int64_t ignore_index, std::op
   args.foreground = view_map(tensors.foreground, foreground_);
   args.num_labels = tensors.num_labels();
   args.membership = tensors.regions ? membership_.data() : nullptr;
-  args.class_weight = tensors.weight || tensors.regions ? class_weight_.data() : nullptr;
+  args.class_weight = tensors.class_weight || tensors.regions ? class_weight_.data() : nullptr;
   args.label_smoothing = label_smoothing;
   if (label_smoothing > 0) {
     args.smooth = smooth_.data();
-    for (double each : class_weights(tensors, smooth_factor(tensors, label_smoothing))) args.smooth_total += each;
+    for (double each : scaled_class_weights(tensors, smooth_factor(tensors, label_smoothing)))
+      args.smooth_total += each;
   }
   args.ignore_index = ignore_index;
   args.background = background.value_or(-1);
-  args.region_foreground = region == Region::kForeground;
-  args.dice = dice;
+  args.ce_in_foreground = ce_voxels == CeVoxels::kForeground;
+  args.class_sums = class_sums;
+  args.squared = squared;
   args.chunking = chunk_volume(args.logits);
-}
-
-LossCounts add_up(const std::vector<LossPartial>& partials, const LossInputs& in) {
-  LossCounts counts{std::vector<LossPartial>(static_cast<size_t>(in.args.logits.batch)), {}};
-  const auto add = [](LossPartial& sum, const LossPartial& part) {
-    sum.cross_entropy += part.cross_entropy;
-    sum.valid += part.valid;
-    sum.foreground += part.foreground;
-    sum.bad_labels += part.bad_labels;
-    sum.bad_risk += part.bad_risk;
-  };
-  for (size_t chunk = 0; chunk < partials.size(); ++chunk) {
-    add(counts.images[chunk / static_cast<size_t>(in.args.chunking.chunks_per_image)], partials[chunk]);
-  }
-  for (const LossPartial& image : counts.images) add(counts.batch, image);
-  return counts;
-}
-
-std::vector<double> image_scales(const LossOptions& options, const LossCounts& counts) {
-  const int64_t batch = static_cast<int64_t>(counts.images.size());
-  const math::VoxelCounts whole{counts.batch.valid, counts.batch.foreground};
-  std::vector<double> scales;
-  for (const LossPartial& image : counts.images) {
-    const double n = math::normalizer(options.normalization, options.foreground_floor, {image.valid, image.foreground},
-                                      whole, batch);
-    scales.push_back(math::image_scale(options.reduction, options.ce_weight, n, batch));
-  }
-  return scales;
-}
-
-void raise_bad_values(const LossTensors& tensors, const LossPartial& batch, int64_t ignore_index) {
-  if (batch.bad_labels)
-    raise_bad_labels("weighted_loss", tensors.target, batch.bad_labels, tensors.num_labels(), ignore_index);
-  check(batch.bad_risk == 0, "weighted_loss: risk must be finite and at least 0, but ", batch.bad_risk,
-        batch.bad_risk == 1 ? " valid voxel is not" : " valid voxels are not");
 }
 
 Tensor scalar_tensor(double value, ScalarType dtype) {
@@ -121,8 +92,8 @@ Tensor scalar_tensor(double value, ScalarType dtype) {
   return tensor;
 }
 
-Tensor vector_tensor(const std::vector<double>& values) {
-  Tensor tensor = empty({static_cast<int64_t>(values.size())}, ScalarType::Double);
+Tensor tensor_of(const std::vector<double>& values, std::initializer_list<int64_t> shape) {
+  Tensor tensor = empty(shape, ScalarType::Double);
   std::copy(values.begin(), values.end(), static_cast<double*>(tensor.data_ptr()));
   return tensor;
 }

@@ -21,11 +21,14 @@ class Table {
   std::vector<double> wide_;
 };
 
+// Class weights, 1 where there are none; `name` is told where one is negative or not finite.
+std::vector<double> class_weights(const char* name, const OptionalTensor& weight, int64_t classes);
+
 // Keeps the copies and tables that args points to.
 class LossInputs {
  public:
-  LossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background, Region region,
-             double label_smoothing, bool dice);
+  LossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background, CeVoxels ce_voxels,
+             double label_smoothing, bool class_sums, bool squared);
   LossInputs(const LossInputs&) = delete;
   LossInputs& operator=(const LossInputs&) = delete;
 
@@ -41,21 +44,34 @@ class LossInputs {
   Table class_weight_, smooth_, membership_;
 };
 
-struct LossCounts {
-  std::vector<LossPartial> images;
-  LossPartial batch{};
+// Sums over each image, [B, columns], see math::LossColumn.
+struct LossSums {
+  int64_t batch, columns;
+  std::vector<double> values;
+
+  // In chunk order. class_partials: as LossForwardArgs has them, or empty.
+  LossSums(const std::vector<LossPartial>& partials, const std::vector<double>& class_partials, const LossInputs& in);
+  explicit LossSums(const Tensor& sums);
+
+  double at(int64_t image, int64_t column) const { return values[static_cast<size_t>(image * columns + column)]; }
+  double total(int64_t column) const;
+  math::VoxelCounts counts(int64_t image) const;
 };
 
-// The partial sums of each image and of the batch, added in chunk order.
-LossCounts add_up(const std::vector<LossPartial>& partials, const LossInputs& in);
-
 // What each image's sum of w c CE is multiplied by in the loss; without reduction that is ce_weight.
-std::vector<double> image_scales(const LossOptions& options, const LossCounts& counts);
+std::vector<double> image_scales(const LossOptions& options, const LossSums& sums, const OptionalTensor& class_weight);
 
-void raise_bad_values(const LossTensors& tensors, const LossPartial& batch, int64_t ignore_index);
+// The cross-entropy part of the loss.
+double cross_entropy_total(const LossSums& sums, const std::vector<double>& scales);
+
+// The Dice part; fills slopes [B, 2, C].
+double dice_total(const LossOptions& options, int64_t excluded_class, const LossSums& sums,
+                  const OptionalTensor& dice_class_weight, std::vector<double>& slopes);
+
+void raise_bad_values(const LossTensors& tensors, const LossSums& sums, int64_t ignore_index);
 
 Tensor scalar_tensor(double value, ScalarType dtype);
-Tensor vector_tensor(const std::vector<double>& values);
+Tensor tensor_of(const std::vector<double>& values, std::initializer_list<int64_t> shape);
 
 // Runs the gradient kernel; partial as in LossBackwardArgs.
 struct LossGradients {

@@ -2,106 +2,89 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "cpu/capability.h"
 #include "cpu/loss_inputs.h"
-#include "math/weighted_loss.h"
 
 namespace riskmap::cpu {
 namespace {
 
-// The Dice part of the loss; fills slopes [B, 2, C].
-double dice_loss(const LossOptions& options, const LossInputs& in, const std::vector<double>& partials,
-                 std::vector<double>& slopes) {
-  const int64_t batch = in.args.logits.batch, classes = in.args.logits.classes;
-  const int64_t row = 3 * classes;
-  std::vector<double> sums(static_cast<size_t>(batch * row));
-  for (int64_t chunk = 0; chunk < in.chunks(); ++chunk)
-    for (int64_t i = 0; i < row; ++i)
-      sums[static_cast<size_t>(chunk / in.args.chunking.chunks_per_image * row + i)] +=
-          partials[static_cast<size_t>(chunk * row + i)];
-  const int64_t groups = options.batch_dice ? std::min<int64_t>(batch, 1) : batch;
-  if (options.batch_dice)
-    for (int64_t b = 1; b < batch; ++b)
-      for (int64_t i = 0; i < row; ++i) sums[static_cast<size_t>(i)] += sums[static_cast<size_t>(b * row + i)];
-
-  int64_t counted = 0;
-  for (int64_t c = 0; c < classes; ++c) counted += options.in_dice(c, in.args.membership);
-  const double share = math::dice_share(options.reduction, options.dice_weight, counted, groups);
-  double loss = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    const double* sum = sums.data() + (options.batch_dice ? 0 : b * row);
-    for (int64_t c = 0; c < classes; ++c) {
-      double* overall = slopes.data() + (2 * b) * classes + c;
-      double* hit = slopes.data() + (2 * b + 1) * classes + c;
-      *overall = *hit = 0;
-      if (!options.in_dice(c, in.args.membership)) continue;
-      const math::DiceSlope slope = math::dice_slope(sum[c], sum[classes + c], sum[2 * classes + c]);
-      *overall = share * slope.overall;
-      *hit = share * slope.hit;
-      if (b < groups) loss += share * (1 - math::dice_score(sum[c], sum[classes + c], sum[2 * classes + c]));
-    }
-  }
-  return loss;
+// One pass over the logits. map: where reduction none puts its voxels, or nullptr.
+LossSums forward_pass(const LossTensors& tensors, const LossInputs& in, int64_t ignore_index, Tensor* map,
+                      double map_factor) {
+  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
+  std::vector<double> class_partials(in.args.class_sums ? static_cast<size_t>(in.chunks() * 3 * in.args.logits.classes)
+                                                        : 0);
+  LossForwardArgs args{};
+  static_cast<LossArgs&>(args) = in.args;
+  Tensor keep_map = tensors.logits;
+  if (map) args.map = view_map(*map, keep_map);
+  args.map_factor = map_factor;
+  args.partial = partials.data();
+  args.class_partial = class_partials.data();
+  auto* kernel = tensors.regions ? RISKMAP_CPU_KERNEL(region_loss_forward) : RISKMAP_CPU_KERNEL(weighted_loss_forward);
+  for_chunks(args.logits, args.chunking, in.scratch_bytes(),
+             [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
+  LossSums sums(partials, class_partials, in);
+  raise_bad_values(tensors, sums, ignore_index);
+  return sums;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> weighted_loss(Tensor logits, Tensor target, OptionalTensor risk,
-                                                 OptionalTensor weight, OptionalTensor foreground,
-                                                 OptionalTensor regions, int64_t ignore_index,
-                                                 std::optional<int64_t> background, double foreground_floor,
-                                                 int64_t normalization, int64_t region, int64_t reduction,
-                                                 double label_smoothing, double ce_weight, double dice_weight,
-                                                 bool include_background, bool batch_dice) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+std::tuple<Tensor, Tensor, Tensor> weighted_loss(
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
+    OptionalTensor regions, OptionalTensor dice_class_weight, int64_t ignore_index, std::optional<int64_t> background,
+    double foreground_floor, int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, bool squared_pred, bool jaccard,
+    bool include_background, bool batch_dice) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
   const LossOptions options{ignore_index,
                             background,
                             foreground_floor,
                             static_cast<Normalization>(normalization),
-                            static_cast<Region>(region),
+                            static_cast<CeVoxels>(ce_voxels),
                             static_cast<Reduction>(reduction),
                             label_smoothing,
                             ce_weight,
                             dice_weight,
+                            {smooth_nr, smooth_dr, jaccard},
+                            squared_pred,
                             include_background,
                             batch_dice};
   check_weighted_loss(tensors, options);
-  const LossInputs in(tensors, ignore_index, background, options.region, label_smoothing, options.dice());
+  const LossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing,
+                      tensors.needs_class_sums(options), squared_pred);
+  const int64_t batch = logits.size(0), classes = logits.size(1);
   const bool as_map = options.reduction == Reduction::kNone;
-  const int64_t batch = in.args.logits.batch, classes = in.args.logits.classes;
+  Tensor map = as_map ? empty_map(logits, in.result_dtype()) : empty({0}, in.result_dtype());
+  const LossSums sums = forward_pass(tensors, in, ignore_index, as_map ? &map : nullptr, ce_weight);
 
-  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
-  std::vector<double> dice_partials(options.dice() ? static_cast<size_t>(in.chunks() * 3 * classes) : 0);
-  LossForwardArgs args{};
-  static_cast<LossArgs&>(args) = in.args;
-  Tensor map = as_map ? empty_map(logits, in.result_dtype()) : empty({0}, in.result_dtype()), keep_map = map;
-  if (as_map) args.map = view_map(map, keep_map);
-  args.map_factor = ce_weight;
-  args.partial = partials.data();
-  args.dice_partial = dice_partials.data();
-  auto* kernel = regions ? RISKMAP_CPU_KERNEL(region_loss_forward) : RISKMAP_CPU_KERNEL(weighted_loss_forward);
-  for_chunks(args.logits, args.chunking, in.scratch_bytes(),
-             [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
+  const std::vector<double> scales = image_scales(options, sums, class_weight);
+  double total = cross_entropy_total(sums, scales);
+  std::vector<double> slopes;
+  if (options.dice())
+    total += dice_total(options, options.excluded_class(regions.has_value()), sums, dice_class_weight, slopes);
+  return {as_map ? map : scalar_tensor(total, in.result_dtype()), tensor_of(scales, {batch}),
+          options.dice() ? tensor_of(slopes, {batch, 2, classes}) : empty({0}, ScalarType::Double)};
+}
 
-  const LossCounts counts = add_up(partials, in);
-  raise_bad_values(tensors, counts.batch, ignore_index);
-  const std::vector<double> scales = image_scales(options, counts);
-  double total = 0;
-  for (size_t b = 0; b < scales.size(); ++b) {
-    if (scales[b] != 0) total += scales[b] * counts.images[b].cross_entropy;  // a weight of 0 switches the part off
-  }
-  Tensor dice_slopes = options.dice() ? empty({batch, 2, classes}, ScalarType::Double) : empty({0}, ScalarType::Double);
-  if (options.dice()) {
-    std::vector<double> slopes(static_cast<size_t>(batch * 2 * classes));
-    total += dice_loss(options, in, dice_partials, slopes);
-    std::copy(slopes.begin(), slopes.end(), static_cast<double*>(dice_slopes.data_ptr()));
-  }
-  return {as_map ? map : scalar_tensor(total, in.result_dtype()), vector_tensor(scales), dice_slopes};
+Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+                          OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
+                          std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing,
+                          bool squared_pred) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
+  check_loss_sums(tensors, ce_voxels, label_smoothing);
+  const LossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,
+                      squared_pred);
+  const LossSums sums = forward_pass(tensors, in, ignore_index, nullptr, 0);
+  return tensor_of(sums.values, {sums.batch, math::loss_columns(logits.size(1), true)});
 }
 
 }  // namespace riskmap::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) { m.impl("weighted_loss", TORCH_BOX(&riskmap::cpu::weighted_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
+  m.impl("weighted_loss", TORCH_BOX(&riskmap::cpu::weighted_loss));
+  m.impl("_weighted_loss_sums", TORCH_BOX(&riskmap::cpu::weighted_loss_sums));
+}

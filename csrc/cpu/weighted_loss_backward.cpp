@@ -46,16 +46,18 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
 }
 
 std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
-                                                  OptionalTensor weight, OptionalTensor foreground,
+                                                  OptionalTensor class_weight, OptionalTensor foreground,
                                                   OptionalTensor regions, Tensor scale, Tensor dice_slopes,
                                                   int64_t ignore_index, std::optional<int64_t> background,
-                                                  int64_t region, double label_smoothing, bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
+                                                  bool grad_risk) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
   const int64_t batch = logits.size(0), classes = logits.size(1);
   const bool as_map = grad_loss.dim() != 0;
   const bool dice = dice_slopes.numel() != 0;
-  const LossInputs in(tensors, ignore_index, background, static_cast<Region>(region), label_smoothing, dice);
+  const LossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, dice,
+                      squared_pred);
 
   const double grad = as_map ? 1.0 : values_of(grad_loss)[0];
   std::vector<double> factor = values_of(scale);
@@ -75,42 +77,40 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
 }
 
 std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
-    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor weight, OptionalTensor foreground,
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
     OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
-    int64_t normalization, int64_t region, int64_t reduction, double label_smoothing, double ce_weight,
+    int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
     bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   const LossOptions options{ignore_index,
                             background,
                             foreground_floor,
                             static_cast<Normalization>(normalization),
-                            static_cast<Region>(region),
+                            static_cast<CeVoxels>(ce_voxels),
                             static_cast<Reduction>(reduction),
                             label_smoothing,
                             ce_weight,
                             0.0,
+                            {},
+                            false,
                             false,
                             false};
   check_loss_with_gradient(tensors, options, grad_risk);
-  const LossInputs in(tensors, ignore_index, background, options.region, label_smoothing, false);
+  const LossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false);
 
   // The normaliser first: it needs the labels alone.
   std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
   auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
   for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
              [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
-  LossCounts counts = add_up(partials, in);
-  raise_bad_values(tensors, counts.batch, ignore_index);
-  const std::vector<double> scales = image_scales(options, counts);
+  const LossSums counts(partials, {}, in);
+  raise_bad_values(tensors, counts, ignore_index);
+  const std::vector<double> scales = image_scales(options, counts, class_weight);
 
   const LossGradients gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, grad_risk, partials.data());
-  counts = add_up(partials, in);
-  raise_bad_values(tensors, counts.batch, ignore_index);
-  double total = 0;
-  for (size_t b = 0; b < scales.size(); ++b) {
-    if (scales[b] != 0) total += scales[b] * counts.images[b].cross_entropy;
-  }
-  return {scalar_tensor(total, in.result_dtype()), gradients.logits, gradients.risk};
+  const LossSums sums(partials, {}, in);
+  raise_bad_values(tensors, sums, ignore_index);
+  return {scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype()), gradients.logits, gradients.risk};
 }
 
 void scale_gradient(Tensor gradient, Tensor factor) {

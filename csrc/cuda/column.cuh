@@ -185,8 +185,9 @@ __device__ __forceinline__ void store_class(const VolumeView& volume, int64_t im
 
 template <class T, class acc_t>
 __device__ __forceinline__ void store_element(const VolumeView& volume, int64_t image, int c, int64_t voxel, acc_t v) {
-  reinterpret_cast<T*>(volume.data)[image * volume.stride_batch + c * volume.stride_class +
-                                    voxel * volume.stride_voxel] = from_acc<T>(v);
+  reinterpret_cast<T*>(
+      volume.data)[image * volume.stride_batch + c * volume.stride_class + voxel * volume.stride_voxel] =
+      from_acc<T>(v);
 }
 
 // The columns of a thread's voxels. Beyond the image they hold 0.
@@ -259,8 +260,8 @@ __device__ __forceinline__ void store_columns(const VolumeView& volume, int64_t 
   }
 }
 
-// What the warps that share a voxel tell each other, in shared memory: a post of every thread, a meeting of the block, and
-// then the maximum or the sum of what was posted about voxel i. For columns that are shared.
+// What the warps that share a voxel tell each other, in shared memory: a post of every thread, a meeting of the block,
+// and then the maximum or the sum of what was posted about voxel i. For columns that are shared.
 template <class acc_t, int V, int kSlots>
 struct Exchange {
   acc_t (*values)[kWarps][V][kWarp];

@@ -12,12 +12,18 @@ struct DiceColumns {
   int classes;
 
   __device__ __forceinline__ DiceColumns(double* partial, const LossViews& in, int64_t image)
-      : first(partial + (image * (kLossColumns + 3 * in.classes) + kLossColumns) * in.chunking.chunks_per_image +
+      : first(partial + (image * loss_columns(in.classes, true) + kLossColumns) * in.chunking.chunks_per_image +
               (blockIdx.x - image * in.chunking.chunks_per_image)),
         stride(in.chunking.chunks_per_image),
         classes(in.classes) {}
   __device__ __forceinline__ double& at(int which, int c) const { return first[(which * classes + c) * stride]; }
 };
+
+// What a voxel adds to P.
+template <bool kSquared, class acc_t>
+__device__ __forceinline__ acc_t dice_power(acc_t pi) {
+  return kSquared ? pi * pi : pi;
+}
 
 // Columns in registers: every thread has sums of its own, in float over at most kMaxTilesPerChunk tiles.
 template <class Column, int V, bool kShared = Column::kShared, bool kInRegisters = Column::kInRegisters>
@@ -33,13 +39,14 @@ struct DiceSums {
   }
 
   // x holds the exponentials, `sum` their sum over all classes.
+  template <bool kSquared>
   __device__ __forceinline__ void add(const Column& x, acc_t sum, int label) {
     const bool valid = label >= 0;
     const acc_t inverse = acc_t(1) / sum;
     x.each([&](int c) {
       const acc_t pi = valid ? x.get(c) * inverse : acc_t(0);
       const bool hit = label == c;
-      predicted[c] += pi;
+      predicted[c] += dice_power<kSquared>(pi);
       intersection[c] += hit ? pi : acc_t(0);
       labelled[c] += hit ? acc_t(1) : acc_t(0);
     });
@@ -89,13 +96,14 @@ struct DiceSums<Column, V, true, true> {
     }
   }
 
+  template <bool kSquared>
   __device__ __forceinline__ void add(const Column& x, acc_t sum, int label) {
     const bool valid = label >= 0;
     const acc_t inverse = acc_t(1) / sum;
     acc_t pi_of_label = 0;
     x.each([&](int c) {
       const acc_t pi = valid ? x.get(c) * inverse : acc_t(0);
-      predicted[c] += pi;
+      predicted[c] += dice_power<kSquared>(pi);
       pi_of_label = label == x.class_of(c) ? pi : pi_of_label;
     });
     const int c = label - x.first;
@@ -134,13 +142,14 @@ struct DiceSums<Column, V, false, false> {
 
   __device__ __forceinline__ DiceSums(const LossViews& in, const BlockShape&, const DiceColumns& columns)
       : out(columns) {
-    if (!in.dice) return;
+    if (!in.class_sums) return;
     for (int j = static_cast<int>(threadIdx.x); j < 3 * out.classes; j += kThreads)
       out.at(j / out.classes, j % out.classes) = 0;
     __syncthreads();
   }
 
   // All voxels of the block at once.
+  template <bool kSquared>
   __device__ __forceinline__ void add_tile(const Column (&x)[V], const acc_t (&max)[V], const acc_t (&sum)[V],
                                            const int (&label)[V]) {
     for (int c = 0; c < out.classes; ++c) {
@@ -149,7 +158,7 @@ struct DiceSums<Column, V, false, false> {
       for (int i = 0; i < V; ++i) {
         const acc_t pi = label[i] >= 0 ? x[i].exp_at(c, max[i]) * (acc_t(1) / sum[i]) : acc_t(0);
         const bool hit = label[i] == c;
-        predicted += pi;
+        predicted += dice_power<kSquared>(pi);
         intersection += hit ? pi : acc_t(0);
         labelled += hit ? acc_t(1) : acc_t(0);
       }

@@ -23,11 +23,11 @@ inline void check_launch() {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    throw std::runtime_error("riskmap_ext: its CUDA kernels were built for the architectures " RISKMAP_CUDA_ARCHITECTURES
-                             ", not for that of this GPU, " +
-                             std::to_string(major * 10 + minor) +
-                             "; build it with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=" +
-                             std::to_string(major * 10 + minor));
+    throw std::runtime_error(
+        "riskmap_ext: its CUDA kernels were built for the architectures " RISKMAP_CUDA_ARCHITECTURES
+        ", not for that of this GPU, " +
+        std::to_string(major * 10 + minor) +
+        "; build it with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=" + std::to_string(major * 10 + minor));
   }
 #endif
   throw std::runtime_error(std::string("riskmap_ext: CUDA kernel launch failed: ") + cudaGetErrorString(error));
@@ -39,7 +39,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t s
   (void)stream;
   cuda_on_host::launch(kernel, grid, block, arguments...);
 #else
-  kernel<<<grid, block, 0, stream>>>(arguments...);
+  kernel<<<grid, block, 0, stream> > >(arguments...);
 #endif
   check_launch();
 }

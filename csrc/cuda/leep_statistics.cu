@@ -37,7 +37,8 @@ constexpr int blocks_with_places() {
 }
 
 template <class Column, int V>
-__global__ void __launch_bounds__(kThreads, blocks_with_places<Column>()) statistics_in_places(const StatisticsViews args) {
+__global__ void __launch_bounds__(kThreads, blocks_with_places<Column>())
+    statistics_in_places(const StatisticsViews args) {
   __shared__ float places[kPlaces * kWarp];
   const SourceViews& in = args.in;
   const int warps = static_cast<int>(blockDim.x) / kWarp, entries = in.num_classes * in.classes;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, blocks_with_places<Column>()) statis
   }
 }
 
-// More entries: the warps that share a voxel turn 32 voxels over, so that a lane has a source class; it walks through the
-// voxels and adds to a row of the table where the label changes. Every group of warps has a table of its own.
+// More entries: the warps that share a voxel turn 32 voxels over, so that a lane has a source class; it walks through
+// the voxels and adds to a row of the table where the label changes. Every group of warps has a table of its own.
 constexpr int kTableSlots = 32;
 constexpr int kMaxTableClasses = kTableSlots * kWarps;
 

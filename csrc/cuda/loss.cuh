@@ -18,7 +18,7 @@ struct LossViews {
   double keep;  // 1 - label_smoothing
   int classes, background;
   int parts, classes_per_part;  // see SharedColumn; 1 and all classes elsewhere
-  bool region_foreground, dice;
+  bool ce_in_foreground, class_sums;
   Chunking chunking;
 };
 
@@ -39,8 +39,8 @@ LossViews view_of(const LossInputs& in, const Chunking& chunking, int parts) {
           static_cast<int>(in.background),
           parts,
           (classes + parts - 1) / parts,
-          in.region_foreground,
-          in.dice,
+          in.ce_in_foreground,
+          in.class_sums,
           chunking};
 }
 
@@ -49,10 +49,10 @@ template <class acc_t, int V>
 struct VoxelData {
   int label[V];  // a class, kIgnored or kBadLabel
   bool in_mask[V];
-  acc_t weight[V];
+  acc_t risk[V];
 
   __device__ __forceinline__ void load(const LossViews& in, int64_t image, const Span<V>& span) {
-    load_values(in.risk, image, span, weight);
+    load_values(in.risk, image, span, risk);
     load_labels(in.target, in.label, image, span, label);
     load_mask(in.foreground, image, span, in_mask);
   }
@@ -62,12 +62,12 @@ struct VoxelData {
     return valid(i) && (in.background < 0 || label[i] != in.background || in_mask[i]);
   }
   // Whether its cross-entropy counts.
-  __device__ __forceinline__ bool in_region(const LossViews& in, int i) const {
-    return in.region_foreground ? foreground(in, i) : valid(i);
+  __device__ __forceinline__ bool counted(const LossViews& in, int i) const {
+    return in.ce_in_foreground ? foreground(in, i) : valid(i);
   }
-  // A weight that no caller may give: negative, NaN or infinite.
-  __device__ __forceinline__ bool bad_weight(int i) const {
-    return valid(i) && !(weight[i] >= acc_t(0) && weight[i] - weight[i] == acc_t(0));
+  // A risk that no caller may give: negative, NaN or infinite.
+  __device__ __forceinline__ bool bad_risk(int i) const {
+    return valid(i) && !(risk[i] >= acc_t(0) && risk[i] - risk[i] == acc_t(0));
   }
 };
 
@@ -126,7 +126,7 @@ __device__ __forceinline__ void for_voxels(const LossViews& in, Column (&x)[V], 
       exchange.post(1, i, softmax.sum);
       exchange.post(2, i, softmax.target);
       if (in.smooth) exchange.post(3, i, softmax.smooth_dot);
-      if (in.dice) exchange.post(4, i, post(i, softmax.max));
+      if (in.class_sums) exchange.post(4, i, post(i, softmax.max));
     }
     exchange.meet();
 #pragma unroll
@@ -136,7 +136,7 @@ __device__ __forceinline__ void for_voxels(const LossViews& in, Column (&x)[V], 
       softmax.sum = exchange.sum(1, i);
       softmax.target = exchange.sum(2, i);
       softmax.smooth_dot = in.smooth ? exchange.sum(3, i) : acc_t(0);
-      finish(i, softmax, in.dice ? exchange.sum(4, i) : acc_t(0));
+      finish(i, softmax, in.class_sums ? exchange.sum(4, i) : acc_t(0));
     }
   } else {
 #pragma unroll
@@ -165,7 +165,7 @@ struct LossSums {
   template <class acc_t, int V>
   __device__ __forceinline__ void add_bad(const VoxelData<acc_t, V>& data, int i) {
     bad_labels += data.label[i] == kBadLabel;
-    bad_risk += data.bad_weight(i);
+    bad_risk += data.bad_risk(i);
   }
 
   // Into the block's place of the partial sums; every thread must come here.
@@ -174,8 +174,8 @@ struct LossSums {
     const double ce = block_sum(cross_entropy);
     const int counts[4] = {block_sum(valid), block_sum(foreground), block_sum(bad_labels), block_sum(bad_risk)};
     if (threadIdx.x != 0) return;
-    double* out = partial + (image * columns) * chunking.chunks_per_image +
-                  (blockIdx.x - image * chunking.chunks_per_image);
+    double* out =
+        partial + (image * columns) * chunking.chunks_per_image + (blockIdx.x - image * chunking.chunks_per_image);
     out[kCrossEntropy * chunking.chunks_per_image] = ce;
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[(kValid + j) * chunking.chunks_per_image] = counts[j];

@@ -36,26 +36,24 @@ GradientViews view_of(const LossBackward& args, int parts) {
 // One voxel of a gradient.
 template <class acc_t>
 struct VoxelGradient {
-  bool region;  // its cross-entropy counts; a factor of 0 switches that part off
-  bool used;    // elsewhere not even a NaN may reach the gradient
+  bool counted;  // its cross-entropy counts; a factor of 0 switches that part off
+  bool used;     // elsewhere not even a NaN may reach the gradient
   bool bad;
-  acc_t scale;          // of its cross-entropy in the loss, but for the weight
-  acc_t scaled_weight;  // 0 outside the region
+  acc_t scale;        // of its cross-entropy in the loss, but for the risk
+  acc_t scaled_risk;  // 0 where it does not count
 
   template <int V>
   __device__ __forceinline__ VoxelGradient(const GradientViews& args, const VoxelData<acc_t, V>& data, int i,
                                            acc_t factor, acc_t grad_map) {
-    region = factor != acc_t(0) && data.in_region(args.in, i);
-    used = args.in.dice ? data.valid(i) : region;
-    bad = data.label[i] == kBadLabel || data.bad_weight(i);
+    counted = factor != acc_t(0) && data.counted(args.in, i);
+    used = args.in.class_sums ? data.valid(i) : counted;
+    bad = data.label[i] == kBadLabel || data.bad_risk(i);
     scale = factor * grad_map;
-    scaled_weight = region ? scale * data.weight[i] : acc_t(0);
+    scaled_risk = counted ? scale * data.risk[i] : acc_t(0);
   }
-  __device__ __forceinline__ acc_t finish(acc_t g) const {
-    return bad ? not_a_number<acc_t>() : used ? g : acc_t(0);
-  }
+  __device__ __forceinline__ acc_t finish(acc_t g) const { return bad ? not_a_number<acc_t>() : used ? g : acc_t(0); }
   __device__ __forceinline__ acc_t of_risk(acc_t ce) const {
-    return bad ? not_a_number<acc_t>() : region ? scale * ce : acc_t(0);
+    return bad ? not_a_number<acc_t>() : counted ? scale * ce : acc_t(0);
   }
 };
 

@@ -15,8 +15,8 @@ namespace riskmap::cuda {
 // allocator hands their memory out again on the same stream only.
 class DeviceLossInputs {
  public:
-  DeviceLossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background, Region region,
-                   double label_smoothing, bool dice, cudaStream_t stream);
+  DeviceLossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background,
+                   CeVoxels ce_voxels, double label_smoothing, bool class_sums, bool squared, cudaStream_t stream);
   DeviceLossInputs(const DeviceLossInputs&) = delete;
   DeviceLossInputs& operator=(const DeviceLossInputs&) = delete;
 
@@ -25,16 +25,19 @@ class DeviceLossInputs {
   ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
   Chunking chunking() const { return has_regions_ ? region_chunking(args) : loss_chunking(args); }
   // Sums over images, to be told where the partial sums and results are.
-  LossFinish finish(const LossOptions& options) const;
+  LossFinish finish(const LossOptions& options);
 
  private:
   bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
 
   bool has_regions_;
-  Tensor logits_, target_, risk_, foreground_, weight_, regions_;
-  Tensor class_weight_, smooth_, bad_weight_;
-  bool has_tables_ = false;
+  Tensor logits_, target_, risk_, foreground_, given_class_weight_, regions_;
+  Tensor class_weight_, smooth_, bad_class_weight_, dice_class_weight_;
+  bool has_class_weight_, has_dice_class_weight_, has_tables_ = false;
 };
+
+// All of LossFinish that the options say.
+LossFinish finish_of(const LossOptions& options, int64_t excluded_class);
 
 // Partial sums of a pass, and their sums over chunks: what LossFinish::partial and sums point to.
 struct PartialSums {

@@ -42,7 +42,7 @@ __device__ __forceinline__ acc_t weight_of(const LossViews& in, int r) {
 template <class acc_t>
 constexpr int kGroup = 32 / static_cast<int>(sizeof(acc_t));
 
-template <class T>
+template <class T, bool kSquared>
 __global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
   using acc_t = typename AccOf<T>::type;
   constexpr int V = kVoxels;
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
   const DiceColumns columns(args.partial, in, chunk.image);
   LossSums total;
 
-  const int step = in.dice ? kGroup<acc_t> : in.classes;
+  const int step = in.class_sums ? kGroup<acc_t> : in.classes;
   for (int group = 0; group < in.classes; group += step) {
     const int last = group + step < in.classes ? group + step : in.classes;
-    for (int r = group; in.dice && r < last; ++r)
+    for (int r = group; in.class_sums && r < last; ++r)
       for (int k = 0; k < 3; ++k) dice[r - group][k][threadIdx.x] = 0;
 
     for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
           const auto term = math::region_term(to_acc<acc_t>(x.values[i]), args.table.smoothed<acc_t>(inside));
           ce[i] += term.loss * weight_of<acc_t>(in, r);
           const acc_t pi = data.valid(i) ? term.pi : acc_t(0);
-          predicted += pi;
+          predicted += dice_power<kSquared>(pi);
           intersection += inside ? pi : acc_t(0);
           labelled += inside ? acc_t(1) : acc_t(0);
         }
-        if (!in.dice) continue;
+        if (!in.class_sums) continue;
         dice[r - group][0][threadIdx.x] += intersection;
         dice[r - group][1][threadIdx.x] += predicted;
         dice[r - group][2][threadIdx.x] += labelled;
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
       acc_t value[V], ce_sum = 0;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const acc_t weighted = data.in_region(in, i) ? data.weight[i] * ce[i] : acc_t(0);
-        const bool bad = data.label[i] == kBadLabel || data.bad_weight(i);
+        const acc_t weighted = data.counted(in, i) ? data.risk[i] * ce[i] : acc_t(0);
+        const bool bad = data.label[i] == kBadLabel || data.bad_risk(i);
         value[i] = bad                    ? not_a_number<acc_t>()
                    : args.map_factor == 0 ? acc_t(0)
                                           : weighted * static_cast<acc_t>(args.map_factor);
@@ -98,13 +98,13 @@ __global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
       if (args.map.data) store_values(args.map, chunk.image, span, value);
     }
 
-    for (int r = group; in.dice && r < last; ++r)
+    for (int r = group; in.class_sums && r < last; ++r)
       for (int k = 0; k < 3; ++k) {
         const double sum = block_sum(static_cast<double>(dice[r - group][k][threadIdx.x]));
         if (threadIdx.x == 0) columns.at(k, r) = sum;
       }
   }
-  total.write(args.partial, in.chunking, kLossColumns + (in.dice ? 3 * in.classes : 0), chunk.image);
+  total.write(args.partial, in.chunking, loss_columns(in.classes, in.class_sums), chunk.image);
 }
 
 struct BackwardViews {
@@ -112,7 +112,7 @@ struct BackwardViews {
   RegionTable table;
 };
 
-template <class T>
+template <class T, bool kSquared>
 __global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
   using acc_t = typename AccOf<T>::type;
   constexpr int V = kVoxels;
@@ -131,20 +131,20 @@ __global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
     acc_t grad_map[V];
     load_values(args.of.grad_map, chunk.image, span, grad_map);
     // Of each voxel: what a region's gradient is multiplied by, and what is added to it (NaN for bad input).
-    acc_t ce[V] = {}, scaled_weight[V], poison[V];
+    acc_t ce[V] = {}, scaled_risk[V], poison[V];
     bool used[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const VoxelGradient<acc_t> voxel(args.of, data, i, factor, grad_map[i]);
-      scaled_weight[i] = voxel.scaled_weight;
+      scaled_risk[i] = voxel.scaled_risk;
       used[i] = voxel.used;
       poison[i] = voxel.bad ? not_a_number<acc_t>() : acc_t(0);
     }
     for (int r = 0; r < in.classes; ++r) {
       const Pack<T, V> x = load_class<T, V>(in.logits, chunk.image, r, span);
       const acc_t weight = weight_of<acc_t>(in, r);
-      const acc_t overall = in.dice ? static_cast<acc_t>(grad * slopes[r]) : acc_t(0);
-      const acc_t hit = in.dice ? static_cast<acc_t>(grad * slopes[in.classes + r]) : acc_t(0);
+      const acc_t overall = in.class_sums ? static_cast<acc_t>(grad * slopes[r]) : acc_t(0);
+      const acc_t hit = in.class_sums ? static_cast<acc_t>(grad * slopes[in.classes + r]) : acc_t(0);
       Pack<T, V> out;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
         const acc_t t = args.table.smoothed<acc_t>(inside);
         const auto term = math::region_term(to_acc<acc_t>(x.values[i]), t);
         ce[i] += term.loss * weight;
-        acc_t g = math::region_cross_entropy_grad(term.pi, t, scaled_weight[i] * weight);
-        if (in.dice) g += math::region_dice_grad(term.pi, inside ? acc_t(1) : acc_t(0), overall, hit);
+        acc_t g = math::region_cross_entropy_grad(term.pi, t, scaled_risk[i] * weight);
+        if (in.class_sums) g += math::region_dice_grad<kSquared>(term.pi, inside ? acc_t(1) : acc_t(0), overall, hit);
         out.values[i] = from_acc<T>((used[i] ? g : acc_t(0)) + poison[i]);
       }
       store_class<T, V>(args.of.grad_logits, chunk.image, r, span, out);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
     for (int i = 0; i < V; ++i) {
       const VoxelGradient<acc_t> voxel(args.of, data, i, factor, grad_map[i]);
       grad_risk[i] = voxel.of_risk(ce[i]);
-      ce_sum += voxel.region ? data.weight[i] * ce[i] : acc_t(0);
+      ce_sum += voxel.counted ? data.risk[i] * ce[i] : acc_t(0);
       total.add_bad(data, i);
     }
     total.cross_entropy += static_cast<double>(ce_sum);
@@ -185,7 +185,8 @@ void launch_region_loss_forward(const LossForward& args, cudaStream_t stream) {
   const ForwardViews views{view_of<kVoxels>(args.in, args.chunking, 1), table_of(args.in),
                            view_of<kVoxels>(args.map, batch), args.map_factor, args.partial};
   with_floating(args.in.logits.dtype, [&](auto tag) {
-    launch(forward<decltype(tag)>, blocks(chunks), kThreads, stream, views);
+    with_flag(args.in.squared,
+              [&](auto squared) { launch(forward<decltype(tag), squared>, blocks(chunks), kThreads, stream, views); });
   });
 }
 
@@ -194,7 +195,8 @@ void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream) 
   if (chunks == 0) return;
   const BackwardViews views{view_of<kVoxels>(args, 1), table_of(args.in)};
   with_floating(args.in.logits.dtype, [&](auto tag) {
-    launch(backward<decltype(tag)>, blocks(chunks), kThreads, stream, views);
+    with_flag(args.in.squared,
+              [&](auto squared) { launch(backward<decltype(tag), squared>, blocks(chunks), kThreads, stream, views); });
   });
 }
 

@@ -56,8 +56,7 @@ struct SourceColumn : MemoryColumn<T_> {
 
 // Columns must be assigned already.
 template <class Column, int V>
-__device__ __forceinline__ void load_source(const SourceViews& in, int64_t image, const Span<V>& span,
-                                            Column (&x)[V]) {
+__device__ __forceinline__ void load_source(const SourceViews& in, int64_t image, const Span<V>& span, Column (&x)[V]) {
   using T = typename Column::T;
   using acc_t = typename Column::acc_t;
   if constexpr (!Column::kInRegisters) {

@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) transfer(const
       if (valid && hardness > high) high = hardness;
       foreground += valid && label[i] != args.background;
       const acc_t ignored = args.kind == MapKind::kMarked ? acc_t(kIgnoredMark) : acc_t(0);
-      value[i] = label[i] == kBadLabel           ? not_a_number<acc_t>()
-                 : !valid                        ? ignored
+      value[i] = label[i] == kBadLabel         ? not_a_number<acc_t>()
+                 : !valid                      ? ignored
                  : args.kind == MapKind::kRisk ? math::risk_weight(hardness, args.curve)
-                                                 : t;
+                                               : t;
     }
     if (!Column::kShared || shape.part == 0) store_values(args.out, chunk.image, span, value);
   }
@@ -131,8 +131,7 @@ __global__ void __launch_bounds__(kThreads) curve_kernel(const FinishRiskMap arg
   foreground = block_sum(foreground);
   if (threadIdx.x != 0) return;
   if (foreground == 0) low = high = 0;
-  const math::RiskCurve curve =
-      math::make_risk_curve(args.scheme, args.log_base, args.alpha, args.scale, low, high);
+  const math::RiskCurve curve = math::make_risk_curve(args.scheme, args.log_base, args.alpha, args.scale, low, high);
   double* out = args.curves + static_cast<int64_t>(blockIdx.x) * kCurveNumbers;
   out[0] = curve.rate;
   out[1] = curve.low;
@@ -161,8 +160,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews view
 #pragma unroll
     for (int i = 0; i < V; ++i) value[i] = span.has(i) ? row[span.at(i)] : 0.0f;
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      value[i] = value[i] == kIgnoredMark ? 0.0f : math::risk_weight(-value[i], curve);
+    for (int i = 0; i < V; ++i) value[i] = value[i] == kIgnoredMark ? 0.0f : math::risk_weight(-value[i], curve);
     store_values(views.map, chunk.image, span, value);
   }
 }

@@ -128,8 +128,8 @@ inline constexpr int kBadLabel = -2;  // neither a class nor ignore_index
 
 // The class of a voxel, or one of these.
 __device__ __forceinline__ int decode_label(const LabelCode& code, uint32_t low, uint32_t high) {
-  const bool ignored = code.has_ignore && low == static_cast<uint32_t>(code.ignore) &&
-                       high == static_cast<uint32_t>(code.ignore >> 32);
+  const bool ignored =
+      code.has_ignore && low == static_cast<uint32_t>(code.ignore) && high == static_cast<uint32_t>(code.ignore >> 32);
   const bool inside = high == 0 && low < code.limit;
   return ignored ? kIgnored : inside ? static_cast<int>(low) : kBadLabel;
 }

@@ -6,32 +6,48 @@
 
 namespace riskmap::cuda {
 
-std::tuple<Tensor, Tensor, Tensor> weighted_loss(Tensor logits, Tensor target, OptionalTensor risk,
-                                                 OptionalTensor weight, OptionalTensor foreground,
-                                                 OptionalTensor regions, int64_t ignore_index,
-                                                 std::optional<int64_t> background, double foreground_floor,
-                                                 int64_t normalization, int64_t region, int64_t reduction,
-                                                 double label_smoothing, double ce_weight, double dice_weight,
-                                                 bool include_background, bool batch_dice) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+namespace {
+
+// One pass over the logits.
+void launch_forward(const LossForward& args, cudaStream_t stream) {
+  if (args.in.membership) {
+    launch_region_loss_forward(args, stream);
+  } else {
+    launch_weighted_loss_forward(args, stream);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> weighted_loss(
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
+    OptionalTensor regions, OptionalTensor dice_class_weight, int64_t ignore_index, std::optional<int64_t> background,
+    double foreground_floor, int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, bool squared_pred, bool jaccard,
+    bool include_background, bool batch_dice) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
   const LossOptions options{ignore_index,
                             background,
                             foreground_floor,
                             static_cast<Normalization>(normalization),
-                            static_cast<Region>(region),
+                            static_cast<CeVoxels>(ce_voxels),
                             static_cast<Reduction>(reduction),
                             label_smoothing,
                             ce_weight,
                             dice_weight,
+                            {smooth_nr, smooth_dr, jaccard},
+                            squared_pred,
                             include_background,
                             batch_dice};
   check_weighted_loss(tensors, options);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
-  const DeviceLossInputs in(tensors, ignore_index, background, options.region, label_smoothing, options.dice(), stream);
+  const bool class_sums = tensors.needs_class_sums(options);
+  DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, class_sums, squared_pred,
+                      stream);
   const int64_t batch = logits.size(0), classes = logits.size(1);
   const Chunking chunking = in.chunking();
-  const PartialSums sums(logits, batch, loss_columns(classes, options.dice()), chunking);
+  const PartialSums sums(logits, batch, loss_columns(classes, class_sums), chunking);
 
   const bool as_map = options.reduction == Reduction::kNone;
   Tensor loss = as_map ? empty_map(logits, in.result_dtype()) : empty_on(logits, {}, in.result_dtype());
@@ -42,11 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(Tensor logits, Tensor target, O
   LossForward args{in.args, chunking, {}, ce_weight, sums.data()};
   Tensor keep_map = loss;
   if (as_map) args.map = view_map(loss, keep_map);
-  if (regions) {
-    launch_region_loss_forward(args, stream);
-  } else {
-    launch_weighted_loss_forward(args, stream);
-  }
+  launch_forward(args, stream);
 
   LossFinish finish = in.finish(options);
   sums.tell(finish, chunking);
@@ -57,8 +69,73 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(Tensor logits, Tensor target, O
   return {loss, scale, dice_slopes};
 }
 
+Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+                          OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
+                          std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing,
+                          bool squared_pred) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
+  check_loss_sums(tensors, ce_voxels, label_smoothing);
+  const DeviceGuard guard(logits);
+  const cudaStream_t stream = stream_of(logits);
+  const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,
+                            squared_pred, stream);
+  const int64_t batch = logits.size(0), columns = loss_columns(logits.size(1), true);
+  const Chunking chunking = in.chunking();
+  const PartialSums partial(logits, batch, columns, chunking);
+  launch_forward({in.args, chunking, {}, 0, partial.data()}, stream);
+  Tensor sums = empty_on(logits, {batch, columns}, ScalarType::Double);
+  sum_partials(partial.data(), static_cast<double*>(sums.data_ptr()), batch * columns, chunking.chunks_per_image,
+               stream);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTensor class_weight,
+                                                        OptionalTensor dice_class_weight,
+                                                        std::optional<int64_t> excluded_class, double foreground_floor,
+                                                        int64_t normalization, int64_t reduction, double ce_weight,
+                                                        double dice_weight, double smooth_nr, double smooth_dr,
+                                                        bool jaccard, bool batch_dice, bool as_double) {
+  LossOptions options{};
+  options.foreground_floor = foreground_floor;
+  options.normalization = static_cast<Normalization>(normalization);
+  options.reduction = static_cast<Reduction>(reduction);
+  options.ce_weight = ce_weight;
+  options.dice_weight = dice_weight;
+  options.dice_formula = {smooth_nr, smooth_dr, jaccard};
+  options.batch_dice = batch_dice;
+  const FinishTensors tensors{sums, class_weight, dice_class_weight};
+  check_loss_finish(tensors, options);
+  const DeviceGuard guard(sums);
+  const int64_t batch = sums.size(0), classes = tensors.classes();
+
+  LossFinish finish = finish_of(options, excluded_class.value_or(-1));
+  finish.batch = batch;
+  finish.classes = classes;
+  finish.class_sums = true;
+  const Tensor given = torch::stable::contiguous(sums);
+  const Tensor weight = torch::stable::contiguous(class_weight.value_or(sums)),
+               dice_weights = torch::stable::contiguous(dice_class_weight.value_or(sums));
+  if (class_weight) finish.class_weight = {weight.data_ptr(), dtype_of_view(weight)};
+  if (dice_class_weight) finish.dice_class_weight = {dice_weights.data_ptr(), dtype_of_view(dice_weights)};
+  Tensor loss = empty_on(sums, {}, as_double ? ScalarType::Double : ScalarType::Float);
+  Tensor scale = empty_on(sums, {batch}, ScalarType::Double);
+  Tensor dice_slopes = empty_on(sums, {batch, 2, classes}, ScalarType::Double);
+  Tensor scratch = empty_on(sums, {batch, sums.size(1)}, ScalarType::Double);
+  finish.partial = static_cast<double*>(given.data_ptr());  // one chunk an image
+  finish.chunks_per_image = 1;
+  finish.sums = static_cast<double*>(scratch.data_ptr());
+  finish.scale = static_cast<double*>(scale.data_ptr());
+  finish.dice_slopes = static_cast<double*>(dice_slopes.data_ptr());
+  finish.loss = loss.data_ptr();
+  finish.loss_is_double = as_double;
+  finish_loss(finish, stream_of(sums));
+  return {loss, scale, dice_slopes};
+}
+
 }  // namespace riskmap::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(RISKMAP_NAMESPACE, RISKMAP_CUDA_KEY, m) {
   m.impl("weighted_loss", TORCH_BOX(&riskmap::cuda::weighted_loss));
+  m.impl("_weighted_loss_sums", TORCH_BOX(&riskmap::cuda::weighted_loss_sums));
+  m.impl("_weighted_loss_finish", TORCH_BOX(&riskmap::cuda::weighted_loss_finish));
 }

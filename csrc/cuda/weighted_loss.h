@@ -10,6 +10,7 @@
 
 #include "cuda/types.h"
 #include "math/reduction.h"
+#include "math/weighted_loss.h"
 
 namespace riskmap::cuda {
 
@@ -25,15 +26,13 @@ struct LossInputs {
   int64_t num_labels;         // L, with a softmax C
   double label_smoothing;     // eps
   int64_t background;         // -1: every valid voxel is foreground
-  bool region_foreground;
-  bool dice;
+  bool ce_in_foreground;
+  bool class_sums;  // the sums of the classes, or their slopes, are wanted
+  bool squared;     // P is the sum of pi^2
 };
 
-// Columns of the partial sums, [B, columns, chunks_per_image] double: these, then 3 * C with Dice, which are
-// sum pi 1[y = c], sum pi and sum 1[y = c] of every class.
-enum LossColumn : int { kCrossEntropy, kValid, kForegroundVoxels, kBadLabels, kBadRisk, kLossColumns };
-
-inline int64_t loss_columns(int64_t classes, bool dice) { return kLossColumns + (dice ? 3 * classes : 0); }
+using math::kBadLabels, math::kBadRisk, math::kCrossEntropy, math::kForegroundVoxels, math::kLossColumns, math::kValid;
+using math::loss_columns;
 
 Chunking loss_chunking(const LossInputs& in);    // of the passes over the logits
 Chunking region_chunking(const LossInputs& in);  // the same for regions
@@ -44,7 +43,7 @@ struct LossForward {
   Chunking chunking;
   VoxelMap map;  // reduction none: factor * w c CE of every voxel, else absent
   double map_factor;
-  double* partial;  // [B, columns, chunks]
+  double* partial;  // [B, columns, chunks], columns as math::LossColumn
 };
 
 struct LossBackward {
@@ -54,7 +53,7 @@ struct LossBackward {
   Dtype grad_dtype;
   const double* scale;        // [B], d loss / d (sum of w c CE) of each image
   VoxelMap grad_map;          // reduction none: gradient of every voxel of the map, else absent
-  const double* dice_slopes;  // [B, 2, C], see math::DiceSlope; read with in.dice
+  const double* dice_slopes;  // [B, 2, C], see math::DiceTerm; read with in.class_sums
   Volume grad_logits;
   VoxelMap grad_risk;  // or absent
   double* partial;     // [B, kLossColumns, chunks] where the loss is wanted from the same pass, else nullptr
@@ -72,17 +71,26 @@ struct LossCount {
   double* partial;  // [B, kLossColumns, chunks]
 };
 
+// [C], contiguous; data == nullptr: 1.
+struct ClassWeight {
+  const void* data;
+  Dtype dtype;
+};
+
 // Sums over images and the batch.
 struct LossFinish {
   int64_t batch, classes, chunks_per_image;
-  bool dice;
-  double* partial;            // [B, columns, chunks]
-  double* sums;               // [B, columns], scratch
-  const uint8_t* bad_weight;  // 1 where a class weight is negative or not finite; nullptr: there are none
+  bool class_sums;
+  double* partial;                  // [B, columns, chunks]
+  double* sums;                     // [B, columns], scratch
+  const uint8_t* bad_class_weight;  // 1 where a class weight is negative or not finite; nullptr: there are none
 
   math::Normalization normalization;
   math::Reduction reduction;
   double foreground_floor, ce_weight, dice_weight;
+  ClassWeight class_weight;       // for the normalisation weighted
+  ClassWeight dice_class_weight;  // for Dice
+  math::DiceFormula dice_formula;
   int64_t excluded_class;  // from Dice, or -1
   bool batch_dice;
 
@@ -102,14 +110,14 @@ struct LossTotal {
 
 // Class weights in the precision of the sums.
 struct LossTables {
-  const void* weight;  // [C] of weight_dtype, contiguous; nullptr: 1
-  Dtype weight_dtype;
+  const void* given;  // class weights [C] of given_dtype, contiguous; nullptr: 1
+  Dtype given_dtype;
   int64_t classes;
   bool to_double;
   double weight_factor, smooth_factor;
-  void* class_weight;   // acc_t[C]: weight * weight_factor; nullptr: not wanted
-  void* smooth;         // acc_t[C + 1]: weight * smooth_factor, and the sum; nullptr: not wanted
-  uint8_t* bad_weight;  // [1]
+  void* class_weight;         // acc_t[C]: given * weight_factor; nullptr: not wanted
+  void* smooth;               // acc_t[C + 1]: given * smooth_factor, and the sum; nullptr: not wanted
+  uint8_t* bad_class_weight;  // [1]
 };
 
 void make_tables(const LossTables& args, cudaStream_t stream);
@@ -119,6 +127,7 @@ void launch_region_loss_forward(const LossForward& args, cudaStream_t stream);
 void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream);
 void count_voxels(const LossCount& args, cudaStream_t stream);
 void finish_loss(const LossFinish& args, cudaStream_t stream);
+void sum_partials(const double* partial, double* sums, int64_t columns, int64_t chunks, cudaStream_t stream);
 void total_loss(const LossTotal& args, cudaStream_t stream);
 
 // gradient *= factor in place, 0 for a factor of 0, untouched for 1. The elements lie dense from data on.

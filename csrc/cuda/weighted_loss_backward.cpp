@@ -21,17 +21,18 @@ Tensor empty_grad_risk(const LossTensors& tensors, bool wanted) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
-                                                  OptionalTensor weight, OptionalTensor foreground,
+                                                  OptionalTensor class_weight, OptionalTensor foreground,
                                                   OptionalTensor regions, Tensor scale, Tensor dice_slopes,
                                                   int64_t ignore_index, std::optional<int64_t> background,
-                                                  int64_t region, double label_smoothing, bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
+                                                  bool grad_risk) {
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   const bool dice = dice_slopes.numel() != 0;
   check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
-  const DeviceLossInputs in(tensors, ignore_index, background, static_cast<Region>(region), label_smoothing, dice,
-                            stream);
+  const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, dice,
+                            squared_pred, stream);
 
   GradientTensor gradient(logits);
   Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient, keep_map = logits;
@@ -55,26 +56,28 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
 }
 
 std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
-    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor weight, OptionalTensor foreground,
+    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
     OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
-    int64_t normalization, int64_t region, int64_t reduction, double label_smoothing, double ce_weight,
+    int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
     bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, weight, foreground, regions};
+  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   const LossOptions options{ignore_index,
                             background,
                             foreground_floor,
                             static_cast<Normalization>(normalization),
-                            static_cast<Region>(region),
+                            static_cast<CeVoxels>(ce_voxels),
                             static_cast<Reduction>(reduction),
                             label_smoothing,
                             ce_weight,
                             0.0,
+                            {},
+                            false,
                             false,
                             false};
   check_loss_with_gradient(tensors, options, grad_risk);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
-  const DeviceLossInputs in(tensors, ignore_index, background, options.region, label_smoothing, false, stream);
+  DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false, stream);
   const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
 
   // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take four or eight.

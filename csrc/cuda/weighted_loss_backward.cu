@@ -1,13 +1,13 @@
 // Gradient of the weighted loss: one read of the logits, one write of their gradient. As a backward pass it makes the
-// softmax again, so that the forward pass has nothing to keep; where the loss is wanted too (partial), it is forward and
-// backward in one.
+// softmax again, so that the forward pass has nothing to keep; where the loss is wanted too (partial), it is forward
+// and backward in one.
 #include "cuda/loss_gradient.cuh"
 
 namespace riskmap::cuda {
 namespace {
 
-// Slopes of the Dice loss, in shared memory up to kMaxSharedClasses.
-template <class Column>
+// Slopes of the Dice loss at a voxel, from those of its sums; in shared memory up to kMaxSharedClasses.
+template <class Column, bool kSquared>
 struct DiceSlopes {
   using acc_t = typename Column::acc_t;
   static constexpr int kClasses = Column::kShared ? kMaxSharedClasses : Column::kSlots;
@@ -27,17 +27,21 @@ struct DiceSlopes {
       __syncthreads();
     }
   }
-  __device__ __forceinline__ acc_t at(int c, bool hit) const {
-    if constexpr (Column::kInRegisters) {
-      return hit ? table[0][c] + table[1][c] : table[0][c];
-    } else {
-      const double slope = hit ? slopes[c] + slopes[classes + c] : slopes[c];
-      return static_cast<acc_t>(grad * slope);
-    }
+  __device__ __forceinline__ acc_t overall(int c) const {
+    if constexpr (Column::kInRegisters) return table[0][c];
+    return static_cast<acc_t>(grad * slopes[c]);
+  }
+  __device__ __forceinline__ acc_t hit(int c) const {
+    if constexpr (Column::kInRegisters) return table[1][c];
+    return static_cast<acc_t>(grad * slopes[classes + c]);
+  }
+  __device__ __forceinline__ acc_t at(int c, bool here, acc_t pi) const {
+    const acc_t slope = math::dice_overall<kSquared>(pi, overall(c));
+    return here ? slope + hit(c) : slope;
   }
 };
 
-template <class Column, int V>
+template <class Column, int V, bool kSquared>
 __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const GradientViews args) {
   using T = typename Column::T;
   using acc_t = typename Column::acc_t;
@@ -46,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const
   const Chunk chunk(in.chunking, in.voxels);
   const double grad = args.grad();
   const acc_t factor = static_cast<acc_t>(grad * args.scale[chunk.image]);
-  const double* image_slopes = in.dice ? args.dice_slopes + chunk.image * 2 * in.classes : nullptr;
-  const DiceSlopes<Column> dice(image_slopes, grad, in.classes);
+  const double* image_slopes = in.class_sums ? args.dice_slopes + chunk.image * 2 * in.classes : nullptr;
+  const DiceSlopes<Column, kSquared> dice(image_slopes, grad, in.classes);
   ExchangeFor<Column, V, kExchangeSlots> exchange(shape);
   LossSums total;
 
@@ -61,13 +65,15 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const
     acc_t grad_map[V];
     load_values(args.grad_map, chunk.image, span, grad_map);
 
-    // sum_c e_c d D / d pi_c, before the division by sum_c e_c.
+    // sum_c e_c d D / d pi_c, before the division by sum_c e_c; of squared probabilities the part that is divided
+    // twice, since that sum is not known yet.
     const auto slope_sum = [&](int i, acc_t max) {
       acc_t sum = 0;
-      if (!in.dice) return sum;
+      if (!in.class_sums) return sum;
       x[i].each([&](int c) {
         const int k = x[i].class_of(c);
-        sum += x[i].exp_at(c, max) * dice.at(k, data.label[i] == k);
+        const acc_t e = x[i].exp_at(c, max);
+        sum += e * dice.at(k, !kSquared && data.label[i] == k, e);
       });
       return sum;
     };
@@ -78,20 +84,24 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const
       if (args.grad_risk.data || args.partial) {
         const acc_t ce = softmax.cross_entropy(in, own_factor);
         grad_risk[i] = voxel.of_risk(ce);
-        ce_sum += voxel.region ? data.weight[i] * ce : acc_t(0);
+        ce_sum += voxel.counted ? data.risk[i] * ce : acc_t(0);
       }
-      const acc_t hot = voxel.scaled_weight * own_factor;
-      const acc_t hot_plus_total = hot + voxel.scaled_weight * smooth_total<acc_t>(in);
+      const acc_t hot = voxel.scaled_risk * own_factor;
+      const acc_t hot_plus_total = hot + voxel.scaled_risk * smooth_total<acc_t>(in);
       const acc_t inverse = acc_t(1) / softmax.sum;
-      const acc_t mean_slope = slopes * inverse;
+      acc_t mean_slope = slopes * inverse;
+      if constexpr (kSquared) {
+        const acc_t hit = in.class_sums && data.valid(i) ? dice.hit(data.label[i]) : acc_t(0);
+        mean_slope = (mean_slope + math::exp(softmax.target) * hit) * inverse;
+      }
       const acc_t* smooth = static_cast<const acc_t*>(in.smooth);
       x[i].each([&](int c) {
         const int k = x[i].class_of(c);
         const bool here = data.label[i] == k;
         const acc_t pi = x[i].exp_at(c, softmax.max) * inverse;
-        const acc_t smooth_k = smooth ? voxel.scaled_weight * __ldg(smooth + k) : acc_t(0);
+        const acc_t smooth_k = smooth ? voxel.scaled_risk * __ldg(smooth + k) : acc_t(0);
         acc_t g = math::cross_entropy_grad(pi, hot_plus_total, here ? hot : acc_t(0), smooth_k);
-        if (in.dice) g += math::dice_grad(pi, dice.at(k, here), mean_slope);
+        if (in.class_sums) g += math::dice_grad(pi, dice.at(k, here, pi), mean_slope);
         g = voxel.finish(g);
         if constexpr (Column::kInRegisters) {
           x[i].set(c, g);
@@ -120,8 +130,10 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
   if (chunks == 0) return;
   with_variant<MemoryColumn>(logits.dtype, logits.classes, [&](auto variant) {
     using V = decltype(variant);
-    launch(backward<typename V::Column, V::kVoxels>, blocks(chunks), kThreads, stream,
-           view_of<V::kVoxels>(args, V::parts(logits.classes)));
+    const GradientViews views = view_of<V::kVoxels>(args, V::parts(logits.classes));
+    with_flag(args.in.squared, [&](auto squared) {
+      launch(backward<typename V::Column, V::kVoxels, squared>, blocks(chunks), kThreads, stream, views);
+    });
   });
 }
 

@@ -7,7 +7,7 @@ namespace {
 // One block.
 template <class acc_t>
 __global__ void __launch_bounds__(kThreads) tables_kernel(const LossTables args) {
-  const auto weight = [&](int64_t c) { return args.weight ? load_scalar(args.weight, args.weight_dtype, c) : 1.0; };
+  const auto weight = [&](int64_t c) { return args.given ? load_scalar(args.given, args.given_dtype, c) : 1.0; };
   int bad = 0;
   double sum = 0;
   for (int64_t c = threadIdx.x; c < args.classes; c += kThreads) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) tables_kernel(const LossTables args)
   }
   if (threadIdx.x != 0) return;
   if (smooth) smooth[args.classes] = static_cast<acc_t>(sum * factor);
-  *args.bad_weight = bad != 0;
+  *args.bad_class_weight = bad != 0;
 }
 
 constexpr int kCountVoxels = 4;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CountViews args) 
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       total.add(in, data, i);
-      codes.values[i] = data.valid(i)                 ? static_cast<uint8_t>(data.label[i])
+      codes.values[i] = data.valid(i)                ? static_cast<uint8_t>(data.label[i])
                         : data.label[i] == kBadLabel ? kBadCode
                                                      : kIgnoredCode;
     }
@@ -99,12 +99,19 @@ struct FinishViews {
   ColumnSums columns;
   bool summed;
 
-  __device__ __forceinline__ int64_t per_image() const { return kLossColumns + (args.dice ? 3 * args.classes : 0); }
+  __device__ __forceinline__ int64_t per_image() const { return loss_columns(args.classes, args.class_sums); }
   __device__ __forceinline__ double sum(int64_t image, int64_t column) const {
     return args.sums[image * per_image() + column];
   }
   __device__ __forceinline__ bool bad(int64_t image) const {
-    return sum(image, kBadLabels) + sum(image, kBadRisk) > 0 || (args.bad_weight && *args.bad_weight);
+    return sum(image, kBadLabels) + sum(image, kBadRisk) > 0 || (args.bad_class_weight && *args.bad_class_weight);
+  }
+  __device__ __forceinline__ bool bad_dice_class_weight(int64_t c) const {
+    const double weight = class_weight(args.dice_class_weight, c);
+    return !(weight >= 0 && weight - weight == 0);
+  }
+  __device__ __forceinline__ static double class_weight(const ClassWeight& weight, int64_t c) {
+    return weight.data ? load_scalar(weight.data, weight.dtype, c) : 1.0;
   }
   // Over the images of a Dice group.
   __device__ __forceinline__ double dice_sum(int64_t image, int which, int64_t c) const {
@@ -129,10 +136,11 @@ __device__ __forceinline__ double finish_dice(const FinishViews& views, bool any
     if (c != args.excluded_class) {
       const double intersection = views.dice_sum(image, 0, c), predicted = views.dice_sum(image, 1, c),
                    labelled = views.dice_sum(image, 2, c);
-      const math::DiceSlope slope = math::dice_slope(intersection, predicted, labelled);
-      overall = share * slope.overall;
-      hit = share * slope.hit;
-      if (image < groups) loss += share * (1 - math::dice_score(intersection, predicted, labelled));
+      const math::DiceTerm term = math::dice_term(intersection, predicted, labelled, args.dice_formula);
+      const double own_share = share * views.class_weight(args.dice_class_weight, c);
+      overall = own_share * term.overall;
+      hit = own_share * term.hit;
+      if (image < groups) loss += own_share * term.loss;
     }
     const bool bad = args.batch_dice ? any_bad : views.bad(image);
     args.dice_slopes[image * 2 * args.classes + c] = bad ? not_a_number<double>() : overall;
@@ -161,20 +169,32 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews view
     foreground += views.sum(b, kForegroundVoxels);
     bad += views.bad(b);
   }
-  bad += threadIdx.x == 0 && args.bad_weight && *args.bad_weight;
-  const math::VoxelCounts batch{static_cast<int64_t>(block_sum(valid)), static_cast<int64_t>(block_sum(foreground))};
+  bad += threadIdx.x == 0 && args.bad_class_weight && *args.bad_class_weight;
+  const bool weighted = args.normalization == math::Normalization::kWeighted;
+  double class_weight = valid;
+  if (weighted && args.class_weight.data) {
+    class_weight = 0;
+    for (int64_t j = threadIdx.x; j < args.batch * args.classes; j += kThreads) {
+      const int64_t image = j / args.classes, c = j % args.classes;
+      class_weight += views.class_weight(args.class_weight, c) * views.sum(image, kLossColumns + 2 * args.classes + c);
+    }
+  }
+  if (args.dice_weight != 0)
+    for (int64_t c = threadIdx.x; c < args.classes; c += kThreads) bad += views.bad_dice_class_weight(c);
+  const math::VoxelCounts batch{static_cast<int64_t>(block_sum(valid)), static_cast<int64_t>(block_sum(foreground)),
+                                weighted ? block_sum(class_weight) : 0};
   const bool any_bad = block_sum(bad) > 0;
 
   double loss = 0;
   for (int64_t b = threadIdx.x; b < args.batch; b += kThreads) {
     const math::VoxelCounts image{static_cast<int64_t>(views.sum(b, kValid)),
-                                  static_cast<int64_t>(views.sum(b, kForegroundVoxels))};
+                                  static_cast<int64_t>(views.sum(b, kForegroundVoxels)), 0};
     const double n = math::normalizer(args.normalization, args.foreground_floor, image, batch, args.batch);
     const double scale = math::image_scale(args.reduction, args.ce_weight, n, args.batch);
     if (scale != 0) loss += scale * views.sum(b, kCrossEntropy);  // a weight of 0 switches the part off
     args.scale[b] = views.bad(b) ? not_a_number<double>() : scale;
   }
-  if (args.dice) loss += finish_dice(views, any_bad);
+  if (args.dice_weight != 0) loss += finish_dice(views, any_bad);
   loss = block_sum(loss);
   write_loss(args, any_bad ? not_a_number<double>() : loss);
 }
@@ -199,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const TotalViews views)
   const LossFinish& args = views.sums.args;
   if (!views.sums.summed) sum_here(views.sums.columns);
   double loss = 0;
-  int bad = threadIdx.x == 0 && args.bad_weight && *args.bad_weight;
+  int bad = threadIdx.x == 0 && args.bad_class_weight && *args.bad_class_weight;
   for (int64_t b = threadIdx.x; b < args.batch; b += kThreads) {
     const double scale = args.scale[b];
     if (scale != 0) loss += scale * views.sums.sum(b, kCrossEntropy);
@@ -220,11 +240,21 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const TotalViews views)
   }
 }
 
+}  // namespace
+
+void sum_partials(const double* partial, double* sums, int64_t columns, int64_t chunks, cudaStream_t stream) {
+  if (columns == 0) return;
+  launch(sum_columns, blocks((columns + kWarps - 1) / kWarps), kThreads, stream,
+         ColumnSums{partial, sums, columns, chunks});
+}
+
+namespace {
+
 FinishViews prepare(const LossFinish& args, cudaStream_t stream) {
-  const ColumnSums columns{args.partial, args.sums, args.batch * loss_columns(args.classes, args.dice),
+  const ColumnSums columns{args.partial, args.sums, args.batch * loss_columns(args.classes, args.class_sums),
                            args.chunks_per_image};
   const bool summed = columns.columns * columns.chunks > kFewNumbers;
-  if (summed) launch(sum_columns, blocks((columns.columns + kWarps - 1) / kWarps), kThreads, stream, columns);
+  if (summed) sum_partials(columns.partial, columns.sums, columns.columns, columns.chunks, stream);
   return {args, columns, summed};
 }
 

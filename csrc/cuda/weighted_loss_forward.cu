@@ -11,7 +11,7 @@ struct ForwardViews {
   double* partial;
 };
 
-template <class Column, int V>
+template <class Column, int V, bool kSquared>
 __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) forward(const ForwardViews args) {
   using acc_t = typename Column::acc_t;
   const LossViews& in = args.in;
@@ -33,15 +33,15 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) forward(const 
     acc_t value[V], max[V], sum[V], ce_sum = 0;
     const auto finish = [&](int i, const Softmax<acc_t>& softmax, acc_t) {
       const acc_t ce = softmax.cross_entropy(in, hot_factor<acc_t>(in, data.label[i]));
-      const acc_t weighted = data.in_region(in, i) ? data.weight[i] * ce : acc_t(0);
-      const bool bad = data.label[i] == kBadLabel || data.bad_weight(i);
+      const acc_t weighted = data.counted(in, i) ? data.risk[i] * ce : acc_t(0);
+      const bool bad = data.label[i] == kBadLabel || data.bad_risk(i);
       value[i] = bad                    ? not_a_number<acc_t>()
                  : args.map_factor == 0 ? acc_t(0)
                                         : weighted * static_cast<acc_t>(args.map_factor);
       ce_sum += weighted;
       total.add(in, data, i);
       if constexpr (Column::kInRegisters) {
-        if (in.dice) dice.add(x[i], softmax.sum, data.label[i]);
+        if (in.class_sums) dice.template add<kSquared>(x[i], softmax.sum, data.label[i]);
       }
       max[i] = softmax.max;
       sum[i] = softmax.sum;
@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kThreads, min_blocks<Column>()) forward(const 
       if (args.map.data) store_values(args.map, chunk.image, span, value);
     }
     if constexpr (!Column::kInRegisters) {
-      if (in.dice) dice.add_tile(x, max, sum, data.label);
+      if (in.class_sums) dice.template add_tile<kSquared>(x, max, sum, data.label);
     }
   }
   if (shape.part != 0) total = LossSums{};  // of voxels that another warp counts
-  total.write(args.partial, in.chunking, kLossColumns + (in.dice ? 3 * in.classes : 0), chunk.image);
-  if (in.dice) dice.write(dice_columns);
+  total.write(args.partial, in.chunking, loss_columns(in.classes, in.class_sums), chunk.image);
+  if (in.class_sums) dice.write(dice_columns);
 }
 
 }  // namespace
@@ -77,7 +77,10 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
     using V = decltype(variant);
     const ForwardViews views{view_of<V::kVoxels>(args.in, args.chunking, V::parts(logits.classes)),
                              view_of<V::kVoxels>(args.map, logits.batch), args.map_factor, args.partial};
-    launch(forward<typename V::Column, V::kVoxels>, blocks(args.chunking.chunks(logits.batch)), kThreads, stream, views);
+    with_flag(args.in.squared, [&](auto squared) {
+      launch(forward<typename V::Column, V::kVoxels, squared>, blocks(args.chunking.chunks(logits.batch)), kThreads,
+             stream, views);
+    });
   });
 }
 

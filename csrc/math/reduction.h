@@ -9,13 +9,22 @@
 namespace riskmap::math {
 
 // Numbers as in the schema.
-enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3 };
-enum class Region : int64_t { kValid = 0, kForeground = 1 };
+enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3, kWeighted = 4 };
+enum class CeVoxels : int64_t { kValid = 0, kForeground = 1 };
 enum class Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 
-// Voxels of an image or of the batch.
+// Columns of the sums over an image. Where the sums of the classes are wanted, 3 C columns follow: sum pi 1[y = c], sum
+// pi (or pi^2) and sum 1[y = c] of every class.
+enum LossColumn : int { kCrossEntropy, kValid, kForegroundVoxels, kBadLabels, kBadRisk, kLossColumns };
+
+RISKMAP_HD int64_t loss_columns(int64_t classes, bool class_sums) {
+  return kLossColumns + (class_sums ? 3 * classes : 0);
+}
+
+// Voxels of an image or of the batch, and the sum of the class weights of the valid ones.
 struct VoxelCounts {
   int64_t valid, foreground;
+  double class_weight;
 };
 
 RISKMAP_HD double floored_foreground(VoxelCounts counts, double foreground_floor) {
@@ -33,6 +42,7 @@ RISKMAP_HD double normalizer(Normalization normalization, double foreground_floo
     case Normalization::kBatchForeground:
       return floored_foreground(batch, foreground_floor) / static_cast<double>(batch_size);
     case Normalization::kValid: return static_cast<double>(image.valid);
+    case Normalization::kWeighted: return batch.class_weight / static_cast<double>(batch_size);
     default: return image.valid > 0 ? 1 : 0;
   }
 }
@@ -44,7 +54,7 @@ RISKMAP_HD double image_scale(Reduction reduction, double ce_weight, double norm
   return normalizer > 0 ? ce_weight * share / normalizer : 0;
 }
 
-// What the Dice loss of one class and one group (an image, or the batch) is multiplied by.
+// What the Dice loss of one class and one group (an image, or the batch) is multiplied by, but for its class weight.
 RISKMAP_HD double dice_share(Reduction reduction, double dice_weight, int64_t counted_classes, int64_t groups) {
   const double mean = reduction == Reduction::kMean ? static_cast<double>(groups) : 1.0;
   return dice_weight / static_cast<double>(counted_classes) / mean;

@@ -20,6 +20,13 @@ RISKMAP_HD V cross_entropy_grad(V pi, V hot_plus_total, V hot_here, V smooth_k) 
   return pi * hot_plus_total - hot_here - smooth_k;
 }
 
+// d P / d pi times d loss / d P, see DiceTerm.
+template <bool kSquared, class V>
+RISKMAP_HD V dice_overall(V pi, V overall) {
+  if constexpr (kSquared) return (pi + pi) * overall;
+  return overall;
+}
+
 // Overlapping regions, each a yes-or-no question with a sigmoid. t is 1 inside the region, smoothed to
 // t (1 - eps) + eps / 2.
 template <class V>
@@ -48,31 +55,40 @@ RISKMAP_HD V region_cross_entropy_grad(V pi, V t, V weight) {
   return weight * (pi - t);
 }
 
-// d D / d x: t is not smoothed; overall and hit as in DiceSlope.
-template <class V>
+// d D / d x: t is not smoothed; overall and hit as in DiceTerm.
+template <bool kSquared, class V>
 RISKMAP_HD V region_dice_grad(V pi, V t, V overall, V hit) {
   using Element = typename Traits<V>::Element;
-  return pi * (V{} + Element(1) - pi) * (t * hit + overall);
+  return pi * (V{} + Element(1) - pi) * (t * hit + dice_overall<kSquared>(pi, overall));
 }
 
-// Dice loss of one class from its sums over voxels: 1 - (2 I + eps) / max(P + G + eps, 1e-8), with
-// I = sum pi 1[y = c], P = sum pi, G = sum 1[y = c].
-inline constexpr double kDiceSmooth = 1e-5;
-inline constexpr double kDiceMinDenominator = 1e-8;
-
-struct DiceSlope {
-  double overall;  // d loss / d pi_k at every voxel
-  double hit;      // added where y = k
+// The Dice family: the loss of one class from its sums over voxels.
+//   Dice     1 - (2 I + nr) / max(P + G + dr, 1e-8)
+//   Jaccard  1 - (2 I + nr) / max(2 (P + G - I) + dr, 1e-8)
+// I = sum pi 1[y = c], P = sum pi, or sum pi^2 where it is squared, G = sum 1[y = c].
+struct DiceFormula {
+  double smooth_nr, smooth_dr;
+  bool jaccard;
 };
 
-RISKMAP_HD double dice_score(double intersection, double predicted, double labelled) {
-  const double denominator = predicted + labelled + kDiceSmooth;
-  return (2 * intersection + kDiceSmooth) / (denominator > kDiceMinDenominator ? denominator : kDiceMinDenominator);
-}
+inline constexpr double kDiceMinDenominator = 1e-8;
 
-RISKMAP_HD DiceSlope dice_slope(double intersection, double predicted, double labelled) {
-  const double denominator = predicted + labelled + kDiceSmooth;
-  return {(2 * intersection + kDiceSmooth) / (denominator * denominator), -2 / denominator};
+struct DiceTerm {
+  double loss;
+  double overall;  // d loss / d P; at a voxel see dice_overall
+  double hit;      // d loss / d I, added where y = c
+};
+
+RISKMAP_HD DiceTerm dice_term(double intersection, double predicted, double labelled, const DiceFormula& formula) {
+  const double together = predicted + labelled;
+  const double sum = (formula.jaccard ? 2 * (together - intersection) : together) + formula.smooth_dr;
+  const bool clamped = !(sum > kDiceMinDenominator);  // neither predicted nor labelled: no slope but I's own
+  const double denominator = clamped ? kDiceMinDenominator : sum;
+  const double score = (2 * intersection + formula.smooth_nr) / denominator;
+  const double by_sum = clamped ? 0 : score / denominator;
+  const double by_intersection = -2 / denominator;
+  if (!formula.jaccard) return {1 - score, by_sum, by_intersection};
+  return {1 - score, 2 * by_sum, by_intersection - 2 * by_sum};
 }
 
 // d (sum_k pi_k g_k) / d x_k with the softmax's Jacobian: pi_k (g_k - sum_j pi_j g_j).

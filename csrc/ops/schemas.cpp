@@ -12,23 +12,36 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
       "risk_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int scheme, float base, float "
       "alpha, float scale, "
       "float? low, float? high, int? background, int ignore_index) -> Tensor");
-  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 none. region: 0 valid, 1 foreground.
+  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 none, 4 weighted. ce_voxels: 0 valid, 1 foreground.
   // reduction: 0 mean, 1 sum, 2 none.
   m.def(
-      "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, Tensor? regions, "
-      "int ignore_index, int? background, float foreground_floor, int normalization, int region, int reduction, "
-      "float label_smoothing, float ce_weight, float dice_weight, bool include_background, bool batch_dice) "
+      "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, Tensor? foreground, "
+      "Tensor? regions, Tensor? dice_class_weight, int ignore_index, int? background, float foreground_floor, "
+      "int normalization, int ce_voxels, int reduction, float label_smoothing, float ce_weight, float dice_weight, "
+      "float smooth_nr, float smooth_dr, bool squared_pred, bool jaccard, bool include_background, bool batch_dice) "
       "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
   m.def(
-      "_weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? risk, Tensor? weight, "
+      "_weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, "
       "Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, int ignore_index, int? background, "
-      "int region, float label_smoothing, bool grad_risk) -> (Tensor grad_logits, Tensor grad_risk)");
+      "int ce_voxels, float label_smoothing, bool squared_pred, bool grad_risk) "
+      "-> (Tensor grad_logits, Tensor grad_risk)");
   // Cross-entropy only, reduced: loss and gradient for grad_loss = 1 in one pass over the logits.
   m.def(
-      "_weighted_loss_with_gradient(Tensor logits, Tensor target, Tensor? risk, Tensor? weight, Tensor? foreground, "
-      "Tensor? regions, int ignore_index, int? background, float foreground_floor, int normalization, int region, "
-      "int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
+      "_weighted_loss_with_gradient(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, "
+      "Tensor? foreground, Tensor? regions, int ignore_index, int? background, float foreground_floor, "
+      "int normalization, int ce_voxels, int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
       "-> (Tensor loss, Tensor grad_logits, Tensor grad_risk)");
+  // weighted_loss in two steps, for sums that come from several processes: sums [B, 5 + 3 C] as math::LossColumn has
+  // them, and what becomes of them.
+  m.def(
+      "_weighted_loss_sums(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, Tensor? foreground, "
+      "Tensor? regions, int ignore_index, int? background, int ce_voxels, float label_smoothing, bool squared_pred) "
+      "-> Tensor");
+  m.def(
+      "_weighted_loss_finish(Tensor sums, Tensor? class_weight, Tensor? dice_class_weight, int? excluded_class, "
+      "float foreground_floor, int normalization, int reduction, float ce_weight, float dice_weight, float smooth_nr, "
+      "float smooth_dr, bool jaccard, bool batch_dice, bool as_double) "
+      "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
   // Multiplies a gradient that nobody else can see by a scalar tensor, in place; 0 gives 0 whatever was there. The
   // factor is read on its device: no host waits for it.
   m.def("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");

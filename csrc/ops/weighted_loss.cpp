@@ -1,6 +1,39 @@
 #include "ops/weighted_loss.h"
 
 namespace riskmap {
+namespace {
+
+void check_class_weight(const char* op, const char* name, const OptionalTensor& weight, int64_t classes,
+                        const Tensor& beside) {
+  if (!weight) return;
+  check(is_floating(*weight), op, ": ", name, " must be floating, got ", dtype_of(*weight));
+  check(weight->dim() == 1 && weight->size(0) == classes, op, ": ", name, " must be [C] with C = ", classes,
+        ", got shape ", shape_of(*weight));
+  check(weight->device() == beside.device(), op, ": ", name, " must be on the same device as the other tensors");
+}
+
+void check_within(const char* op, const char* name, int64_t value, int64_t last) {
+  check(value >= 0 && value <= last, op, ": ", name, " must be 0 to ", last, ", got ", value);
+}
+
+void check_not_negative(const char* op, const char* name, double value) {
+  check(std::isfinite(value) && value >= 0, op, ": ", name, " must be finite and at least 0, got ", value);
+}
+
+// Of what is done with the sums.
+void check_finish_options(const char* op, const LossOptions& options) {
+  check_range(op, "foreground_floor", options.foreground_floor, 0, 1);
+  check_within(op, "normalization", static_cast<int64_t>(options.normalization), 4);
+  check_within(op, "reduction", static_cast<int64_t>(options.reduction), 2);
+  check_not_negative(op, "ce_weight", options.ce_weight);
+  check_not_negative(op, "dice_weight", options.dice_weight);
+  check_not_negative(op, "smooth_nr", options.dice_formula.smooth_nr);
+  check_not_negative(op, "smooth_dr", options.dice_formula.smooth_dr);
+  check(!options.dice() || options.reduction != Reduction::kNone, op,
+        ": dice_weight must be 0 with reduction none: Dice has no voxel map");
+}
+
+}  // namespace
 
 void check_loss_tensors(const char* op, const LossTensors& tensors) {
   const Tensor& logits = tensors.logits;
@@ -10,12 +43,8 @@ void check_loss_tensors(const char* op, const LossTensors& tensors) {
     check(is_floating(*tensors.risk), op, ": risk must be floating, got ", dtype_of(*tensors.risk));
     check_voxel_map(op, "risk", *tensors.risk, "logits", logits);
   }
-  if (const OptionalTensor& weight = tensors.weight) {
-    check(is_floating(*weight), op, ": weight must be floating, got ", dtype_of(*weight));
-    check(weight->dim() == 1 && weight->size(0) == logits.size(1), op, ": weight must be [C] with C = ", logits.size(1),
-          ", got shape ", shape_of(*weight));
-    check(weight->device() == logits.device(), op, ": weight must be on the same device as logits");
-  }
+  check_class_weight(op, "weight", tensors.class_weight, logits.size(1), logits);
+  check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, logits.size(1), logits);
   if (tensors.foreground) {
     check(is_label_dtype(*tensors.foreground) && !is_floating(*tensors.foreground), op,
           ": foreground must be bool or integer, got ", dtype_of(*tensors.foreground));
@@ -31,26 +60,34 @@ void check_weighted_loss(const LossTensors& tensors, const LossOptions& options)
   check(!options.background || (*options.background >= 0 && *options.background < tensors.num_labels()), op,
         ": background must be a class 0 to ", tensors.num_labels() - 1, " or none, got ",
         options.background.value_or(0));
-  check_range(op, "foreground_floor", options.foreground_floor, 0, 1);
   check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
-  const auto within = [op](const char* name, int64_t value, int64_t last) {
-    check(value >= 0 && value <= last, op, ": ", name, " must be 0 to ", last, ", got ", value);
-  };
-  within("normalization", static_cast<int64_t>(options.normalization), 3);
-  within("region", static_cast<int64_t>(options.region), 1);
-  within("reduction", static_cast<int64_t>(options.reduction), 2);
-  check(std::isfinite(options.ce_weight) && options.ce_weight >= 0, op,
-        ": ce_weight must be finite and at least 0, got ", options.ce_weight);
-  check(std::isfinite(options.dice_weight) && options.dice_weight >= 0, op,
-        ": dice_weight must be finite and at least 0, got ", options.dice_weight);
-  if (options.dice()) {
-    check(options.reduction != Reduction::kNone, op,
-          ": dice_weight must be 0 with reduction none: Dice has no voxel map");
-    bool any = false;
-    for (int64_t c = 0; c < logits.size(1) && !any; ++c) any = options.in_dice(c, tensors.regions.has_value());
-    check(any, op, ": dice_weight needs a class besides the background, or include_background; logits have shape ",
-          shape_of(logits));
-  }
+  check_within(op, "ce_voxels", static_cast<int64_t>(options.ce_voxels), 1);
+  check_finish_options(op, options);
+  check(options.normalization != Normalization::kWeighted || !tensors.regions, op,
+        ": normalization must not be 4 (weighted) with regions");
+  check(!options.dice() || logits.size(1) > 1 || options.excluded_class(tensors.regions.has_value()) < 0, op,
+        ": dice_weight needs a class besides the background, or include_background; logits have shape ",
+        shape_of(logits));
+}
+
+void check_loss_sums(const LossTensors& tensors, int64_t ce_voxels, double label_smoothing) {
+  const char* op = "_weighted_loss_sums";
+  check_loss_tensors(op, tensors);
+  check_range(op, "label_smoothing", label_smoothing, 0, 1);
+  check_within(op, "ce_voxels", ce_voxels, 1);
+}
+
+void check_loss_finish(const FinishTensors& tensors, const LossOptions& options) {
+  const char* op = "_weighted_loss_finish";
+  const Tensor& sums = tensors.sums;
+  check(sums.dim() == 2 && sums.scalar_type() == ScalarType::Double && tensors.classes() > 0 &&
+            sums.size(1) == math::loss_columns(tensors.classes(), true),
+        op, ": sums must be [B, ", static_cast<int>(math::kLossColumns), " + 3 C] float64, got ", dtype_of(sums),
+        " of shape ", shape_of(sums));
+  check_class_weight(op, "weight", tensors.class_weight, tensors.classes(), sums);
+  check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, tensors.classes(), sums);
+  check_finish_options(op, options);
+  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
 }
 
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
@@ -75,6 +112,7 @@ void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& opt
   const char* op = "_weighted_loss_with_gradient";
   check_weighted_loss(tensors, options);
   check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
+  check(!tensors.needs_class_sums(options), op, ": normalization must not be 4 (weighted) with weight");
   check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
 }
 

@@ -1,51 +1,65 @@
 #pragma once
 
 #include "math/reduction.h"
+#include "math/weighted_loss.h"
 #include "ops/check.h"
 
 namespace riskmap {
 
+using math::CeVoxels;
 using math::Normalization;
 using math::Reduction;
-using math::Region;
 
 struct LossOptions {
   int64_t ignore_index;
   std::optional<int64_t> background;
   double foreground_floor;
   Normalization normalization;
-  Region region;
+  CeVoxels ce_voxels;
   Reduction reduction;
   double label_smoothing, ce_weight, dice_weight;
-  bool include_background, batch_dice;
+  math::DiceFormula dice_formula;
+  bool squared_pred, include_background, batch_dice;
 
   bool dice() const { return dice_weight != 0; }
-  // Classes whose Dice counts; regions have no background among them.
-  bool in_dice(int64_t c, bool regions) const {
-    return regions || include_background || !background || c != *background;
+  // The class whose Dice does not count, or -1; regions have no background among them.
+  int64_t excluded_class(bool regions) const { return regions || include_background ? -1 : background.value_or(-1); }
+};
+
+// The tensors of the loss: logits [B, C, *S]; target [B, *S]; risk [B, *S], class weights [C], foreground [B, *S],
+// // regions [C, L] and class weights of the Dice [C] or none. With regions the C channels are overlapping regions of L
+// labels, and target holds labels.
+struct LossTensors {
+  Tensor logits, target;
+  OptionalTensor risk, class_weight, foreground, regions, dice_class_weight;
+
+  int64_t num_labels() const { return regions ? regions->size(1) : logits.size(1); }
+  // Whether the sums of the classes are wanted: for Dice, and for a normaliser that is made of them.
+  bool needs_class_sums(const LossOptions& options) const {
+    return options.dice() || (options.normalization == Normalization::kWeighted && class_weight);
   }
 };
 
-// The tensors of the loss: logits [B, C, *S]; target [B, *S]; risk [B, *S], class weights [C], foreground [B, *S] and
-// regions [C, L] or none. With regions the C channels are overlapping regions of L labels, and target holds labels.
-struct LossTensors {
-  Tensor logits, target;
-  OptionalTensor risk, weight, foreground, regions;
+// What becomes of the sums over images, [B, columns] as math::LossColumn has them.
+struct FinishTensors {
+  Tensor sums;
+  OptionalTensor class_weight, dice_class_weight;
 
-  int64_t num_labels() const { return regions ? regions->size(1) : logits.size(1); }
+  int64_t classes() const { return (sums.size(1) - math::kLossColumns) / 3; }
 };
 
 // The outputs of the op:
 // loss: float32 (float64 for float64 logits) scalar, or [B, *S] without reduction;
 // scale [B] float64: what each image's sum of w c CE is multiplied by in the loss;
-// dice_slopes [B, 2, C] float64 ([0] without Dice): derivative of the loss by pi at all voxels, and the part added
-// where the voxel is in class c.
+// dice_slopes [B, 2, C] float64 ([0] without Dice): derivatives of the loss by the sums P and I, see math::DiceTerm.
 void check_loss_tensors(const char* op, const LossTensors& tensors);
 void check_weighted_loss(const LossTensors& tensors, const LossOptions& options);
 
 // grad_loss: scalar, or [B, *S] for the map of reduction none; scale and dice_slopes as the op returned them.
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
                          const Tensor& dice_slopes, bool grad_risk);
+void check_loss_sums(const LossTensors& tensors, int64_t ce_voxels, double label_smoothing);
+void check_loss_finish(const FinishTensors& tensors, const LossOptions& options);
 void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk);
 // gradient: floating, its elements dense in memory; factor: a floating scalar on the same device.
 void check_scale_gradient(const Tensor& gradient, const Tensor& factor);

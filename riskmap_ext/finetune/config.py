@@ -284,13 +284,15 @@ class LossConfig(_Section):
     """Factor of the cross-entropy part."""
     dice_weight: NonNegative = 1.0
     """Factor of the soft Dice part."""
-    normalization: Literal["foreground", "batch_foreground", "valid", "none"] = "foreground"
+    normalization: Literal["foreground", "batch_foreground", "valid", "none", "weighted"] = (
+        "foreground"
+    )
     """What the weighted cross-entropy is divided by: voxels of the foreground in each image or over
-    the batch, valid voxels, or nothing."""
+    the batch, valid voxels, nothing, or the class weights of the valid voxels of the batch."""
     foreground_floor: Fraction = 0.05
     """Least share of the valid voxels that counts as foreground: 1 / `foreground_floor` is the most
     the cross-entropy can be scaled up by."""
-    region: Literal["valid", "foreground"] = "valid"
+    ce_voxels: Literal["valid", "foreground"] = "valid"
     """Voxels the cross-entropy is summed over."""
     class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
@@ -303,7 +305,15 @@ class LossConfig(_Section):
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
-    """One Dice over the voxels of the batch instead of one per image."""
+    """One Dice over the voxels of the batch, that of all processes, instead of one per image."""
+    squared_pred: bool = False
+    """Squared probabilities in the denominator of the Dice, as in MONAI's `DiceLoss`."""
+    jaccard: bool = False
+    """The Jaccard index in the place of the Dice."""
+    smooth_nr: NonNegative = 1e-5
+    """What is added to the numerator of the Dice."""
+    smooth_dr: NonNegative = 1e-5
+    """What is added to the denominator of the Dice."""
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> LossConfig:

@@ -57,6 +57,7 @@ class Stepper:
             weight=class_weights(config, cases, device, log),
             ignore_index=IGNORE_INDEX,
             regions=cases.structures.table,
+            sync_dice=config.loss.batch_dice,
             **options,
         ).to(device)
         self._optimizer = _optimizer(network, train)

@@ -65,7 +65,7 @@ class RiskMapDiceCELoss(_Loss):
             leaves cross-entropy and Dice on the scale they have there. "foreground" raises the
             cross-entropy up to 20-fold in images with little foreground, unless the image's own
             foreground is given.
-        background, foreground_floor, region: see :func:`riskmap_ext.weighted_loss`.
+        background, foreground_floor, ce_voxels: see :func:`riskmap_ext.weighted_loss`.
 
     It holds no state: the class weights stay out of its state_dict.
 
@@ -103,7 +103,7 @@ class RiskMapDiceCELoss(_Loss):
         normalization: str = "valid",
         background: int | None = 0,
         foreground_floor: float = 0.05,
-        region: str = "valid",
+        ce_voxels: str = "valid",
     ) -> None:
         super().__init__()
         _only("other_act", other_act, None)
@@ -136,7 +136,7 @@ class RiskMapDiceCELoss(_Loss):
             background=background,
             foreground_floor=foreground_floor,
             normalization=normalization,
-            region=region,
+            ce_voxels=ce_voxels,
             label_smoothing=label_smoothing,
             ce_weight=lambda_ce,
             dice_weight=lambda_dice,

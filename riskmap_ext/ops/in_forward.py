@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import LossOptions, validate_flag
+from riskmap_ext._arguments import LossOptions, LossTensors, validate_flag
+
+_NO_DICE = (0.0, 0.0, 0.0, False, False, False, False)  # as LossOptions.of_dice
 
 _state = threading.local()  # as torch keeps its grad mode
 
@@ -28,7 +30,8 @@ def gradient_in_forward(enabled: bool) -> Iterator[None]:
     only (``dice_weight=0``), reduced, float32, float64 or bfloat16 logits that require grad. The
     forward pass then reads the logits once and writes their gradient, which the backward pass
     hands over as it is, or scaled in place where the incoming gradient is not 1. Elsewhere
-    (torch.compile and other tracing, Dice, ``reduction="none"``, and float16 logits or risk, whose
+    (torch.compile and other tracing, Dice, ``reduction="none"``, ``normalization="weighted"`` with
+    class weights, and float16 logits or risk, whose
     small gradients need the scale of a GradScaler before they are rounded) the backward pass makes
     the gradient from the logits.
 
@@ -43,12 +46,16 @@ def gradient_in_forward(enabled: bool) -> Iterator[None]:
         _state.enabled = before
 
 
-def applies(logits: Tensor, risk: Tensor | None, options: LossOptions) -> bool:
+def applies(tensors: LossTensors, options: LossOptions) -> bool:
+    logits, risk = tensors.logits, tensors.risk
+    # The sum of the class weights is not known before the voxels of each class are.
+    by_class_weight = options.normalization == "weighted" and tensors.weight is not None
     return (
         not torch.compiler.is_compiling()
         and _enabled()
         and options.dice_weight == 0
         and options.reduction != "none"
+        and not by_class_weight
         and logits.dtype != torch.float16
         and not (risk is not None and risk.dtype == torch.float16 and risk.requires_grad)
         and logits.requires_grad
@@ -121,10 +128,10 @@ class _GradientInForward(torch.autograd.Function):
 def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient from the op that makes it in its backward pass."""
     inputs = ctx.saved_tensors
-    ignore_index, background, _, _, region, _, label_smoothing, _ = ctx.options
+    ignore_index, background, _, _, ce_voxels, _, label_smoothing, _ = ctx.options
     with torch.no_grad():
         _, scale, dice_slopes = torch.ops.riskmap_ext.weighted_loss(
-            *inputs, *ctx.options, 0.0, False, False
+            *inputs, None, *ctx.options, *_NO_DICE
         )
     wanted = ctx.needs_input_grad
     grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
@@ -134,8 +141,9 @@ def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         dice_slopes,
         ignore_index,
         background,
-        region,
+        ce_voxels,
         label_smoothing,
+        False,
         wanted[2],
     )
     return (

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from riskmap_ext._arguments import (
-    NORMALIZATIONS,
-    REDUCTIONS,
-    REGIONS,
-    compute_dtype,
-    loss_options,
-    loss_tensors,
-)
-from riskmap_ext.ops import in_forward
+from riskmap_ext._arguments import REDUCTIONS, compute_dtype, loss_options, loss_tensors
+from riskmap_ext.ops import in_forward, synced_dice
 
 
 def weighted_loss(
@@ -30,13 +23,19 @@ def weighted_loss(
     foreground: Tensor | None = None,
     foreground_floor: float = 0.05,
     normalization: str = "foreground",
-    region: str = "valid",
+    ce_voxels: str = "valid",
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     ce_weight: float = 1.0,
     dice_weight: float = 0.0,
+    dice_class_weight: Tensor | None = None,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    squared_pred: bool = False,
+    jaccard: bool = False,
     include_background: bool = False,
     batch_dice: bool = False,
+    sync_dice: bool = False,
     regions: Tensor | None = None,
 ) -> Tensor:
     r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
@@ -58,13 +57,22 @@ def weighted_loss(
     foreground         max(#F_b, foreground_floor * #V_b); #V_b where F_b is empty
     batch_foreground   the same from the sums over the batch, divided by the number of images
     valid              #V_b; equals torch's mean for one image
+    weighted           sum of c[y] over the valid voxels of the batch, divided by the number of
+                       images: the mean of ``torch.nn.functional.cross_entropy(weight=...)``
     none               1
     ================== ========================================================================
 
-    Soft Dice part from the same softmax, over valid voxels, unweighted:
+    Soft Dice part from the same softmax, over valid voxels, not weighted by the risk, with class
+    weights d (``dice_class_weight``), :math:`I_k = \sum_p \pi_p[k]\,1[y_p = k]`,
+    :math:`P_k = \sum_p \pi_p[k]` (:math:`\pi^2` with ``squared_pred``),
+    :math:`G_k = \sum_p 1[y_p = k]`:
 
-    .. math:: D = 1 - \mathrm{mean}_k \frac{2 \sum_p \pi_p[k]\,1[y_p = k] + \epsilon}
-              {\sum_p \pi_p[k] + \sum_p 1[y_p = k] + \epsilon}, \qquad \epsilon = 10^{-5}
+    .. math:: D = \mathrm{mean}_k\; d_k \left(1 - \frac{2 I_k + \mathrm{smooth\_nr}}
+              {\max(P_k + G_k + \mathrm{smooth\_dr},\ 10^{-8})}\right)
+
+    and with ``jaccard`` the denominator :math:`2 (P_k + G_k - I_k) + \mathrm{smooth\_dr}`. A class
+    that is neither labelled nor predicted so has the Dice smooth_nr / smooth_dr, 0 where both are
+    0.
 
     With ``regions`` the C channels are overlapping regions (one sigmoid each, as in BraTS), while
     ``target`` stays a map of labels: :math:`\mathrm{CE}_p = \frac{1}{C} \sum_r c[r]\,
@@ -87,13 +95,21 @@ def weighted_loss(
         foreground_floor: in [0, 1]; 1 / foreground_floor is the most that a small foreground can
             scale the loss up by.
         normalization: see the table.
-        region: voxels that are summed, "valid" or "foreground" (F).
+        ce_voxels: voxels whose cross-entropy counts, R: "valid" (V) or "foreground" (F).
         reduction: "mean" or "sum" over images; "none": the map ce_weight * w * c * CE, [B, \*S],
-            not normalised, 0 outside the region.
+            not normalised, 0 at voxels that do not count.
         label_smoothing: in [0, 1].
         ce_weight, dice_weight: finite, >= 0.
+        dice_class_weight: class weights [C] of the Dice, d; finite and >= 0; None: 1.
+        smooth_nr, smooth_dr: finite, >= 0.
+        squared_pred: squared probabilities in the denominator of the Dice.
+        jaccard: the Jaccard index in the place of the Dice.
         include_background: whether the Dice of the background class counts.
         batch_dice: one Dice over the voxels of the whole batch instead of one per image.
+        sync_dice: with ``batch_dice``, one Dice over the batches of all processes of
+            ``torch.distributed`` (where it is initialised). The gradient is that of the sum of the
+            processes' losses, so that DistributedDataParallel, which averages, arrives at that of
+            one process with the whole batch. Every process must call it.
         regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
             ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).
 
@@ -114,7 +130,7 @@ def weighted_loss(
     Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
     this package's reading; docs/method.md says why.
     """
-    tensors = loss_tensors(logits, target, risk, weight, foreground, regions)
+    tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
     options = loss_options(
         tensors.num_labels,
         has_regions=tensors.regions is not None,
@@ -122,35 +138,27 @@ def weighted_loss(
         background=background,
         foreground_floor=foreground_floor,
         normalization=normalization,
-        region=region,
+        ce_voxels=ce_voxels,
         reduction=reduction,
         label_smoothing=label_smoothing,
         ce_weight=ce_weight,
         dice_weight=dice_weight,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        squared_pred=squared_pred,
+        jaccard=jaccard,
         include_background=include_background,
         batch_dice=batch_dice,
+        sync_dice=sync_dice,
     )
-    inputs = (
-        tensors.logits,
-        tensors.target,
-        tensors.risk,
-        None if tensors.weight is None else tensors.weight.detach(),
-        tensors.foreground,
-        tensors.regions,
-        options.ignore_index,
-        options.background,
-        options.foreground_floor,
-        NORMALIZATIONS.index(options.normalization),
-        REGIONS.index(options.region),
-        REDUCTIONS.index(options.reduction),
-        options.label_smoothing,
-        options.ce_weight,
-    )
-    dice = (options.dice_weight, options.include_background, options.batch_dice)
     _require_reverse_mode(tensors.logits, tensors.risk)
-    if in_forward.applies(tensors.logits, tensors.risk, options):
-        return in_forward.weighted_loss(*inputs)
-    return torch.ops.riskmap_ext.weighted_loss(*inputs, *dice)[0]
+    if in_forward.applies(tensors, options):
+        return in_forward.weighted_loss(*tensors[:-1], *options.of_cross_entropy)
+    if synced_dice.applies(options):
+        return synced_dice.weighted_loss(tensors, options)
+    return torch.ops.riskmap_ext.weighted_loss(
+        *tensors, *options.of_cross_entropy, *options.of_dice
+    )[0]
 
 
 def _require_reverse_mode(*tensors: Tensor | None) -> None:
@@ -169,7 +177,7 @@ def _require_reverse_mode(*tensors: Tensor | None) -> None:
             )
 
 
-_NUM_INPUTS = 17
+_NUM_INPUTS = 22
 _NONE = REDUCTIONS.index("none")
 
 
@@ -178,20 +186,20 @@ def _fake(
     logits: Tensor,
     target: Tensor,
     risk: Tensor | None,
-    weight: Tensor | None,
+    class_weight: Tensor | None,
     foreground: Tensor | None,
     regions: Tensor | None,
+    dice_class_weight: Tensor | None,
     ignore_index: int,
     background: int | None,
     foreground_floor: float,
     normalization: int,
-    region: int,
+    ce_voxels: int,
     reduction: int,
     label_smoothing: float,
     ce_weight: float,
     dice_weight: float,
-    include_background: bool,
-    batch_dice: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, classes = logits.shape[:2]
     shape = (batch, *logits.shape[2:]) if reduction == _NONE else ()
@@ -204,8 +212,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.ignore_index, ctx.background = inputs[6:8]
-    ctx.region, ctx.label_smoothing = inputs[10], inputs[12]
+    ctx.options = (*inputs[7:9], inputs[11], inputs[13], inputs[18])
     _, scale, dice_slopes = output
     ctx.mark_non_differentiable(scale, dice_slopes)
     ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory
@@ -219,10 +226,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
         grad_loss,
         *saved,
-        ctx.ignore_index,
-        ctx.background,
-        ctx.region,
-        ctx.label_smoothing,
+        *ctx.options,
         saved[2] is not None and ctx.needs_input_grad[2],
     )
     first = grad_logits if ctx.needs_input_grad[0] else None
@@ -241,15 +245,16 @@ def _backward_fake(
     logits: Tensor,
     target: Tensor,
     risk: Tensor | None,
-    weight: Tensor | None,
+    class_weight: Tensor | None,
     foreground: Tensor | None,
     regions: Tensor | None,
     scale: Tensor,
     dice_slopes: Tensor,
     ignore_index: int,
     background: int | None,
-    region: int,
+    ce_voxels: int,
     label_smoothing: float,
+    squared_pred: bool,
     grad_risk: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_logits = torch.empty_like(logits)

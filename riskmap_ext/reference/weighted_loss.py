@@ -14,7 +14,6 @@ from riskmap_ext._arguments import (
 )
 from riskmap_ext.reference._check_values import check_labels, check_weights, wanted
 
-DICE_EPSILON = 1e-5
 DICE_MIN_DENOMINATOR = 1e-8
 
 
@@ -29,19 +28,25 @@ def weighted_loss(
     foreground: Tensor | None = None,
     foreground_floor: float = 0.05,
     normalization: str = "foreground",
-    region: str = "valid",
+    ce_voxels: str = "valid",
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     ce_weight: float = 1.0,
     dice_weight: float = 0.0,
+    dice_class_weight: Tensor | None = None,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    squared_pred: bool = False,
+    jaccard: bool = False,
     include_background: bool = False,
     batch_dice: bool = False,
+    sync_dice: bool = False,
     regions: Tensor | None = None,
     _check_values: bool = True,
 ) -> Tensor:
     """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none"."""
-    tensors = loss_tensors(logits, target, risk, weight, foreground, regions)
-    logits, target, risk, weight, foreground, regions = tensors
+    tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
+    logits, target, risk, weight, foreground, regions, dice_class_weight = tensors
     options = loss_options(
         tensors.num_labels,
         has_regions=regions is not None,
@@ -49,26 +54,34 @@ def weighted_loss(
         background=background,
         foreground_floor=foreground_floor,
         normalization=normalization,
-        region=region,
+        ce_voxels=ce_voxels,
         reduction=reduction,
         label_smoothing=label_smoothing,
         ce_weight=ce_weight,
         dice_weight=dice_weight,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        squared_pred=squared_pred,
+        jaccard=jaccard,
         include_background=include_background,
         batch_dice=batch_dice,
+        sync_dice=sync_dice,
     )
+    if options.sync_dice:
+        raise ValueError("sync_dice: expected False in the reference, which knows one process")
     labels = target.to(torch.int64)
     valid = labels != options.ignore_index
     if wanted(_check_values, target):
         check_labels(target, tensors.num_labels, options.ignore_index)
         if risk is not None:
             check_weights("risk", risk, valid)
-        if weight is not None:
-            check_weights("weight", weight)
+        for name, each in (("weight", weight), ("dice_class_weight", dice_class_weight)):
+            if each is not None:
+                check_weights(name, each)
 
     labels = torch.where(valid, labels, 0)
     inside = _foreground_voxels(labels, valid, foreground, options.background)
-    summed = inside if options.region == "foreground" else valid
+    summed = inside if options.ce_voxels == "foreground" else valid
     if options.ce_weight == 0:  # switched off: not even an infinite cross-entropy counts
         summed = torch.zeros_like(summed)
 
@@ -94,13 +107,14 @@ def weighted_loss(
     if options.reduction == "none":
         return voxel_loss
 
+    class_weight_of = None if weight is None or regions is not None else weight[labels]
     image_loss = voxel_loss.flatten(1).sum(dim=1) / _normalizer(
-        valid, inside, options, voxel_loss.dtype
+        valid, inside, class_weight_of, options, voxel_loss.dtype
     )
     total = _reduce_images(image_loss, options.reduction)
     if options.dice_weight > 0:
         total = total + options.dice_weight * _dice_loss(
-            probabilities, truth, valid, averaged, options
+            probabilities, truth, valid, averaged, dice_class_weight, options
         )
     return total
 
@@ -154,13 +168,24 @@ def _one_hot(labels: Tensor, num_classes: int, valid: Tensor) -> Tensor:
     return (labels.unsqueeze(1) == classes) & valid.unsqueeze(1)
 
 
-def _normalizer(valid: Tensor, inside: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+def _normalizer(
+    valid: Tensor,
+    inside: Tensor,
+    class_weight_of: Tensor | None,
+    options: LossOptions,
+    dtype: torch.dtype,
+) -> Tensor:
     """N_b, [B]; 1 where nothing is valid and the sum above it is empty."""
     num_valid = valid.flatten(1).sum(dim=1).to(dtype)
     if options.normalization == "none":
         return torch.ones_like(num_valid)
     if options.normalization == "valid":
         size = num_valid
+    elif options.normalization == "weighted":
+        weights = valid.to(dtype)
+        if class_weight_of is not None:
+            weights = weights * class_weight_of.to(dtype)
+        size = (weights.sum() / max(valid.size(0), 1)).expand_as(num_valid)
     else:
         num_inside = inside.flatten(1).sum(dim=1).to(dtype)
         if options.normalization == "batch_foreground":
@@ -177,17 +202,24 @@ def _dice_loss(
     truth: Tensor,
     valid: Tensor,
     averaged: tuple[int, ...],
+    class_weight: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
     probabilities = torch.where(valid.unsqueeze(1), probabilities, 0.0)
     truth = truth.to(probabilities.dtype)
 
     overlap = (probabilities * truth).flatten(2).sum(dim=2)  # [B, C]
-    size = probabilities.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
+    predicted = probabilities.square() if options.squared_pred else probabilities
+    size = predicted.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
     if options.batch_dice:
         overlap, size = overlap.sum(dim=0), size.sum(dim=0)
-    dice = (2 * overlap + DICE_EPSILON) / (size + DICE_EPSILON).clamp(min=DICE_MIN_DENOMINATOR)
-    loss = 1 - dice[..., list(averaged)].mean(dim=-1)
+    if options.jaccard:
+        size = 2 * (size - overlap)
+    denominator = (size + options.smooth_dr).clamp(min=DICE_MIN_DENOMINATOR)
+    loss = 1 - (2 * overlap + options.smooth_nr) / denominator
+    if class_weight is not None:
+        loss = class_weight.to(loss.dtype) * loss
+    loss = loss[..., list(averaged)].mean(dim=-1)
     return loss if options.batch_dice else _reduce_images(loss, options.reduction)
 
 

@@ -1,6 +1,7 @@
 // The logits of one vector of voxels: in registers for few classes, in scratch for many.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels/stage.h"
@@ -87,6 +88,13 @@ static void with_column(int64_t classes, F&& f) {
     }
   }
   f(static_cast<ScratchColumn<acc_t>*>(nullptr));
+}
+
+// Calls f with the flag as a constant.
+template <class F>
+static void with_flag(bool flag, const F& f) {
+  if (flag) return f(std::true_type{});
+  f(std::false_type{});
 }
 
 template <class T>

@@ -93,18 +93,18 @@ struct LossTile {
   }
 
   // Lanes whose cross-entropy counts in a gradient: a factor of 0 switches the part off.
-  RISKMAP_MEMBER I region(int64_t v, I y, I valid, acc_t factor) const {
+  RISKMAP_MEMBER I counted(int64_t v, I y, I valid, acc_t factor) const {
     if (factor == 0) return I{};
-    return args.region_foreground ? foreground(v, y, valid) : valid;
+    return args.ce_in_foreground ? foreground(v, y, valid) : valid;
   }
 
   // A factor of 0 switches the part off, infinite values included.
   RISKMAP_MEMBER static F scaled(F value, acc_t factor) { return factor == 0 ? F{} : F(value * factor); }
 
-  // Lanes whose weight no caller may give: negative, NaN or infinite.
-  RISKMAP_MEMBER static I bad_weight(F w) { return ~((w >= acc_t(0)) & (w - w == acc_t(0))); }
+  // Lanes whose risk no caller may give: negative, NaN or infinite.
+  RISKMAP_MEMBER static I bad_risk(F w) { return ~((w >= acc_t(0)) & (w - w == acc_t(0))); }
 
-  RISKMAP_MEMBER F weight(int64_t v) const { return args.risk.data ? load<F>(risk + v) : F{} + acc_t(1); }
+  RISKMAP_MEMBER F risk_at(int64_t v) const { return args.risk.data ? load<F>(risk + v) : F{} + acc_t(1); }
 };
 
 // Cross-entropy terms of one vector of voxels, with logits relative to the voxel's largest: a large common offset

@@ -30,8 +30,9 @@ struct RegionTile : LossTile<acc_t> {
   }
   RISKMAP_MEMBER F smoothed(F t) const { return t * keep + shift; }
 
+  template <bool kSquared>
   RISKMAP_MEMBER void add_dice(int64_t r, F pi, F t) {
-    const F terms[3] = {pi * t, pi, t};
+    const F terms[3] = {pi * t, kSquared ? F(pi * pi) : pi, t};
     for (int64_t i = 0; i < 3; ++i) {
       acc_t* at = this->sums + (i * args.logits.classes + r) * kLanes;
       store(at, F(load<F>(at) + terms[i]));
@@ -53,19 +54,19 @@ struct RegionTile : LossTile<acc_t> {
   }
 };
 
-template <class acc_t>
+template <class acc_t, bool kSquared>
 void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   constexpr int kLanes = Simd<acc_t>::kLanes;
   RegionTile<acc_t> tile(args, chunk, scratch);
   const int64_t regions = args.logits.classes;
-  double* dice = args.dice_partial + chunk * 3 * regions;
-  if (args.dice)
+  double* dice = args.class_partial + chunk * 3 * regions;
+  if (args.class_sums)
     for (int64_t i = 0; i < 3 * regions; ++i) dice[i] = 0;
 
   const auto sums = [&](auto in, int64_t begin, int64_t n) {
-    if (args.dice) std::memset(tile.sums, 0, sizeof(acc_t) * 3 * regions * kLanes);
+    if (args.class_sums) std::memset(tile.sums, 0, sizeof(acc_t) * 3 * regions * kLanes);
     F ce_sum{};
     I valid_count{}, foreground_count{}, bad_risk{};
     for (int64_t v = 0; v < n; v += kLanes) {
@@ -74,16 +75,17 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
       const I foreground = tile.foreground(v, y, valid);
       valid_count -= valid;
       foreground_count -= foreground;
-      const F w = tile.weight(v);
-      bad_risk -= valid & tile.bad_weight(w);
+      const F w = tile.risk_at(v);
+      bad_risk -= valid & tile.bad_risk(w);
       F ce{};
       for (int64_t r = 0; r < regions; ++r) {
         const F t = tile.inside(r, I(y & valid));
         const math::RegionTerm<F> term = math::region_term(tile.logit(in, r, v), tile.smoothed(t));
         ce += term.loss * tile.weight_of[r];
-        if (args.dice) tile.add_dice(r, math::select(valid, term.pi, F{}), math::select(valid, t, F{}));
+        if (args.class_sums)
+          tile.template add_dice<kSquared>(r, math::select(valid, term.pi, F{}), math::select(valid, t, F{}));
       }
-      const F value = math::select(args.region_foreground ? foreground : valid, F(w * ce), F{});
+      const F value = math::select(args.ce_in_foreground ? foreground : valid, F(w * ce), F{});
       ce_sum += value;
       if (args.map.data) store(tile.grad + v, tile.scaled(value, static_cast<acc_t>(args.map_factor)));
     }
@@ -92,7 +94,8 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
     tile.total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
     tile.total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
     tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
-    for (int64_t i = 0; args.dice && i < 3 * regions; ++i) dice[i] += horizontal_sum(load<F>(tile.sums + i * kLanes));
+    for (int64_t i = 0; args.class_sums && i < 3 * regions; ++i)
+      dice[i] += horizontal_sum(load<F>(tile.sums + i * kLanes));
   };
   tile.for_tiles([&](int64_t begin, int64_t n) {
     tile.template for_rows<sizeof(acc_t) == 4>(begin, n, [&](auto in) { sums(in, begin, n); });
@@ -100,7 +103,7 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
   args.partial[chunk] = tile.total;
 }
 
-template <class acc_t>
+template <class acc_t, bool kSquared>
 void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
@@ -120,25 +123,25 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
       const I y = tile.labels(v);
       const I valid = y >= 0;
       const I label_or_0 = y & valid;
-      const I region = tile.region(v, y, valid, factor);
-      const I used = args.dice ? valid : region;
+      const I counted = tile.counted(v, y, valid, factor);
+      const I used = args.class_sums ? valid : counted;
       F scale = F{} + factor;
       if (args.grad_map.data) scale *= load<F>(tile.grad + v);
-      const F w = tile.weight(v);
-      const F scaled_weight = math::select(region, F(scale * w), F{});
+      const F w = tile.risk_at(v);
+      const F scaled_risk = math::select(counted, F(scale * w), F{});
       F ce{};
       for (int64_t r = 0; r < regions; ++r) {
         const F t = tile.inside(r, label_or_0);
         const F smooth_t = tile.smoothed(t);
         const math::RegionTerm<F> term = math::region_term(tile.logit(in, r, v), smooth_t);
         if (wants_loss) ce += term.loss * tile.weight_of[r];
-        F g = math::region_cross_entropy_grad(term.pi, smooth_t, F(scaled_weight * tile.weight_of[r]));
-        if (args.dice) g += math::region_dice_grad(term.pi, t, F(F{} + overall[r]), F(F{} + hit[r]));
+        F g = math::region_cross_entropy_grad(term.pi, smooth_t, F(scaled_risk * tile.weight_of[r]));
+        if (args.class_sums) g += math::region_dice_grad<kSquared>(term.pi, t, F(F{} + overall[r]), F(F{} + hit[r]));
         store_values(grads.base + r * grads.pitch + v, math::select(used, g, F{}));
       }
-      if (args.grad_risk.data) store(tile.risk + v, math::select(region, F(scale * ce), F{}));
-      ce_sum += math::select(region, F(w * ce), F{});
-      bad_risk -= valid & tile.bad_weight(w);
+      if (args.grad_risk.data) store(tile.risk + v, math::select(counted, F(scale * ce), F{}));
+      ce_sum += math::select(counted, F(w * ce), F{});
+      bad_risk -= valid & tile.bad_risk(w);
     }
     tile.total.cross_entropy += horizontal_sum(ce_sum);
     tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
@@ -158,13 +161,17 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
 namespace RISKMAP_CPU_CAPABILITY {
 
 void region_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scratch) {
-  if (args.logits.dtype == Dtype::kDouble) return forward_chunk<double>(args, chunk, scratch);
-  forward_chunk<float>(args, chunk, scratch);
+  with_flag(args.squared, [&](auto squared) {
+    if (args.logits.dtype == Dtype::kDouble) return forward_chunk<double, squared>(args, chunk, scratch);
+    forward_chunk<float, squared>(args, chunk, scratch);
+  });
 }
 
 void region_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
-  if (args.logits.dtype == Dtype::kDouble) return backward_chunk<double>(args, chunk, scratch);
-  backward_chunk<float>(args, chunk, scratch);
+  with_flag(args.squared, [&](auto squared) {
+    if (args.logits.dtype == Dtype::kDouble) return backward_chunk<double, squared>(args, chunk, scratch);
+    backward_chunk<float, squared>(args, chunk, scratch);
+  });
 }
 
 }  // namespace RISKMAP_CPU_CAPABILITY

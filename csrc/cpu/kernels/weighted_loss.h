@@ -18,8 +18,9 @@ struct LossArgs {
   double smooth_total;       // their sum
   int64_t ignore_index;
   int64_t background;  // -1: every valid voxel is foreground
-  bool region_foreground;
-  bool dice;
+  bool ce_in_foreground;
+  bool class_sums;  // the sums of the classes, or their slopes, are wanted
+  bool squared;     // P is the sum of pi^2
   Chunking chunking;
 };
 
@@ -32,14 +33,14 @@ struct LossPartial {
 struct LossForwardArgs : LossArgs {
   VoxelMap map;  // reduction none: factor * w c CE of every voxel, else absent
   double map_factor;
-  LossPartial* partial;  // [chunks]
-  double* dice_partial;  // [chunks, 3, C]: sum pi 1[y = c], sum pi, sum 1[y = c]
+  LossPartial* partial;   // [chunks]
+  double* class_partial;  // [chunks, 3, C]: sum pi 1[y = c], sum pi (or pi^2), sum 1[y = c]
 };
 
 struct LossBackwardArgs : LossArgs {
   const double* factor;      // [B], d total / d (sum of w c CE) of each image
   VoxelMap grad_map;         // reduction none: gradient of every voxel of the map, else absent
-  const void* dice_overall;  // acc_t[B, C], see math::DiceSlope
+  const void* dice_overall;  // acc_t[B, C], see math::DiceTerm
   const void* dice_hit;      // acc_t[B, C]
   Volume grad_logits;
   bool streamed;         // the gradient is too large for the caches

@@ -8,7 +8,7 @@
 namespace riskmap::cpu {
 namespace {
 
-template <class acc_t, class Column>
+template <class acc_t, class Column, bool kSquared>
 struct Backward : LossTile<acc_t> {
   using typename LossTile<acc_t>::F;
   using typename LossTile<acc_t>::I;
@@ -47,8 +47,8 @@ struct Backward : LossTile<acc_t> {
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = this->labels(v);
       const I valid = y >= 0;
-      const I region = this->region(v, y, valid, factor);
-      const I used = args.dice ? valid : region;  // elsewhere not even a NaN may reach the gradient
+      const I counted = this->counted(v, y, valid, factor);
+      const I used = args.class_sums ? valid : counted;  // elsewhere not even a NaN may reach the gradient
       Column x(in, v, args.logits.classes);
       const Terms<acc_t, Column> terms(args, x, I(y & valid));
       const F sum = math::exp_in_place(x, terms.max);
@@ -56,27 +56,27 @@ struct Backward : LossTile<acc_t> {
 
       F scale = F{} + factor;
       if (out.grad_map.data) scale *= load<F>(this->grad + v);
-      const F w = this->weight(v);
-      const F scaled_weight = math::select(region, F(scale * w), F{});
+      const F w = this->risk_at(v);
+      const F scaled_risk = math::select(counted, F(scale * w), F{});
       if (out.grad_risk.data || out.partial) {
         const F ce = terms.cross_entropy(args, sum);
-        if (out.grad_risk.data) store(this->risk + v, math::select(region, F(scale * ce), F{}));
-        ce_sum += math::select(region, F(w * ce), F{});
-        bad_risk -= valid & this->bad_weight(w);
+        if (out.grad_risk.data) store(this->risk + v, math::select(counted, F(scale * ce), F{}));
+        ce_sum += math::select(counted, F(w * ce), F{});
+        bad_risk -= valid & this->bad_risk(w);
       }
 
-      const F hot = scaled_weight * terms.hot;
-      const F hot_plus_total = hot + scaled_weight * smooth_total;
+      const F hot = scaled_risk * terms.hot;
+      const F hot_plus_total = hot + scaled_risk * smooth_total;
       F mean_slope{};
-      if (args.dice) {
-        x.each([&](int c) RISKMAP_LAMBDA { mean_slope += x.get(c) * dice_slope(c, y); });
+      if (args.class_sums) {
+        x.each([&](int c) RISKMAP_LAMBDA { mean_slope += x.get(c) * dice_slope(c, y, F(x.get(c) * inverse)); });
         mean_slope *= inverse;
       }
       x.each([&](int c) RISKMAP_LAMBDA {
         const F pi = x.get(c) * inverse;
-        const F smooth_c = smooth ? F(scaled_weight * smooth[c]) : F{};
+        const F smooth_c = smooth ? F(scaled_risk * smooth[c]) : F{};
         F g = math::cross_entropy_grad(pi, hot_plus_total, math::select(y == c, hot, F{}), smooth_c);
-        if (args.dice) g += math::dice_grad(pi, dice_slope(c, y), mean_slope);
+        if (args.class_sums) g += math::dice_grad(pi, dice_slope(c, y, pi), mean_slope);
         store_gradient(grads.base + c * grads.pitch + v, math::select(used, g, F{}), streamed);
       });
     }
@@ -92,8 +92,10 @@ struct Backward : LossTile<acc_t> {
     store_values(p, g);
   }
 
-  RISKMAP_MEMBER F dice_slope(int c, I y) const {
-    return math::select(y == c, F{} + (overall[c] + hit[c]), F{} + overall[c]);
+  RISKMAP_MEMBER F dice_slope(int c, I y, F pi) const {
+    if constexpr (!kSquared) return math::select(y == c, F{} + (overall[c] + hit[c]), F{} + overall[c]);
+    const F slope = math::dice_overall<kSquared>(pi, F(F{} + overall[c]));
+    return math::select(y == c, F(slope + hit[c]), slope);
   }
 };
 
@@ -105,10 +107,12 @@ void weighted_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* s
   const auto run = [&](auto acc) {
     using acc_t = decltype(acc);
     with_column<acc_t>(args.logits.classes, [&](auto* column) {
-      Backward<acc_t, std::remove_pointer_t<decltype(column)>> backward(args, chunk, scratch);
-      backward.run();
-      if (args.streamed) end_of_streaming();
-      if (args.partial) args.partial[chunk] = backward.total;
+      with_flag(args.squared, [&](auto squared) {
+        Backward<acc_t, std::remove_pointer_t<decltype(column)>, squared> backward(args, chunk, scratch);
+        backward.run();
+        if (args.streamed) end_of_streaming();
+        if (args.partial) args.partial[chunk] = backward.total;
+      });
     });
   };
   if (args.logits.dtype == Dtype::kDouble) return run(double{});

@@ -6,7 +6,7 @@
 namespace riskmap::cpu {
 namespace {
 
-template <class acc_t, class Column>
+template <class acc_t, class Column, bool kSquared>
 struct Forward : LossTile<acc_t> {
   using typename LossTile<acc_t>::F;
   using typename LossTile<acc_t>::I;
@@ -20,8 +20,8 @@ struct Forward : LossTile<acc_t> {
   Forward(const LossForwardArgs& args_, int64_t chunk, void* scratch)
       : LossTile<acc_t>(args_, chunk, scratch),
         out(args_),
-        dice(args_.dice_partial + chunk * 3 * args_.logits.classes) {
-    if (args.dice)
+        dice(args_.class_partial + chunk * 3 * args_.logits.classes) {
+    if (args.class_sums)
       for (int64_t i = 0; i < 3 * args.logits.classes; ++i) dice[i] = 0;
   }
 
@@ -30,35 +30,35 @@ struct Forward : LossTile<acc_t> {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
       total.bad_labels += this->stage(begin, n);
       this->template for_rows<Column::kInRegisters>(begin, n, [&](auto in) { tile_sums(in, begin, n); });
-      if (args.dice) flush_dice();
+      if (args.class_sums) flush_dice();
     }
   }
 
   template <class T>
   void tile_sums(Rows<T> in, int64_t begin, int64_t n) {
     const int64_t classes = args.logits.classes;
-    if (args.dice) std::memset(this->sums, 0, sizeof(acc_t) * 3 * classes * kLanes);
+    if (args.class_sums) std::memset(this->sums, 0, sizeof(acc_t) * 3 * classes * kLanes);
     F ce_sum{};
     I valid_count{}, foreground_count{}, bad_risk{};
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = this->labels(v);
       const I valid = y >= 0;
       const I foreground = this->foreground(v, y, valid);
-      const I region = args.region_foreground ? foreground : valid;
+      const I counted = args.ce_in_foreground ? foreground : valid;
       valid_count -= valid;
       foreground_count -= foreground;
 
       Column x(in, v, classes);
       const I label_or_0 = y & valid;
       const Terms<acc_t, Column> terms(args, x, label_or_0);
-      const F sum = args.dice ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
+      const F sum = args.class_sums ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
       const F ce = terms.cross_entropy(args, sum);
-      const F w = this->weight(v);
-      bad_risk -= valid & this->bad_weight(w);
-      const F value = math::select(region, F(w * ce), F{});
+      const F w = this->risk_at(v);
+      bad_risk -= valid & this->bad_risk(w);
+      const F value = math::select(counted, F(w * ce), F{});
       ce_sum += value;
       if (out.map.data) store(this->grad + v, this->scaled(value, static_cast<acc_t>(out.map_factor)));
-      if (args.dice) add_dice(x, sum, y, valid);
+      if (args.class_sums) add_dice(x, sum, y, valid);
     }
     if (out.map.data) unstage_map(this->grad, out.map, this->image, begin, n);
     total.cross_entropy += horizontal_sum(ce_sum);
@@ -76,7 +76,7 @@ struct Forward : LossTile<acc_t> {
       const F pi = math::select(valid, F(x.get(c) * inverse), F{});
       const I hit = y == c;
       store(at, F(load<F>(at) + math::select(hit, pi, F{})));
-      store(at + row, F(load<F>(at + row) + pi));
+      store(at + row, F(load<F>(at + row) + (kSquared ? F(pi * pi) : pi)));
       store(at + 2 * row, F(load<F>(at + 2 * row) + math::select(hit, F{} + acc_t(1), F{})));
     });
   }
@@ -94,9 +94,11 @@ void weighted_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scr
   const auto run = [&](auto acc) {
     using acc_t = decltype(acc);
     with_column<acc_t>(args.logits.classes, [&](auto* column) {
-      Forward<acc_t, std::remove_pointer_t<decltype(column)>> forward(args, chunk, scratch);
-      forward.run();
-      args.partial[chunk] = forward.total;
+      with_flag(args.squared, [&](auto squared) {
+        Forward<acc_t, std::remove_pointer_t<decltype(column)>, squared> forward(args, chunk, scratch);
+        forward.run();
+        args.partial[chunk] = forward.total;
+      });
     });
   };
   if (args.logits.dtype == Dtype::kDouble) return run(double{});
