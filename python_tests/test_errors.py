@@ -181,6 +181,36 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
 ]
 
 
+TENSORS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
+    "source": (risk, SOURCE),
+    "target": (risk, TARGET),
+    "conditional": (risk, GIVEN),
+    "logits": (loss, LOGITS),
+    "risk": (loss, torch.ones(2, 5, 6)),
+    "weight": (loss, torch.ones(3)),
+    "foreground": (loss, TARGET),
+    "regions": (loss, torch.ones(3, 4, dtype=torch.bool)),
+    "joint": (riskmap_ext.conditional, torch.ones(3, 4)),
+}
+NOT_DENSE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sparse": (torch.Tensor.to_sparse, "layout torch.sparse_coo"),
+    "mkldnn": (lambda tensor: tensor.float().to_mkldnn(), "layout torch._mkldnn"),
+    "nested": (lambda tensor: torch.nested.nested_tensor(list(tensor)), "a nested one"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("form", NOT_DENSE)
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_are_not_dense(name: str, form: str) -> None:
+    function, tensor = TENSORS[name]
+    function(**{name: tensor})
+    change, got = NOT_DENSE[form]
+    with pytest.raises(TypeError) as caught:
+        function(**{name: change(tensor)})
+    assert str(caught.value) == f"{name}: expected a dense tensor, got {got}"
+
+
 def _name(value: Any) -> str | None:
     if isinstance(value, dict):
         return "-".join(value)

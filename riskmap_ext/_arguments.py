@@ -21,6 +21,7 @@ NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none", "weighted")
 CE_VOXELS = ("valid", "foreground")
 REDUCTIONS = ("mean", "sum", "none")
 
+_DENSE = torch.strided  # looked up once: every call of every function checks it
 MAX_WEIGHT = 1e38  # voxel weights are float32
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,12 +46,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def plain_tensor(name: str, value: Any) -> Tensor:
     """``value`` as a plain tensor: MONAI MetaTensors and the like are unwrapped, without a copy."""
-    if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
-        return value
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout is not _DENSE:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
+    if type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter):
+        return value
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return value  # fake or wrapper tensors bring their own kernels
     if hasattr(value, "as_tensor"):
