@@ -302,6 +302,7 @@ def test_a_list_needs_a_reduction_and_its_weights() -> None:
         ({"weight": ["a"]}, TypeError, ["weight", "number", "str"]),
         ({"weight": [1.0, -1.0]}, ValueError, ["weight", "-1"]),
         ({"weight": []}, ValueError, ["weight", "[0]"]),
+        ({"weight": torch.tensor([1, 2])}, TypeError, ["weight", "floating", "int64"]),
         ({"weight": torch.tensor(1.0)}, ValueError, ["weight", "[C]", "[]"]),
         ({"weight": torch.ones(2, 2)}, ValueError, ["weight", "[C]", "[2, 2]"]),
         ({"weight": torch.ones(3), "background": 3}, ValueError, ["background", "3"]),

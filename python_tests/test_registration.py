@@ -263,8 +263,9 @@ def test_compiled_loss(dynamic: bool) -> None:
     [
         {"reduction": "none", "ce_voxels": "foreground"},
         {"normalization": "batch_foreground", "background": None, "batch_dice": True},
+        {"weight": [0.5] * BASE.classes, "dice_weight": 0.5},
     ],
-    ids=["none", "batch"],
+    ids=["none", "batch", "numbers"],
 )
 def test_compiled_loss_with_options(options: dict[str, Any]) -> None:
     call = BASE.loss_call(CPU)[0], options

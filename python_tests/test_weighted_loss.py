@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from cases import BASE, LOSS_CASES, Case, in_double, loss_and_gradients
@@ -263,6 +267,15 @@ def test_large_volume_by_distance_and_direction(device: torch.device) -> None:
     assert relative_l2(found[1], expected[1]) <= 1e-6
     assert_gradient_close(found[1], expected[1])
     assert_gradient_close(found[2], expected[2])
+
+
+@pytest.mark.parametrize("made", [list, tuple, np.array, np.float32])
+def test_class_weights_may_be_numbers(made: Callable[[Any], Any], device: torch.device) -> None:
+    (logits, target, risk), _ = Case("numbers", classes=3).loss_call(device)
+    numbers = [0.5, 0.0, 3.0]
+    for function in (riskmap_ext.weighted_loss, reference.weighted_loss):
+        expected = function(logits, target, risk, weight=torch.tensor(numbers, device=device))
+        assert torch.equal(function(logits, target, risk, weight=made(numbers)), expected)
 
 
 def test_inputs_are_left_alone(device: torch.device) -> None:

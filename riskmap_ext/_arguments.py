@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +96,15 @@ def number(
     return value
 
 
+def number_sequence(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, ...]:
+    """A list, tuple or array of numbers, each a finite float in [low, high]."""
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a sequence of numbers, got {type(value).__name__}")
+    return tuple(number(name, each, low, high) for each in value)
+
+
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """``value`` (Python or numpy) as an int in low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
@@ -170,11 +179,22 @@ def validate_joint(value: Any) -> Tensor:
     return tensor
 
 
+def class_weights(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """A floating tensor as it is; a sequence of numbers as float32 on ``device``."""
+    if isinstance(value, torch.Tensor):
+        tensor = plain_tensor(name, value)
+        _require_dtype(name, tensor, FLOATING_DTYPES, "a floating dtype")
+        return tensor
+    numbers = number_sequence(name, value, 0.0, MAX_WEIGHT)
+    # torch.tensor(..., device=...) would wait for the device.
+    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+
+
 def validate_class_weight(name: str, value: Any, logits: Tensor) -> Tensor | None:
+    """Class weights [C] on the device of ``logits``."""
     if value is None:
         return None
-    tensor = plain_tensor(name, value)
-    _require_dtype(name, tensor, FLOATING_DTYPES, "a floating dtype")
+    tensor = class_weights(name, value, logits.device)
     if tensor.dim() != 1 or tensor.size(0) != logits.size(1):
         raise ValueError(
             f"{name}: expected [{logits.size(1)}], one value per class of logits "
@@ -224,7 +244,7 @@ def _table_of_lists(value: Sequence[Any], device: torch.device | None) -> Tensor
         for inside in row:
             if inside not in (0, 1):  # a list of labels, perhaps
                 raise ValueError(f"regions: expected 0 or 1 for each label, got {inside!r}")
-    return torch.tensor(value, dtype=torch.bool, device=device)
+    return torch.tensor(value, dtype=torch.bool).to(device, non_blocking=True)
 
 
 def validate_range(value: Any) -> tuple[float, float] | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import loss_options, number, plain_tensor, region_table
+from riskmap_ext._arguments import (
+    class_weights,
+    loss_options,
+    number_sequence,
+    plain_tensor,
+    region_table,
+)
 from riskmap_ext.ops import weighted_loss
 
 __all__ = ["RiskWeightedLoss"]
@@ -55,8 +61,8 @@ class RiskWeightedLoss(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        weight = _class_weights("weight", weight)
-        dice_class_weight = _class_weights("dice_class_weight", dice_class_weight)
+        weight = _weight_buffer("weight", weight)
+        dice_class_weight = _weight_buffer("dice_class_weight", dice_class_weight)
         regions = None if regions is None else region_table(regions).clone()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("dice_class_weight", dice_class_weight, persistent=False)
@@ -141,29 +147,20 @@ class RiskWeightedLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
 
 
-def _class_weights(name: str, value: Any) -> Tensor | None:
+def _weight_buffer(name: str, value: Any) -> Tensor | None:
     if value is None:
         return None
-    if isinstance(value, torch.Tensor):
-        weight = plain_tensor(name, value).detach().clone()
-    else:
-        weight = torch.tensor(_numbers(name, value), dtype=torch.float32)
+    weight = class_weights(name, value)
     if weight.dim() != 1 or weight.size(0) == 0:
         raise ValueError(f"{name}: expected [C], got shape {list(weight.shape)}")
-    return weight
+    return weight.detach().clone()
 
 
 def _scale_weights(value: Any) -> tuple[float, ...]:
-    weights = _numbers("scale_weights", value)
+    weights = number_sequence("scale_weights", value, 0.0)
     if not any(weights):
         raise ValueError(f"scale_weights: expected at least one value above 0, got {value!r}")
     return weights
-
-
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected a sequence of numbers, got {type(value).__name__}")
-    return tuple(number(name, each, 0.0) for each in value)
 
 
 def _for_scales(
