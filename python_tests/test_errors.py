@@ -236,6 +236,22 @@ def test_bad_argument(
         assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize("target", [(2, 5, 6), (2, 1, 5, 6), (2, 7), (2, 1, 7)])
+def test_a_stack_of_deep_supervision(target: tuple[int, ...]) -> None:
+    """The stack of volumes has too many dimensions, those of images and lines look like volumes."""
+    space = target[1:] if target[1] != 1 else target[2:]
+    stacked, labels = torch.zeros(2, 4, 3, *space), torch.zeros(target, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^target: .*torch\.unbind\(output, 1\)"):
+        loss(target=labels, logits=stacked)
+    with pytest.raises(ValueError, match=r"^logits: .*torch\.unbind\(output, 1\)"):
+        loss(logits=torch.zeros(2, 4, 3, 5, 6, 7))
+    with pytest.raises(ValueError, match=r"^target: ") as caught:
+        loss(target=labels[:1], logits=stacked)
+    assert "unbind" not in str(caught.value)
+    heads = torch.unbind(stacked, 1)
+    assert riskmap_ext.nn.RiskWeightedLoss()(heads, labels).isfinite()
+
+
 @pytest.mark.parametrize("value", [3, 100, -1, -100000, 12345678])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
 @pytest.mark.parametrize("function", [*MAPS, loss])

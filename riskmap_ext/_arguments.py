@@ -22,6 +22,10 @@ CE_VOXELS = ("valid", "foreground")
 REDUCTIONS = ("mean", "sum", "none")
 
 _DENSE = torch.strided  # looked up once: every call of every function checks it
+_STACK = (
+    "; is it a stack [B, heads, C, *S] of deep supervision, as MONAI's DynUNet gives it in "
+    "training? torch.unbind(output, 1) takes it apart, finest first"
+)
 MAX_WEIGHT = 1e38  # voxel weights are float32
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -128,7 +132,7 @@ def validate_logits(name: str, value: Any) -> Tensor:
     if not 3 <= tensor.dim() <= 5:
         raise ValueError(
             f"{name}: expected [B, C, *S] with 1 to 3 spatial dimensions, "
-            f"got shape {_shape(tensor)}"
+            f"got shape {_shape(tensor)}{_STACK if tensor.dim() == 6 else ''}"
         )
     if tensor.size(1) == 0:
         raise ValueError(f"{name}: expected at least one class, got shape {_shape(tensor)}")
@@ -490,12 +494,19 @@ def _voxels_of(name: str, tensor: Tensor, logits: Tensor, logits_name: str) -> T
     voxels = tensor.squeeze(1) if has_channel else tensor
     if tuple(voxels.shape) != plain:
         channel = (logits.size(0), 1, *logits.shape[2:])
+        heads = logits.dim() > 3 and _of_a_stack(tensor, logits)
         raise ValueError(
             f"{name}: expected shape {list(plain)} or {list(channel)} to go with {logits_name} "
-            f"{_shape(logits)}, got {_shape(tensor)}"
+            f"{_shape(logits)}, got {_shape(tensor)}{_STACK if heads else ''}"
         )
     _require_device(name, voxels, logits_name, logits)
     return voxels
+
+
+def _of_a_stack(tensor: Tensor, logits: Tensor) -> bool:
+    """Whether ``tensor`` goes with logits [B, heads, C, *S]."""
+    batch, space = logits.shape[:1], logits.shape[3:]
+    return tensor.shape in (batch + space, (*batch, 1, *space))
 
 
 def _require_dtype(
