@@ -363,7 +363,7 @@ class TestRiskMapd:
             RiskMapd(source=source(), statistics=statistics.conditional)
         with pytest.raises(TypeError, match="source: expected a Module"):
             RiskMapd(source="checkpoint.pt", statistics=statistics)
-        with pytest.raises(TypeError, match="unknown option 'schema'"):
+        with pytest.raises(TypeError, match="unknown option 'schema'; did you mean scheme"):
             RiskMapd(source=source(), statistics=statistics, schema="power")
         with pytest.raises(ValueError, match="scheme: expected"):
             RiskMapd(source=source(), statistics=statistics, scheme="powr")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import riskmap_ext
-from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.nn import _ELSEWHERE, RiskWeightedLoss
 
 CPU = torch.device("cpu")
 LOGITS = torch.zeros(2, 3, 8, 8)
@@ -68,6 +70,32 @@ def test_copies_and_prints() -> None:
 def test_bad_options_are_said_at_once(options: dict, error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=name):
         RiskWeightedLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("class_weights", "did you mean weight?"),
+        ("class_weight", "did you mean weight?"),
+        ("weigth", "did you mean weight"),
+        ("ignore_label", "did you mean ignore_index?"),
+        ("dice", "did you mean dice_weight?"),
+        ("lambda_dice", "did you mean dice_weight?"),
+        ("lambda_ce", "did you mean ce_weight?"),
+        ("dice_weigth", "did you mean dice_weight"),
+        ("scale_weight", "did you mean scale_weights"),
+        ("foreground", "it goes with the call, loss(input, target, risk, foreground)"),
+        ("zzz", "expected weight, regions, scale_weights, ignore_index"),
+    ],
+)
+def test_what_an_unknown_option_may_mean(name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"unknown option {name!r}; {hint}")):
+        RiskWeightedLoss(**{name: 1.0})
+
+
+def test_other_names_are_of_options_there_are() -> None:
+    options = inspect.signature(riskmap_ext.weighted_loss).parameters
+    assert set(_ELSEWHERE.values()) <= {"scale_weights", *options}
 
 
 # ---- deep supervision ----------------------------------------------------------------------------

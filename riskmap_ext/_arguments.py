@@ -7,9 +7,10 @@ Checks of values (labels in range, risk finite) belong to the kernels.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,12 @@ def validate_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {_names(allowed)}, got '{value}'")
     return value
+
+
+def near_names(name: str, known: Collection[str], most: int = 2) -> str:
+    """The question whether one of ``known`` was meant, to end a message with; empty if none is."""
+    near = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def validate_flag(name: str, value: Any) -> bool:

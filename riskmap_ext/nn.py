@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from riskmap_ext._arguments import (
     class_weights,
     loss_options,
+    near_names,
     number_sequence,
     plain_tensor,
     region_table,
@@ -21,7 +22,23 @@ __all__ = ["RiskWeightedLoss"]
 
 Scales = Tensor | Sequence[Tensor]
 
-_OF_FORWARD = ("weight", "dice_class_weight", "foreground", "regions")  # tensors, not fixed options
+_OF_FORWARD = ("weight", "dice_class_weight", "foreground", "regions")  # tensors
+_ELSEWHERE = {  # what other losses call the options
+    "class_weight": "weight",
+    "class_weights": "weight",
+    "ds_weights": "scale_weights",
+    "weight_factors": "scale_weights",
+    "ignore_label": "ignore_index",
+    "smoothing": "label_smoothing",
+    "ce": "ce_weight",
+    "lambda_ce": "ce_weight",
+    "weight_ce": "ce_weight",
+    "dice": "dice_weight",
+    "lambda_dice": "dice_weight",
+    "weight_dice": "dice_weight",
+    "batch": "batch_dice",
+    "do_bg": "include_background",
+}
 
 
 class RiskWeightedLoss(torch.nn.Module):
@@ -75,8 +92,9 @@ class RiskWeightedLoss(torch.nn.Module):
         }
         unknown = sorted(set(options) - set(defaults))
         if unknown:
+            known = ("weight", "regions", "scale_weights", *defaults)
             raise TypeError(
-                f"RiskWeightedLoss: unknown option {unknown[0]!r}; expected {', '.join(defaults)}"
+                f"RiskWeightedLoss: unknown option {unknown[0]!r}{_meant(unknown[0], known)}"
             )
         # The number of labels may not be known yet: checked as if there were enough of them.
         labelled = regions if regions is not None else weight
@@ -145,6 +163,14 @@ class RiskWeightedLoss(torch.nn.Module):
         if self.scale_weights is not None:
             fixed["scale_weights"] = self.scale_weights
         return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    if name in ("target", "risk", "foreground"):
+        return "; it goes with the call, loss(input, target, risk, foreground)"
+    if name in _ELSEWHERE:
+        return f"; did you mean {_ELSEWHERE[name]}?"
+    return near_names(name, known) or f"; expected {', '.join(known)}"
 
 
 def _weight_buffer(name: str, value: Any) -> Tensor | None:

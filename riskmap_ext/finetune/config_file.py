@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from riskmap_ext._arguments import near_names
 from riskmap_ext.finetune.config import Config
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.yaml_text import DuplicateKeyError, key_lines, read_yaml
@@ -199,10 +200,7 @@ def _suggest(names: Sequence[str]) -> str:
     for name in names[:-1]:
         section = _section_of(section, name)
     known = list(section.model_fields) if section is not None else []
-    near = difflib.get_close_matches(names[-1], known, n=2, cutoff=0.5)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known keys are {', '.join(known)}" if known else ""
+    return near_names(names[-1], known) or (f"; known keys are {', '.join(known)}" if known else "")
 
 
 def _section_of(section: Any, name: str) -> Any:

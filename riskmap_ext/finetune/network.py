@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.networks import nets
 from torch import Tensor, nn
 
+from riskmap_ext._arguments import near_names
 from riskmap_ext.finetune.config import Config, InferenceConfig, NetworkConfig
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.nnunet_networks import NAMES, nnunet_args, nnunet_class, nnunet_dims
@@ -31,8 +31,7 @@ def network_class(name: str) -> type[nn.Module]:
     if inspect.isclass(found) and issubclass(found, nn.Module):
         return found
     known = [*NAMES, *(n for n in dir(nets) if inspect.isclass(getattr(nets, n)))]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = near_names(name, known, 3)
     raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
 
 
@@ -89,8 +88,7 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else sorted(set(args) - set(parameters))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], list(parameters), n=2, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = near_names(unknown[0], parameters)
         raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
     plain = args
     if network.name in NAMES:

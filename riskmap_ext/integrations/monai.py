@@ -24,7 +24,7 @@ except ImportError as error:
     ) from error
 
 import riskmap_ext
-from riskmap_ext._arguments import plain_tensor, risk_options
+from riskmap_ext._arguments import near_names, plain_tensor, risk_options
 from riskmap_ext._files import digest, read_torch, write_torch
 from riskmap_ext.integrations._source import FrozenSource, Inferer, Source, as_plain
 
@@ -363,9 +363,8 @@ def _checked(options: dict[str, Any], num_classes: int) -> dict[str, Any]:
     }
     unknown = sorted(set(options) - set(defaults))
     if unknown:
-        raise TypeError(
-            f"RiskMapd: unknown option {unknown[0]!r}; expected one of {', '.join(defaults)}"
-        )
+        hint = near_names(unknown[0], defaults) or f"; expected one of {', '.join(defaults)}"
+        raise TypeError(f"RiskMapd: unknown option {unknown[0]!r}{hint}")
     risk_options(**{**defaults, **options}, num_classes=num_classes)
     return options
 
