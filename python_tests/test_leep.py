@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import BASE, EVERY_CASE, Case, in_double
 from compare import assert_map_close, relative_l2
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import riskmap_ext
 from riskmap_ext import reference
@@ -65,7 +67,32 @@ def test_source_of_minus_infinity_has_no_mass(device: torch.device) -> None:
 def test_nan_source_is_not_hidden(device: torch.device) -> None:
     source, target = BASE.source(device), torch.zeros_like(BASE.target(device))
     source[0, 1, 3, 4] = torch.nan
-    assert riskmap_ext.leep_statistics(source, target, BASE.classes)[0].isnan().all()
+    if device.type != "cpu":  # an error would have to wait
+        assert riskmap_ext.leep_statistics(source, target, BASE.classes)[0].isnan().all()
+        return
+    joint = torch.ops.riskmap_ext.leep_statistics(source, target, None, BASE.classes, -100)
+    assert joint[0].isnan().all()
+    for bad in (torch.nan, torch.inf):
+        source[0, 1, 3, 4] = bad
+        with pytest.raises(ValueError, match=r"^source: expected finite logits"):
+            riskmap_ext.leep_statistics(source, target, BASE.classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_largest_logits_are_finite(dtype: torch.dtype, device: torch.device) -> None:
+    source, target = BASE.source(device).to(dtype), BASE.target(device)
+    source[:, 1], source[:, 2] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    joint = riskmap_ext.leep_statistics(source, target, BASE.classes)
+    torch.testing.assert_close(joint[:, 1], joint.sum(dim=1), rtol=1e-7, atol=0)
+
+
+def test_values_are_not_read_where_they_are_not_there() -> None:
+    args, kwargs = BASE.leep_call(torch.device("cpu"))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) if torch.is_tensor(each) else each for each in args]
+        assert riskmap_ext.leep_statistics(*fakes, **kwargs).shape[0] == BASE.classes
+    traced = make_fx(lambda x, y: riskmap_ext.leep_statistics(x, y, BASE.classes))(*args[:2])
+    assert torch.equal(traced(*args[:2]), riskmap_ext.leep_statistics(*args, **kwargs))
 
 
 def test_nan_at_ignored_voxels_is_not_looked_at(device: torch.device) -> None:

@@ -128,8 +128,11 @@ def test_nan_of_a_source_is_not_hidden(device: torch.device) -> None:
     source = torch.zeros(1, 3, 4, device=device)
     source[0, 1, 2] = math.nan
     target = torch.zeros(1, 4, dtype=torch.int64, device=device)
-    joint = riskmap_ext.leep_statistics(source, target, 1, regions=BRATS.to(device))
+    joint = torch.ops.riskmap_ext.leep_statistics(source, target, BRATS.bool().to(device), 1, -100)
     assert joint.isnan().any()
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"^source: expected finite logits"):
+            riskmap_ext.leep_statistics(source, target, 1, regions=BRATS)
     given = torch.full((1, 4), 1.0, device=device)
     found = riskmap_ext.transferability_map(source, target, given, regions=BRATS.to(device))
     assert found[0].isnan().tolist() == [False, False, True, False]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from riskmap_ext._arguments import integer, plain_tensor, region_table
 from riskmap_ext.ops import conditional, leep_statistics, transferability_map
+from riskmap_ext.ops.leep_statistics import NOT_FINITE
 
 # A score this close to that of the class frequencies alone: the source tells nothing.
 _UNINFORMATIVE = 0.01
@@ -58,7 +59,11 @@ class TransferStatistics:
         self._range_is_global = False
 
     def update(self, source: Tensor, target: Tensor) -> None:
-        """First pass: adds a batch of source logits [B, Z, *S] and labels [B, *S]."""
+        """First pass: adds a batch of source logits [B, Z, *S] and labels [B, *S].
+
+        Raises ValueError for logits that are not finite and for labels out of range, on any device:
+        what was seen before stays as it is. So does :meth:`update_range`.
+        """
         if self._joint_is_global or self._range_voxels:
             raise RuntimeError(
                 "TransferStatistics.update: the first pass is closed (all_reduce or update_range "
@@ -270,10 +275,9 @@ class TransferStatistics:
         self._range_is_global = bool(state["range_is_global"])
 
     def _not_finite(self, source: Tensor) -> str:
-        message = "source: expected finite logits at valid voxels, got NaN or infinity"
         if source.device.type == "cpu":
-            return message
-        return f"{message}; or target: a label outside 0 .. {self.num_classes - 1}"
+            return NOT_FINITE
+        return f"{NOT_FINITE}; or target: a label outside 0 .. {self.num_classes - 1}"
 
     def _valid(self, target: Tensor) -> Tensor:
         return target.to(torch.int64) != self.ignore_index  # in uint8, -100 would be 156

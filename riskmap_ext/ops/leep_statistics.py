@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import leep_arguments
+from riskmap_ext.ops.in_forward import _is_traced
 from riskmap_ext.reference.leep import conditional  # a [C, Z] table: plain torch is enough
 
-__all__ = ["conditional", "leep_statistics"]
+__all__ = ["NOT_FINITE", "conditional", "leep_statistics"]
+
+NOT_FINITE = "source: expected finite logits at valid voxels, got NaN or infinity"
 
 
 def leep_statistics(
@@ -45,19 +50,31 @@ def leep_statistics(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, or a label outside 0 .. num_classes - 1. On a GPU an
-            error for a label would have to wait for the device: there J is NaN throughout.
+        ValueError: shapes that do not fit, a label outside 0 .. num_classes - 1, or a source that
+            has no softmax at a valid voxel (a logit of NaN or +inf). On a GPU an error for values
+            would have to wait for the device: there J is NaN, throughout for a label, in the row
+            of the voxel's label for a source. Under torch.compile the latter holds on the CPU too.
 
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
     Representations", ICML 2020.
     """
     arguments = leep_arguments(source, target, num_classes, ignore_index, regions)
-    return torch.ops.riskmap_ext.leep_statistics(
+    joint = torch.ops.riskmap_ext.leep_statistics(
         arguments.source.detach(),
         arguments.target,
         arguments.regions,
         arguments.num_classes,
         arguments.ignore_index,
+    )
+    if _is_at_hand(joint) and not math.isfinite(joint.sum().item()):
+        raise ValueError(NOT_FINITE)
+    return joint
+
+
+def _is_at_hand(joint: Tensor) -> bool:
+    """Whether reading values waits for nothing: C * Z numbers on the CPU, no trace of them."""
+    return (
+        not torch.compiler.is_compiling() and joint.device.type == "cpu" and not _is_traced(joint)
     )
 
 

@@ -53,7 +53,9 @@ def risk_map(
     Returns:
         w, [B, \*S] float32, >= 0. Where the range is degenerate (hi - lo < 0.1), and with
         ``range=None`` in an image without foreground, w = 1: background noise would be stretched
-        to ``base`` otherwise.
+        to ``base`` otherwise. NaN at a valid voxel where the softmax of ``source`` is NaN (a logit
+        of NaN or +inf): no error here on any device, but on the CPU :func:`weighted_loss` refuses
+        such a ``risk``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -35,7 +35,8 @@ def transferability_map(
         regions: table [R, Z] for a source of overlapping regions, see :func:`leep_statistics`.
 
     Returns:
-        T, [B, \*S] float32.
+        T, [B, \*S] float32; NaN at a valid voxel where the softmax is NaN (a logit of NaN or +inf):
+        no error on any device, since to look for one would be another pass over T.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
