@@ -204,9 +204,28 @@ def test_label_dtypes(dtype: torch.dtype, ignore_index: int) -> None:
     assert scores[0] == scores[1]
 
 
-def test_nothing_seen_is_said_so() -> None:
-    with pytest.raises(RuntimeError, match="update"):
-        _ = TransferStatistics(3).conditional
+@pytest.mark.parametrize("name", ["joint", "conditional", "class_frequencies"])
+def test_nothing_seen_is_said_so(name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"\.{name}: nothing seen yet; call update, the first"):
+        getattr(TransferStatistics(3), name)
+
+
+@pytest.mark.parametrize("name", ["score", "hardness_range"])
+def test_what_needs_two_passes_names_them_both(name: str) -> None:
+    statistics = TransferStatistics(CASE.classes)
+    with pytest.raises(RuntimeError, match=rf"\.{name}: nothing seen .* update .*, then update_ra"):
+        getattr(statistics, name)
+    source, target = _data(torch.device("cpu"))
+    nothing = torch.full_like(target, CASE.ignore_index)
+    statistics.update(source, nothing)
+    statistics.update_range(source, nothing)
+    with pytest.raises(RuntimeError, match=rf"\.{name}: update saw no valid voxel.* -100"):
+        getattr(statistics, name)
+
+
+def test_the_second_pass_comes_second() -> None:
+    with pytest.raises(RuntimeError, match=r"\.update_range: nothing seen yet; call update"):
+        TransferStatistics(CASE.classes).update_range(*_data(torch.device("cpu")))
 
 
 def test_state_dict_of_tensors_and_plain_types() -> None:

@@ -83,6 +83,7 @@ class TransferStatistics:
 
     def update_range(self, source: Tensor, target: Tensor) -> None:
         """Second pass over the same data: adds to the score and to the hardness range."""
+        self._require_first_pass("update_range")
         target = plain_tensor("target", target)
         transferability = transferability_map(
             source,
@@ -107,14 +108,12 @@ class TransferStatistics:
     @property
     def joint(self) -> Tensor:
         """J [C, Z] float64; its sum is the number of valid voxels."""
-        if self._joint is None:
-            raise RuntimeError("TransferStatistics: nothing seen yet; call update first")
-        return self._joint
+        return self._require_first_pass("joint")
 
     @property
     def conditional(self) -> Tensor:
         """P(y|z) [C, Z] float64; the column of a source class without mass is zero."""
-        return conditional(self.joint)
+        return conditional(self._require_first_pass("conditional"))
 
     @property
     def num_voxels(self) -> int:
@@ -124,7 +123,7 @@ class TransferStatistics:
     @property
     def class_frequencies(self) -> Tensor:
         """Share of each target class among the valid voxels, [C] float64; 0 without voxels."""
-        counts = self.joint.sum(dim=1)
+        counts = self._require_first_pass("class_frequencies").sum(dim=1)
         return counts / counts.sum().clamp(min=1)
 
     @property
@@ -291,10 +290,22 @@ class TransferStatistics:
             )
         return self._joint + joint.to(self._joint.device)
 
+    def _require_first_pass(self, what: str, calls: str = "update, the first pass") -> Tensor:
+        if self._joint is None:
+            raise RuntimeError(f"TransferStatistics.{what}: nothing seen yet; call {calls}")
+        return self._joint
+
     def _require_second_pass(self, what: str) -> None:
+        self._require_first_pass(what, "update on all the data, then update_range on all of it")
+        if self._voxels == 0:
+            raise RuntimeError(
+                f"TransferStatistics.{what}: update saw no valid voxel; every label was "
+                f"ignore_index {self.ignore_index}"
+            )
         if self._range_voxels == 0:
             raise RuntimeError(
-                f"TransferStatistics.{what}: needs the second pass; call update_range on the data"
+                f"TransferStatistics.{what}: needs the second pass; call update_range on the data "
+                "that update has seen"
             )
 
     def __repr__(self) -> str:
