@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,81 @@ class TestStatisticsOf:
         network = source()
         found = transfer_statistics(Endless(), network, 3)
         assert torch.equal(found.joint, transfer_statistics(cases()[:2], network, 3).joint)
+
+    def test_a_loader(self) -> None:
+        loader = torch.utils.data.DataLoader(cases())
+        with pytest.raises(TypeError, match=r"data: expected a data set.*DataLoader.*\.dataset"):
+            transfer_statistics(loader, source(), 3)
+
+    def test_a_key_that_is_not_there(self) -> None:
+        data: list[Any] = cases()
+        del data[1]["label"]
+        with pytest.raises(ValueError, match=r"keys: expected 'label' .* case 1, got \['image'\]"):
+            transfer_statistics(data, source(), 3)
+        with pytest.raises(ValueError, match=r"keys: expected 'seg' .*\['image', 'label'\]"):
+            transfer_statistics(data, source(), 3, keys=("image", "seg"))
+        with pytest.raises(ValueError, match="keys: expected those of image and label"):
+            transfer_statistics(data, source(), 3, keys="image")
+        add = RiskMapd(source=source(), statistics=transfer_statistics(cases(), source(), 3))
+        with pytest.raises(ValueError, match=r"keys: expected 'label' .* the case"):
+            add(data[1])
+
+    def test_a_case_that_is_not_loaded(self) -> None:
+        data: list[Any] = [*cases(), {"image": "scan.nii.gz", "label": "label.nii.gz"}]
+        with pytest.raises(TypeError, match=r"image: expected an array .* case 3, got str"):
+            transfer_statistics(data, source(), 3)
+        with pytest.raises(TypeError, match="expected case 0 to be a dictionary, got list"):
+            transfer_statistics([cases()], source(), 3)
+
+    def test_labels_that_are_none(self) -> None:
+        data = cases()
+        data[2]["label"][0, 1, 2, 3] = 7
+        with pytest.raises(ValueError, match=r"data: case 2 \(case2\): .*target.* 7 "):
+            transfer_statistics(data, source(), 3)
+        data[2]["label"] = data[2]["label"][:, 1:].numpy()  # without a file
+        with pytest.raises(ValueError, match="data: case 2: target: expected shape"):
+            transfer_statistics(data, source(), 3)
+        data[2] = cases()[2]
+        data[1]["image"][0, 1, 2, 3] = torch.nan
+        with pytest.raises(ValueError, match=r"data: case 1 \(case1\): source: expected finite"):
+            transfer_statistics(data, source(), 3)
+
+    @pytest.mark.parametrize("endless", [False, True], ids=["of_known_length", "stream"])
+    def test_progress_in_lines(self, endless: bool, capsys: pytest.CaptureFixture[str]) -> None:
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self) -> Any:
+                return iter(cases(23))
+
+        data: Any = Stream() if endless else cases(23)
+        transfer_statistics(data, source(), 3)
+        assert capsys.readouterr().err == ""
+        transfer_statistics(data, source(), 3, progress=True)
+        printed = capsys.readouterr().err.splitlines()
+        counts = (10, 20) if endless else (*range(3, 22, 3), 23)
+        whole = "" if endless else " of 23"
+        assert printed == [
+            f"LEEP statistics, pass {step} of 2: {count}{whole} cases"
+            for step in (1, 2)
+            for count in counts
+        ]
+
+    @pytest.mark.parametrize("installed", [True, False])
+    def test_progress_on_a_terminal(
+        self,
+        installed: bool,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        if installed:
+            pytest.importorskip("tqdm", reason="tqdm is not installed")
+        else:
+            monkeypatch.setitem(sys.modules, "tqdm", None)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        found = transfer_statistics(cases(), source(), 3, progress=True)
+        printed = capsys.readouterr().err
+        assert ("3/3" in printed) == installed
+        assert ("3 of 3 cases" in printed) != installed
+        assert torch.equal(found.joint, transfer_statistics(cases(), source(), 3).joint)
 
     def test_a_sigmoid_of_one_channel(self) -> None:
         network, data = torch.nn.Conv3d(1, 1, 1), cases()

@@ -24,8 +24,9 @@ except ImportError as error:
     ) from error
 
 import riskmap_ext
-from riskmap_ext._arguments import near_names, plain_tensor, risk_options
+from riskmap_ext._arguments import near_names, plain_tensor, risk_options, validate_flag
 from riskmap_ext._files import digest, read_torch, write_torch
+from riskmap_ext.integrations._cases import file_of, image_and_label, read_cases, two_keys
 from riskmap_ext.integrations._source import FrozenSource, Inferer, Source, as_plain
 
 __all__ = ["PrepareBatchRiskMap", "RiskMapDiceCELoss", "RiskMapd", "transfer_statistics"]
@@ -291,10 +292,7 @@ class RiskMapd(MapTransform):
         source_key: str | None = None,
         **options: Any,
     ) -> None:
-        keys = tuple(keys)
-        super().__init__(keys)
-        if len(keys) != 2:
-            raise ValueError(f"keys: expected those of image and label, got {keys!r}")
+        super().__init__(two_keys(keys))
         if not isinstance(statistics, riskmap_ext.TransferStatistics):
             raise TypeError(
                 f"statistics: expected TransferStatistics, got {type(statistics).__name__}"
@@ -321,7 +319,7 @@ class RiskMapd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
-        image, label = (case[key] for key in self.keys)
+        image, label = image_and_label(case, self.keys)
         shape = tuple(label.shape)
         if len(shape) != len(image.shape) or shape[0] != 1:
             raise ValueError(
@@ -379,6 +377,7 @@ def transfer_statistics(
     device: str | torch.device | None = None,
     ignore_index: int = -100,
     regions: Tensor | None = None,
+    progress: bool = False,
 ) -> riskmap_ext.TransferStatistics:
     """LEEP statistics of a source model over a data set of dictionaries, in two passes.
 
@@ -389,24 +388,34 @@ def transfer_statistics(
         num_classes: number of target classes C.
         ignore_index: label of voxels that count nowhere.
         regions: table [R, Z] for a source of overlapping regions; [[0, 1]] for one sigmoid channel.
+        progress: whether to tell on stderr how far each pass is: a bar on a terminal where tqdm is
+            installed, else a line for each tenth of it.
 
     Raises:
-        ValueError: no cases, no labelled voxels, or another data set in the second pass (a
+        TypeError: a loader, or cases that are no dictionaries of arrays.
+        ValueError: no cases, a key that a case lacks, labels or logits that do not do (the case is
+            named by index and file), no labelled voxels, or another data set in the second pass (a
             generator that is used up, random transforms).
 
     Warns where the source tells nothing about the labels.
     """
-    image_key, label_key = keys
+    keys = two_keys(keys)
+    progress = validate_flag("progress", progress)
     run = FrozenSource(source, inferer, device, regions)
     statistics = riskmap_ext.TransferStatistics(
         num_classes, ignore_index=ignore_index, regions=regions
     )
-    counts = []
+    counts: list[int] = []
     for step in (statistics.update, statistics.update_range):
-        count = 0
-        for case in _cases(data):
-            logits = run(case[image_key])
-            step(logits, _rounded(as_plain(case[label_key]).to(logits.device)[None]))
+        title, count = f"LEEP statistics, pass {len(counts) + 1} of 2", 0
+        for case in read_cases(data, title, progress):
+            image, label = image_and_label(case, keys, f"case {count}")
+            logits = run(image)
+            try:
+                step(logits, _rounded(as_plain(label).to(logits.device)[None]))
+            except (TypeError, ValueError) as error:
+                where = f"case {count}{file_of(label, image)}"
+                raise type(error)(f"data: {where}: {error}") from error
             count += 1
         counts.append(count)
         if counts[0] == 0:
@@ -426,10 +435,3 @@ def transfer_statistics(
             "that are the same every time, no random ones"
         ) from None
     return statistics
-
-
-def _cases(data: Any) -> Iterable[Mapping[Hashable, Any]]:
-    """As a DataLoader reads: a data set may not know where its end is."""
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        return (data[index] for index in range(len(data)))
-    return data
