@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def weighted_loss(
     target: Tensor,
     risk: Tensor | None = None,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | Sequence[float] | None = None,
     ignore_index: int = -100,
     background: int | None = 0,
     foreground: Tensor | None = None,
@@ -28,7 +29,7 @@ def weighted_loss(
     label_smoothing: float = 0.0,
     ce_weight: float = 1.0,
     dice_weight: float = 0.0,
-    dice_class_weight: Tensor | None = None,
+    dice_class_weight: Tensor | Sequence[float] | None = None,
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     squared_pred: bool = False,
@@ -87,7 +88,8 @@ def weighted_loss(
             bool, or integral floats.
         risk: voxel weights, finite and >= 0 at valid voxels, [B, \*S] or [B, 1, \*S], floating;
             None: 1. May require grad.
-        weight: class weights [C], floating, finite and >= 0; None: 1. No gradient flows to it.
+        weight: class weights [C] of the cross-entropy, c; a floating tensor or a sequence of
+            numbers, finite and >= 0; None: 1. No gradient flows to it.
         ignore_index: label of voxels that count nowhere.
         background: class that is no foreground; None: every valid voxel is foreground.
         foreground: mask of the image's own foreground (brain or body, not air), made on the
@@ -100,7 +102,7 @@ def weighted_loss(
             not normalised, 0 at voxels that do not count.
         label_smoothing: in [0, 1].
         ce_weight, dice_weight: finite, >= 0.
-        dice_class_weight: class weights [C] of the Dice, d; finite and >= 0; None: 1.
+        dice_class_weight: class weights [C] of the Dice, d, as ``weight``; None: 1.
         smooth_nr, smooth_dr: finite, >= 0.
         squared_pred: squared probabilities in the denominator of the Dice.
         jaccard: the Jaccard index in the place of the Dice.

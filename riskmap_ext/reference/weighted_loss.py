@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def weighted_loss(
     target: Tensor,
     risk: Tensor | None = None,
     *,
-    weight: Tensor | None = None,
+    weight: Tensor | Sequence[float] | None = None,
     ignore_index: int = -100,
     background: int | None = 0,
     foreground: Tensor | None = None,
@@ -33,7 +35,7 @@ def weighted_loss(
     label_smoothing: float = 0.0,
     ce_weight: float = 1.0,
     dice_weight: float = 0.0,
-    dice_class_weight: Tensor | None = None,
+    dice_class_weight: Tensor | Sequence[float] | None = None,
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
     squared_pred: bool = False,
