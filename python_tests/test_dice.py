@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 import riskmap_ext
 
 DICE = {"ce_weight": 0.0, "dice_weight": 1.0}
+JACCARD = {"alpha": 1.0, "beta": 1.0}
 SPATIAL = ((31,), (9, 11), (5, 6, 7))
 BOTH = pytest.mark.parametrize("include_background", [False, True], ids=["foreground", "all"])
 BATCH = pytest.mark.parametrize("batch", [False, True], ids=["images", "batch"])
@@ -107,12 +108,13 @@ def test_monai_with_cross_entropy(include_background: bool, device: torch.device
     _assert_same(logits, found, peer(logits, target.unsqueeze(1)))
 
 
-@BOTH
 @BATCH
 @pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
 @pytest.mark.parametrize("squared", [False, True], ids=["plain", "squared"])
 @pytest.mark.parametrize("smooth", [(1e-6, 1e-6), (0.0, 1e-6), (0.0, 0.0), (1.0, 2.0)], ids=str)
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("activation", "include_background"), [("softmax", False), ("softmax", True), ("sigmoid", True)]
+)
 def test_monai_family(
     activation: str,
     smooth: tuple[float, float],
@@ -125,8 +127,6 @@ def test_monai_family(
     """With class weights on the Dice, which MONAI averages without dividing by their sum."""
     losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
     regions = activation == "sigmoid"
-    if regions and not include_background:
-        pytest.skip("regions have no background; MONAI's adapter has a test of its own")
     channels = 3 if regions else 4
     logits, target = _inputs(
         device, classes=4, regions=channels * regions, spatial=(5, 6, 7), ignored=0.0
@@ -134,13 +134,14 @@ def test_monai_family(
     members = BRATS.to(device).t() if regions else torch.eye(channels, device=device)
     truth = members[target].movedim(-1, 1).double()  # MONAI's own one-hot is float32
     weight = torch.linspace(0.2, 2.0, channels, dtype=torch.float64, device=device)
-    family = {"squared_pred": squared, "jaccard": jaccard}
+    family: dict[str, Any] = {"squared_pred": squared}
     family |= {"smooth_nr": smooth[0], "smooth_dr": smooth[1]}
     peer = losses.DiceLoss(
         **{activation: True},
         include_background=include_background,
         batch=batch,
         weight=weight if include_background else weight[1:],
+        jaccard=jaccard,
         **family,
     ).to(device)
     found = riskmap_ext.weighted_loss(
@@ -151,9 +152,36 @@ def test_monai_family(
         batch_dice=batch,
         dice_class_weight=weight,
         regions=BRATS.to(device) if regions else None,
+        **(JACCARD if jaccard else {}),
         **family,
     )
     _assert_same(logits, found, peer(logits, truth))
+
+
+@BATCH
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_monai_tversky(activation: str, batch: bool, device: torch.device) -> None:
+    """MONAI counts true positives once, Dice twice: its constants are half of ours."""
+    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
+    regions = activation == "sigmoid"
+    logits, target = _inputs(device, classes=4, regions=3 * regions, spatial=(5, 6, 7), ignored=0.0)
+    members = BRATS.to(device).t() if regions else torch.eye(4, device=device)
+    peer = losses.TverskyLoss(
+        **{activation: True}, alpha=0.3, beta=0.8, batch=batch, smooth_nr=0.01, smooth_dr=0.02
+    )
+    found = riskmap_ext.weighted_loss(
+        logits,
+        target,
+        **DICE,
+        alpha=0.3,
+        beta=0.8,
+        smooth_nr=0.02,
+        smooth_dr=0.04,
+        include_background=True,
+        batch_dice=batch,
+        regions=BRATS.to(device) if regions else None,
+    )
+    _assert_same(logits, found, peer(logits, members[target].movedim(-1, 1).double()))
 
 
 @pytest.mark.parametrize("jaccard", [False, True], ids=["dice", "jaccard"])
@@ -177,7 +205,7 @@ def test_an_empty_class_has_a_defined_value(
         logits,
         torch.zeros(1, 6, dtype=torch.int64, device=device),
         **DICE,
-        jaccard=jaccard,
+        **(JACCARD if jaccard else {}),
         smooth_nr=smooth_nr,
         smooth_dr=smooth_dr,
     )
@@ -189,10 +217,10 @@ def test_an_empty_class_has_a_defined_value(
 def test_extreme_logits_have_finite_gradients(device: torch.device) -> None:
     logits = 1e4 * Case("extreme_family", classes=5).logits(device)
     target = Case("extreme_family", classes=5, ignored=0.0).target(device)
-    for jaccard in (False, True):
+    for options in ({}, JACCARD):
         leaf = logits.clone().requires_grad_()
         riskmap_ext.weighted_loss(
-            leaf, target, **DICE, squared_pred=True, jaccard=jaccard, smooth_nr=0.0, smooth_dr=0.0
+            leaf, target, **DICE, **options, squared_pred=True, smooth_nr=0.0, smooth_dr=0.0
         ).backward()
         assert leaf.grad.isfinite().all()
 

@@ -63,7 +63,12 @@ def process(rank: int, folder: str) -> None:
 REGIONS = [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
 LOSSES = {
     "classes": {"weight": [0.5, 1.0, 2.0]},
-    "squared": {"squared_pred": True, "dice_class_weight": [0.5, 1.0, 2.0], "jaccard": True},
+    "squared": {
+        "squared_pred": True,
+        "dice_class_weight": [0.5, 1.0, 2.0],
+        "alpha": 1.0,
+        "beta": 1.0,
+    },
     "regions": {"regions": REGIONS, "smooth_nr": 0.0},
     "background": {"include_background": True},
 }

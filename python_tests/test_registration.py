@@ -69,8 +69,9 @@ def _loss_arguments(
         dice,
         1e-5,  # smooth_nr
         1e-6,  # smooth_dr
+        0.5,  # alpha
+        0.7,  # beta
         squared,
-        False,  # jaccard
         False,  # include_background
         False,  # batch_dice
     )
@@ -86,7 +87,7 @@ def _backward_arguments(case: Case, device: torch.device, **options: Any) -> tup
 
 def _of_gradient(arguments: tuple[Any, ...]) -> list[Any]:
     """ignore_index, background, ce_voxels, label_smoothing, squared_pred."""
-    return [arguments[i] for i in (7, 8, 11, 13, 18)]
+    return [arguments[i] for i in (7, 8, 11, 13, 20)]
 
 
 def _with_gradient_arguments(
@@ -104,7 +105,23 @@ def _sums_arguments(case: Case, device: torch.device, **options: Any) -> tuple[A
 def _finish_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
     sums = torch.ops.riskmap_ext._weighted_loss_sums(*_sums_arguments(case, device, **options))
     weight = case.weight(device)
-    return sums, weight, weight, 0, 0.05, VALID_SIZE, SUM, 1.0, 0.5, 1e-5, 0.0, True, True, False
+    return (
+        sums,
+        weight,
+        weight,
+        0,
+        0.05,
+        VALID_SIZE,
+        SUM,
+        1.0,
+        0.5,
+        1e-5,
+        0.0,
+        1.0,
+        1.0,
+        True,
+        False,
+    )
 
 
 SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)

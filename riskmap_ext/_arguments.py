@@ -389,8 +389,9 @@ class LossOptions(NamedTuple):
     dice_weight: float
     smooth_nr: float
     smooth_dr: float
+    alpha: float
+    beta: float
     squared_pred: bool
-    jaccard: bool
     include_background: bool
     batch_dice: bool
     sync_dice: bool
@@ -415,8 +416,9 @@ class LossOptions(NamedTuple):
             self.dice_weight,
             self.smooth_nr,
             self.smooth_dr,
+            self.alpha,
+            self.beta,
             self.squared_pred,
-            self.jaccard,
             self.include_background,
             self.batch_dice,
         )
@@ -437,8 +439,9 @@ def loss_options(
     dice_weight: Any,
     smooth_nr: Any,
     smooth_dr: Any,
+    alpha: Any,
+    beta: Any,
     squared_pred: Any,
-    jaccard: Any,
     include_background: Any,
     batch_dice: Any,
     sync_dice: Any,
@@ -455,8 +458,9 @@ def loss_options(
         number("dice_weight", dice_weight, 0.0),
         number("smooth_nr", smooth_nr, 0.0),
         number("smooth_dr", smooth_dr, 0.0),
+        number("alpha", alpha, 0.0),
+        number("beta", beta, 0.0),
         validate_flag("squared_pred", squared_pred),
-        validate_flag("jaccard", jaccard),
         validate_flag("include_background", include_background),
         validate_flag("batch_dice", batch_dice),
         validate_flag("sync_dice", sync_dice),

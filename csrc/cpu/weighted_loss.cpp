@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
     Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
     OptionalTensor regions, OptionalTensor dice_class_weight, int64_t ignore_index, std::optional<int64_t> background,
     double foreground_floor, int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
-    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, bool squared_pred, bool jaccard,
-    bool include_background, bool batch_dice) {
+    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
+    bool squared_pred, bool include_background, bool batch_dice) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
   const LossOptions options{ignore_index,
                             background,
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
                             label_smoothing,
                             ce_weight,
                             dice_weight,
-                            {smooth_nr, smooth_dr, jaccard},
+                            {smooth_nr, smooth_dr, alpha, beta},
                             squared_pred,
                             include_background,
                             batch_dice};

@@ -112,14 +112,14 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTen
                                                         std::optional<int64_t> excluded_class, double foreground_floor,
                                                         int64_t normalization, int64_t reduction, double ce_weight,
                                                         double dice_weight, double smooth_nr, double smooth_dr,
-                                                        bool jaccard, bool batch_dice, bool as_double) {
+                                                        double alpha, double beta, bool batch_dice, bool as_double) {
   LossOptions options{};
   options.foreground_floor = foreground_floor;
   options.normalization = static_cast<Normalization>(normalization);
   options.reduction = static_cast<Reduction>(reduction);
   options.ce_weight = ce_weight;
   options.dice_weight = dice_weight;
-  options.dice_formula = {smooth_nr, smooth_dr, jaccard};
+  options.dice_formula = {smooth_nr, smooth_dr, alpha, beta};
   options.batch_dice = batch_dice;
   const FinishTensors tensors{sums, class_weight, dice_class_weight};
   check_loss_finish(tensors, options);

@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
     Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
     OptionalTensor regions, OptionalTensor dice_class_weight, int64_t ignore_index, std::optional<int64_t> background,
     double foreground_floor, int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
-    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, bool squared_pred, bool jaccard,
-    bool include_background, bool batch_dice) {
+    double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
+    bool squared_pred, bool include_background, bool batch_dice) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
   const LossOptions options{ignore_index,
                             background,
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
                             label_smoothing,
                             ce_weight,
                             dice_weight,
-                            {smooth_nr, smooth_dr, jaccard},
+                            {smooth_nr, smooth_dr, alpha, beta},
                             squared_pred,
                             include_background,
                             batch_dice};
@@ -94,14 +94,14 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTen
                                                         std::optional<int64_t> excluded_class, double foreground_floor,
                                                         int64_t normalization, int64_t reduction, double ce_weight,
                                                         double dice_weight, double smooth_nr, double smooth_dr,
-                                                        bool jaccard, bool batch_dice, bool as_double) {
+                                                        double alpha, double beta, bool batch_dice, bool as_double) {
   LossOptions options{};
   options.foreground_floor = foreground_floor;
   options.normalization = static_cast<Normalization>(normalization);
   options.reduction = static_cast<Reduction>(reduction);
   options.ce_weight = ce_weight;
   options.dice_weight = dice_weight;
-  options.dice_formula = {smooth_nr, smooth_dr, jaccard};
+  options.dice_formula = {smooth_nr, smooth_dr, alpha, beta};
   options.batch_dice = batch_dice;
   const FinishTensors tensors{sums, class_weight, dice_class_weight};
   check_loss_finish(tensors, options);

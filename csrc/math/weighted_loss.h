@@ -62,13 +62,12 @@ RISKMAP_HD V region_dice_grad(V pi, V t, V overall, V hit) {
   return pi * (V{} + Element(1) - pi) * (t * hit + dice_overall<kSquared>(pi, overall));
 }
 
-// The Dice family: the loss of one class from its sums over voxels.
-//   Dice     1 - (2 I + nr) / max(P + G + dr, 1e-8)
-//   Jaccard  1 - (2 I + nr) / max(2 (P + G - I) + dr, 1e-8)
-// I = sum pi 1[y = c], P = sum pi, or sum pi^2 where it is squared, G = sum 1[y = c].
+// The Dice family: the loss of one class from its sums over voxels,
+//   1 - (2 I + nr) / max(2 ((1 - alpha - beta) I + alpha P + beta G) + dr, 1e-8)
+// with I = sum pi 1[y = c], P = sum pi, or sum pi^2 where it is squared, G = sum 1[y = c]. alpha weights false
+// positives, beta false negatives: 1/2 and 1/2 are Dice, 1 and 1 Jaccard, others Tversky.
 struct DiceFormula {
-  double smooth_nr, smooth_dr;
-  bool jaccard;
+  double smooth_nr, smooth_dr, alpha, beta;
 };
 
 inline constexpr double kDiceMinDenominator = 1e-8;
@@ -80,15 +79,14 @@ struct DiceTerm {
 };
 
 RISKMAP_HD DiceTerm dice_term(double intersection, double predicted, double labelled, const DiceFormula& formula) {
-  const double together = predicted + labelled;
-  const double sum = (formula.jaccard ? 2 * (together - intersection) : together) + formula.smooth_dr;
-  const bool clamped = !(sum > kDiceMinDenominator);  // neither predicted nor labelled: no slope but I's own
+  const double of_both = 1 - formula.alpha - formula.beta;
+  const double sum =
+      2 * (of_both * intersection + formula.alpha * predicted + formula.beta * labelled) + formula.smooth_dr;
+  const bool clamped = !(sum > kDiceMinDenominator);  // neither predicted nor labelled
   const double denominator = clamped ? kDiceMinDenominator : sum;
   const double score = (2 * intersection + formula.smooth_nr) / denominator;
-  const double by_sum = clamped ? 0 : score / denominator;
-  const double by_intersection = -2 / denominator;
-  if (!formula.jaccard) return {1 - score, by_sum, by_intersection};
-  return {1 - score, 2 * by_sum, by_intersection - 2 * by_sum};
+  const double by_sum = clamped ? 0 : 2 * score / denominator;
+  return {1 - score, formula.alpha * by_sum, of_both * by_sum - 2 / denominator};
 }
 
 // d (sum_k pi_k g_k) / d x_k with the softmax's Jacobian: pi_k (g_k - sum_j pi_j g_j).

@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
       "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, Tensor? foreground, "
       "Tensor? regions, Tensor? dice_class_weight, int ignore_index, int? background, float foreground_floor, "
       "int normalization, int ce_voxels, int reduction, float label_smoothing, float ce_weight, float dice_weight, "
-      "float smooth_nr, float smooth_dr, bool squared_pred, bool jaccard, bool include_background, bool batch_dice) "
+      "float smooth_nr, float smooth_dr, float alpha, float beta, bool squared_pred, bool include_background, "
+      "bool batch_dice) "
       "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
   m.def(
       "_weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, "
@@ -40,7 +41,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
   m.def(
       "_weighted_loss_finish(Tensor sums, Tensor? class_weight, Tensor? dice_class_weight, int? excluded_class, "
       "float foreground_floor, int normalization, int reduction, float ce_weight, float dice_weight, float smooth_nr, "
-      "float smooth_dr, bool jaccard, bool batch_dice, bool as_double) "
+      "float smooth_dr, float alpha, float beta, bool batch_dice, bool as_double) "
       "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
   // Multiplies a gradient that nobody else can see by a scalar tensor, in place; 0 gives 0 whatever was there. The
   // factor is read on its device: no host waits for it.

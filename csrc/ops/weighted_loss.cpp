@@ -29,6 +29,8 @@ void check_finish_options(const char* op, const LossOptions& options) {
   check_not_negative(op, "dice_weight", options.dice_weight);
   check_not_negative(op, "smooth_nr", options.dice_formula.smooth_nr);
   check_not_negative(op, "smooth_dr", options.dice_formula.smooth_dr);
+  check_not_negative(op, "alpha", options.dice_formula.alpha);
+  check_not_negative(op, "beta", options.dice_formula.beta);
   check(!options.dice() || options.reduction != Reduction::kNone, op,
         ": dice_weight must be 0 with reduction none: Dice has no voxel map");
 }

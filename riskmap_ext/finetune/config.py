@@ -308,8 +308,11 @@ class LossConfig(_Section):
     """One Dice over the voxels of the batch, that of all processes, instead of one per image."""
     squared_pred: bool = False
     """Squared probabilities in the denominator of the Dice, as in MONAI's `DiceLoss`."""
-    jaccard: bool = False
-    """The Jaccard index in the place of the Dice."""
+    alpha: NonNegative = 0.5
+    """Weight of false positives in the Dice; `alpha` and `beta` of 1 are the Jaccard index, others
+    Tversky's."""
+    beta: NonNegative = 0.5
+    """Weight of false negatives in the Dice."""
     smooth_nr: NonNegative = 1e-5
     """What is added to the numerator of the Dice."""
     smooth_dr: NonNegative = 1e-5

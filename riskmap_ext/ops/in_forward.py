@@ -12,7 +12,7 @@ from torch import Tensor
 
 from riskmap_ext._arguments import LossOptions, LossTensors, validate_flag
 
-_NO_DICE = (0.0, 0.0, 0.0, False, False, False, False)  # as LossOptions.of_dice
+_NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5, False, False, False)  # as LossOptions.of_dice
 
 _state = threading.local()  # as torch keeps its grad mode
 

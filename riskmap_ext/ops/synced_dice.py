@@ -57,7 +57,8 @@ class _SyncedDice(torch.autograd.Function):
             options.dice_weight,
             options.smooth_nr,
             options.smooth_dr,
-            options.jaccard,
+            options.alpha,
+            options.beta,
             True,
             compute_dtype(logits.dtype) == torch.float64,
         )

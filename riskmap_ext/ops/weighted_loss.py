@@ -32,8 +32,9 @@ def weighted_loss(
     dice_class_weight: Tensor | Sequence[float] | None = None,
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
+    alpha: float = 0.5,
+    beta: float = 0.5,
     squared_pred: bool = False,
-    jaccard: bool = False,
     include_background: bool = False,
     batch_dice: bool = False,
     sync_dice: bool = False,
@@ -69,11 +70,12 @@ def weighted_loss(
     :math:`G_k = \sum_p 1[y_p = k]`:
 
     .. math:: D = \mathrm{mean}_k\; d_k \left(1 - \frac{2 I_k + \mathrm{smooth\_nr}}
-              {\max(P_k + G_k + \mathrm{smooth\_dr},\ 10^{-8})}\right)
+              {\max(2 U_k + \mathrm{smooth\_dr},\ 10^{-8})}\right), \qquad
+              U_k = I_k + \alpha (P_k - I_k) + \beta (G_k - I_k)
 
-    and with ``jaccard`` the denominator :math:`2 (P_k + G_k - I_k) + \mathrm{smooth\_dr}`. A class
-    that is neither labelled nor predicted so has the Dice smooth_nr / smooth_dr, 0 where both are
-    0.
+    :math:`\alpha = \beta = 1/2` is Dice (2 U = P + G), :math:`\alpha = \beta = 1` Jaccard, others
+    Tversky. A class that is neither labelled nor predicted has the score smooth_nr / smooth_dr, 0
+    where both are 0.
 
     With ``regions`` the C channels are overlapping regions (one sigmoid each, as in BraTS), while
     ``target`` stays a map of labels: :math:`\mathrm{CE}_p = \frac{1}{C} \sum_r c[r]\,
@@ -104,8 +106,8 @@ def weighted_loss(
         ce_weight, dice_weight: finite, >= 0.
         dice_class_weight: class weights [C] of the Dice, d, as ``weight``; None: 1.
         smooth_nr, smooth_dr: finite, >= 0.
+        alpha, beta: weights of false positives and false negatives, see above; finite, >= 0.
         squared_pred: squared probabilities in the denominator of the Dice.
-        jaccard: the Jaccard index in the place of the Dice.
         include_background: whether the Dice of the background class counts.
         batch_dice: one Dice over the voxels of the whole batch instead of one per image.
         sync_dice: with ``batch_dice``, one Dice over the batches of all processes of
@@ -147,8 +149,9 @@ def weighted_loss(
         dice_weight=dice_weight,
         smooth_nr=smooth_nr,
         smooth_dr=smooth_dr,
+        alpha=alpha,
+        beta=beta,
         squared_pred=squared_pred,
-        jaccard=jaccard,
         include_background=include_background,
         batch_dice=batch_dice,
         sync_dice=sync_dice,
@@ -179,7 +182,7 @@ def _require_reverse_mode(*tensors: Tensor | None) -> None:
             )
 
 
-_NUM_INPUTS = 22
+_NUM_INPUTS = 23
 _NONE = REDUCTIONS.index("none")
 
 
@@ -214,7 +217,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = (*inputs[7:9], inputs[11], inputs[13], inputs[18])
+    ctx.options = (*inputs[7:9], inputs[11], inputs[13], inputs[20])
     _, scale, dice_slopes = output
     ctx.mark_non_differentiable(scale, dice_slopes)
     ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory

@@ -38,8 +38,9 @@ def weighted_loss(
     dice_class_weight: Tensor | Sequence[float] | None = None,
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
+    alpha: float = 0.5,
+    beta: float = 0.5,
     squared_pred: bool = False,
-    jaccard: bool = False,
     include_background: bool = False,
     batch_dice: bool = False,
     sync_dice: bool = False,
@@ -63,8 +64,9 @@ def weighted_loss(
         dice_weight=dice_weight,
         smooth_nr=smooth_nr,
         smooth_dr=smooth_dr,
+        alpha=alpha,
+        beta=beta,
         squared_pred=squared_pred,
-        jaccard=jaccard,
         include_background=include_background,
         batch_dice=batch_dice,
         sync_dice=sync_dice,
@@ -212,12 +214,10 @@ def _dice_loss(
 
     overlap = (probabilities * truth).flatten(2).sum(dim=2)  # [B, C]
     predicted = probabilities.square() if options.squared_pred else probabilities
-    size = predicted.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
-    if options.batch_dice:
-        overlap, size = overlap.sum(dim=0), size.sum(dim=0)
-    if options.jaccard:
-        size = 2 * (size - overlap)
-    denominator = (size + options.smooth_dr).clamp(min=DICE_MIN_DENOMINATOR)
+    sums = overlap, predicted.flatten(2).sum(dim=2), truth.flatten(2).sum(dim=2)
+    overlap, size, labelled = (each.sum(dim=0) for each in sums) if options.batch_dice else sums
+    union = overlap + options.alpha * (size - overlap) + options.beta * (labelled - overlap)
+    denominator = (2 * union + options.smooth_dr).clamp(min=DICE_MIN_DENOMINATOR)
     loss = 1 - (2 * overlap + options.smooth_nr) / denominator
     if class_weight is not None:
         loss = class_weight.to(loss.dtype) * loss
