@@ -382,6 +382,7 @@ _LOSS_OPTIONS: tuple[dict[str, Any], ...] = (
         "beta": 1.0,
         "batch_dice": True,
     },
+    {"normalization": "batch_valid"},
     {"normalization": "weighted"},
     {"normalization": "weighted", "dice_weight": 1.0, "reduction": "sum"},
 )

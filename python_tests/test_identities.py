@@ -105,8 +105,9 @@ def test_weighted_mean_is_cross_entropy(
     if weighted:
         options["weight"] = case.weight(device).double()
     dice = riskmap_ext.weighted_loss(logits, target, ce_weight=0.0, dice_weight=dice_weight)
+    normalization = "weighted" if weighted else "batch_valid"
     found = riskmap_ext.weighted_loss(
-        logits, target, normalization="weighted", dice_weight=dice_weight, **options
+        logits, target, normalization=normalization, dice_weight=dice_weight, **options
     )
     expected = F.cross_entropy(logits, target, **options) + dice
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -271,7 +272,8 @@ def test_exponential_over_the_dataset_is_a_power(device: torch.device) -> None:
     alpha = math.log(10) / (hi - lo)
     assert 0 < alpha <= 1
 
-    exponential = riskmap_ext.risk_map(*args, range=(lo, hi), **kwargs)[valid]
+    options = {"scheme": "exponential", "range": (lo, hi), **kwargs}
+    exponential = riskmap_ext.risk_map(*args, **options)[valid]
     power = riskmap_ext.risk_map(*args, scheme="power", alpha=alpha, **kwargs)[valid]
     torch.testing.assert_close(exponential, power * math.exp(-alpha * lo), rtol=2e-5, atol=0)
 
@@ -346,8 +348,22 @@ def test_loss_of_a_case_worked_by_hand(device: torch.device) -> None:
             logits, target, risk, normalization=normalization, ce_voxels=ce_voxels
         )
         assert loss.item() == pytest.approx(expected, rel=1e-6)
-    floored = riskmap_ext.weighted_loss(logits, target, risk, foreground_floor=0.75)
+    labelled = {"normalization": "foreground"}
+    floored = riskmap_ext.weighted_loss(logits, target, risk, foreground_floor=0.75, **labelled)
     assert floored.item() == pytest.approx((hard + easy) / 1.5, rel=1e-6)
+
+
+def test_default_normalization_is_by_the_mask(device: torch.device) -> None:
+    """The image's own foreground where it is given, else all valid voxels."""
+    case = Case("default_normalization", with_foreground=True)
+    args, kwargs = case.loss_call(device)
+    foreground = kwargs.pop("foreground")
+    for mask, normalization in ((foreground, "foreground"), (None, "valid")):
+        default = riskmap_ext.weighted_loss(*args, foreground=mask, **kwargs)
+        named = riskmap_ext.weighted_loss(
+            *args, foreground=mask, normalization=normalization, **kwargs
+        )
+        assert torch.equal(default, named)
 
 
 def test_risk_points_the_gradient_at_the_hard_voxels(device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ pytest.importorskip("monai", reason="needs MONAI")
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.losses import DiceCELoss
 from monai.transforms import Compose, RandFlipd, SpatialCropd
 
 import riskmap_ext
@@ -34,172 +32,6 @@ SHAPE = (12, 10, 9)
 def labels(classes: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, classes, (batch, 1, *SHAPE), generator=generator)
-
-
-def logits(classes: int, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, classes, *SHAPE, generator=generator, requires_grad=True)
-
-
-def one_hot(target: Tensor, classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(target[:, 0], classes).movedim(-1, 1)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no_background": {"include_background": False},
-    "batch": {"batch": True},
-    "lambdas": {"lambda_dice": 0.3, "lambda_ce": 1.7},
-    "smoothing": {"label_smoothing": 0.2},
-    "only_ce": {"lambda_dice": 0.0},
-    "only_dice": {"lambda_ce": 0.0},
-}
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-class TestEqualsDiceCELoss:
-    def compare(self, ours: Tensor, theirs: Tensor, inputs: Tensor) -> None:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-        found, expected = (torch.autograd.grad(each, inputs)[0] for each in (ours, theirs))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-
-    @each_option
-    @pytest.mark.parametrize("classes", [2, 5])
-    def test_softmax(self, classes: int, options: dict[str, Any]) -> None:
-        inputs, target = logits(classes), labels(classes)
-        keywords = {"to_onehot_y": True, "softmax": True, **options}
-        ours = RiskMapDiceCELoss(**keywords)(inputs, target)
-        self.compare(ours, DiceCELoss(**keywords)(inputs, target), inputs)
-
-    @each_option
-    def test_one_hot_targets(self, options: dict[str, Any]) -> None:
-        inputs, target = logits(4), one_hot(labels(4), 4)
-        keywords = {"softmax": True, **options}
-        for dtype in (torch.bool, torch.uint8, torch.int64, torch.float32):
-            ours = RiskMapDiceCELoss(**keywords)(inputs, target.to(dtype))
-            self.compare(ours, DiceCELoss(**keywords)(inputs, target.float()), inputs)
-
-    @pytest.mark.parametrize("batch", [False, True])
-    def test_one_channel_with_sigmoid(self, batch: bool) -> None:
-        inputs, target = logits(1), labels(2).float()
-        keywords = {"sigmoid": True, "batch": batch}
-        ours = RiskMapDiceCELoss(**keywords)(inputs, target)
-        self.compare(ours, DiceCELoss(**keywords)(inputs, target), inputs)
-
-    def test_positional_arguments_in_the_same_order(self) -> None:
-        inputs, target = logits(3), labels(3)
-        arguments = (False, True, False, True, None, False, False, "mean", 1e-5, 1e-5, True)
-        ours, theirs = RiskMapDiceCELoss(*arguments), DiceCELoss(*arguments)
-        self.compare(ours(inputs, target), theirs(inputs, target), inputs)
-
-
-class TestWithARiskMap:
-    def test_is_the_weighted_loss(self) -> None:
-        inputs, target = logits(3), labels(3)
-        risk = torch.rand(2, *SHAPE) + 0.5
-        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        options = {"dice_weight": 1.0, "normalization": "valid"}
-        expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
-        assert torch.equal(loss(inputs, target, risk), expected)
-        assert torch.equal(loss(inputs, {"label": target, "risk": risk[:, None]}), expected)
-
-    def test_regions(self) -> None:
-        inputs, target, risk = logits(2), labels(4), torch.rand(2, *SHAPE)
-        table = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])
-        loss = RiskMapDiceCELoss(sigmoid=True, regions=table)
-        options = {"dice_weight": 1.0, "normalization": "valid", "regions": table}
-        expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
-        assert torch.equal(loss(inputs, target, risk), expected)
-
-    def test_a_map_of_ones_changes_nothing(self) -> None:
-        inputs, target = logits(4), labels(4)
-        target[:, :, 2:] = 0  # little foreground
-        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True)
-        found = loss(inputs, target, torch.ones(2, *SHAPE))
-        torch.testing.assert_close(found, loss(inputs, target), rtol=1e-6, atol=0)
-        by_foreground = RiskMapDiceCELoss(
-            to_onehot_y=True, softmax=True, normalization="foreground"
-        )
-        assert by_foreground(inputs, target) > 2 * found
-        mask = (torch.rand(2, 1, *SHAPE) > 0.1).float()  # as MONAI's transforms make it
-        assert by_foreground(inputs, target, foreground=mask) < 1.2 * found
-
-    def test_labels_as_resampling_leaves_them(self) -> None:
-        inputs, target = logits(3), labels(3)
-        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True)
-        assert torch.equal(loss(inputs, target + 7e-15), loss(inputs, target))
-        assert torch.equal(loss(inputs, target.float() - 2e-4), loss(inputs, target))
-        with pytest.raises(ValueError, match="target"):
-            loss(inputs, target + 0.4)
-
-    def test_deep_supervision(self) -> None:
-        fine, coarse = logits(3), torch.randn(2, 3, 6, 5, 5)
-        target, risk = labels(3), torch.rand(2, *SHAPE)
-        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True, scale_weights=(0.8, 0.2))
-        found = loss([fine, coarse], target, risk)
-        expected = riskmap_ext.nn.RiskWeightedLoss(
-            dice_weight=1.0,
-            include_background=True,
-            scale_weights=(0.8, 0.2),
-            normalization="valid",
-        )([fine, coarse], target, risk)
-        assert torch.equal(found, expected)
-
-    @pytest.mark.filterwarnings("ignore")  # MONAI's, about what torch.compile traces of it
-    @pytest.mark.parametrize("wrap", [torch.as_tensor, MetaTensor], ids=["plain", "MetaTensor"])
-    def test_compiled(self, wrap: Callable[[Tensor], Tensor]) -> None:
-        """A MetaTensor breaks the graph of anything compiled, torch's own functions too."""
-        loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True)
-        inputs, target, risk = logits(3), labels(3), torch.rand(2, *SHAPE)
-        expected = loss(inputs, target, risk).detach()
-        torch.compiler.reset()
-        plain = wrap is torch.as_tensor
-        compiled = torch.compile(loss, fullgraph=plain, backend="aot_eager")
-        found = compiled(*(wrap(each) for each in (inputs.detach(), target, risk)))
-        torch.testing.assert_close(torch.as_tensor(found), expected)
-
-
-class TestRefuses:
-    @pytest.mark.parametrize(
-        "keywords",
-        [
-            {"other_act": torch.tanh},
-            {"squared_pred": True},
-            {"jaccard": True},
-            {"reduction": "sum"},
-            {"smooth_nr": 0.0},
-            {"smooth_dr": 1.0},
-            {"weight": torch.ones(3)},
-            {"label_smoothing": 0.1, "sigmoid": True, "softmax": False},
-        ],
-        ids=lambda keywords: next(iter(keywords)),
-    )
-    def test_what_it_does_not_compute(self, keywords: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=f"^{next(iter(keywords))}: expected "):
-            RiskMapDiceCELoss(**{"softmax": True, **keywords})
-
-    @pytest.mark.parametrize("both", [True, False])
-    def test_no_or_two_activations(self, both: bool) -> None:
-        with pytest.raises(ValueError, match="softmax, sigmoid: expected one"):
-            RiskMapDiceCELoss(softmax=both, sigmoid=both)
-
-    def test_soft_targets(self) -> None:
-        loss, soft = RiskMapDiceCELoss(softmax=True), one_hot(labels(3), 3).float()
-        soft[0, :, 1, 2, 3] = torch.tensor([0.5, 0.5, 0.0])
-        with pytest.raises(ValueError, match=r"target: expected one-hot .* at 1 voxels"):
-            loss(logits(3), soft)
-
-    def test_targets_of_another_form(self) -> None:
-        with pytest.raises(ValueError, match=r"target: expected one-hot \[B, 3, \*S\]"):
-            RiskMapDiceCELoss(softmax=True)(logits(3), labels(3))
-        with pytest.raises(ValueError, match=r"target: expected labels \[B, 1, \*S\]"):
-            RiskMapDiceCELoss(softmax=True, to_onehot_y=True)(logits(3), one_hot(labels(3), 3))
-        with pytest.raises(ValueError, match="target: expected the key 'label'"):
-            RiskMapDiceCELoss(softmax=True)(logits(3), {"mask": labels(3)})
-
-    def test_several_channels_with_sigmoid(self) -> None:
-        with pytest.raises(ValueError, match="input: expected one channel"):
-            RiskMapDiceCELoss(sigmoid=True)(logits(2), one_hot(labels(2), 2))
 
 
 def source() -> torch.nn.Module:

@@ -109,7 +109,11 @@ def test_equals_the_sums_written_out(
     changes = {"batch": 3, "empty_image": empty_image}
     inputs = _brats_inputs(device, **changes)
     found = riskmap_ext.weighted_loss(
-        *inputs, regions=BRATS.to(device), reduction=reduction, **options
+        *inputs,
+        regions=BRATS.to(device),
+        normalization="foreground",
+        reduction=reduction,
+        **options,
     )
     found.backward()
 
@@ -318,7 +322,7 @@ def test_background_is_a_label(background: int | None, device: torch.device) -> 
     voxels = riskmap_ext.weighted_loss(logits, target, reduction="none", **options)
     foreground = (target != -100) & (target != (-100 if background is None else background))
     expected = (voxels.flatten(1).sum(1) / foreground.flatten(1).sum(1)).mean()
-    found = riskmap_ext.weighted_loss(logits, target, **options)
+    found = riskmap_ext.weighted_loss(logits, target, normalization="foreground", **options)
     torch.testing.assert_close(found, expected)
 
     dice = {"ce_weight": 0.0, "dice_weight": 1.0}

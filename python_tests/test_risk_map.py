@@ -52,11 +52,14 @@ def _source_of_likelihoods(likelihoods: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "weights"),
     [
-        ({}, [10 ** (math.log(2) / math.log(8)), 1.0, 10 ** (2 / 3), 10.0]),
-        ({"scheme": "linear"}, [1 + 9 / 3, 1.0, 1 + 9 * 2 / 3, 10.0]),
+        ({"scheme": "exponential"}, [10 ** (1 / 3), 1.0, 10 ** (2 / 3), 10.0]),
+        ({}, [1 + 9 / 3, 1.0, 1 + 9 * 2 / 3, 10.0]),
         ({"scheme": "power"}, [0.4**-0.5, 0.8**-0.5, 0.2**-0.5, 0.1**-0.5]),
         ({"scheme": "power", "alpha": 1.0, "range": (0.0, 0.1)}, [2.5, 1.25, 5.0, 10.0]),
-        ({"range": (0.0, math.log(5)), "base": 5.0}, [2.5, 1.25, 5.0, 5.0]),
+        (
+            {"range": (0.0, math.log(5)), "scheme": "exponential", "base": 5.0},
+            [2.5, 1.25, 5.0, 5.0],
+        ),
         (
             {"range": (math.log(2.5), math.log(5)), "scheme": "linear", "scale": 4.0},
             [1.0, 1.0, 5.0, 5.0],

@@ -223,7 +223,9 @@ def test_gradient_is_laid_out_as_the_logits(
 
 
 @pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
-@pytest.mark.parametrize("normalization", ["foreground", "batch_foreground", "valid", "none"])
+@pytest.mark.parametrize(
+    "normalization", ["foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"]
+)
 @pytest.mark.parametrize("ce_voxels", ["valid", "foreground"])
 @pytest.mark.parametrize("labels", ["ignored", "no_voxels", "no_images"])
 def test_nothing_valid_is_zero(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # In the order of the numbers in the schemas.
 SCHEMES = ("exponential", "power", "linear")
-NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none", "weighted")
+NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "none", "batch_valid", "weighted")
 CE_VOXELS = ("valid", "foreground")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -427,7 +427,8 @@ class LossOptions(NamedTuple):
 def loss_options(
     num_labels: int,
     *,
-    has_regions: bool = False,
+    has_regions: bool,
+    has_foreground: bool,
     ignore_index: Any,
     background: Any,
     foreground_floor: Any,
@@ -450,7 +451,7 @@ def loss_options(
         integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
         validate_background(background, num_labels),
         number("foreground_floor", foreground_floor, 0.0, 1.0),
-        validate_choice("normalization", normalization, NORMALIZATIONS),
+        _normalization(normalization, has_foreground),
         validate_choice("ce_voxels", ce_voxels, CE_VOXELS),
         validate_choice("reduction", reduction, REDUCTIONS),
         number("label_smoothing", label_smoothing, 0.0, 1.0),
@@ -489,6 +490,12 @@ def loss_options(
                 "with 1 class; set include_background=True or background=None"
             )
     return options
+
+
+def _normalization(value: Any, has_foreground: bool) -> str:
+    if value is None:
+        return "foreground" if has_foreground else "valid"
+    return validate_choice("normalization", value, NORMALIZATIONS)
 
 
 def dice_classes(

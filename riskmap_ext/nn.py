@@ -99,7 +99,12 @@ class RiskWeightedLoss(torch.nn.Module):
         # The number of labels may not be known yet: checked as if there were enough of them.
         labelled = regions if regions is not None else weight
         num_labels = 2**31 if labelled is None else labelled.size(-1)
-        loss_options(num_labels, has_regions=regions is not None, **{**defaults, **options})
+        loss_options(
+            num_labels,
+            has_regions=regions is not None,
+            has_foreground=False,
+            **{**defaults, **options},
+        )
         self.options = options
 
     def forward(

@@ -9,7 +9,7 @@
 namespace riskmap::math {
 
 // Numbers as in the schema.
-enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3, kWeighted = 4 };
+enum class Normalization : int64_t { kForeground = 0, kBatchForeground = 1, kValid = 2, kNone = 3, kBatchValid = 4, kWeighted = 5 };
 enum class CeVoxels : int64_t { kValid = 0, kForeground = 1 };
 enum class Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 
@@ -42,6 +42,7 @@ RISKMAP_HD double normalizer(Normalization normalization, double foreground_floo
     case Normalization::kBatchForeground:
       return floored_foreground(batch, foreground_floor) / static_cast<double>(batch_size);
     case Normalization::kValid: return static_cast<double>(image.valid);
+    case Normalization::kBatchValid: return static_cast<double>(batch.valid) / static_cast<double>(batch_size);
     case Normalization::kWeighted: return batch.class_weight / static_cast<double>(batch_size);
     default: return image.valid > 0 ? 1 : 0;
   }

@@ -284,11 +284,12 @@ class LossConfig(_Section):
     """Factor of the cross-entropy part."""
     dice_weight: NonNegative = 1.0
     """Factor of the soft Dice part."""
-    normalization: Literal["foreground", "batch_foreground", "valid", "none", "weighted"] = (
-        "foreground"
-    )
-    """What the weighted cross-entropy is divided by: voxels of the foreground in each image or over
-    the batch, valid voxels, nothing, or the class weights of the valid voxels of the batch."""
+    normalization: Literal[
+        "foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"
+    ] = "foreground"
+    """What the weighted cross-entropy is divided by: voxels of the foreground (brain or body, not
+    air) in each image or over the batch, valid voxels in each image or over the batch, the class
+    weights of the valid voxels of the batch, or nothing."""
     foreground_floor: Fraction = 0.05
     """Least share of the valid voxels that counts as foreground: 1 / `foreground_floor` is the most
     the cross-entropy can be scaled up by."""

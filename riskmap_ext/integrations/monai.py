@@ -5,13 +5,12 @@ Needs MONAI, and ignite for the engines (extra ``monai``). docs/howto/monai.md h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.loss import _Loss
 
 try:
     from monai.engines.utils import PrepareBatch, default_prepare_batch
@@ -24,200 +23,26 @@ except ImportError as error:
     ) from error
 
 import riskmap_ext
-from riskmap_ext._arguments import near_names, plain_tensor, risk_options, validate_flag
+from riskmap_ext._arguments import near_names, risk_options, validate_flag
 from riskmap_ext._files import digest, read_torch, write_torch
 from riskmap_ext.integrations._cases import file_of, image_and_label, read_cases, two_keys
+from riskmap_ext.integrations._monai_loss import RiskMapDiceCELoss, rounded
 from riskmap_ext.integrations._source import FrozenSource, Inferer, Source, as_plain
 
 __all__ = ["PrepareBatchRiskMap", "RiskMapDiceCELoss", "RiskMapd", "transfer_statistics"]
 
-_SMOOTH = 1e-5  # the kernels' own, and MONAI's default
-_ROUNDING = 1e-3
-_FOREGROUND = [[0, 1]]  # one channel of logits for labels 0 and 1
-
 Range = str | tuple[float, float]
 
 
-class RiskMapDiceCELoss(_Loss):
-    r"""``monai.losses.DiceCELoss`` with a risk map: one fused pass for cross-entropy and Dice.
+class _Target(dict[str, Any]):
+    """Label and map on their way to the loss, which tells a loss around it what to do instead."""
 
-    .. math:: \lambda_{ce}\, L + \lambda_{dice}\, D
-
-    with L and D of :func:`riskmap_ext.weighted_loss`. The first 15 arguments are DiceCELoss's, in
-    its order and with its defaults. Without a risk map the value is DiceCELoss's own.
-
-    * ``softmax=True``: classes that exclude each other. Target: labels [B, 1, \*S] with
-      ``to_onehot_y=True``, else one-hot [B, C, \*S].
-    * ``sigmoid=True``: one channel of logits and a target [B, 1, \*S] of 0 and 1; or several
-      overlapping regions with ``regions``, the table [C, L] of the labels in each, and a target of
-      labels [B, 1, \*S] (MONAI's own loss has no binary cross-entropy for several channels).
-      ``label_smoothing`` is refused: MONAI does not smooth binary cross-entropy.
-    * ``reduction``: "mean" alone. ``smooth_nr``, ``smooth_dr``: 1e-5 alone. ``other_act``,
-      ``squared_pred``, ``jaccard`` and ``weight`` (which MONAI applies to Dice as well) are
-      refused.
-
-    Further arguments, by keyword:
-        class_weight: class weights [C] of the cross-entropy.
-        ignore_index: label of voxels that count nowhere.
-        regions: see above.
-        scale_weights: for a list of inputs (deep supervision, finest first), see
-            :class:`riskmap_ext.nn.RiskWeightedLoss`.
-        normalization: see :func:`riskmap_ext.weighted_loss`. "valid", MONAI's mean over voxels,
-            leaves cross-entropy and Dice on the scale they have there. "foreground" raises the
-            cross-entropy up to 20-fold in images with little foreground, unless the image's own
-            foreground is given.
-        background, foreground_floor, ce_voxels: see :func:`riskmap_ext.weighted_loss`.
-
-    It holds no state: the class weights stay out of its state_dict.
-
-    Shapes: input [B, C, \*S], or a list of them; target as above, or a mapping with the keys
-    "label", and "risk" and "foreground" where there are any, as :class:`PrepareBatchRiskMap` makes
-    it; risk and foreground [B, \*S] or [B, 1, \*S]. Labels that resampling has left within 1e-3 of
-    a whole number are rounded. The result is a scalar, float32 (float64 for float64 logits).
-
-    Raises:
-        TypeError, ValueError: an argument that is not supported or does not fit, by name.
-    """
-
-    def __init__(
-        self,
-        include_background: bool = True,
-        to_onehot_y: bool = False,
-        sigmoid: bool = False,
-        softmax: bool = False,
-        other_act: Callable[..., Any] | None = None,
-        squared_pred: bool = False,
-        jaccard: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = _SMOOTH,
-        smooth_dr: float = _SMOOTH,
-        batch: bool = False,
-        weight: Tensor | None = None,
-        lambda_dice: float = 1.0,
-        lambda_ce: float = 1.0,
-        label_smoothing: float = 0.0,
-        *,
-        class_weight: Any = None,
-        ignore_index: int = -100,
-        regions: Any = None,
-        scale_weights: Sequence[float] | None = None,
-        normalization: str = "valid",
-        background: int | None = 0,
-        foreground_floor: float = 0.05,
-        ce_voxels: str = "valid",
-    ) -> None:
-        super().__init__()
-        _only("other_act", other_act, None)
-        _only("squared_pred", squared_pred, False)
-        _only("jaccard", jaccard, False)
-        _only("reduction", getattr(reduction, "value", reduction), "mean")
-        _only("smooth_nr", smooth_nr, _SMOOTH)
-        _only("smooth_dr", smooth_dr, _SMOOTH)
-        if weight is not None:
-            raise ValueError(
-                "weight: expected None (MONAI weights the Dice of each class with it too), got "
-                "class weights; class_weight= weights the cross-entropy alone"
-            )
-        if bool(sigmoid) == bool(softmax):
-            raise ValueError(
-                "softmax, sigmoid: expected one of them to be True, got "
-                f"softmax={softmax!r}, sigmoid={sigmoid!r}"
-            )
-        if regions is not None and softmax:
-            raise ValueError("regions: expected sigmoid=True with it, got softmax=True")
-        if sigmoid:
-            _only("label_smoothing", label_smoothing, 0.0)
-        self.to_onehot_y = bool(to_onehot_y)
-        self.one_channel = bool(sigmoid) and regions is None
-        self.loss = riskmap_ext.nn.RiskWeightedLoss(
-            class_weight,
-            regions=_FOREGROUND if self.one_channel else regions,
-            scale_weights=scale_weights,
-            ignore_index=ignore_index,
-            background=background,
-            foreground_floor=foreground_floor,
-            normalization=normalization,
-            ce_voxels=ce_voxels,
-            label_smoothing=label_smoothing,
-            ce_weight=lambda_ce,
-            dice_weight=lambda_dice,
-            include_background=bool(include_background),
-            batch_dice=bool(batch),
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name}: the target is a dictionary of label and risk map, which RiskMapDiceCELoss "
+            "alone takes apart; it takes a list of inputs (deep supervision) as it is, without "
+            "MONAI's DeepSupervisionLoss around it"
         )
-
-    def forward(
-        self,
-        input: Tensor | Sequence[Tensor],
-        target: Tensor | Sequence[Tensor] | Mapping[str, Any],
-        risk: Tensor | Sequence[Tensor] | None = None,
-        foreground: Tensor | Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        if isinstance(target, Mapping):
-            if "label" not in target:
-                raise ValueError(f"target: expected the key 'label', got {sorted(target)}")
-            risk = target.get("risk") if risk is None else risk
-            foreground = target.get("foreground") if foreground is None else foreground
-            target = target["label"]
-        finest = input[0] if isinstance(input, (list, tuple)) and input else input
-        channels = plain_tensor("input", finest).size(1)
-        if self.one_channel and channels != 1:
-            raise ValueError(
-                f"input: expected one channel with sigmoid=True, got {channels}; regions= says "
-                "which labels make up each of several overlapping regions"
-            )
-        if isinstance(target, (list, tuple)):
-            target = [self._labels(each, channels) for each in target]
-        else:
-            target = self._labels(target, channels)
-        if isinstance(foreground, (list, tuple)):
-            foreground = [_mask(each) for each in foreground]
-        elif foreground is not None:
-            foreground = _mask(foreground)
-        return self.loss(input, target, risk, foreground)
-
-    def _labels(self, target: Any, channels: int) -> Tensor:
-        """Labels [B, 1, *S]; a one-hot target is turned into them."""
-        target = plain_tensor("target", target)
-        one_hot = not self.to_onehot_y and self.loss.regions is None
-        expected = channels if one_hot else 1
-        if target.dim() < 3 or target.size(1) != expected:
-            form = f"one-hot [B, {channels}, *S]" if one_hot else "labels [B, 1, *S]"
-            hint = "; to_onehot_y=True takes labels [B, 1, *S]" if one_hot else ""
-            raise ValueError(f"target: expected {form}, got shape {list(target.shape)}{hint}")
-        if not one_hot:
-            return _rounded(target)
-        if target.dtype == torch.bool:
-            target = target.to(torch.uint8)
-        labels = target.argmax(dim=1, keepdim=True)
-        hot = target.gather(1, labels).eq(1) & target.ne(0).sum(dim=1, keepdim=True).eq(1)
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not bool(hot.all()):
-                raise ValueError(
-                    "target: expected one-hot (a single 1 among the classes of each voxel), got "
-                    f"other values at {int((~hot).sum())} voxels; soft labels are not supported"
-                )
-            return labels
-        # Elsewhere a voxel that is not one-hot gets a label that the loss turns into NaN: an error
-        # would have to wait for the device.
-        return labels.masked_fill_(~hot, channels)
-
-
-def _rounded(label: Tensor) -> Tensor:
-    """Resampling, nearest too, leaves labels such as 1e-15; what is no label stays what it is."""
-    if not label.is_floating_point():
-        return label
-    whole = label.round()
-    return torch.where((label - whole).abs() <= _ROUNDING, whole, label)
-
-
-def _mask(foreground: Any) -> Tensor:
-    mask = plain_tensor("foreground", foreground)
-    return mask.ne(0) if mask.is_floating_point() else mask
-
-
-def _only(name: str, value: Any, expected: Any) -> None:
-    if value != expected:
-        raise ValueError(f"{name}: expected {expected!r}, the only value supported, got {value!r}")
 
 
 class PrepareBatchRiskMap(PrepareBatch):
@@ -241,7 +66,7 @@ class PrepareBatchRiskMap(PrepareBatch):
         **kwargs: Any,
     ) -> Any:
         image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
-        target = {"label": label}
+        target = _Target(label=label)
         for name, key in self.keys.items():
             if key in batchdata:
                 target[name] = batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs)
@@ -339,7 +164,7 @@ class RiskMapd(MapTransform):
         logits = self.source(image)
         target = as_plain(label).to(logits.device)[None]
         conditional = self.conditional.to(logits.device)
-        return riskmap_ext.risk_map(logits, _rounded(target), conditional, **self.options).cpu()
+        return riskmap_ext.risk_map(logits, rounded(target), conditional, **self.options).cpu()
 
     def _path(self, image: Any, label: Any) -> Path | None:
         if self.cache_dir is None:
@@ -363,7 +188,8 @@ def _checked(options: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if unknown:
         hint = near_names(unknown[0], defaults) or f"; expected one of {', '.join(defaults)}"
         raise TypeError(f"RiskMapd: unknown option {unknown[0]!r}{hint}")
-    risk_options(**{**defaults, **options}, num_classes=num_classes)
+    options = {**defaults, **options}
+    risk_options(**options, num_classes=num_classes)
     return options
 
 
@@ -412,7 +238,7 @@ def transfer_statistics(
             image, label = image_and_label(case, keys, f"case {count}")
             logits = run(image)
             try:
-                step(logits, _rounded(as_plain(label).to(logits.device)[None]))
+                step(logits, rounded(as_plain(label).to(logits.device)[None]))
             except (TypeError, ValueError) as error:
                 where = f"case {count}{file_of(label, image)}"
                 raise type(error)(f"data: {where}: {error}") from error

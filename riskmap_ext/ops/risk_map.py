@@ -13,7 +13,7 @@ def risk_map(
     target: Tensor,
     conditional: Tensor,
     *,
-    scheme: str = "exponential",
+    scheme: str = "linear",
     base: float = 10.0,
     alpha: float = 0.5,
     scale: float = 9.0,

@@ -23,7 +23,7 @@ def weighted_loss(
     background: int | None = 0,
     foreground: Tensor | None = None,
     foreground_floor: float = 0.05,
-    normalization: str = "foreground",
+    normalization: str | None = None,
     ce_voxels: str = "valid",
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -59,8 +59,10 @@ def weighted_loss(
     foreground         max(#F_b, foreground_floor * #V_b); #V_b where F_b is empty
     batch_foreground   the same from the sums over the batch, divided by the number of images
     valid              #V_b; equals torch's mean for one image
-    weighted           sum of c[y] over the valid voxels of the batch, divided by the number of
-                       images: the mean of ``torch.nn.functional.cross_entropy(weight=...)``
+    batch_valid        the same from the sum over the batch, divided by the number of images:
+                       torch's mean
+    weighted           the same with the sum of c[y] over the valid voxels of the batch: torch's
+                       mean with class weights
     none               1
     ================== ========================================================================
 
@@ -98,7 +100,8 @@ def weighted_loss(
             un-augmented image; [B, \*S] or [B, 1, \*S], bool or integer, non-zero is inside.
         foreground_floor: in [0, 1]; 1 / foreground_floor is the most that a small foreground can
             scale the loss up by.
-        normalization: see the table.
+        normalization: see the table. None: "foreground" with a mask ``foreground``, else "valid",
+            where every valid voxel counts as the image's foreground.
         ce_voxels: voxels whose cross-entropy counts, R: "valid" (V) or "foreground" (F).
         reduction: "mean" or "sum" over images; "none": the map ce_weight * w * c * CE, [B, \*S],
             not normalised, 0 at voxels that do not count.
@@ -138,6 +141,7 @@ def weighted_loss(
     options = loss_options(
         tensors.num_labels,
         has_regions=tensors.regions is not None,
+        has_foreground=tensors.foreground is not None,
         ignore_index=ignore_index,
         background=background,
         foreground_floor=foreground_floor,

@@ -29,7 +29,7 @@ def weighted_loss(
     background: int | None = 0,
     foreground: Tensor | None = None,
     foreground_floor: float = 0.05,
-    normalization: str = "foreground",
+    normalization: str | None = None,
     ce_voxels: str = "valid",
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -53,6 +53,7 @@ def weighted_loss(
     options = loss_options(
         tensors.num_labels,
         has_regions=regions is not None,
+        has_foreground=foreground is not None,
         ignore_index=ignore_index,
         background=background,
         foreground_floor=foreground_floor,
@@ -185,9 +186,9 @@ def _normalizer(
         return torch.ones_like(num_valid)
     if options.normalization == "valid":
         size = num_valid
-    elif options.normalization == "weighted":
+    elif options.normalization in ("batch_valid", "weighted"):
         weights = valid.to(dtype)
-        if class_weight_of is not None:
+        if options.normalization == "weighted" and class_weight_of is not None:
             weights = weights * class_weight_of.to(dtype)
         size = (weights.sum() / max(valid.size(0), 1)).expand_as(num_valid)
     else:

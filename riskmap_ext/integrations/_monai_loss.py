@@ -1,0 +1,379 @@
+"""MONAI's ``DiceCELoss`` with a risk map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
+
+import riskmap_ext
+from riskmap_ext._arguments import class_weights, plain_tensor, validate_logits
+
+_ROUNDING = 1e-3
+_INSIDE = [[0, 1]]  # one channel of logits for labels 0 and 1
+_BITS = 8  # of the codes of what holds at a voxel
+
+
+class RiskMapDiceCELoss(_Loss):
+    r"""``monai.losses.DiceCELoss`` with a risk map: one fused pass for cross-entropy and Dice.
+
+    .. math:: \lambda_{ce}\, L + \lambda_{dice}\, D
+
+    with L and D of :func:`riskmap_ext.weighted_loss`. The first 15 arguments are DiceCELoss's, in
+    its order and with its defaults. Without a risk map the value is DiceCELoss's own, but for one
+    case: over several channels with ``sigmoid=True`` the cross-entropy is that of the sigmoids
+    (the mean over channels of the binary one), where MONAI takes that of a softmax.
+
+    * ``softmax=True``: classes that exclude each other. Target: labels [B, 1, \*S] with
+      ``to_onehot_y=True``, else one-hot [B, C, \*S].
+    * ``sigmoid=True``: one channel and a target [B, 1, \*S] of 0 and 1; or several overlapping
+      ones, with a multi-hot target [B, C, \*S] of 0 and 1, or labels [B, 1, \*S] and
+      ``regions``, the table [C, L] of the labels in each channel (``to_onehot_y=True``: each label
+      is a channel). ``label_smoothing`` has no effect on one channel, as in MONAI.
+    * ``weight``, class weights [C], acts as in MONAI: on the Dice of each class, whose mean is not
+      divided by their sum; on the cross-entropy, whose mean over labels is, and over one-hot
+      targets is not; of one channel it is the weight of the voxels inside, in the cross-entropy
+      alone.
+    * ``reduction="sum"``: the sum over images, classes and voxels.
+    * ``other_act``, and Dice without an activation, are refused: the Dice of raw inputs is no
+      overlap of probabilities. Without Dice (``lambda_dice=0``) no activation is asked for.
+
+    Further arguments, by keyword:
+        class_weight: class weights [C] of the cross-entropy alone.
+        ignore_index: label of voxels that count nowhere.
+        regions: see above.
+        scale_weights: for a list of inputs (deep supervision, finest first), see
+            :class:`riskmap_ext.nn.RiskWeightedLoss`.
+        normalization: see :func:`riskmap_ext.weighted_loss`. None: the mean that DiceCELoss takes;
+            "foreground" where the call brings the image's own foreground, but not with ``weight``
+            or ``reduction="sum"``.
+        background, foreground_floor, ce_voxels, sync_dice: see :func:`riskmap_ext.weighted_loss`.
+
+    It holds no state: class weights stay out of its state_dict.
+
+    Shapes: input [B, C, \*S], or a list of them; target as above, or a mapping with the keys
+    "label", and "risk" and "foreground" where there are any, as
+    :class:`riskmap_ext.integrations.monai.PrepareBatchRiskMap` makes it; risk and foreground
+    [B, \*S] or [B, 1, \*S]. Labels that resampling has left within 1e-3 of a whole number are
+    rounded. The result is a scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument that is not supported or does not fit, by name.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[..., Any] | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: Any = None,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+        *,
+        class_weight: Any = None,
+        ignore_index: int = -100,
+        regions: Any = None,
+        scale_weights: Sequence[float] | None = None,
+        normalization: str | None = None,
+        background: int | None = 0,
+        foreground_floor: float = 0.05,
+        ce_voxels: str = "valid",
+        sync_dice: bool = False,
+    ) -> None:
+        super().__init__()
+        if other_act is not None:
+            raise ValueError(f"other_act: expected None, the only value supported, got {other_act}")
+        if (sigmoid and softmax) or (lambda_dice != 0 and not (sigmoid or softmax)):
+            raise ValueError(
+                "softmax, sigmoid: expected one of them to be True (the Dice of raw inputs is not "
+                f"supported), got softmax={softmax!r}, sigmoid={sigmoid!r}"
+            )
+        if regions is not None and not sigmoid:
+            raise ValueError(f"regions: expected sigmoid=True with it, got sigmoid={sigmoid!r}")
+        reduction = getattr(reduction, "value", reduction)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        if weight is not None and class_weight is not None:
+            raise ValueError(
+                "weight, class_weight: expected one of them (weight is for Dice and cross-entropy, "
+                "class_weight for the cross-entropy alone), got both"
+            )
+        self.include_background = bool(include_background)
+        self.to_onehot_y = bool(to_onehot_y)
+        self.sigmoid, self.softmax = bool(sigmoid), bool(softmax)
+        self.reduction = reduction
+        self.of_both = _as_list("weight", weight)
+        self.of_cross_entropy = _as_list("class_weight", class_weight)
+        self.regions = regions
+        self.label_smoothing = label_smoothing
+        self.normalization = normalization
+        self.options: dict[str, Any] = {
+            "scale_weights": scale_weights,
+            "ignore_index": ignore_index,
+            "background": background,
+            "foreground_floor": foreground_floor,
+            "ce_voxels": ce_voxels,
+            "reduction": reduction,
+            "ce_weight": lambda_ce,
+            "dice_weight": lambda_dice,
+            "smooth_nr": smooth_nr,
+            "smooth_dr": smooth_dr,
+            "alpha": 1.0 if jaccard else 0.5,
+            "beta": 1.0 if jaccard else 0.5,
+            "squared_pred": bool(squared_pred),
+            "batch_dice": bool(batch),
+            "sync_dice": bool(sync_dice),
+        }
+        self.losses = nn.ModuleDict()  # by number of channels, where it counts
+        # Built now where the number is known: for torch.compile, and to tell what is wrong here.
+        given = (self.of_both or self.of_cross_entropy, regions, [0] if sigmoid else [0, 0])
+        self._loss(len(next(each for each in given if each is not None)))
+
+    def forward(
+        self,
+        input: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor] | Mapping[str, Any],
+        risk: Tensor | Sequence[Tensor] | None = None,
+        foreground: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        if isinstance(target, Mapping):
+            if "label" not in target:
+                raise ValueError(f"target: expected the key 'label', got {sorted(target)}")
+            risk = target.get("risk") if risk is None else risk
+            foreground = target.get("foreground") if foreground is None else foreground
+            target = target["label"]
+        first = input[0] if isinstance(input, (list, tuple)) and input else input
+        finest = validate_logits("input", first)
+        channels = finest.size(1)
+        if channels == 1 and self.softmax:
+            raise ValueError(
+                "input: expected several channels with softmax=True, got one; sigmoid=True is for "
+                "one channel"
+            )
+        target = _for_each(target, self._target, channels)
+        if foreground is not None:
+            foreground = _for_each(foreground, _mask)
+        if self._is_sigmoid(channels) and channels == 1 and self.of_both is not None:
+            risk = _heavier_inside(target, risk, self.of_both[0])
+        loss = self._loss(channels)
+        if any(each.device != finest.device for each in loss.buffers()):
+            loss.to(finest.device)
+        return loss(input, target, risk, foreground)
+
+    def _is_sigmoid(self, channels: int) -> bool:
+        return self.sigmoid or (channels == 1 and not self.softmax)
+
+    def _is_multi_hot(self, channels: int) -> bool:
+        return (
+            self._is_sigmoid(channels)
+            and channels > 1
+            and self.regions is None
+            and not self.to_onehot_y
+        )
+
+    def _loss(self, channels: int) -> nn.Module:
+        any_number = not self._is_sigmoid(channels) and self.reduction == "mean"
+        key = "classes" if any_number else str(channels)
+        if key not in self.losses:
+            self.losses[key] = self._built(channels)
+        return self.losses[key]
+
+    def _built(self, channels: int) -> nn.Module:
+        """The loss for so many channels of logits."""
+        options = {**self.options, "label_smoothing": self.label_smoothing}
+        weight = self.of_cross_entropy
+        normalization = "none" if self.reduction == "sum" else None
+        counted = channels - (channels > 1 and not self.include_background)
+        if self._is_sigmoid(channels):
+            dice_weights = self._dice_weights_of_sigmoids(channels)
+            if channels == 1:
+                options["label_smoothing"] = 0.0
+                options["regions"] = _INSIDE if self.regions is None else self.regions
+            else:
+                weight = self.of_both or weight
+                options["regions"] = self.regions
+                if self.regions is None and self.to_onehot_y:
+                    options["regions"] = torch.eye(channels, dtype=torch.bool)
+            if self.reduction == "sum":
+                options["ce_weight"] *= channels
+        else:
+            dice_weights = self.of_both if counted > 1 else None
+            weight = self.of_both or weight
+            options["include_background"] = self.include_background
+            # As torch has it: divided by the weights of the labels, but not of one-hot targets.
+            if self.of_both is not None and self.to_onehot_y and self.reduction == "mean":
+                normalization = "weighted"
+        if self.reduction == "sum":
+            options["dice_weight"] *= counted
+        options["normalization"] = self.normalization or normalization
+        if self._is_multi_hot(channels):
+            return _MultiHotLoss(channels, weight, dice_weights, options)
+        return riskmap_ext.nn.RiskWeightedLoss(weight, dice_class_weight=dice_weights, **options)
+
+    def _dice_weights_of_sigmoids(self, channels: int) -> list[float] | None:
+        """Without the background, MONAI's mean is over the channels after the first; where one is
+        left, it has no weight."""
+        if channels == 1 or self.include_background:
+            return None if channels == 1 else self.of_both
+        rest = self.of_both if self.of_both and channels > 2 else [1.0] * channels
+        return [0.0, *(each * channels / (channels - 1) for each in rest[1:])]
+
+    def _target(self, target: Any, channels: int) -> Tensor:
+        """Labels [B, 1, *S], made of a one-hot target; a multi-hot one stays what it is."""
+        target = plain_tensor("target", target)
+        sigmoid = self._is_sigmoid(channels)
+        labelled = self.to_onehot_y or self.regions is not None or (sigmoid and channels == 1)
+        expected = 1 if labelled else channels
+        if target.dim() < 3 or target.size(1) != expected:
+            kind = "multi-hot" if sigmoid else "one-hot"
+            form = "labels [B, 1, *S]" if labelled else f"{kind} [B, {channels}, *S]"
+            hint = "" if labelled else "; to_onehot_y=True takes labels [B, 1, *S]"
+            raise ValueError(f"target: expected {form}, got shape {list(target.shape)}{hint}")
+        if labelled:
+            return rounded(target)
+        return target if sigmoid else _labels_of_one_hot(target)
+
+
+class _MultiHotLoss(nn.Module):
+    """Overlapping channels with a target [B, C, *S] of 0 and 1.
+
+    The kernels take one label a voxel and a table of the labels in each channel. The labels are
+    the codes of what holds at a voxel. Where there are too many channels for that, groups of them
+    have codes with one more bit, for anything at all, so that label 0 is the background of all;
+    the losses of the groups are averaged.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        weight: list[float] | None,
+        dice_weights: list[float] | None,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.apart = channels > _BITS
+        size = _BITS - 1 if self.apart else channels
+        starts = range(0, channels, size)
+        self.slices = [slice(start, min(start + size, channels)) for start in starts]
+        self.groups = nn.ModuleList(
+            riskmap_ext.nn.RiskWeightedLoss(
+                None if weight is None else weight[mine],
+                dice_class_weight=None if dice_weights is None else dice_weights[mine],
+                **{**options, "regions": _table(mine.stop - mine.start, self.apart)},
+            )
+            for mine in self.slices
+        )
+
+    def forward(self, input: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
+        total: Tensor | None = None
+        for mine, group in zip(self.slices, self.groups, strict=True):
+            logits = _for_each(input, _channels, mine)
+            codes = _for_each(target, _codes, mine, self.apart)
+            part = group(logits, codes, risk, foreground)
+            part = part * ((mine.stop - mine.start) / self.channels)
+            total = part if total is None else total + part
+        assert total is not None  # there is a channel
+        return total
+
+
+def _table(channels: int, apart: bool) -> list[list[int]]:
+    return [[code >> bit & 1 for code in range(2 ** (channels + apart))] for bit in range(channels)]
+
+
+def _codes(target: Tensor, mine: slice, apart: bool) -> Tensor:
+    """[B, *S]: sum of 2^c over the channels that hold at a voxel, and one more for any of all."""
+    here = list(target[:, mine].ne(0).unbind(1))
+    if apart:
+        here.append(target.ne(0).any(dim=1))
+    codes = torch.zeros_like(target[:, 0], dtype=torch.int16)
+    for bit, holds in enumerate(here):
+        codes |= holds.to(torch.int16) << bit
+    if target.dtype == torch.bool:
+        return codes
+    wrong = (target.ne(0) & target.ne(1)).any(dim=1)
+    return _without_soft_labels(codes, wrong, "multi-hot (0 or 1 in each channel)", -1)
+
+
+def _labels_of_one_hot(target: Tensor) -> Tensor:
+    if target.dtype == torch.bool:
+        target = target.to(torch.uint8)
+    labels = target.argmax(dim=1, keepdim=True)
+    hot = target.gather(1, labels).eq(1) & target.ne(0).sum(dim=1, keepdim=True).eq(1)
+    form = "one-hot (a single 1 among the classes of each voxel)"
+    return _without_soft_labels(labels, ~hot, form, target.size(1))
+
+
+def _without_soft_labels(labels: Tensor, wrong: Tensor, form: str, none: int) -> Tensor:
+    """On the CPU an error; elsewhere it would have to wait for the device, and the loss turns a
+    label that is none into NaN."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return labels.masked_fill_(wrong, none)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"target: expected {form}, got other values at {int(wrong.sum())} voxels; soft labels "
+            "are not supported"
+        )
+    return labels
+
+
+def _heavier_inside(target: Any, risk: Any, weight: float) -> Any:
+    """The risk times MONAI's weight of the voxels inside; labels other than 0 and 1 stay wrong."""
+    if isinstance(target, list):
+        risks = [None] * len(target) if risk is None else risk
+        if not isinstance(risks, (list, tuple)) or len(risks) != len(target):
+            raise ValueError(
+                f"risk: expected a list of {len(target)} maps, one for each target, with weight"
+            )
+        return [_heavier_inside(*each, weight) for each in zip(target, risks, strict=True)]
+    factor = torch.where(target.eq(1), weight, 1.0)
+    if risk is None:
+        return factor
+    risk = plain_tensor("risk", risk)
+    return risk * (factor if risk.dim() == target.dim() else factor.squeeze(1))
+
+
+def _for_each(value: Any, function: Callable[..., Any], *options: Any) -> Any:
+    """Of a tensor, or of each in a list of them (deep supervision)."""
+    if isinstance(value, (list, tuple)):
+        return [function(each, *options) for each in value]
+    return function(value, *options)
+
+
+def _channels(value: Tensor, mine: slice) -> Tensor:
+    return value[:, mine]
+
+
+def _as_list(name: str, value: Any) -> list[float] | None:
+    """Class weights [C] as numbers, so that none of them is state."""
+    if value is None:
+        return None
+    weights = class_weights(name, value)
+    if weights.dim() != 1 or weights.size(0) == 0:
+        raise ValueError(f"{name}: expected [C], got shape {list(weights.shape)}")
+    return [float(each) for each in weights]
+
+
+def rounded(label: Tensor) -> Tensor:
+    """Resampling, nearest too, leaves labels such as 1e-15; what is no label stays what it is."""
+    if not label.is_floating_point():
+        return label
+    whole = label.round()
+    return torch.where((label - whole).abs() <= _ROUNDING, whole, label)
+
+
+def _mask(foreground: Any) -> Tensor:
+    mask = plain_tensor("foreground", foreground)
+    return mask.ne(0) if mask.is_floating_point() else mask
