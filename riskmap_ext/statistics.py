@@ -315,6 +315,15 @@ class TransferStatistics:
         )
 
 
+def sqrt_inverse_frequency(voxels: Tensor) -> Tensor:
+    """sqrt(1 / f_k) of the voxels of each class, with mean 1 over all of them; [C] float32."""
+    voxels = voxels.double()
+    frequencies = voxels / voxels.sum().clamp(min=1)
+    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
+    weights /= (weights * frequencies).sum().clamp(min=1e-12)
+    return weights.float()
+
+
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether both tables are the same, wherever they lie."""
     if one is None or other is None:

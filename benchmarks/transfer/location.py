@@ -17,8 +17,8 @@ from benchmarks.transfer.sources import Sources
 from riskmap_ext.finetune.config import IGNORE_INDEX
 from riskmap_ext.finetune.data import Case, class_voxels
 from riskmap_ext.finetune.maps import SourceMaps
-from riskmap_ext.finetune.stepper import sqrt_inverse_frequency
 from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.statistics import sqrt_inverse_frequency
 
 Volumes = Mapping[str, Tensor]
 

@@ -18,6 +18,7 @@ from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import Batch
 from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.statistics import sqrt_inverse_frequency
 
 # (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
 LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -176,14 +177,6 @@ def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) 
             "its labels right? loss.class_weights takes null, and numbers of your own"
         )
     return weights.to(device)
-
-
-def sqrt_inverse_frequency(voxels: Tensor) -> Tensor:
-    """sqrt(1 / f_k) of the voxels of each class, with mean 1 over all of them; [C] float32."""
-    frequencies = voxels / voxels.sum().clamp(min=1)
-    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
-    weights /= (weights * frequencies).sum().clamp(min=1e-12)
-    return weights.float()
 
 
 def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
