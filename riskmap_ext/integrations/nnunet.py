@@ -17,22 +17,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 except ImportError as error:
     raise ImportError(
         "riskmap_ext.integrations.nnunet needs nnU-Net >= 2.8: pip install nnunetv2"
     ) from error
 
 import riskmap_ext
-from riskmap_ext._checkpoints import load_plain
 from riskmap_ext._files import digest, read_torch, write_torch
+from riskmap_ext.integrations._nnunet_source import SourceNetwork, region_table, tile
 
 __all__ = ["SourceNetwork", "nnUNetTrainerRiskMap", "trainer_folder"]
 
@@ -43,51 +40,6 @@ _IGNORED = -100
 def trainer_folder() -> str:
     """The folder that ``nnUNet_extTrainer`` has to name for training and for prediction."""
     return str(Path(__file__).parent / "nnunet_trainers")
-
-
-class SourceNetwork:
-    """The network of an nnU-Net checkpoint with its own head, frozen.
-
-    The file is read with ``weights_only``: one that wants to run code is refused.
-
-    network: image [B, channels, *S] to logits [B, Z, *S], without deep supervision.
-    regions: the table [R, Z] of a model trained on regions, else None.
-    digest: of the weights.
-
-    Raises:
-        RuntimeError: a file that is no nnU-Net checkpoint, or of another number of input channels.
-    """
-
-    def __init__(self, path: str | Path, num_input_channels: int, device: torch.device) -> None:
-        content = _read_checkpoint(Path(path))
-        made_with = content["init_args"]
-        plans = PlansManager(dict(made_with["plans"]))
-        configuration = plans.get_configuration(made_with["configuration"])
-        labels = plans.get_label_manager(made_with["dataset_json"])
-        channels = determine_num_input_channels(plans, configuration, made_with["dataset_json"])
-        if channels != num_input_channels:
-            raise RuntimeError(
-                f"{path}: expected a model of {num_input_channels} input channels, as this data "
-                f"set has, got one of {channels}"
-            )
-        network = nnUNetTrainer.build_network_architecture(
-            plans, configuration, channels, labels.num_segmentation_heads, False
-        )
-        state = {
-            key.removeprefix("module."): value for key, value in content["network_weights"].items()
-        }
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
-            raise RuntimeError(f"{path}: its weights do not fit its own plans: {error}") from None
-        self.path = Path(path)
-        self.network = network.to(device).eval().requires_grad_(False)
-        self.regions = _region_table(labels)
-        self.digest = digest(*(part for key in sorted(state) for part in (key, state[key])))
-
-    def logits(self, image: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.network(image)
 
 
 class nnUNetTrainerRiskMap(nnUNetTrainer):
@@ -141,7 +93,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
         return _SwitchedLoss(
             plain,
             riskmap_ext.nn.RiskWeightedLoss(
-                regions=_region_table(labels),
+                regions=region_table(labels),
                 scale_weights=getattr(plain, "weight_factors", None),
                 **options,
             ).to(self.device),
@@ -267,34 +219,10 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
         for starts in itertools.product(
             *(range(0, size, length) for size, length in zip(data.shape[1:], patch, strict=True))
         ):
-            image, label = _tile(data, seg, starts, patch, ignored)
+            image, label = tile(data, seg, starts, patch, ignored)
             if flat:
                 image, label = image[:, 0], label[:, 0]
             yield image[None].to(self.device), label[None].to(self.device)
-
-
-def _tile(
-    data: Any, seg: Any, starts: Sequence[int], patch: Sequence[int], ignored: int
-) -> tuple[Tensor, Tensor]:
-    """The patch at `starts`, moved back where it would reach past the end, padded where it must."""
-    begins, ends, done, missing = [], [], [], []
-    for start, length, size in zip(starts, patch, data.shape[1:], strict=True):
-        begin = max(0, min(start, size - length))
-        begins.append(begin)
-        ends.append(min(begin + length, size))
-        done.append(start - begin)
-        missing.append(length - (ends[-1] - begin))
-    where = tuple(slice(begin, end) for begin, end in zip(begins, ends, strict=True))
-    image = torch.from_numpy(np.array(data[(slice(None), *where)], dtype=np.float32))
-    label = torch.from_numpy(np.array(seg[(slice(0, 1), *where)], dtype=np.int64))
-    label[label < 0] = 0  # outside of the image: background, as in training
-    for axis, seen in enumerate(done, start=1):
-        label.narrow(axis, 0, seen).fill_(ignored)
-    padding = [side for each in reversed(missing) for side in (0, each)]
-    return (
-        nn.functional.pad(image, padding),
-        nn.functional.pad(label, padding, value=ignored),
-    )
 
 
 class _SwitchedLoss(nn.Module):
@@ -319,32 +247,6 @@ def _option(name: str, arguments: Sequence[str]) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
-
-
-def _region_table(labels: Any) -> Tensor | None:
-    """[R, L] of nnU-Net's label manager, None where classes exclude each other."""
-    if not labels.has_regions:
-        return None
-    table = torch.zeros(len(labels.foreground_regions), len(labels.all_labels), dtype=torch.bool)
-    for row, region in zip(table, labels.foreground_regions, strict=True):
-        row[list(region) if isinstance(region, (tuple, list)) else [region]] = True
-    return table
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        content = load_plain(path)
-    except FileNotFoundError:
-        raise RuntimeError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # zip, pickle and torch errors of every kind
-        raise RuntimeError(
-            f"{path}: not loaded: it is damaged, or holds objects other than tensors, numbers and "
-            f"plain types, which would run code ({str(error).splitlines()[0]})"
-        ) from None
-    wanted = ("network_weights", "init_args")
-    if not isinstance(content, dict) or not all(key in content for key in wanted):
-        raise RuntimeError(f"{path}: expected an nnU-Net checkpoint with {' and '.join(wanted)}")
-    return content
 
 
 if __name__ == "__main__":
