@@ -151,7 +151,7 @@ def test_a_step_is_that_of_the_weighted_loss(source: Path) -> None:
             scale_weights=_weights(len(outputs)),
         )(outputs, batch["target"], risk)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    assert trainer.loss.risk is None
+    assert float(trainer.loss(outputs, batch["target"])) < float(expected)  # nnU-Net's own
 
 
 def _weights(scales: int) -> list[float]:
@@ -206,9 +206,8 @@ def test_a_map_of_ones_gives_the_loss_of_nnunet(source: Path) -> None:
     batch = next(trainer.dataloader_train)
     with torch.no_grad():
         outputs = trainer.network(batch["data"])
-        trainer.loss.risk = torch.ones_like(batch["target"][0], dtype=torch.float32)
-        weighted = trainer.loss(outputs, batch["target"])
-        trainer.loss.risk = None
+        with trainer.loss.weighted_by(torch.ones(batch["target"][0].shape)):
+            weighted = trainer.loss(outputs, batch["target"])
         plain = trainer.loss(outputs, batch["target"])
     assert float(weighted) == pytest.approx(float(plain) + 1, rel=1e-4)  # 1 - Dice for -Dice
 
@@ -230,7 +229,7 @@ def test_statistics_follow_the_labels(source: Path) -> None:
 def test_says_what_is_missing(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RISKMAP_SOURCE", raising=False)
     trainer = trainer_of("parts")
-    monkeypatch.setattr(trainer, "_statistics_path", lambda: folders / "none.pt")
+    trainer.output_folder = str(folders / "none")
     trainer.initialize()
     with pytest.raises(RuntimeError, match="expected the source model's checkpoint"):
         trainer.on_train_start()

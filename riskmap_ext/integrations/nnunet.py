@@ -1,11 +1,12 @@
-"""nnU-Net v2: a trainer whose loss is weighted by the transfer risk map of the pretrained model.
+"""nnU-Net v2: trainers whose loss is weighted by the transfer risk map of the pretrained model, or
+by voxel weights of your own.
 
 ::
 
     export nnUNet_extTrainer="$(python -m riskmap_ext.integrations.nnunet)"
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerRiskMap -pretrained_weights checkpoint.pth
 
-Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has a complete example.
+Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has the whole path.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
@@ -30,10 +33,17 @@ except ImportError as error:
 import riskmap_ext
 from riskmap_ext._files import digest, read_torch, write_torch
 from riskmap_ext.integrations._nnunet_source import SourceNetwork, region_table, tile
+from riskmap_ext.nn import RiskWeightedLoss
 
-__all__ = ["SourceNetwork", "nnUNetTrainerRiskMap", "trainer_folder"]
+__all__ = [
+    "SourceNetwork",
+    "nnUNetTrainerRiskMap",
+    "nnUNetTrainerVoxelWeights",
+    "trainer_folder",
+]
 
 SOURCE = "RISKMAP_SOURCE"  # environment: the checkpoint, where -pretrained_weights does not name it
+_STATISTICS = "riskmap_statistics.pt"
 _IGNORED = -100
 
 
@@ -42,8 +52,93 @@ def trainer_folder() -> str:
     return str(Path(__file__).parent / "nnunet_trainers")
 
 
-class nnUNetTrainerRiskMap(nnUNetTrainer):
-    """nnU-Net's trainer with risk-weighted cross-entropy + Dice in the place of its loss.
+class nnUNetTrainerVoxelWeights(nnUNetTrainer):
+    """nnU-Net's trainer with a weighted cross-entropy + Dice in the place of its loss.
+
+    A subclass gives the weights: :meth:`voxel_weights`. Without any, or with ones, the loss is
+    nnU-Net's own plus 1 (it has -Dice for 1 - Dice), on any number of GPUs: with ``batch_dice`` the
+    Dice is that of the batches of all processes, the scales of deep supervision have nnU-Net's
+    weights, regions and the ignore label are those of the data set. The loss of the validation
+    steps stays nnU-Net's own.
+
+    Settings are attributes, to be changed in a subclass:
+        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="valid"`` leaves
+            cross-entropy and Dice on the scale they have in nnU-Net's own loss.
+    """
+
+    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "valid"}
+
+    def voxel_weights(self, data: Tensor, target: Tensor) -> Tensor | None:
+        """Of a training batch [B, channels, *S] and its labels [B, 1, *S], both augmented.
+
+        Returns weights [B, *S] or [B, 1, *S], finite and >= 0; None: 1.
+        """
+        return None
+
+    def _build_loss(self) -> _SwitchedLoss:
+        plain = super()._build_loss()
+        regions, ignored = region_table(self.label_manager), self.label_manager.ignore_label
+        options = {
+            "ignore_index": _IGNORED if ignored is None else ignored,
+            "batch_dice": self.configuration_manager.batch_dice,
+            **self.loss_options,
+        }
+        options.setdefault("sync_dice", options["batch_dice"])
+        if regions is not None and ignored is not None:
+            # nnU-Net then adds the regions' cross-entropies up; else it takes their mean.
+            options["ce_weight"] = len(regions) * options.get("ce_weight", 1.0)
+        scales = getattr(plain, "weight_factors", None)
+        weighted = _WeightedLoss(regions=regions, scale_weights=scales, **options)
+        return _SwitchedLoss(plain, weighted.to(self.device))
+
+    @staticmethod
+    def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
+        """nnU-Net's own, but targets stay labels: the loss makes the regions of them."""
+        kwargs["regions"] = None
+        return nnUNetTrainer.get_training_transforms(*args, **kwargs)
+
+    def train_step(self, batch: dict) -> dict:
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        finest = target[0] if isinstance(target, (list, tuple)) else target
+        weights = self.voxel_weights(data, finest.to(self.device, non_blocking=True))
+        with self.loss.weighted_by(weights):
+            return super().train_step({**batch, "data": data})
+
+    def _once(self, name: str, of: Sequence[Any], make: Callable[[Any], dict]) -> dict:
+        """What `make` finds in the training cases, kept in the output folder.
+
+        of: what it depends on beside the cases. make: gets this process's share of them, and adds
+        up what all processes have found.
+        """
+        keys, _ = self.do_split()
+        made_of = digest(*of, self.configuration_name, self._data_digest(keys))
+        path = Path(self.output_folder) / name
+        stored = read_torch(path)
+        if stored and stored["made_of"] == made_of:
+            return stored
+        mine = keys[self.local_rank :: dist.get_world_size()] if self.is_ddp else keys
+        content = {
+            "made_of": made_of,
+            **make(self.dataset_class(self.preprocessed_dataset_folder, mine)),
+        }
+        if self.local_rank == 0:
+            write_torch(path, content)
+        return content
+
+    def _data_digest(self, keys: Sequence[str]) -> str:
+        """Of the preprocessed files by size and time, and of plans and labels."""
+        folder, wanted = Path(self.preprocessed_dataset_folder), set(keys)
+        files = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(folder.iterdir())
+            if path.name.split(".")[0].removesuffix("_seg") in wanted
+        ]
+        return digest(files, self.plans_manager.plans, self.dataset_json)
+
+
+class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
+    """nnU-Net's trainer with the transfer risk map as voxel weights.
 
     The source is the pretrained checkpoint with its own head (``-pretrained_weights``, or the
     environment variable RISKMAP_SOURCE); it is read, and refused if it wants to run code, when the
@@ -51,19 +146,14 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
     is run over every training case, tile by tile, for the LEEP statistics; they are kept in
     ``riskmap_statistics.pt`` in the output folder, so that ``--c`` goes on with them. In every
     training step the source sees the augmented batch, and the risk map of the finest scale weights
-    all scales of deep supervision. The loss of the validation steps stays nnU-Net's own.
-
-    Regions and the ignore label are those of the data set. With several GPUs the Dice of each
-    process is its own, as with ``batch_dice`` off.
+    all scales of deep supervision.
 
     Settings are attributes, to be changed in a subclass:
         risk_options: of :func:`riskmap_ext.risk_map` (scheme, base, alpha, scale).
-        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="valid"`` leaves
-            cross-entropy and Dice on the scale they have in nnU-Net's own loss.
+        loss_options: see :class:`nnUNetTrainerVoxelWeights`.
     """
 
     risk_options: ClassVar[dict[str, Any]] = {}
-    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "valid"}
 
     def __init__(
         self,
@@ -81,29 +171,6 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             )
         self.source: SourceNetwork | None = None
         self.statistics: riskmap_ext.TransferStatistics | None = None
-
-    def _build_loss(self) -> nn.Module:
-        plain = super()._build_loss()
-        labels = self.label_manager
-        options = {
-            "ignore_index": _IGNORED if labels.ignore_label is None else labels.ignore_label,
-            "batch_dice": self.configuration_manager.batch_dice,
-            **self.loss_options,
-        }
-        return _SwitchedLoss(
-            plain,
-            riskmap_ext.nn.RiskWeightedLoss(
-                regions=region_table(labels),
-                scale_weights=getattr(plain, "weight_factors", None),
-                **options,
-            ).to(self.device),
-        )
-
-    @staticmethod
-    def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
-        """nnU-Net's own, but targets stay labels: the loss makes the regions of them."""
-        kwargs["regions"] = None
-        return nnUNetTrainer.get_training_transforms(*args, **kwargs)
 
     def initialize(self) -> None:
         super().initialize()
@@ -125,17 +192,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             f"{self.statistics.hardness_range[1]:.3f}"
         )
 
-    def train_step(self, batch: dict) -> dict:
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        finest = target[0] if isinstance(target, (list, tuple)) else target
-        self.loss.risk = self._risk(data, finest.to(self.device, non_blocking=True))
-        try:
-            return super().train_step({**batch, "data": data})
-        finally:
-            self.loss.risk = None
-
-    def _risk(self, data: Tensor, target: Tensor) -> Tensor:
+    def voxel_weights(self, data: Tensor, target: Tensor) -> Tensor:
         assert self.source is not None
         assert self.statistics is not None
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
@@ -159,56 +216,36 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
                 f"nnUNetTrainerRiskMap: -pretrained_weights {flag} and {SOURCE}={variable} differ; "
                 "unset one of them"
             )
-        stored = read_torch(self._statistics_path()) or {}
+        stored = read_torch(Path(self.output_folder) / _STATISTICS) or {}
         given = flag or variable or stored.get("source")
         return Path(given) if given else None
 
-    def _statistics_path(self) -> Path:
-        return Path(self.output_folder) / "riskmap_statistics.pt"
-
     def _statistics(self) -> riskmap_ext.TransferStatistics:
-        """Of all training cases; kept in the output folder by source and cases."""
+        """Of all training cases."""
         assert self.source is not None
-        keys, _ = self.do_split()
-        ignore = self.label_manager.ignore_label
+        ignored = self.label_manager.ignore_label
         statistics = riskmap_ext.TransferStatistics(
             len(self.label_manager.all_labels),
-            ignore_index=_IGNORED if ignore is None else ignore,
+            ignore_index=_IGNORED if ignored is None else ignored,
             regions=self.source.regions,
         )
-        made_of = digest(self.source.digest, self.configuration_name, self._data_digest(keys))
-        stored = read_torch(self._statistics_path())
-        if stored and stored["made_of"] == made_of:
-            statistics.load_state_dict(stored["statistics"])
-            return statistics
-        mine = keys[self.local_rank :: torch.distributed.get_world_size()] if self.is_ddp else keys
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, mine)
-        for step in (statistics.update, statistics.update_range):
-            for key in mine:
-                for image, label in self._tiles(dataset, key, statistics.ignore_index):
-                    with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-                        logits = self.source.logits(image)
-                    step(logits, label)
-            if self.is_ddp:
-                statistics.all_reduce()
-        if self.local_rank == 0:
-            content = {
-                "source": str(self.source.path.resolve()),
-                "made_of": made_of,
-                "statistics": statistics.state_dict(),
-            }
-            write_torch(self._statistics_path(), content)
-        return statistics
 
-    def _data_digest(self, keys: Sequence[str]) -> str:
-        """Of the preprocessed files by size and time, and of plans and labels."""
-        folder, wanted = Path(self.preprocessed_dataset_folder), set(keys)
-        files = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(folder.iterdir())
-            if path.name.split(".")[0].removesuffix("_seg") in wanted
-        ]
-        return digest(files, self.plans_manager.plans, self.dataset_json)
+        def make(dataset: Any) -> dict[str, Any]:
+            assert self.source is not None
+            for step in (statistics.update, statistics.update_range):
+                for key in dataset.identifiers:
+                    for image, label in self._tiles(dataset, key, statistics.ignore_index):
+                        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+                            logits = self.source.logits(image)
+                        step(logits, label)
+                if self.is_ddp:
+                    statistics.all_reduce()
+            path = str(self.source.path.resolve())
+            return {"source": path, "statistics": statistics.state_dict()}
+
+        found = self._once(_STATISTICS, (self.source.digest,), make)
+        statistics.load_state_dict(found["statistics"])
+        return statistics
 
     def _tiles(self, dataset: Any, key: str, ignored: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches that cover a preprocessed case; each voxel is labelled in one of them alone."""
@@ -225,18 +262,45 @@ class nnUNetTrainerRiskMap(nnUNetTrainer):
             yield image[None].to(self.device), label[None].to(self.device)
 
 
-class _SwitchedLoss(nn.Module):
-    """nnU-Net's own loss, or the weighted one while a risk map is set."""
+class _WeightedLoss(RiskWeightedLoss):
+    """With an ignore label nnU-Net's cross-entropy is the mean over the valid voxels of the batch,
+    where ``normalization="valid"`` takes the mean over the images of theirs."""
 
-    def __init__(self, plain: nn.Module, weighted: nn.Module) -> None:
+    def _one_scale(self, logits: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
+        ignored = self.options["ignore_index"]
+        if ignored != _IGNORED and self.options.get("normalization") == "valid":
+            valid = (target != ignored).flatten(1).sum(dim=1)
+            share = valid * len(valid) / valid.sum().clamp(min=1)
+            share = share.view(-1, *[1] * (target.dim() - 1))
+            risk = share if risk is None else risk.reshape(target.shape) * share
+            risk = risk.expand(target.shape)
+        return super()._one_scale(logits, target, risk, foreground)
+
+
+class _SwitchedLoss(nn.Module):
+    """nnU-Net's own loss; in a training step the weighted one."""
+
+    plain: nn.Module
+    weighted: RiskWeightedLoss
+
+    def __init__(self, plain: nn.Module, weighted: RiskWeightedLoss) -> None:
         super().__init__()
         self.plain, self.weighted = plain, weighted
-        self.risk: Tensor | None = None
+        self._on = False
+        self._risk: Tensor | None = None
+
+    @contextmanager
+    def weighted_by(self, risk: Tensor | None) -> Iterator[None]:
+        self._on, self._risk = True, risk
+        try:
+            yield
+        finally:
+            self._on, self._risk = False, None
 
     def forward(self, output: Any, target: Any) -> Tensor:
-        if self.risk is None:
+        if not self._on:
             return self.plain(output, target)
-        return self.weighted(output, target, self.risk)
+        return self.weighted(output, target, self._risk)
 
 
 def _option(name: str, arguments: Sequence[str]) -> str | None:
