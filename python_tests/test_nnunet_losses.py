@@ -7,17 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from riskmap_ext._files import read_torch
 from riskmap_ext.integrations.nnunet import (
+    nnUNetTrainerClassWeights,
     nnUNetTrainerRiskMap,
     nnUNetTrainerVoxelWeights,
 )
@@ -104,6 +108,56 @@ def test_a_map_of_ones_gives_nnunets_loss(kind: str, batch_dice: bool) -> None:
         assert_same(derived(loss(logits, targets), logits), [value + 1, *gradients])
 
 
+@pytest.mark.parametrize("kind", ["classes", "classes, ignored"])
+def test_class_weights_are_divided_by_the_valid_voxels(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nnUNetTrainerClassWeights, "class_weights", [0.5, 2, 4])
+    loss, (logits, targets) = loss_of(kind, True, nnUNetTrainerClassWeights), batch(kind)
+    weights = torch.tensor([0.5, 2.0, 4.0])
+    expected = loss.plain(logits, targets) + 1
+    for scale, x, label in zip((2 / 3, 1 / 3), logits, targets, strict=False):
+        y = label[:, 0]
+        each = F.cross_entropy(x, y, weights, ignore_index=3, reduction="sum")
+        plain = F.cross_entropy(x, y, ignore_index=3, reduction="sum")
+        expected = expected + scale * (each - plain) / (y != 3).sum()
+    with loss.weighted_by(None):
+        assert_same(derived(loss(logits, targets), logits), derived(expected, logits))
+
+
+def test_class_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = nnUNetTrainerClassWeights
+    with pytest.raises(ValueError, match=r"class_weights: .* one per region, .* regions overlap"):
+        loss_of("regions", True, make)
+    monkeypatch.setattr(make, "class_weights", [1, 2])
+    assert loss_of("regions", True, make).weighted.weight.tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"expected 3 numbers, one per class, .* got 2"):
+        loss_of("classes", True, make)
+    monkeypatch.setattr(make, "class_weights", [1, 2, -1])
+    with pytest.raises(ValueError, match=r"class_weights: .*-1"):
+        loss_of("classes", True, make)
+
+
+class Cases:
+    """Case i has i voxels of class 1, and one of class 0 outside of the image."""
+
+    def __init__(self, folder: Path, identifiers: list[int]) -> None:
+        self.identifiers = identifiers
+
+    def load_case(self, number: int) -> tuple[None, np.ndarray]:
+        return None, np.array([[-1] + [1] * number + [3] * 5], dtype=np.int16)
+
+
+def voxels_of_two_processes(folder: Path) -> Tensor:
+    trainer = trainer_of("classes, ignored", True, nnUNetTrainerClassWeights, ddp=True)
+    trainer.local_rank, trainer.dataset_class = dist.get_rank(), Cases
+    trainer.configuration_name, trainer.preprocessed_dataset_folder = "2d", folder
+    trainer.output_folder = folder
+    trainer.do_split = lambda: ([1, 2, 3, 4, 5], [])
+    trainer._data_digest = lambda keys: ""
+    return trainer._once("weights.pt", (), trainer._count)["voxels"]
+
+
 def losses_of_process(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
@@ -117,7 +171,8 @@ def losses_of_process(rank: int, folder: str) -> None:
                 weighted(loss, logits, targets),
                 derived(loss(logits, for_nnunet(kind, targets)), logits),
             )
-    torch.save(found, f"{folder}/{rank}.pt")
+    voxels = voxels_of_two_processes(Path(folder))
+    torch.save((found, voxels), f"{folder}/{rank}.pt")
     gc.collect()
     dist.destroy_process_group()
 
@@ -126,7 +181,11 @@ def losses_of_process(rank: int, folder: str) -> None:
 def test_two_processes_have_nnunets_loss_and_that_of_one(tmp_path: Path) -> None:
     """DistributedDataParallel takes the mean of the gradients, we of the losses."""
     mp.spawn(losses_of_process, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    (first, voxels), (second, same) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert voxels.tolist() == same.tolist() == [5, 15, 0]
+    assert torch.equal(read_torch(tmp_path / "weights.pt")["voxels"], voxels)
     for name in first:
         kind, batch_dice = name.rsplit(" ", 1)
         for ours, (value, *gradients) in (first[name], second[name]):

@@ -1,10 +1,11 @@
-"""nnU-Net v2: trainers whose loss is weighted by the transfer risk map of the pretrained model, or
-by voxel weights of your own.
+"""nnU-Net v2: trainers whose loss is weighted by the transfer risk map of the pretrained model, by
+class weights, or by voxel weights of your own.
 
 ::
 
     export nnUNet_extTrainer="$(python -m riskmap_ext.integrations.nnunet)"
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerRiskMap -pretrained_weights checkpoint.pth
+    nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerClassWeights
 
 Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has the whole path.
 """
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,12 +33,15 @@ except ImportError as error:
     ) from error
 
 import riskmap_ext
+from riskmap_ext._arguments import class_weights
 from riskmap_ext._files import digest, read_torch, write_torch
 from riskmap_ext.integrations._nnunet_source import SourceNetwork, region_table, tile
 from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.statistics import sqrt_inverse_frequency
 
 __all__ = [
     "SourceNetwork",
+    "nnUNetTrainerClassWeights",
     "nnUNetTrainerRiskMap",
     "nnUNetTrainerVoxelWeights",
     "trainer_folder",
@@ -135,6 +140,67 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
             if path.name.split(".")[0].removesuffix("_seg") in wanted
         ]
         return digest(files, self.plans_manager.plans, self.dataset_json)
+
+
+class nnUNetTrainerClassWeights(nnUNetTrainerVoxelWeights):
+    """nnU-Net's trainer with class weights in its cross-entropy; needs no source model.
+
+    The weights are sqrt(1/f) with mean 1 over the training voxels, 0 for a class that they lack. f
+    is counted once, in the preprocessed training cases of the fold without ignored voxels, and kept
+    in ``riskmap_class_weights.pt`` in the output folder, so that ``--c`` goes on with it. The
+    cross-entropy is divided by the number of valid voxels, not by the sum of their weights. The
+    Dice is not weighted.
+
+    Settings are attributes, to be changed in a subclass:
+        class_weights: numbers of your own, finite and >= 0: one per class, background first; for a
+            data set of regions one per region, as in its dataset.json. Regions overlap, so that
+            their shares do not add up to 1: sqrt(1/f) is not defined for them.
+        loss_options: see :class:`nnUNetTrainerVoxelWeights`.
+    """
+
+    class_weights: ClassVar[Sequence[float] | None] = None
+
+    def _build_loss(self) -> _SwitchedLoss:
+        loss = super()._build_loss()
+        labels, given = self.label_manager, self.class_weights
+        if given is None:
+            if labels.has_regions:
+                raise ValueError(
+                    f"class_weights: expected {labels.num_segmentation_heads} numbers, one per "
+                    "region, got None; regions overlap, so sqrt(1/f) is not defined for them"
+                )
+        elif len(given) != labels.num_segmentation_heads:
+            raise ValueError(
+                f"class_weights: expected {labels.num_segmentation_heads} numbers, "
+                + ("one per region" if labels.has_regions else "one per class, background first")
+                + f", got {len(given)}"
+            )
+        else:
+            loss.weighted.weight = class_weights("class_weights", given, self.device)
+        return loss
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.class_weights is None:
+            found = self._once("riskmap_class_weights.pt", (), self._count)
+            weights = sqrt_inverse_frequency(found["voxels"])
+            self.loss.weighted.weight = weights.to(self.device)
+        numbers = ", ".join(f"{weight:.3g}" for weight in self.loss.weighted.weight)
+        self.print_to_log_file(f"class weights, background first: {numbers}")
+
+    def _count(self, dataset: Any) -> dict[str, Any]:
+        classes = len(self.label_manager.all_labels)
+        voxels = torch.zeros(classes, dtype=torch.int64)
+        for key in dataset.identifiers:
+            _, seg, *_ = dataset.load_case(key)
+            # Outside of the image: background, as in training.
+            labels = torch.from_numpy(np.array(seg[0])).clamp(min=0).flatten()
+            voxels += torch.bincount(labels, minlength=classes)[:classes]  # the last may be ignored
+        if self.is_ddp:
+            everywhere = voxels.to(self.device)
+            dist.all_reduce(everywhere)
+            voxels = everywhere.cpu()
+        return {"voxels": voxels}
 
 
 class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
