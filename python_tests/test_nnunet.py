@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,14 +19,24 @@ import numpy as np
 import pytest
 import torch
 from nnunet_data import write_raw_data_set
-from test_howto import blocks, run_command
+from test_howto import HOWTO, blocks, run_command
 from torch import Tensor
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 pytest.importorskip("dynamic_network_architectures", reason="needs nnU-Net's networks")
 
+from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints
+from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
+    entry_point_move_plans_between_datasets,
+)
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point
+from nnunetv2.run.run_training import maybe_load_checkpoint, run_training_entry
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
 import riskmap_ext
 from riskmap_ext.integrations import nnunet
+from riskmap_ext.statistics import sqrt_inverse_frequency
 
 pytestmark = pytest.mark.slow
 CASES = 6
@@ -75,9 +88,11 @@ def _prepare() -> None:
     api.preprocess(numbers, configurations=["3d_fullres"], num_processes=[1])
 
 
-def trainer_of(kind: str, make: type = nnunet.nnUNetTrainerRiskMap) -> Any:
+def trainer_of(
+    kind: str, make: type = nnunet.nnUNetTrainerRiskMap, plans_name: str = "nnUNetPlans"
+) -> Any:
     folder = Path(os.environ["nnUNet_preprocessed"]) / NAMES[kind]  # noqa: SIM112
-    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    plans = json.loads((folder / f"{plans_name}.json").read_text()) | {"continue_training": False}
     labels = json.loads((folder / "dataset.json").read_text())
     trainer = make(plans, "3d_fullres", 0, labels, torch.device("cpu"))
     trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
@@ -246,8 +261,6 @@ def test_refuses_a_checkpoint_that_runs_code(
     monkeypatch.chdir(tmp_path)
     torch.save({"network_weights": {}, "init_args": {}, "logging": _Runs()}, tmp_path / "bad.pth")
     cpu = torch.device("cpu")
-    from nnunetv2.run.run_training import maybe_load_checkpoint
-
     monkeypatch.setenv("RISKMAP_SOURCE", str(tmp_path / "bad.pth"))
     with pytest.raises(RuntimeError, match=r"bad\.pth: not loaded: .*would run code"):
         # as the command line does
@@ -263,16 +276,129 @@ def test_refuses_a_checkpoint_that_runs_code(
 
 
 def test_example(source: Path, tmp_path: Path) -> None:
-    _, example = blocks("nnunet")
+    *_, example = blocks("nnunet")
     small = {"DATASET": NAMES["parts"], "EPOCHS": "1", "ITERATIONS": "1"}
     output = run_command([sys.executable, "-c", example], tmp_path, **small)
     assert re.search(r"LEEP -\d\.\d", output)
 
 
-def test_is_found_in_its_folder() -> None:
+def test_class_weights_are_counted_once(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the training cases without ignored voxels, with mean 1; no source."""
+    monkeypatch.delenv("RISKMAP_SOURCE", raising=False)
+    make = nnunet.nnUNetTrainerClassWeights
+    trainer = trainer_of("ignored", make)
+    trainer.run_training()
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=-1))
+    keys, _ = trainer.do_split()
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, keys)
+    labels = np.concatenate([np.array(dataset.load_case(key)[1]).ravel() for key in keys])
+    counts = np.bincount(np.maximum(labels, 0))
+    assert counts[3] > 0
+    share = counts[:3] / counts[:3].sum()
+    expected = torch.tensor(share**-0.5 / (share**0.5).sum(), dtype=torch.float32)
+    torch.testing.assert_close(trainer.loss.weighted.weight, expected)
+    logged = ", ".join(f"{weight:.3g}" for weight in expected)
+    assert f"class weights, background first: {logged}" in capsys.readouterr().out
+    again = trainer_of("ignored", make)
+    monkeypatch.setattr(make, "_count", None)
+    again.on_train_start()
+    assert torch.equal(again.loss.weighted.weight, trainer.loss.weighted.weight)
+
+
+def test_a_class_without_voxels_has_no_weight() -> None:
+    weights = sqrt_inverse_frequency(torch.tensor([90, 0, 10]))
+    assert weights[1] == 0
+    assert float(weights @ torch.tensor([0.9, 0.0, 0.1])) == pytest.approx(1)
+
+
+def test_settings_of_the_page(folders: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("nnunet")[1], names)
+    power = trainer_of("parts", names["nnUNetTrainerRiskMapPower"])
+    power.initialize()
+    assert power.loss.weighted.options["dice_weight"] == 0.5
+    assert power.risk_options["alpha"] == 0.5
+    tumour = trainer_of("parts", names["nnUNetTrainerTumour"])
+    tumour.on_train_start()
+    assert tumour.loss.weighted.weight.tolist() == [1, 1, 4]
+    bright = trainer_of("parts", names["nnUNetTrainerBright"])
+    bright.on_train_start()
+    batch = next(bright.dataloader_train)
+    network = copy.deepcopy(bright.network)
+    loss = float(bright.train_step(batch)["loss"])
+    with torch.no_grad(), bright.loss.weighted_by(torch.exp(batch["data"][:, :1].clamp(-2, 2))):
+        assert loss == pytest.approx(float(bright.loss(network(batch["data"]), batch["target"])))
+
+
+def test_somebody_elses_checkpoint(
+    checkpoint: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's steps as they stand, for a model of which nothing but its results is there."""
+    model = checkpoint.parent.parent
+    other = folders / "results" / "Dataset499_other" / model.name
+    shutil.copytree(model, other)
+    (steps,) = re.findall(r"^```bash\n(SOURCE=.*?)^```$", page(), flags=re.DOTALL | re.MULTILINE)
+    steps = steps.replace("Dataset291_Organs", "Dataset499_other").replace("501_Kidneys", "501")
+    steps = steps.replace("Dataset501", NAMES["parts"]).replace("501", NAMES["parts"][7:10])
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run_command(["bash", "-euc", steps], tmp_path, PATH=scripts, nnUNet_def_n_proc="1")
+    script = tmp_path / "nnUNetTrainerRiskMapFinetune.py"
+    script.write_text(blocks("nnunet")[0], encoding="utf-8")
+    trainer = trainer_of("parts", found_by_nnunet(script.stem, tmp_path), "nnUNetPlansOf291")
+    monkeypatch.setenv("RISKMAP_SOURCE", str(other / "fold_0" / "checkpoint_final.pth"))
+    maybe_load_checkpoint(trainer, False, False, os.environ["RISKMAP_SOURCE"])
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    trainer.run_training()
+    assert "nnUNetPlansOf291" in trainer.output_folder
+    assert trainer.statistics.joint.shape == (3, 2)
+
+
+ENTRIES = {
+    "nnUNetv2_extract_fingerprint": plan_and_preprocess_entrypoints.extract_fingerprint_entry,
+    "nnUNetv2_install_pretrained_model_from_zip": install_from_zip_entry_point,
+    "nnUNetv2_move_plans_between_datasets": entry_point_move_plans_between_datasets,
+    "nnUNetv2_predict": predict_entry_point,
+    "nnUNetv2_preprocess": plan_and_preprocess_entrypoints.preprocess_entry,
+    "nnUNetv2_train": run_training_entry,
+}
+
+
+def test_commands_of_the_page_are_nnunets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by nnU-Net's own parser, and strictly: some of them pass over what they do not know."""
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse(self: argparse.ArgumentParser) -> None:
+        _, unknown = known(self)
+        assert unknown == []
+        raise StopIteration
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    lines = re.findall(r"(?:^|`)(nnUNetv2_\w+ [^`\n#]+)", page(), flags=re.MULTILINE)
+    assert {line.split()[0] for line in lines} == set(ENTRIES)
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(StopIteration):
+            ENTRIES[sys.argv[0]]()
+
+
+def page() -> str:
+    return (HOWTO / "nnunet.md").read_text(encoding="utf-8")
+
+
+def found_by_nnunet(name: str, folder: Path) -> Any:
+    return recursive_find_python_class(
+        str(folder), name, None, base_folder=str(folder), cleanup_imports_from_base_folder=True
+    )
+
+
+def test_are_found_in_their_folder() -> None:
     folder = Path(nnunet.trainer_folder())
-    assert [path.name for path in folder.glob("nn*.py")] == ["nnUNetTrainerRiskMap.py"]
     found = run_command([sys.executable, "-m", "riskmap_ext.integrations.nnunet"], folder)
     assert Path(found.strip()) == folder
-    code = "import nnUNetTrainerRiskMap as m; print(m.nnUNetTrainerRiskMap.__mro__[1].__name__)"
-    assert run_command([sys.executable, "-c", code], folder).strip() == "nnUNetTrainer"
+    names = {"nnUNetTrainerClassWeights", "nnUNetTrainerRiskMap"}
+    assert {path.stem for path in folder.glob("nn*.py")} == names
+    for name in names:
+        assert found_by_nnunet(name, folder) is getattr(nnunet, name)
