@@ -67,11 +67,11 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
     steps stays nnU-Net's own.
 
     Settings are attributes, to be changed in a subclass:
-        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="valid"`` leaves
+        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="batch_valid"`` leaves
             cross-entropy and Dice on the scale they have in nnU-Net's own loss.
     """
 
-    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "valid"}
+    loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "batch_valid"}
 
     def voxel_weights(self, data: Tensor, target: Tensor) -> Tensor | None:
         """Of a training batch [B, channels, *S] and its labels [B, 1, *S], both augmented.
@@ -93,7 +93,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
             # nnU-Net then adds the regions' cross-entropies up; else it takes their mean.
             options["ce_weight"] = len(regions) * options.get("ce_weight", 1.0)
         scales = getattr(plain, "weight_factors", None)
-        weighted = _WeightedLoss(regions=regions, scale_weights=scales, **options)
+        weighted = RiskWeightedLoss(regions=regions, scale_weights=scales, **options)
         return _SwitchedLoss(plain, weighted.to(self.device))
 
     @staticmethod
@@ -326,21 +326,6 @@ class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
             if flat:
                 image, label = image[:, 0], label[:, 0]
             yield image[None].to(self.device), label[None].to(self.device)
-
-
-class _WeightedLoss(RiskWeightedLoss):
-    """With an ignore label nnU-Net's cross-entropy is the mean over the valid voxels of the batch,
-    where ``normalization="valid"`` takes the mean over the images of theirs."""
-
-    def _one_scale(self, logits: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
-        ignored = self.options["ignore_index"]
-        if ignored != _IGNORED and self.options.get("normalization") == "valid":
-            valid = (target != ignored).flatten(1).sum(dim=1)
-            share = valid * len(valid) / valid.sum().clamp(min=1)
-            share = share.view(-1, *[1] * (target.dim() - 1))
-            risk = share if risk is None else risk.reshape(target.shape) * share
-            risk = risk.expand(target.shape)
-        return super()._one_scale(logits, target, risk, foreground)
 
 
 class _SwitchedLoss(nn.Module):
