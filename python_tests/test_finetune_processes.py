@@ -76,6 +76,7 @@ def test_same_statistics_and_loss_curve_as_one_process(
         "data": {"train": 3, "validation": 2},
         "source": {"checkpoint": str(source)},
         "risk": {"use": True},
+        "loss": {"batch_dice": True},
         "train": TRAIN,
         "write": {"overlays": 1, "tensorboard": True},
     }

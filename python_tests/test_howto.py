@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import riskmap_ext
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+README = Path(__file__).parents[1] / "README.md"
 NEEDS = {"pytorch": (), "monai": ("monai", "ignite"), "lightning": ("lightning",)}
 
 
@@ -51,18 +55,35 @@ def _require(name: str) -> None:
 @pytest.mark.parametrize("name", ["monai", "lightning"])
 def test_example(name: str, tmp_path: Path) -> None:
     _require(name)
-    (code,) = blocks(name)
-    assert re.search(r"LEEP -\d\.\d", run(code, tmp_path))
+    assert re.search(r"LEEP -\d\.\d", run("".join(blocks(name)), tmp_path))
 
 
 @pytest.mark.slow
 def test_pytorch(tmp_path: Path) -> None:
     """The loop and the compiled step; the part for several processes is in test_distributed."""
-    loop, compiled, processes = blocks("pytorch")
-    losses = re.findall(r"epoch \d: loss ([\d.]+)", run(loop + compiled, tmp_path))
+    loop, other_weights, compiled, processes = blocks("pytorch")
+    losses = re.findall(r"epoch \d: loss ([\d.]+)", run(loop + other_weights + compiled, tmp_path))
     assert len(losses) == 3
     assert float(losses[-1]) < float(losses[0])
     assert "all_reduce" in processes
+
+
+def test_readme_weights() -> None:
+    """The README's boundary and class weights, on labels with a hole at an edge of the image."""
+    _, code = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    label = torch.zeros(1, 6, 6, 6, dtype=torch.int64)
+    label[:, :2] = 1
+    label[:, :, 4:] = 2
+    names = {"torch": torch, "riskmap_ext": riskmap_ext, "label": label}
+    names["logits"] = torch.randn(1, 3, 6, 6, 6)
+    exec(code, names)
+    assert names["boundary"].min() == 0
+    assert names["boundary"][0, 0, 0, 0] == 0  # far from both boundaries, at a corner
+    assert names["boundary"][0, 1, 0, 0] > 0
+    assert names["loss"].isfinite()
+    torch.testing.assert_close(names["weight"][label].mean(), torch.tensor(1.0))
 
 
 def test_every_page_is_tried() -> None:

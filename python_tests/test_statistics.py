@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -321,3 +322,31 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert found["score"] == pytest.approx(whole.score, rel=1e-7)
         assert math.isclose(found["range"][0], whole.hardness_range[0], rel_tol=1e-6)
         assert math.isclose(found["range"][1], whole.hardness_range[1], rel_tol=1e-6)
+
+
+class TestSqrtInverseFrequency:
+    def test_worked_by_hand(self) -> None:
+        weights = riskmap_ext.sqrt_inverse_frequency([900, 0, 100])
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights[2] / weights[0], torch.tensor(3.0))
+        assert weights[1] == 0
+        assert (0.9 * weights[0] + 0.1 * weights[2]).item() == pytest.approx(1.0)
+
+    def test_counts_of_any_kind(self) -> None:
+        expected = riskmap_ext.sqrt_inverse_frequency([900, 0, 100])
+        for counts in (torch.tensor([900, 0, 100]), torch.tensor([0.9, 0.0, 0.1])):
+            torch.testing.assert_close(riskmap_ext.sqrt_inverse_frequency(counts), expected)
+
+    @pytest.mark.parametrize(
+        ("counts", "error", "words"),
+        [
+            (5, TypeError, "sequence"),
+            ([1, -2], ValueError, ">= 0"),
+            ([1, "2"], TypeError, "number"),
+            ([], ValueError, r"\[C\]"),
+            (torch.ones(2, 2), ValueError, r"\[2, 2\]"),
+        ],
+    )
+    def test_bad_counts(self, counts: Any, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=f"^counts: .*{words}"):
+            riskmap_ext.sqrt_inverse_frequency(counts)

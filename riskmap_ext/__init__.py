@@ -20,7 +20,7 @@ from riskmap_ext.ops import (  # noqa: E402
     transferability_map,
     weighted_loss,
 )
-from riskmap_ext.statistics import TransferStatistics  # noqa: E402
+from riskmap_ext.statistics import TransferStatistics, sqrt_inverse_frequency  # noqa: E402
 
 try:
     __version__ = version("riskmap-ext")
@@ -36,6 +36,7 @@ __all__ = [
     "nn",
     "reference",
     "risk_map",
+    "sqrt_inverse_frequency",
     "transferability_map",
     "weighted_loss",
 ]

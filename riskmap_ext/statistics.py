@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from riskmap_ext._arguments import integer, plain_tensor, region_table
+from riskmap_ext._arguments import integer, number_sequence, plain_tensor, region_table
 from riskmap_ext.ops import conditional, leep_statistics, transferability_map
 from riskmap_ext.ops.leep_statistics import NOT_FINITE
 
@@ -315,9 +316,26 @@ class TransferStatistics:
         )
 
 
-def sqrt_inverse_frequency(voxels: Tensor) -> Tensor:
-    """sqrt(1 / f_k) of the voxels of each class, with mean 1 over all of them; [C] float32."""
-    voxels = voxels.double()
+def sqrt_inverse_frequency(counts: Tensor | Sequence[float]) -> Tensor:
+    r"""Class weights :math:`\sqrt{1 / f_k}`, scaled to a mean of 1 over the voxels.
+
+    Args:
+        counts: voxels of each class, or their shares f, [C]; a tensor or a sequence of numbers,
+            finite and >= 0. ``TransferStatistics.class_frequencies`` are those of a training set.
+
+    Returns:
+        [C] float32 on the device of ``counts``, for ``weight`` of
+        :func:`riskmap_ext.weighted_loss`; 0 for a class without voxels.
+
+    Raises:
+        TypeError, ValueError: ``counts`` of another type or shape.
+    """
+    if isinstance(counts, torch.Tensor):
+        voxels = plain_tensor("counts", counts).double()
+    else:
+        voxels = torch.tensor(number_sequence("counts", counts, 0.0), dtype=torch.float64)
+    if voxels.dim() != 1 or voxels.size(0) == 0:
+        raise ValueError(f"counts: expected [C], got shape {list(voxels.shape)}")
     frequencies = voxels / voxels.sum().clamp(min=1)
     weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
     weights /= (weights * frequencies).sum().clamp(min=1e-12)

@@ -39,7 +39,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t s
   (void)stream;
   cuda_on_host::launch(kernel, grid, block, arguments...);
 #else
-  kernel<<<grid, block, 0, stream> > >(arguments...);
+  // clang-format off
+  kernel<<<grid, block, 0, stream>>>(arguments...);
+  // clang-format on
 #endif
   check_launch();
 }

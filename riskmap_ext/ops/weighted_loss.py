@@ -42,6 +42,9 @@ def weighted_loss(
 ) -> Tensor:
     r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
 
+    ``risk`` may be any map of non-negative voxel weights: a transfer risk map, weights near
+    boundaries, an uncertainty; None is the plain loss, with class weights (``weight``) or without.
+
     Cross-entropy part of image b, with voxel weights w (``risk``) and class weights c
     (``weight``):
 
