@@ -33,6 +33,7 @@ FOREGROUND_CE = "weighted CE / foreground"
 WEIGHTED_CE_DICE = "weighted CE + Dice"
 WEIGHTED_CE_DICE_BF16 = "weighted CE + Dice, bf16"
 CE_DICE = "CE + Dice"
+CE_SQUARED_DICE = "CE + squared Dice"  # of most bundles in MONAI's zoo
 REGIONS = "regions: weighted BCE + Dice"
 
 _SHORT = {
@@ -40,7 +41,7 @@ _SHORT = {
     "b": (WEIGHTED_CE, WEIGHTED_CE_BF16, CE_DICE),
     "c": (WEIGHTED_CE, WEIGHTED_CE_BF16),
     "d": (WEIGHTED_CE, WEIGHTED_CE_BF16, CE_DICE),
-    "e": (WEIGHTED_CE_DICE, WEIGHTED_CE_DICE_BF16, CE_DICE),
+    "e": (WEIGHTED_CE_DICE, WEIGHTED_CE_DICE_BF16, CE_DICE, CE_SQUARED_DICE),
     "r": (REGIONS,),
 }
 _COMPILED = (WEIGHTED_CE, WEIGHTED_CE_DICE, REGIONS)  # in short runs: compiling takes its time
@@ -51,6 +52,7 @@ _SOFTMAX_WORKS = (
     WEIGHTED_CE_DICE,
     WEIGHTED_CE_DICE_BF16,
     CE_DICE,
+    CE_SQUARED_DICE,
 )
 _FULL = {
     **dict.fromkeys("abce", _SOFTMAX_WORKS),
@@ -145,9 +147,9 @@ def _plain_cross_entropy_dice(work: str, inputs: Inputs) -> Iterator[Contender]:
     """Without voxel weights, as MONAI's and nnU-Net's losses have none."""
     logits, target, _ = inputs
 
-    def ours(logits: Tensor, target: Tensor) -> Tensor:
-        return riskmap_ext.weighted_loss(logits, target, normalization="valid", dice_weight=1.0)
-
+    squared = work == CE_SQUARED_DICE
+    options = {"normalization": "valid", "dice_weight": 1.0, "squared_pred": squared}
+    ours = partial(riskmap_ext.weighted_loss, **options)
     make = partial(
         Contender,
         work,
@@ -156,7 +158,8 @@ def _plain_cross_entropy_dice(work: str, inputs: Inputs) -> Iterator[Contender]:
     )
     yield make(OURS, partial(_with_gradient, ours, logits, target))
     with_channel = target.unsqueeze(1)
-    monai, nnunet = peers.monai_dice_ce(), peers.nnunet_dice_ce()
+    monai = peers.monai_dice_ce(squared_pred=squared)
+    nnunet = None if squared else peers.nnunet_dice_ce()
     if monai is not None:
         yield make(MONAI, partial(_with_gradient, monai, logits, with_channel))
     if nnunet is not None:
@@ -179,6 +182,7 @@ _WORKS: dict[str, Callable[[str, Inputs], Iterator[Contender]]] = {
     WEIGHTED_CE_DICE: _cross_entropy_dice,
     WEIGHTED_CE_DICE_BF16: _cross_entropy_dice,
     CE_DICE: _plain_cross_entropy_dice,
+    CE_SQUARED_DICE: _plain_cross_entropy_dice,
 }
 
 

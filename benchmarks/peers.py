@@ -25,7 +25,7 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, risk: Tensor) -> Tens
 
 
 def foreground_cross_entropy(logits: Tensor, target: Tensor, risk: Tensor) -> Tensor:
-    """normalization="foreground", the default."""
+    """normalization="foreground", of the labels alone."""
     weighted = F.cross_entropy(logits.float(), target, reduction="none") * risk
     voxels = weighted[0].numel()
     inside = (target != 0).flatten(1).sum(1)
@@ -112,7 +112,7 @@ def risk_map_matmul(
     return _exponential(transferability_map_matmul(source, target, conditional), low, high)
 
 
-def monai_dice_ce() -> Callable[[Tensor, Tensor], Tensor] | None:
+def monai_dice_ce(squared_pred: bool = False) -> Callable[[Tensor, Tensor], Tensor] | None:
     """MONAI's DiceCELoss with the constants of riskmap_ext's; None where MONAI is missing."""
     try:
         from monai.losses import DiceCELoss
@@ -122,6 +122,7 @@ def monai_dice_ce() -> Callable[[Tensor, Tensor], Tensor] | None:
         include_background=False,
         to_onehot_y=True,
         softmax=True,
+        squared_pred=squared_pred,
         smooth_nr=SMOOTH,
         smooth_dr=SMOOTH,
     )

@@ -185,9 +185,8 @@ __device__ __forceinline__ void store_class(const VolumeView& volume, int64_t im
 
 template <class T, class acc_t>
 __device__ __forceinline__ void store_element(const VolumeView& volume, int64_t image, int c, int64_t voxel, acc_t v) {
-  reinterpret_cast<T*>(
-      volume.data)[image * volume.stride_batch + c * volume.stride_class + voxel * volume.stride_voxel] =
-      from_acc<T>(v);
+  T* first = reinterpret_cast<T*>(volume.data) + image * volume.stride_batch + c * volume.stride_class;
+  first[voxel * volume.stride_voxel] = from_acc<T>(v);
 }
 
 // The columns of a thread's voxels. Beyond the image they hold 0.

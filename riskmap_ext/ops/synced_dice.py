@@ -23,6 +23,7 @@ def applies(options: LossOptions) -> bool:
     )
 
 
+@torch.compiler.disable  # processes meet within
 def weighted_loss(tensors: LossTensors, options: LossOptions) -> Tensor:
     return _SyncedDice.apply(*tensors, options)
 

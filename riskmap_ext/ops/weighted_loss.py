@@ -52,7 +52,7 @@ def weighted_loss(
               \mathrm{CE}_p = -\log \mathrm{softmax}(x_p)[y_p]
 
     with label smoothing as in :func:`torch.nn.functional.cross_entropy`. Voxels labelled
-    ``ignore_index`` are not valid and count nowhere. An image without valid voxels adds 0 and has
+    ``ignore_index`` are not valid and count nowhere. An image without valid voxels has L_b = 0 and
     zero gradient. F, the foreground: valid voxels with a label other than ``background``, or
     inside the mask ``foreground``. V: all valid voxels.
 
@@ -119,7 +119,8 @@ def weighted_loss(
         sync_dice: with ``batch_dice``, one Dice over the batches of all processes of
             ``torch.distributed`` (where it is initialised). The gradient is that of the sum of the
             processes' losses, so that DistributedDataParallel, which averages, arrives at that of
-            one process with the whole batch. Every process must call it.
+            one process with the whole batch. Every process must call it; it breaks the graph of
+            torch.compile.
         regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
             ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).
 
