@@ -288,3 +288,38 @@ def test_inputs_are_left_alone(device: torch.device) -> None:
     loss_and_gradients((args, kwargs))
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(-1), copy.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("batch_dice", [False, True], ids=["images", "batch"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("two_steps", batch=3, with_weight=True, empty_image=True),
+        Case("two_steps_double", classes=17, dtype=torch.float64, with_weight=True),
+        Case("two_steps_regions", regions=3, classes=4, spatial=(9, 10), with_weight=True),
+        Case("two_steps_empty", batch=0, with_weight=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_sums_and_what_becomes_of_them(case: Case, batch_dice: bool, device: torch.device) -> None:
+    """weighted_loss in the two steps that sums of several processes take."""
+    tensors = [case.logits(device), case.target(device), case.risk(device), case.weight(device)]
+    table = case.table(case.regions, case.classes, device) if case.regions else None
+    tensors += [None, table]
+    dice_weight = case.weight(device).flip(0)
+    floor, normalization, reduction, valid_voxels, smoothing = 0.05, 1, 1, 0, 0.1
+    formula = (1e-3, 1e-4, 0.4, 0.7)  # smooth_nr, smooth_dr, alpha, beta
+    ops = torch.ops.riskmap_ext
+    expected = ops.weighted_loss(
+        *tensors, dice_weight, case.ignore_index, 0, floor, normalization, valid_voxels, reduction,
+        smoothing, 0.7, 1.3, *formula, True, False, batch_dice,
+    )  # fmt: skip
+    sums = ops._weighted_loss_sums(*tensors, case.ignore_index, 0, valid_voxels, smoothing, True)
+    found = ops._weighted_loss_finish(
+        sums, tensors[3], dice_weight, None if case.regions else 0, floor, normalization, reduction,
+        0.7, 1.3, *formula, batch_dice, case.dtype == torch.float64,
+    )  # fmt: skip
+    assert sums[:, 1].tolist() == case.valid(device).flatten(1).sum(1).tolist()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
