@@ -10,12 +10,12 @@ from torch import Tensor
 
 from riskmap_ext._arguments import (
     class_weights,
-    loss_options,
     near_names,
     number_sequence,
     plain_tensor,
     region_table,
 )
+from riskmap_ext._loss_arguments import loss_options
 from riskmap_ext.ops import weighted_loss
 
 __all__ = ["RiskWeightedLoss"]

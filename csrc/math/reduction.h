@@ -13,9 +13,9 @@ enum class Normalization : int64_t {
   kForeground = 0,
   kBatchForeground = 1,
   kValid = 2,
-  kNone = 3,
-  kBatchValid = 4,
-  kWeighted = 5
+  kBatchValid = 3,
+  kWeighted = 4,
+  kNone = 5
 };
 enum class CeVoxels : int64_t { kValid = 0, kForeground = 1 };
 enum class Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };

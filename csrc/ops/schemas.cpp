@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
       "risk_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int scheme, float base, float "
       "alpha, float scale, "
       "float? low, float? high, int? background, int ignore_index) -> Tensor");
-  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 none, 4 batch_valid, 5 weighted. ce_voxels: 0 valid, 1
+  // normalization: 0 foreground, 1 batch_foreground, 2 valid, 3 batch_valid, 4 weighted, 5 none. ce_voxels: 0 valid, 1
   // foreground. reduction: 0 mean, 1 sum, 2 none.
   m.def(
       "weighted_loss(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, Tensor? foreground, "

@@ -66,7 +66,7 @@ void check_weighted_loss(const LossTensors& tensors, const LossOptions& options)
   check_within(op, "ce_voxels", static_cast<int64_t>(options.ce_voxels), 1);
   check_finish_options(op, options);
   check(options.normalization != Normalization::kWeighted || !tensors.regions, op,
-        ": normalization must not be 5 (weighted) with regions");
+        ": normalization must not be 4 (weighted) with regions");
   check(!options.dice() || logits.size(1) > 1 || options.excluded_class(tensors.regions.has_value()) < 0, op,
         ": dice_weight needs a class besides the background, or include_background; logits have shape ",
         shape_of(logits));
@@ -114,7 +114,7 @@ void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& opt
   const char* op = "_weighted_loss_with_gradient";
   check_weighted_loss(tensors, options);
   check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
-  check(!tensors.needs_class_sums(options), op, ": normalization must not be 5 (weighted) with weight");
+  check(!tensors.needs_class_sums(options), op, ": normalization must not be 4 (weighted) with weight");
   check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
 }
 

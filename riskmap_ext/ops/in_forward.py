@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import LossOptions, LossTensors, validate_flag
+from riskmap_ext._arguments import validate_flag
+from riskmap_ext._loss_arguments import LossOptions, LossTensors
 
 _NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5, False, False, False)  # as LossOptions.of_dice
 

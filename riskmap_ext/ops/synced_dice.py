@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from riskmap_ext._arguments import LossOptions, LossTensors, compute_dtype
+from riskmap_ext._arguments import compute_dtype
+from riskmap_ext._loss_arguments import LossOptions, LossTensors
 
 _COLUMNS = 5  # of an image's sums, before those of the classes: see _weighted_loss_sums
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from riskmap_ext._arguments import REDUCTIONS, compute_dtype, loss_options, loss_tensors
+from riskmap_ext._arguments import compute_dtype
+from riskmap_ext._loss_arguments import REDUCTIONS, loss_options, loss_tensors
 from riskmap_ext.ops import in_forward, synced_dice
 
 

@@ -7,13 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import (
-    LossOptions,
-    compute_dtype,
-    dice_classes,
-    loss_options,
-    loss_tensors,
-)
+from riskmap_ext._arguments import compute_dtype
+from riskmap_ext._loss_arguments import LossOptions, dice_classes, loss_options, loss_tensors
 from riskmap_ext.reference._check_values import check_labels, check_weights, wanted
 
 DICE_MIN_DENOMINATOR = 1e-8

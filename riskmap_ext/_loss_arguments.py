@@ -1,0 +1,190 @@
+"""Checks of what the weighted loss takes, shared by the op, the module and the reference."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from riskmap_ext._arguments import (
+    integer,
+    number,
+    validate_background,
+    validate_choice,
+    validate_class_weight,
+    validate_flag,
+    validate_labels,
+    validate_logits,
+    validate_mask,
+    validate_regions,
+    validate_voxel_map,
+)
+
+# In the order of the numbers in the schemas.
+NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none")
+CE_VOXELS = ("valid", "foreground")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LossTensors(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    risk: Tensor | None
+    weight: Tensor | None
+    foreground: Tensor | None
+    regions: Tensor | None
+    dice_class_weight: Tensor | None
+
+    @property
+    def num_labels(self) -> int:
+        return self.logits.size(1) if self.regions is None else self.regions.size(1)
+
+
+def loss_tensors(
+    logits: Any,
+    target: Any,
+    risk: Any,
+    weight: Any,
+    foreground: Any,
+    regions: Any,
+    dice_class_weight: Any,
+) -> LossTensors:
+    logits = validate_logits("logits", logits)
+    return LossTensors(
+        logits,
+        validate_labels("target", target, logits),
+        None if risk is None else validate_voxel_map("risk", risk, logits),
+        validate_class_weight("weight", weight, logits),
+        None if foreground is None else validate_mask("foreground", foreground, logits),
+        validate_regions(regions, logits),
+        validate_class_weight("dice_class_weight", dice_class_weight, logits),
+    )
+
+
+class LossOptions(NamedTuple):
+    ignore_index: int
+    background: int | None
+    foreground_floor: float
+    normalization: str
+    ce_voxels: str
+    reduction: str
+    label_smoothing: float
+    ce_weight: float
+    dice_weight: float
+    smooth_nr: float
+    smooth_dr: float
+    alpha: float
+    beta: float
+    squared_pred: bool
+    include_background: bool
+    batch_dice: bool
+    sync_dice: bool
+
+    @property
+    def of_cross_entropy(self) -> tuple[Any, ...]:
+        """As the ops take them, in the order of their schemas."""
+        return (
+            self.ignore_index,
+            self.background,
+            self.foreground_floor,
+            NORMALIZATIONS.index(self.normalization),
+            CE_VOXELS.index(self.ce_voxels),
+            REDUCTIONS.index(self.reduction),
+            self.label_smoothing,
+            self.ce_weight,
+        )
+
+    @property
+    def of_dice(self) -> tuple[Any, ...]:
+        return (
+            self.dice_weight,
+            self.smooth_nr,
+            self.smooth_dr,
+            self.alpha,
+            self.beta,
+            self.squared_pred,
+            self.include_background,
+            self.batch_dice,
+        )
+
+
+def loss_options(
+    num_labels: int,
+    *,
+    has_regions: bool,
+    has_foreground: bool,
+    ignore_index: Any,
+    background: Any,
+    foreground_floor: Any,
+    normalization: Any,
+    ce_voxels: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    ce_weight: Any,
+    dice_weight: Any,
+    smooth_nr: Any,
+    smooth_dr: Any,
+    alpha: Any,
+    beta: Any,
+    squared_pred: Any,
+    include_background: Any,
+    batch_dice: Any,
+    sync_dice: Any,
+) -> LossOptions:
+    options = LossOptions(
+        integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
+        validate_background(background, num_labels),
+        number("foreground_floor", foreground_floor, 0.0, 1.0),
+        _normalization(normalization, has_foreground),
+        validate_choice("ce_voxels", ce_voxels, CE_VOXELS),
+        validate_choice("reduction", reduction, REDUCTIONS),
+        number("label_smoothing", label_smoothing, 0.0, 1.0),
+        number("ce_weight", ce_weight, 0.0),
+        number("dice_weight", dice_weight, 0.0),
+        number("smooth_nr", smooth_nr, 0.0),
+        number("smooth_dr", smooth_dr, 0.0),
+        number("alpha", alpha, 0.0),
+        number("beta", beta, 0.0),
+        validate_flag("squared_pred", squared_pred),
+        validate_flag("include_background", include_background),
+        validate_flag("batch_dice", batch_dice),
+        validate_flag("sync_dice", sync_dice),
+    )
+    if options.sync_dice and not options.batch_dice:
+        raise ValueError(
+            "sync_dice: expected batch_dice=True with it, as only the sums of a batch can be those "
+            "of all processes, got batch_dice=False"
+        )
+    if has_regions and options.normalization == "weighted":
+        raise ValueError(
+            "normalization: expected another one with regions, as a voxel of overlapping regions "
+            "has no class weight of its own, got 'weighted'"
+        )
+    if options.dice_weight > 0:
+        if options.reduction == "none":
+            raise ValueError(
+                "dice_weight: expected 0 with reduction='none', as Dice has no voxel map, "
+                f"got {options.dice_weight}"
+            )
+        # Counted without listing them: nn asks with a number of classes that stands for "enough".
+        without_background = options.background is not None and not options.include_background
+        if not has_regions and num_labels - without_background < 1:
+            raise ValueError(
+                "dice_weight: expected at least one class besides the background, got logits "
+                "with 1 class; set include_background=True or background=None"
+            )
+    return options
+
+
+def _normalization(value: Any, has_foreground: bool) -> str:
+    if value is None:
+        return "foreground" if has_foreground else "valid"
+    return validate_choice("normalization", value, NORMALIZATIONS)
+
+
+def dice_classes(
+    num_classes: int, background: int | None, include_background: bool
+) -> tuple[int, ...]:
+    """The classes whose Dice is averaged."""
+    skip = None if include_background else background
+    return tuple(k for k in range(num_classes) if k != skip)
