@@ -229,6 +229,29 @@ def loss_and_gradients(
     return loss.detach(), logits.grad, None if risk is None else risk.grad
 
 
+def loss_in_two_steps(
+    case: Case, device: torch.device, batch_dice: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The sums of a loss, what becomes of them, and what the op makes in one step."""
+    tensors = [case.logits(device), case.target(device), case.risk(device), case.weight(device)]
+    table = case.table(case.regions, case.classes, device) if case.regions else None
+    tensors += [None, table]
+    dice_weight = case.weight(device).flip(0)
+    floor, by_batch, added, valid_voxels, smoothing = 0.05, 1, 1, 0, 0.1
+    formula = (1e-3, 1e-4, 0.4, 0.7)  # smooth_nr, smooth_dr, alpha, beta
+    ops = torch.ops.riskmap_ext
+    at_once = ops.weighted_loss(
+        *tensors, dice_weight, case.ignore_index, 0, floor, by_batch, valid_voxels, added,
+        smoothing, 0.7, 1.3, *formula, True, False, batch_dice,
+    )  # fmt: skip
+    sums = ops._weighted_loss_sums(*tensors, case.ignore_index, 0, valid_voxels, smoothing, True)
+    finished = ops._weighted_loss_finish(
+        sums, tensors[3], dice_weight, None if case.regions else 0, floor, by_batch, added,
+        0.7, 1.3, *formula, batch_dice, case.dtype == torch.float64,
+    )  # fmt: skip
+    return sums, finished, at_once
+
+
 BASE = Case("base")
 
 SIZES = [

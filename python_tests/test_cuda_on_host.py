@@ -18,6 +18,7 @@ from cases import (
     SOURCE_REGION_CASES,
     Case,
     loss_and_gradients,
+    loss_in_two_steps,
 )
 from compare import assert_loss_matches_reference
 from test_leep import test_matches_reference as leep_matches_reference
@@ -109,6 +110,7 @@ LOSSES: dict[str, dict] = {
     "smooth": {"label_smoothing": 0.1, "normalization": "batch_foreground", "reduction": "sum"},
     "dice": {"dice_weight": 1.0},
     "batch_dice": {"dice_weight": 0.5, "batch_dice": True, "label_smoothing": 0.1},
+    "squared_dice": {"dice_weight": 1.0, "squared_pred": True, "alpha": 0.3},
 }
 each_volume = pytest.mark.parametrize("case", VOLUMES, ids=lambda case: case.name)
 
@@ -129,6 +131,8 @@ def every_op(case: Case) -> dict[str, Outputs]:
             with riskmap_ext.gradient_in_forward(in_forward):
                 outputs = loss_and_gradients((args, {**kwargs, **options}), grad_output=1.5)
             found[f"loss_{name}_{in_forward}"] = outputs
+    sums, finished, _ = loss_in_two_steps(case, CPU)
+    found["sums"], found["finished"] = (sums,), finished
     return found
 
 

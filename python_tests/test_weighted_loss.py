@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, LOSS_CASES, Case, in_double, loss_and_gradients
+from cases import BASE, LOSS_CASES, Case, in_double, loss_and_gradients, loss_in_two_steps
 from compare import assert_gradient_close, assert_loss_matches_reference, relative_l2
 
 import riskmap_ext
@@ -303,22 +303,7 @@ def test_inputs_are_left_alone(device: torch.device) -> None:
 )
 def test_sums_and_what_becomes_of_them(case: Case, batch_dice: bool, device: torch.device) -> None:
     """weighted_loss in the two steps that sums of several processes take."""
-    tensors = [case.logits(device), case.target(device), case.risk(device), case.weight(device)]
-    table = case.table(case.regions, case.classes, device) if case.regions else None
-    tensors += [None, table]
-    dice_weight = case.weight(device).flip(0)
-    floor, normalization, reduction, valid_voxels, smoothing = 0.05, 1, 1, 0, 0.1
-    formula = (1e-3, 1e-4, 0.4, 0.7)  # smooth_nr, smooth_dr, alpha, beta
-    ops = torch.ops.riskmap_ext
-    expected = ops.weighted_loss(
-        *tensors, dice_weight, case.ignore_index, 0, floor, normalization, valid_voxels, reduction,
-        smoothing, 0.7, 1.3, *formula, True, False, batch_dice,
-    )  # fmt: skip
-    sums = ops._weighted_loss_sums(*tensors, case.ignore_index, 0, valid_voxels, smoothing, True)
-    found = ops._weighted_loss_finish(
-        sums, tensors[3], dice_weight, None if case.regions else 0, floor, normalization, reduction,
-        0.7, 1.3, *formula, batch_dice, case.dtype == torch.float64,
-    )  # fmt: skip
+    sums, found, expected = loss_in_two_steps(case, device, batch_dice)
     assert sums[:, 1].tolist() == case.valid(device).flatten(1).sum(1).tolist()
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
