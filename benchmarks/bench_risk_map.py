@@ -36,7 +36,8 @@ def build(key: str, size: str) -> Problem:
 
         moved = source.nbytes + target.nbytes + 4 * shape.voxels
         make = partial(Contender, work, moved_bytes=moved, dtype=source.dtype)
-        problem.contenders.append(make(OURS, partial(run, riskmap_ext.risk_map, range=RANGE)))
+        ours = partial(run, riskmap_ext.risk_map, scheme="exponential", range=RANGE)
+        problem.contenders.append(make(OURS, ours))
         problem.contenders.append(make(f"{EAGER}, gather", partial(run, peers.risk_map, low, high)))
         if work == WORK:
             compiled = torch.compile(peers.risk_map, dynamic=False)

@@ -129,7 +129,7 @@ def contenders(work: str, inputs: Inputs) -> Iterator[Contender]:
     else:
         least = logits.nbytes + target.nbytes + 4 * inputs.size.voxels
         arguments = (logits, target, inputs.conditional)
-        ours = partial(riskmap_ext.risk_map, range=RANGE)
+        ours = partial(riskmap_ext.risk_map, scheme="exponential", range=RANGE)
         yield Contender(OURS, partial(_forward, *arguments, ours), least)
         run = partial(_forward, *arguments, *RANGE)
         formulas = {", gather": peers.risk_map, ", matmul": peers.risk_map_matmul}

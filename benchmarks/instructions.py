@@ -69,6 +69,8 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"weighted CE, {name}, channels last"] = loss(inputs, last=True)
         found[f"weighted CE, {name}, label smoothing"] = loss(inputs, label_smoothing=0.1)
         found[f"weighted CE + Dice, {name}"] = loss(inputs, dice_weight=1.0)
+        squared = {"dice_weight": 1.0, "squared_pred": True}
+        found[f"weighted CE + squared Dice, {name}"] = loss(inputs, **squared)
         source, target, _ = inputs
         half_source = source.bfloat16()
         table = shapes.make_conditional(shape.classes, shape.classes)
@@ -77,7 +79,7 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"LEEP statistics, {name}, bf16"] = partial(statistics, half_source, target)
         maps = partial(riskmap_ext.transferability_map, target=target, conditional=table)
         found[f"transferability map, {name}"] = partial(maps, source)
-        risk = partial(riskmap_ext.risk_map, source, target, table)
+        risk = partial(riskmap_ext.risk_map, source, target, table, scheme="exponential")
         found[f"risk map, {name}"] = partial(risk, range=(0.5, 3.0))
         found[f"risk map, {name}, range of the image"] = risk
         found[f"risk map, {name}, power"] = partial(risk, scheme="power")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def gradients(image: Tensor, label: Tensor, distributed: bool) -> dict[str, list
     return found
 
 
+def with_a_bad_label(image: Tensor, label: Tensor, rank: int) -> list[float | str]:
+    """Two calls, the first with a bad label in the second process."""
+    results: list[float | str] = []
+    for bad in (True, False):
+        labels = label.clone()
+        if bad and rank == 1:
+            labels[0, 0, 0] = CLASSES
+        try:
+            loss = riskmap_ext.weighted_loss(
+                network(CLASSES, seed=2)(image).detach(),
+                labels,
+                dice_weight=1.0,
+                batch_dice=True,
+                sync_dice=True,
+            )
+            results.append(loss.item())
+        except ValueError as error:
+            results.append(str(error))
+    return results
+
+
 def synced_process(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
@@ -96,6 +118,7 @@ def synced_process(rank: int, folder: str) -> None:
     image, label = data()
     mine = slice(2 * rank, 2 * rank + 2)
     torch.save(gradients(image[mine], label[mine], distributed=True), f"{folder}/{rank}.pt")
+    torch.save(with_a_bad_label(image[mine], label[mine], rank), f"{folder}/bad_{rank}.pt")
     gc.collect()
     dist.destroy_process_group()
 
@@ -112,6 +135,12 @@ def test_batch_dice_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
         for rank in (first, second):
             for found, each in zip(rank[name][1:], of_parameters, strict=True):
                 torch.testing.assert_close(found, each, rtol=1e-9, atol=1e-12)
+
+    # An error in one process is NaN in the others, and the next call is a good one again.
+    bad, good = zip(*(torch.load(tmp_path / f"bad_{rank}.pt") for rank in range(2)), strict=True)
+    assert math.isnan(bad[0])
+    assert "target must hold classes 0 to 2" in bad[1]
+    assert all(math.isfinite(each) for each in good)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -138,6 +138,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
     (loss, {"smooth_nr": -1.0}, ValueError, ["smooth_nr", ">= 0", "-1.0"]),
     (loss, {"smooth_dr": float("nan")}, ValueError, ["smooth_dr", "finite", "nan"]),
     (loss, {"squared_pred": 1}, TypeError, ["squared_pred", "True", "int"]),
+    (loss, {"regions": torch.full((3, 2), 2)}, ValueError, ["regions", "0 or 1", "2"]),
     (loss, {"alpha": None}, TypeError, ["alpha", "number", "NoneType"]),
     (loss, {"beta": -0.5}, ValueError, ["beta", ">= 0", "-0.5"]),
     (loss, {"sync_dice": True}, ValueError, ["sync_dice", "batch_dice=True"]),

@@ -276,6 +276,35 @@ class TestOverlappingChannels:
         with pytest.raises(ValueError, match=r"target: expected multi-hot .* at 1 voxels"):
             RiskMapDiceCELoss(sigmoid=True)(logits(3), soft)
 
+    @pytest.mark.parametrize("channels", [3, 8, 9])
+    @pytest.mark.parametrize("ignore_index", [-100, -1, 2, 255])
+    def test_ignored_voxels(self, ignore_index: int, channels: int) -> None:
+        """By their value in the target, whatever codes the voxels get."""
+        inputs, target = logits(channels), self.target(channels)
+        target[:, :, :2] = 1  # the largest code
+        options = {"sigmoid": True, "ignore_index": ignore_index}
+        loss = RiskMapDiceCELoss(**options)
+        everything = RiskMapDiceCELoss(sigmoid=True)
+        compare(loss(inputs, target), everything(inputs, target), inputs)
+        target[:, :, 5:] = ignore_index
+        expected = everything(inputs[:, :, :5], target[:, :, :5])
+        compare(loss(inputs, target), expected, inputs)
+
+    @pytest.mark.parametrize("channels", [3, 9])
+    def test_background_is_where_no_channel_holds(self, channels: int) -> None:
+        inputs, target = logits(channels), self.target(channels)
+        options = {"sigmoid": True, "normalization": "foreground"}
+        found = RiskMapDiceCELoss(**options, background=1)(inputs, target)
+        compare(found, RiskMapDiceCELoss(**options)(inputs, target), inputs)
+
+    def test_compiled_after_a_first_call(self) -> None:
+        inputs, target = logits(3), self.target(3)
+        loss = RiskMapDiceCELoss(sigmoid=True)
+        expected = loss(inputs, target)
+        torch.compiler.reset()
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(inputs.detach(), target)
+        torch.testing.assert_close(found, expected.detach())
+
     def test_labels_without_a_table(self) -> None:
         with pytest.raises(ValueError, match=r"target: expected multi-hot \[B, 3, \*S\], got"):
             RiskMapDiceCELoss(sigmoid=True)(logits(3), labels(3))
@@ -384,6 +413,52 @@ class TestRefuses:
             RiskMapDiceCELoss(softmax=True, to_onehot_y=True)(logits(3), one_hot(labels(3), 3))
         with pytest.raises(ValueError, match="target: expected the key 'label'"):
             RiskMapDiceCELoss(softmax=True)(logits(3), {"mask": labels(3)})
+
+    @pytest.mark.parametrize("ignore_index", [3, 4])
+    def test_soft_targets_in_compiled_code(self, ignore_index: int) -> None:
+        """They get a label that is none, and not the one that is ignored."""
+        torch.compiler.reset()
+        loss = torch.compile(
+            RiskMapDiceCELoss(softmax=True, ignore_index=ignore_index), backend="aot_eager"
+        )
+        with pytest.raises(ValueError, match="target must hold classes 0 to 2"):
+            loss(logits(3).detach(), 0.5 * one_hot(labels(3), 3))
+
+    @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+    def test_targets_as_resampling_leaves_them(self, activation: str) -> None:
+        inputs, target = logits(3), one_hot(labels(3), 3).double()
+        loss = RiskMapDiceCELoss(**{activation: True})
+        assert torch.equal(loss(inputs, target + 7e-15), loss(inputs, target))
+        assert torch.equal(loss(inputs, target - 2e-4), loss(inputs, target))
+
+    @pytest.mark.parametrize("name", ["weight", "class_weight"])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_class_weights_of_another_length(self, channels: int, name: str) -> None:
+        loss = RiskMapDiceCELoss(sigmoid=True, **{name: [1.0, 5.0]})
+        target = torch.zeros(2, channels, *SHAPE)
+        with pytest.raises(ValueError, match=rf"^{name}: expected \[{channels}\].* got \[2\]"):
+            loss(logits(channels), target)
+
+    @pytest.mark.parametrize(
+        "keywords",
+        [
+            {"lambda_dice": -1.0},
+            {"lambda_ce": "a"},
+            {"squared_pred": "no"},
+            {"include_background": None},
+            {"sync_dice": True},
+            {"class_weight": [1.0, -1.0]},
+        ],
+        ids=lambda keywords: next(iter(keywords)),
+    )
+    def test_bad_arguments_by_their_own_names(self, keywords: dict[str, Any]) -> None:
+        name = next(iter(keywords))
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+            RiskMapDiceCELoss(softmax=True, **keywords)
+
+    def test_no_scales(self) -> None:
+        with pytest.raises(ValueError, match=r"^input: expected at least one scale"):
+            RiskMapDiceCELoss(softmax=True)([], labels(2))
 
     def test_both_class_weights(self) -> None:
         with pytest.raises(ValueError, match="weight, class_weight: expected one of them"):

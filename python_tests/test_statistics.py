@@ -332,6 +332,10 @@ class TestSqrtInverseFrequency:
         assert weights[1] == 0
         assert (0.9 * weights[0] + 0.1 * weights[2]).item() == pytest.approx(1.0)
 
+    def test_a_class_of_one_voxel_in_very_many(self) -> None:
+        weights = riskmap_ext.sqrt_inverse_frequency([10**18, 1])
+        assert (weights[1] / weights[0]).item() == pytest.approx(1e9)
+
     def test_counts_of_any_kind(self) -> None:
         expected = riskmap_ext.sqrt_inverse_frequency([900, 0, 100])
         for counts in (torch.tensor([900, 0, 100]), torch.tensor([0.9, 0.0, 0.1])):

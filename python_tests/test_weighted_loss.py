@@ -245,6 +245,28 @@ def test_nothing_valid_is_zero(
             assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
+@pytest.mark.parametrize("batch_dice", [False, True], ids=["images", "batch"])
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"spatial": (0, 3)}], ids=str)
+def test_dice_of_nothing(shape: dict[str, Any], batch_dice: bool, device: torch.device) -> None:
+    """No image: 0. No voxel in an image: that of classes neither labelled nor predicted."""
+    args, kwargs = Case("dice_of_nothing", **shape).loss_call(device)
+    kwargs |= {"dice_weight": 0.5, "smooth_nr": 1.0, "smooth_dr": 4.0, "batch_dice": batch_dice}
+    expected = 0.0 if shape.get("batch") == 0 else 0.5 * (1 - 1 / 4)
+    assert riskmap_ext.weighted_loss(*args, **kwargs).item() == expected
+    assert reference.weighted_loss(*args, **kwargs).item() == expected
+
+
+def test_weighted_by_nothing_is_zero(device: torch.device) -> None:
+    """All labels have weight 0, while smoothing gives the loss other classes."""
+    logits = Case("weighted_by_nothing").logits(device).requires_grad_()
+    target = torch.zeros(2, 7, 9, dtype=torch.int64, device=device)
+    options = {"normalization": "weighted", "weight": [0.0, 1.0, 2.0], "label_smoothing": 0.1}
+    for function in (riskmap_ext.weighted_loss, reference.weighted_loss):
+        loss = function(logits, target, **options)
+        assert loss.item() == 0
+        assert torch.count_nonzero(torch.autograd.grad(loss, logits)[0]) == 0
+
+
 def test_one_class_costs_nothing(device: torch.device) -> None:
     (logits, target, risk), kwargs = Case("one_class", classes=1).loss_call(device)
     loss, gradient, grad_risk = loss_and_gradients(((logits, target, risk), kwargs))

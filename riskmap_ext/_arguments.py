@@ -241,7 +241,18 @@ def region_table(value: Any, device: torch.device | None = None) -> Tensor:
             f"regions: expected [R, L], one row per region and one column per label, "
             f"got shape {_shape(table)}"
         )
+    if table.dtype != torch.bool and _is_small_and_here(table):
+        wrong = table[table.ne(0) & table.ne(1)]
+        if wrong.numel():
+            raise ValueError(f"regions: expected 0 or 1 for each label, got {wrong[0].item()}")
     return table.to(torch.bool)
+
+
+def _is_small_and_here(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device or breaking a graph."""
+    return (
+        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    )
 
 
 def _table_of_lists(value: Sequence[Any], device: torch.device | None) -> Tensor:

@@ -337,8 +337,8 @@ def sqrt_inverse_frequency(counts: Tensor | Sequence[float]) -> Tensor:
     if voxels.dim() != 1 or voxels.size(0) == 0:
         raise ValueError(f"counts: expected [C], got shape {list(voxels.shape)}")
     frequencies = voxels / voxels.sum().clamp(min=1)
-    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-12).rsqrt(), 0.0)
-    weights /= (weights * frequencies).sum().clamp(min=1e-12)
+    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-300).rsqrt(), 0.0)
+    weights /= (weights * frequencies).sum().clamp(min=1e-300)
     return weights.float()
 
 

@@ -49,8 +49,9 @@ struct LossSums {
   int64_t batch, columns;
   std::vector<double> values;
 
-  // In chunk order. class_partials: as LossForwardArgs has them, or empty.
-  LossSums(const std::vector<LossPartial>& partials, const std::vector<double>& class_partials, const LossInputs& in);
+  // In chunk order. class_partials: as LossForwardArgs has them, with_classes alone.
+  LossSums(const std::vector<LossPartial>& partials, const std::vector<double>& class_partials, const LossInputs& in,
+           bool with_classes);
   explicit LossSums(const Tensor& sums);
 
   double at(int64_t image, int64_t column) const { return values[static_cast<size_t>(image * columns + column)]; }

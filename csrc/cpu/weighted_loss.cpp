@@ -26,7 +26,7 @@ LossSums forward_pass(const LossTensors& tensors, const LossInputs& in, int64_t 
   auto* kernel = tensors.regions ? RISKMAP_CPU_KERNEL(region_loss_forward) : RISKMAP_CPU_KERNEL(weighted_loss_forward);
   for_chunks(args.logits, args.chunking, in.scratch_bytes(),
              [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
-  LossSums sums(partials, class_partials, in);
+  LossSums sums(partials, class_partials, in, in.args.class_sums);
   raise_bad_values(tensors, sums, ignore_index);
   return sums;
 }

@@ -103,12 +103,12 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
   auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
   for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
              [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
-  const LossSums counts(partials, {}, in);
+  const LossSums counts(partials, {}, in, false);
   raise_bad_values(tensors, counts, ignore_index);
   const std::vector<double> scales = image_scales(options, counts, class_weight);
 
   const LossGradients gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, grad_risk, partials.data());
-  const LossSums sums(partials, {}, in);
+  const LossSums sums(partials, {}, in, false);
   raise_bad_values(tensors, sums, ignore_index);
   return {scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype()), gradients.logits, gradients.risk};
 }

@@ -16,8 +16,8 @@ int64_t classes_of(const LossSums& sums) { return (sums.columns - math::kLossCol
 }  // namespace
 
 LossSums::LossSums(const std::vector<LossPartial>& partials, const std::vector<double>& class_partials,
-                   const LossInputs& in)
-    : batch(in.args.logits.batch), columns(math::loss_columns(in.args.logits.classes, !class_partials.empty())) {
+                   const LossInputs& in, bool with_classes)
+    : batch(in.args.logits.batch), columns(math::loss_columns(in.args.logits.classes, with_classes)) {
   values.resize(static_cast<size_t>(batch * columns));
   const int64_t of_classes = columns - math::kLossColumns;
   for (int64_t chunk = 0; chunk < in.chunks(); ++chunk) {

@@ -10,11 +10,20 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 import riskmap_ext
-from riskmap_ext._arguments import class_weights, plain_tensor, validate_logits
+from riskmap_ext._arguments import (
+    class_weights,
+    compute_dtype,
+    number,
+    number_sequence,
+    plain_tensor,
+    validate_flag,
+    validate_logits,
+)
 
 _ROUNDING = 1e-3
 _INSIDE = [[0, 1]]  # one channel of logits for labels 0 and 1
 _BITS = 8  # of the codes of what holds at a voxel
+_IGNORED_CODE, _NO_CODE = -100, -1
 
 
 class RiskMapDiceCELoss(_Loss):
@@ -43,7 +52,8 @@ class RiskMapDiceCELoss(_Loss):
 
     Further arguments, by keyword:
         class_weight: class weights [C] of the cross-entropy alone.
-        ignore_index: label of voxels that count nowhere.
+        ignore_index: label of voxels that count nowhere; in a multi-hot target the value of any
+            channel there, neither 0 nor 1.
         regions: see above.
         scale_weights: for a list of inputs (deep supervision, finest first), see
             :class:`riskmap_ext.nn.RiskWeightedLoss`.
@@ -52,7 +62,9 @@ class RiskMapDiceCELoss(_Loss):
             or ``reduction="sum"``.
         background, foreground_floor, ce_voxels, sync_dice: see :func:`riskmap_ext.weighted_loss`.
 
-    It holds no state: class weights stay out of its state_dict.
+    It holds no state: class weights stay out of its state_dict. Where the number of channels counts
+    (several sigmoids, ``reduction="sum"``) and neither ``weight`` nor ``regions`` tells it, a first
+    call makes what it needs: call it once before ``torch.compile(fullgraph=True)``.
 
     Shapes: input [B, C, \*S], or a list of them; target as above, or a mapping with the keys
     "label", and "risk" and "foreground" where there are any, as
@@ -93,6 +105,22 @@ class RiskMapDiceCELoss(_Loss):
         sync_dice: bool = False,
     ) -> None:
         super().__init__()
+        flags = {
+            "include_background": include_background,
+            "to_onehot_y": to_onehot_y,
+            "sigmoid": sigmoid,
+            "softmax": softmax,
+            "squared_pred": squared_pred,
+            "jaccard": jaccard,
+            "batch": batch,
+            "sync_dice": sync_dice,
+        }
+        for name, value in flags.items():
+            validate_flag(name, value)
+        lambda_dice = number("lambda_dice", lambda_dice, 0.0)
+        lambda_ce = number("lambda_ce", lambda_ce, 0.0)
+        if sync_dice and not batch:
+            raise ValueError("sync_dice: expected batch=True with it, got batch=False")
         if other_act is not None:
             raise ValueError(f"other_act: expected None, the only value supported, got {other_act}")
         if (sigmoid and softmax) or (lambda_dice != 0 and not (sigmoid or softmax)):
@@ -110,9 +138,8 @@ class RiskMapDiceCELoss(_Loss):
                 "weight, class_weight: expected one of them (weight is for Dice and cross-entropy, "
                 "class_weight for the cross-entropy alone), got both"
             )
-        self.include_background = bool(include_background)
-        self.to_onehot_y = bool(to_onehot_y)
-        self.sigmoid, self.softmax = bool(sigmoid), bool(softmax)
+        self.include_background, self.to_onehot_y = include_background, to_onehot_y
+        self.sigmoid, self.softmax = sigmoid, softmax
         self.reduction = reduction
         self.of_both = _as_list("weight", weight)
         self.of_cross_entropy = _as_list("class_weight", class_weight)
@@ -132,9 +159,9 @@ class RiskMapDiceCELoss(_Loss):
             "smooth_dr": smooth_dr,
             "alpha": 1.0 if jaccard else 0.5,
             "beta": 1.0 if jaccard else 0.5,
-            "squared_pred": bool(squared_pred),
-            "batch_dice": bool(batch),
-            "sync_dice": bool(sync_dice),
+            "squared_pred": squared_pred,
+            "batch_dice": batch,
+            "sync_dice": sync_dice,
         }
         self.losses = nn.ModuleDict()  # by number of channels, where it counts
         # Built now where the number is known: for torch.compile, and to tell what is wrong here.
@@ -154,7 +181,9 @@ class RiskMapDiceCELoss(_Loss):
             risk = target.get("risk") if risk is None else risk
             foreground = target.get("foreground") if foreground is None else foreground
             target = target["label"]
-        first = input[0] if isinstance(input, (list, tuple)) and input else input
+        if isinstance(input, (list, tuple)) and not input:
+            raise ValueError("input: expected at least one scale, got an empty list")
+        first = input[0] if isinstance(input, (list, tuple)) else input
         finest = validate_logits("input", first)
         channels = finest.size(1)
         if channels == 1 and self.softmax:
@@ -162,13 +191,19 @@ class RiskMapDiceCELoss(_Loss):
                 "input: expected several channels with softmax=True, got one; sigmoid=True is for "
                 "one channel"
             )
+        for name, weights in (("weight", self.of_both), ("class_weight", self.of_cross_entropy)):
+            if weights is not None and len(weights) != channels:
+                raise ValueError(
+                    f"{name}: expected [{channels}], one value per channel of input "
+                    f"{list(finest.shape)}, got [{len(weights)}]"
+                )
         target = _for_each(target, self._target, channels)
         if foreground is not None:
             foreground = _for_each(foreground, _mask)
         if self._is_sigmoid(channels) and channels == 1 and self.of_both is not None:
-            risk = _heavier_inside(target, risk, self.of_both[0])
+            risk = _heavier_inside(target, risk, self.of_both[0], compute_dtype(finest.dtype))
         loss = self._loss(channels)
-        if any(each.device != finest.device for each in loss.buffers()):
+        if {each.device for each in loss.buffers()} - {finest.device}:
             loss.to(finest.device)
         return loss(input, target, risk, foreground)
 
@@ -187,6 +222,11 @@ class RiskMapDiceCELoss(_Loss):
         any_number = not self._is_sigmoid(channels) and self.reduction == "mean"
         key = "classes" if any_number else str(channels)
         if key not in self.losses:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"RiskMapDiceCELoss: its loss for {channels} channels is not there yet and "
+                    "cannot be made within torch.compile; call it once before with such an input"
+                )
             self.losses[key] = self._built(channels)
         return self.losses[key]
 
@@ -243,7 +283,7 @@ class RiskMapDiceCELoss(_Loss):
             raise ValueError(f"target: expected {form}, got shape {list(target.shape)}{hint}")
         if labelled:
             return rounded(target)
-        return target if sigmoid else _labels_of_one_hot(target)
+        return target if sigmoid else _labels_of_one_hot(target, self.options["ignore_index"])
 
 
 class _MultiHotLoss(nn.Module):
@@ -264,72 +304,136 @@ class _MultiHotLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
+        self.ignore_index = options["ignore_index"]
+        if self.ignore_index in (0, 1):
+            raise ValueError(
+                "ignore_index: expected neither 0 nor 1 with a multi-hot target, "
+                f"got {self.ignore_index}"
+            )
         self.apart = channels > _BITS
         size = _BITS - 1 if self.apart else channels
         starts = range(0, channels, size)
         self.slices = [slice(start, min(start + size, channels)) for start in starts]
-        self.groups = nn.ModuleList(
-            riskmap_ext.nn.RiskWeightedLoss(
+        of_codes = {
+            "ignore_index": _IGNORED_CODE,
+            "background": None if options["background"] is None else 0,
+        }
+        groups = []
+        for mine in self.slices:
+            table = _table(mine.stop - mine.start, self.apart)
+            group = riskmap_ext.nn.RiskWeightedLoss(
                 None if weight is None else weight[mine],
                 dice_class_weight=None if dice_weights is None else dice_weights[mine],
-                **{**options, "regions": _table(mine.stop - mine.start, self.apart)},
+                **{**options, **of_codes, "regions": table},
             )
-            for mine in self.slices
-        )
+            groups.append(group)
+        self.groups = nn.ModuleList(groups)
 
     def forward(self, input: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
+        codes = _for_each(target, self._codes)
         total: Tensor | None = None
-        for mine, group in zip(self.slices, self.groups, strict=True):
+        for index, (mine, group) in enumerate(zip(self.slices, self.groups, strict=True)):
             logits = _for_each(input, _channels, mine)
-            codes = _for_each(target, _codes, mine, self.apart)
-            part = group(logits, codes, risk, foreground)
+            part = group(logits, _for_each(codes, _item, index), risk, foreground)
             part = part * ((mine.stop - mine.start) / self.channels)
             total = part if total is None else total + part
         assert total is not None  # there is a channel
         return total
+
+    def _codes(self, target: Tensor) -> Tensor:
+        """[groups, B, *S]: sum of 2^c over the channels that hold at a voxel, and one more for
+        any of all."""
+        groups = [list(range(mine.start, mine.stop)) for mine in self.slices]
+        factors = [[2**bit for bit in range(len(each))] for each in groups]
+        ignored = _ignored(target, self.ignore_index)
+        codes, ones, others = _sums_of_ones(target, factors, torch.int16)
+        if self.apart:
+            anything = ones.ne(0)
+            for each, mine in zip(codes, groups, strict=True):
+                each.add_(anything, alpha=2 ** len(mine))
+        wrong = others if ignored is None else others & ~ignored
+        _require_hard(target, wrong, "multi-hot (0 or 1 in each channel)")
+        codes.masked_fill_(wrong, _NO_CODE)
+        return codes if ignored is None else codes.masked_fill_(ignored, _IGNORED_CODE)
 
 
 def _table(channels: int, apart: bool) -> list[list[int]]:
     return [[code >> bit & 1 for code in range(2 ** (channels + apart))] for bit in range(channels)]
 
 
-def _codes(target: Tensor, mine: slice, apart: bool) -> Tensor:
-    """[B, *S]: sum of 2^c over the channels that hold at a voxel, and one more for any of all."""
-    here = list(target[:, mine].ne(0).unbind(1))
-    if apart:
-        here.append(target.ne(0).any(dim=1))
-    codes = torch.zeros_like(target[:, 0], dtype=torch.int16)
-    for bit, holds in enumerate(here):
-        codes |= holds.to(torch.int16) << bit
-    if target.dtype == torch.bool:
-        return codes
-    wrong = (target.ne(0) & target.ne(1)).any(dim=1)
-    return _without_soft_labels(codes, wrong, "multi-hot (0 or 1 in each channel)", -1)
+def _ignored(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Voxels with the ignored label in any channel; None where the dtype has no such value."""
+    if not target.is_floating_point():
+        if target.dtype == torch.bool:
+            return None
+        limits = torch.iinfo(target.dtype)
+        if not limits.min <= ignore_index <= limits.max:
+            return None
+    return target.eq(ignore_index).any(dim=1)
 
 
-def _labels_of_one_hot(target: Tensor) -> Tensor:
-    if target.dtype == torch.bool:
-        target = target.to(torch.uint8)
-    labels = target.argmax(dim=1, keepdim=True)
-    hot = target.gather(1, labels).eq(1) & target.ne(0).sum(dim=1, keepdim=True).eq(1)
-    form = "one-hot (a single 1 among the classes of each voxel)"
-    return _without_soft_labels(labels, ~hot, form, target.size(1))
+def _labels_of_one_hot(target: Tensor, ignore_index: int) -> Tensor:
+    channels = target.size(1)
+    labels, ones, others = _sums_of_ones(target, [list(range(channels))], torch.int32)
+    wrong = others | ones.ne(1)
+    _require_hard(target, wrong, "one-hot (a single 1 among the classes of each voxel)")
+    none = channels if ignore_index != channels else channels + 1
+    return labels[0].masked_fill_(wrong, none).unsqueeze(1)
 
 
-def _without_soft_labels(labels: Tensor, wrong: Tensor, form: str, none: int) -> Tensor:
+def _sums_of_ones(
+    target: Tensor, factors: list[list[int]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over groups of channels that hold: the sum of their factors, [groups, B, *S]. Over all
+    channels: how many hold, and whether one has neither 0 nor 1."""
+    # Exactly 0 and 1 cost less to tell; what resampling has left near them is looked at only where
+    # a device need not be waited for, or has to be without a look.
+    exact = not target.is_floating_point() or _may_look(target)
+    found = _read(target, factors, dtype, exact)
+    if exact and target.is_floating_point() and bool(found[2].any()):
+        found = _read(target, factors, dtype, exact=False)
+    return found
+
+
+def _read(
+    target: Tensor, factors: list[list[int]], dtype: torch.dtype, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.zeros_like(target[:, 0], dtype=dtype)
+    sums = count.new_zeros((len(factors), *count.shape))
+    others = torch.zeros_like(count, dtype=torch.bool)
+    places = [(group, factor) for group, row in enumerate(factors) for factor in row]
+    for (group, factor), channel in zip(places, target.unbind(1), strict=True):
+        if target.dtype == torch.bool:
+            one, other = channel, None
+        elif exact:
+            one = channel.eq(1)
+            other = channel.ne(0).logical_xor_(one)
+        else:
+            one = (channel - 1).abs() <= _ROUNDING
+            other = ~(one | (channel.abs() <= _ROUNDING))
+        sums[group].add_(one, alpha=factor)
+        count.add_(one)
+        if other is not None:
+            others |= other
+    return sums, count, others
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _require_hard(target: Tensor, wrong: Tensor, form: str) -> None:
     """On the CPU an error; elsewhere it would have to wait for the device, and the loss turns a
     label that is none into NaN."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return labels.masked_fill_(wrong, none)
-    if bool(wrong.any()):
+    if _may_look(target) and bool(wrong.any()):
         raise ValueError(
             f"target: expected {form}, got other values at {int(wrong.sum())} voxels; soft labels "
             "are not supported"
         )
-    return labels
 
 
-def _heavier_inside(target: Any, risk: Any, weight: float) -> Any:
+def _heavier_inside(target: Any, risk: Any, weight: float, dtype: torch.dtype) -> Any:
     """The risk times MONAI's weight of the voxels inside; labels other than 0 and 1 stay wrong."""
     if isinstance(target, list):
         risks = [None] * len(target) if risk is None else risk
@@ -337,8 +441,8 @@ def _heavier_inside(target: Any, risk: Any, weight: float) -> Any:
             raise ValueError(
                 f"risk: expected a list of {len(target)} maps, one for each target, with weight"
             )
-        return [_heavier_inside(*each, weight) for each in zip(target, risks, strict=True)]
-    factor = torch.where(target.eq(1), weight, 1.0)
+        return [_heavier_inside(*each, weight, dtype) for each in zip(target, risks, strict=True)]
+    factor = torch.ones_like(target, dtype=dtype).masked_fill_(target.eq(1), weight)
     if risk is None:
         return factor
     risk = plain_tensor("risk", risk)
@@ -356,6 +460,10 @@ def _channels(value: Tensor, mine: slice) -> Tensor:
     return value[:, mine]
 
 
+def _item(values: Tensor, index: int) -> Tensor:
+    return values[index]
+
+
 def _as_list(name: str, value: Any) -> list[float] | None:
     """Class weights [C] as numbers, so that none of them is state."""
     if value is None:
@@ -363,7 +471,7 @@ def _as_list(name: str, value: Any) -> list[float] | None:
     weights = class_weights(name, value)
     if weights.dim() != 1 or weights.size(0) == 0:
         raise ValueError(f"{name}: expected [C], got shape {list(weights.shape)}")
-    return [float(each) for each in weights]
+    return list(number_sequence(name, weights.tolist(), 0.0))
 
 
 def rounded(label: Tensor) -> Tensor:

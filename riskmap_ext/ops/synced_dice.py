@@ -39,9 +39,16 @@ class _SyncedDice(torch.autograd.Function):
             options.of_cross_entropy
         )
         of_gradient = (ignore_index, background, ce_voxels, smoothing, options.squared_pred)
-        sums = ops._weighted_loss_sums(*tensors[:6], *of_gradient)
-        total = sums[:, _COLUMNS:].sum(dim=0)
+        failed: Exception | None = None
+        try:
+            sums = ops._weighted_loss_sums(*tensors[:6], *of_gradient)
+            total = sums[:, _COLUMNS:].sum(dim=0)
+        except Exception as error:  # the others wait: their loss becomes NaN
+            failed = error
+            total = logits.new_full((3 * logits.size(1),), torch.nan, dtype=torch.float64)
         dist.all_reduce(total)
+        if failed is not None:
+            raise failed
         # Image by image only their total counts, so the first one gets all of it.
         everywhere = sums.clone()
         everywhere[:, _COLUMNS:] = 0

@@ -66,7 +66,7 @@ def weighted_loss(
     batch_valid        the same from the sum over the batch, divided by the number of images:
                        torch's mean
     weighted           the same with the sum of c[y] over the valid voxels of the batch: torch's
-                       mean with class weights
+                       mean with class weights; L is 0 where the sum is
     none               1
     ================== ========================================================================
 
@@ -120,7 +120,8 @@ def weighted_loss(
         sync_dice: with ``batch_dice``, one Dice over the batches of all processes of
             ``torch.distributed`` (where it is initialised). The gradient is that of the sum of the
             processes' losses, so that DistributedDataParallel, which averages, arrives at that of
-            one process with the whole batch. Every process must call it; it breaks the graph of
+            one process with the whole batch. Every process must call it, one with an empty batch,
+            too, which gets 0; where one raises an error the others get NaN. It breaks the graph of
             torch.compile.
         regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
             ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).

@@ -112,7 +112,7 @@ def weighted_loss(
         valid, inside, class_weight_of, options, voxel_loss.dtype
     )
     total = _reduce_images(image_loss, options.reduction)
-    if options.dice_weight > 0:
+    if options.dice_weight > 0 and logits.size(0) > 0:
         total = total + options.dice_weight * _dice_loss(
             probabilities, truth, valid, averaged, dice_class_weight, options
         )
@@ -175,7 +175,7 @@ def _normalizer(
     options: LossOptions,
     dtype: torch.dtype,
 ) -> Tensor:
-    """N_b, [B]; 1 where nothing is valid and the sum above it is empty."""
+    """N_b, [B]; infinite where it is 0, as where nothing is valid: then L_b is 0."""
     num_valid = valid.flatten(1).sum(dim=1).to(dtype)
     if options.normalization == "none":
         return torch.ones_like(num_valid)
@@ -194,7 +194,7 @@ def _normalizer(
             num_valid = (num_valid.sum() / images).expand_as(num_valid)
         floored = torch.maximum(num_inside, options.foreground_floor * num_valid)
         size = torch.where(num_inside > 0, floored, num_valid)
-    return torch.where(size > 0, size, 1.0)
+    return torch.where(size > 0, size, torch.inf)
 
 
 def _dice_loss(
