@@ -239,12 +239,12 @@ _PLACED = (
     ),
 )
 ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_SCALES, *_PLACED)}
-SETTINGS = tuple(arm.key for arm in _SETTINGS)  # of the map, beside MAP
-SCALES = tuple(arm.key for arm in _SCALES)  # of MAP's cross-entropy
+SETTINGS = tuple(arm.key for arm in (*_SETTINGS, *_SCALES))  # of the map, beside MAP
+SCALES = tuple(arm.key for arm in _SCALES)  # of these, the scale of its cross-entropy alone
 PLACED = tuple(arm.key for arm in _PLACED)  # held against WEIGHTS: location alone
 # On request. Beside arms with Dice, the first two are fairer peers than without it.
 EXTRA = ("focal_dice", "top_k_dice", "scratch_class")
-DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *SCALES, *PLACED))
+DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))
 GROUPS = {
     "default": DEFAULT,
     "extra": EXTRA,
