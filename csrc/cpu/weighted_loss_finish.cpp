@@ -85,15 +85,18 @@ double dice_total(const LossOptions& options, int64_t excluded_class, const Loss
   for (int64_t c = 0; c < classes; ++c) {
     if (c == excluded_class) continue;
     const double own_share = share * weights[static_cast<size_t>(c)];
+    math::DiceTerm term{};  // of the image, or of the batch
     for (int64_t b = 0; b < sums.batch; ++b) {
       const auto sum = [&](int64_t which) {
         const int64_t column = column_of(classes, which, c);
         return options.batch_dice ? sums.total(column) : sums.at(b, column);
       };
-      const math::DiceTerm term = math::dice_term(sum(0), sum(1), sum(2), options.dice_formula);
+      if (b < groups) {
+        term = math::dice_term(sum(0), sum(1), sum(2), options.dice_formula);
+        loss += own_share * term.loss;
+      }
       slopes[static_cast<size_t>(2 * b * classes + c)] = own_share * term.overall;
       slopes[static_cast<size_t>((2 * b + 1) * classes + c)] = own_share * term.hit;
-      if (b < groups) loss += own_share * term.loss;
     }
   }
   return loss;
