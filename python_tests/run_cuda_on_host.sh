@@ -23,6 +23,8 @@ preload() { # Python itself is not sanitized: the runtime has to be loaded first
 case $sanitizer in
   none)
     "${run[@]}" python_tests/test_cuda_on_host.py python_tests/test_cuda_faults.py "$@"
+    "${run[@]}" --cuda-on-host -k "TestEqualsDiceCELoss or TestOverlappingChannels and not soft and not compile" \
+      python_tests/test_monai_loss.py "$@"
     for order in forward random:3; do
       RISKMAP_CUDA_ON_HOST_ORDER=$order "${run[@]}" --cuda-on-host -m "not cuda" -k "not compile and not threads" \
         python_tests/test_{weighted_loss,regions,gradient_in_forward,dice,leep,source_regions,transferability_map}.py \
