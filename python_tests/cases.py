@@ -233,6 +233,7 @@ def loss_in_two_steps(
     case: Case, device: torch.device, batch_dice: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The sums of a loss, what becomes of them, and what the op makes in one step."""
+    case = replace(case, channel=False)  # the ops take maps [B, *S]
     tensors = [case.logits(device), case.target(device), case.risk(device), case.weight(device)]
     table = case.table(case.regions, case.classes, device) if case.regions else None
     tensors += [None, table]

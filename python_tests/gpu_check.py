@@ -229,9 +229,16 @@ def exercise(device: str) -> None:
                 args, kwargs = case.loss_call(where)
                 with riskmap_ext.gradient_in_forward(path):
                     cases.loss_and_gradients((args, {**kwargs, **options}))
+        if case.classes > 1:
+            squared = {"dice_weight": 1.0, "squared_pred": True}
+            args, kwargs = case.loss_call(where)
+            cases.loss_and_gradients((args, {**kwargs, **squared}))
+            cases.loss_in_two_steps(case, where)
     for case in (cases.REGION_TABLES[3], cases.REGION_TABLES[11]):
         args, kwargs = case.loss_call(where)
-        cases.loss_and_gradients((args, {**kwargs, "dice_weight": 1.0}))
+        for squared in (False, True):
+            options = {"dice_weight": 1.0, "squared_pred": squared}
+            cases.loss_and_gradients((args, {**kwargs, **options}))
     for case in cases.SOURCE_REGION_CASES[3:6]:
         args, kwargs = case.leep_call(where)
         riskmap_ext.leep_statistics(*args, **kwargs)
