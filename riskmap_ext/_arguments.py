@@ -197,6 +197,14 @@ def class_weights(name: str, value: Any, device: torch.device | None = None) -> 
     return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
 
 
+def class_weight_row(name: str, value: Any) -> Tensor:
+    """Class weights [C] of any number of classes."""
+    weights = class_weights(name, value)
+    if weights.dim() != 1 or weights.size(0) == 0:
+        raise ValueError(f"{name}: expected [C], got shape {_shape(weights)}")
+    return weights
+
+
 def validate_class_weight(name: str, value: Any, logits: Tensor) -> Tensor | None:
     """Class weights [C] on the device of ``logits``."""
     if value is None:
@@ -241,14 +249,14 @@ def region_table(value: Any, device: torch.device | None = None) -> Tensor:
             f"regions: expected [R, L], one row per region and one column per label, "
             f"got shape {_shape(table)}"
         )
-    if table.dtype != torch.bool and _is_small_and_here(table):
+    if table.dtype != torch.bool and may_look(table):
         wrong = table[table.ne(0) & table.ne(1)]
         if wrong.numel():
             raise ValueError(f"regions: expected 0 or 1 for each label, got {wrong[0].item()}")
     return table.to(torch.bool)
 
 
-def _is_small_and_here(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
     """Whether its values can be read without waiting for a device or breaking a graph."""
     return (
         type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()

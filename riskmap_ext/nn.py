@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import (
-    class_weights,
+    class_weight_row,
     near_names,
     number_sequence,
     plain_tensor,
@@ -179,12 +179,7 @@ def _meant(name: str, known: Collection[str]) -> str:
 
 
 def _weight_buffer(name: str, value: Any) -> Tensor | None:
-    if value is None:
-        return None
-    weight = class_weights(name, value)
-    if weight.dim() != 1 or weight.size(0) == 0:
-        raise ValueError(f"{name}: expected [C], got shape {list(weight.shape)}")
-    return weight.detach().clone()
+    return None if value is None else class_weight_row(name, value).detach().clone()
 
 
 def _scale_weights(value: Any) -> tuple[float, ...]:

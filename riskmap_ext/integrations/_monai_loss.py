@@ -11,8 +11,9 @@ from torch.nn.modules.loss import _Loss
 
 import riskmap_ext
 from riskmap_ext._arguments import (
-    class_weights,
+    class_weight_row,
     compute_dtype,
+    may_look,
     number,
     number_sequence,
     plain_tensor,
@@ -388,7 +389,7 @@ def _sums_of_ones(
     channels: how many hold, and whether one has neither 0 nor 1."""
     # Exactly 0 and 1 cost less to tell; what resampling has left near them is looked at only where
     # a device need not be waited for, or has to be without a look.
-    exact = not target.is_floating_point() or _may_look(target)
+    exact = not target.is_floating_point() or may_look(target)
     found = _read(target, factors, dtype, exact)
     if exact and target.is_floating_point() and bool(found[2].any()):
         found = _read(target, factors, dtype, exact=False)
@@ -418,15 +419,10 @@ def _read(
     return sums, count, others
 
 
-def _may_look(tensor: Tensor) -> bool:
-    """Whether a value can be read without waiting for a device or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _require_hard(target: Tensor, wrong: Tensor, form: str) -> None:
     """On the CPU an error; elsewhere it would have to wait for the device, and the loss turns a
     label that is none into NaN."""
-    if _may_look(target) and bool(wrong.any()):
+    if may_look(target) and bool(wrong.any()):
         raise ValueError(
             f"target: expected {form}, got other values at {int(wrong.sum())} voxels; soft labels "
             "are not supported"
@@ -468,10 +464,7 @@ def _as_list(name: str, value: Any) -> list[float] | None:
     """Class weights [C] as numbers, so that none of them is state."""
     if value is None:
         return None
-    weights = class_weights(name, value)
-    if weights.dim() != 1 or weights.size(0) == 0:
-        raise ValueError(f"{name}: expected [C], got shape {list(weights.shape)}")
-    return list(number_sequence(name, weights.tolist(), 0.0))
+    return list(number_sequence(name, class_weight_row(name, value).tolist(), 0.0))
 
 
 def rounded(label: Tensor) -> Tensor:

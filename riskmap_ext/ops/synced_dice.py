@@ -50,12 +50,11 @@ class _SyncedDice(torch.autograd.Function):
         if failed is not None:
             raise failed
         # Image by image only their total counts, so the first one gets all of it.
-        everywhere = sums.clone()
-        everywhere[:, _COLUMNS:] = 0
-        everywhere[:1, _COLUMNS:] = total
+        sums[:, _COLUMNS:] = 0
+        sums[:1, _COLUMNS:] = total
         excluded = None if options.include_background or regions is not None else background
         loss, scale, slopes = ops._weighted_loss_finish(
-            everywhere,
+            sums,
             weight,
             dice_class_weight,
             excluded,
