@@ -24,6 +24,7 @@ CAUGHT = [
     ("unset_shared", "none", "forward", "wrong result"),
     ("out_of_bounds", "address", "forward", "heap-buffer-overflow"),
     ("out_of_bounds_shared", "address", "forward", "insufficient space for an object"),
+    ("out_of_bounds_dynamic_shared", "address", "forward", "heap-buffer-overflow"),
     ("misaligned_load", "address", "forward", "misaligned address"),
     ("divergent_barrier", "none", "forward", "14 of 64 threads (the first is 50) have left"),
     ("partial_warp", "none", "forward", "12 of 32 threads (the first is 20) have left"),

@@ -1,6 +1,8 @@
 // Elements of any dtype: loads and stores of several at once, and conversion to the numbers the kernels compute with.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/launch.cuh"
 #include "cuda/types.h"
 #include "math/float16.h"
@@ -23,6 +25,17 @@ template <>
 struct AccOf<double> {
   using type = double;
 };
+
+template <class acc_t>
+__device__ __forceinline__ acc_t not_a_number() {
+  return static_cast<acc_t>(NAN);
+}
+
+// The largest finite number.
+template <class acc_t>
+__device__ __forceinline__ acc_t largest() {
+  return sizeof(acc_t) == 8 ? static_cast<acc_t>(1.7976931348623157e308) : static_cast<acc_t>(3.402823466e38f);
+}
 
 template <class acc_t>
 __device__ __forceinline__ acc_t to_acc(float v) {
@@ -118,12 +131,28 @@ struct Pack {
     return pack;
   }
 
-  // For results that this op does not read again.
+  // From memory that is written to.
+  __device__ __forceinline__ static Pack load_shared(const T* address) {
+    Word words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(address)[i];
+    Pack pack;
+    memcpy(&pack, words, kBytes);
+    return pack;
+  }
+
+  __device__ __forceinline__ static Pack of(const float (&numbers)[N]) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.values[i] = from_acc<T>(numbers[i]);
+    return pack;
+  }
+
   __device__ __forceinline__ void store(T* address) const {
     Word words[kWords];
     memcpy(words, this, kBytes);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<Word*>(address) + i, words[i]);
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(address)[i] = words[i];
   }
 };
 

@@ -33,19 +33,32 @@ inline void check_launch() {
   throw std::runtime_error(std::string("riskmap_ext: CUDA kernel launch failed: ") + cudaGetErrorString(error));
 }
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
+// Parameters: the one struct that the kernel takes. shared_bytes: of dynamic_shared(), at most kMaxDynamicShared.
+template <class Parameters>
+void launch(void (*kernel)(Parameters), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+            const Parameters& parameters) {
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
 #if defined(RISKMAP_CUDA_ON_HOST)
   (void)stream;
-  cuda_on_host::launch(kernel, grid, block, arguments...);
+  cuda_on_host::launch(kernel, grid, block, static_cast<size_t>(shared_bytes), parameters);
 #else
   // clang-format off
-  kernel<<<grid, block, 0, stream>>>(arguments...);
+  kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(parameters);
   // clang-format on
 #endif
   check_launch();
 }
 
-inline dim3 blocks(int64_t count) { return dim3(static_cast<unsigned>(count)); }
+inline constexpr int64_t kMaxDynamicShared = 40 << 10;  // every GPU grants 48 KB without being asked for more
+
+// The shared memory that the launch asked for; aligned to 16 bytes.
+__device__ __forceinline__ char* dynamic_shared() {
+#if defined(RISKMAP_CUDA_ON_HOST)
+  return cuda_on_host::dynamic_shared();
+#else
+  extern __shared__ uint4 riskmap_dynamic_shared[];
+  return reinterpret_cast<char*>(riskmap_dynamic_shared);
+#endif
+}
 
 }  // namespace riskmap::cuda

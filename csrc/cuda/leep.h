@@ -24,13 +24,12 @@ struct SourceInputs {
   int64_t num_classes;  // C
 };
 
-// How the statistics are summed: places for every entry of the table and every thread, or tables of the block's own.
-enum class StatisticsWay : int { kPlaces, kTables, kAny };
+// How the logits are read: few classes in a thread, many in several warps, or any from memory.
+enum class SourceWay : int { kFew, kMany, kAny };
 
 struct StatisticsPlan {
-  StatisticsWay way;
-  Chunking chunking;
-  int64_t tables;  // partial tables, of C * Z double each: [tables, C, Z], but [C, Z, tables] for kPlaces
+  SourceWay way;
+  Chunking chunking;  // a table of C * Z numbers for each chunk
 };
 
 StatisticsPlan plan_statistics(const SourceInputs& in);
@@ -38,7 +37,8 @@ StatisticsPlan plan_statistics(const SourceInputs& in);
 struct Statistics {
   SourceInputs in;
   StatisticsPlan plan;
-  double* partial;      // C * Z * plan.tables
+  double* partial;      // [chunks, C, Z]
+  uint8_t* touched;     // [chunks, C], whether a row of a table was written
   int32_t* bad_labels;  // [chunks]
   double* joint;        // [C, Z]
 };
@@ -62,9 +62,12 @@ struct ConditionalTable {
   void* table;  // acc_t[C, Z]
 };
 
+// Whether the kernels check and convert P(y|z) themselves.
+bool has_small_table(const SourceInputs& in);
+
 struct Transfer {
   SourceInputs in;
-  const void* table;   // acc_t[C, Z]
+  ConditionalTable conditional;  // its table made already, unless it is small
   int64_t background;  // -1: every valid voxel is foreground
   Chunking chunking;
   MapKind kind;
@@ -81,11 +84,8 @@ struct FinishRiskMap {
   const double* partial;
   math::Scheme scheme;
   double log_base, alpha, scale;
-  double* curves;  // [B, kCurveNumbers], scratch
   float* map;
 };
-
-inline constexpr int kCurveNumbers = 3;
 
 void make_conditional_table(const ConditionalTable& args, cudaStream_t stream);
 void launch_transfer(const Transfer& args, cudaStream_t stream);

@@ -9,15 +9,18 @@ Tensor leep_statistics(Tensor source, Tensor target, OptionalTensor regions, int
                        int64_t ignore_index) {
   check_leep_statistics(source, target, regions, num_classes);
   const DeviceGuard guard(source);
-  const DeviceSourceInputs in(source, target, regions, num_classes, ignore_index);
-  Statistics args{in.args, plan_statistics(in.args), nullptr, nullptr, nullptr};
-  const Tensor partial = empty_on(source, {num_classes * in.args.classes * args.plan.tables}, ScalarType::Double);
-  const Tensor bad_labels = empty_on(source, {args.plan.chunking.chunks(source.size(0))}, ScalarType::Int);
+  const cudaStream_t stream = stream_of(source);
+  const DeviceSourceInputs in("leep_statistics", source, target, regions, num_classes, ignore_index, stream);
   Tensor joint = empty_on(source, {num_classes, in.args.classes}, ScalarType::Double);
-  args.partial = static_cast<double*>(partial.data_ptr());
-  args.bad_labels = static_cast<int32_t*>(bad_labels.data_ptr());
+  Statistics args{in.args, plan_statistics(in.args), nullptr, nullptr, nullptr, nullptr};
   args.joint = static_cast<double*>(joint.data_ptr());
-  launch_statistics(args, stream_of(source));
+  const int64_t chunks = args.plan.chunking.chunks(source.size(0));
+  Workspace workspace;
+  workspace.reserve(&args.partial, chunks * num_classes * in.args.classes);
+  workspace.reserve(&args.touched, chunks * num_classes);
+  workspace.reserve(&args.bad_labels, chunks);
+  workspace.allocate(source);
+  launch_statistics(args, stream);
   return joint;
 }
 

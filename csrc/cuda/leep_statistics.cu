@@ -5,168 +5,275 @@
 namespace riskmap::cuda {
 namespace {
 
-constexpr int kMostInFloat = 512;
+constexpr uint32_t kMostInFloat = 512;
 
+template <class Logits>
 struct StatisticsViews {
   SourceViews in;
+  Logits source;
   double* partial;
-  int64_t tables;
-  int32_t* bad_labels;
+  uint8_t* touched;     // [blocks, C]
+  int32_t* bad_labels;  // [blocks]
+  uint32_t own_at;      // of what a kernel keeps behind a tile in dynamic shared memory
 };
 
-// Of a block of any number of warps; every thread must come here.
-__device__ __forceinline__ void write_bad_labels(const StatisticsViews& args, int bad) {
-  __shared__ int warp_sums[kWarps];
-  bad = warp_sum(bad);
-  if (lane_index() == 0) warp_sums[warp_index()] = bad;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  int sum = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) sum += warp_sums[w];
-  args.bad_labels[blockIdx.x] = sum;
+// Every thread of the block must come here.
+template <class Logits>
+__device__ __forceinline__ void write_bad_labels(const StatisticsViews<Logits>& args, bool bad) {
+  bad = __syncthreads_or(bad) != 0;
+  if (threadIdx.x == 0) args.bad_labels[blockIdx.x] = bad;
 }
 
 // Few entries: every thread has a place of its own for each, in shared memory. Their number bounds C * Z times warps.
-constexpr int kPlaces = 352;
-constexpr int kPlaceTiles = 16;  // of at most 8 voxels for each thread
+constexpr int kPlaceTiles = kMostInFloat / kTileVoxels;
 
-// As min_blocks: one of these kernels would be given too few registers.
-template <class Column>
-constexpr int blocks_with_places() {
-  return sizeof(typename Column::T) == 2 && Column::kSlots == 5 ? 3 : 0;
-}
-
-template <class Column, int V>
-__global__ void __launch_bounds__(kThreads, blocks_with_places<Column>())
-    statistics_in_places(const StatisticsViews args) {
-  __shared__ float places[kPlaces * kWarp];
+template <class T, int kSlots, bool kExact>
+__global__ void __launch_bounds__(kThreads, 2) few_statistics(const StatisticsViews<TileVolume> args) {
   const SourceViews& in = args.in;
   const int warps = static_cast<int>(blockDim.x) / kWarp, entries = in.num_classes * in.classes;
-  const BlockShape shape(1, in.source.layout == Layout::kVoxels, static_cast<int>(blockDim.x));
   const Chunk chunk(in.chunking, in.voxels);
-  float* own = places + warp_index() * entries * kWarp + lane_index();
+  const int classes = kExact ? kSlots : in.classes;
+  float* const places = reinterpret_cast<float*>(dynamic_shared() + args.own_at);
+  float* const own = places + warp_index() * entries * kWarp + lane_index();
   for (int e = 0; e < entries; ++e) own[e * kWarp] = 0;
-  int bad = 0;
+  bool bad = false;
 
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-    const Span<V> span = shape.span<V>(tile, chunk.end);
-    Column x[V];
-    load_source(in, chunk.image, span, x);
-    int label[V];
+  for (uint32_t first = chunk.begin; first < chunk.end; first += blockDim.x * kTileVoxels) {
+    const auto span = FewTile<T, kSlots, kExact>::span(first, chunk.end);
+    FewTile<T, kSlots, kExact> tile;
+    int label[kTileVoxels];
+    load_source(tile, in, args.source, chunk.image, first, span);
     load_labels(in.target, in.label, chunk.image, span, label);
+    float inverse[kTileVoxels];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      bad += label[i] == kBadLabel;
-      const float inverse = 1.0f / x[i].exps(math::max_logit<float>(x[i]));
-      if (label[i] < 0) continue;
-      float* row = own + label[i] * in.classes * kWarp;
-      x[i].each([&](int z) { row[z * kWarp] += x[i].get(z) * inverse; });
+    for (int i = 0; i < kTileVoxels; ++i) {
+      bad |= label[i] == kBadLabel;
+      inverse[i] = math::inverse(exponentials_of(tile, i));
+    }
+    if (label[0] == label[1] && label[0] == label[2] && label[0] == label[3]) {
+      if (label[0] < 0) continue;
+      float* row = own + label[0] * classes * kWarp;
+#pragma unroll
+      for (int z = 0; z < kSlots; ++z) {
+        if (!kExact && z >= classes) break;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) sum += tile.x[z][i] * inverse[i];
+        row[z * kWarp] += sum;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) {
+        if (label[i] < 0) continue;
+        float* row = own + label[i] * classes * kWarp;
+#pragma unroll
+        for (int z = 0; z < kSlots; ++z) {
+          if (!kExact && z >= classes) break;
+          row[z * kWarp] += tile.x[z][i] * inverse[i];
+        }
+      }
     }
   }
-  write_bad_labels(args, bad);
-  __syncthreads();
+  write_bad_labels(args, bad);  // and a barrier
   for (int e = warp_index(); e < entries; e += warps) {
     double sum = 0;
     for (int w = 0; w < warps; ++w) sum += static_cast<double>(places[(w * entries + e) * kWarp + lane_index()]);
     sum = warp_sum(sum);
-    if (lane_index() == 0) args.partial[e * args.tables + blockIdx.x] = sum;
+    if (lane_index() == 0) args.partial[static_cast<int64_t>(blockIdx.x) * entries + e] = sum;
   }
 }
 
-// More entries: the warps that share a voxel turn 32 voxels over, so that a lane has a source class; it walks through
-// the voxels and adds to a row of the table where the label changes. Every group of warps has a table of its own.
-constexpr int kTableSlots = 32;
-constexpr int kMaxTableClasses = kTableSlots * kWarps;
+// The sums of a warp's classes over voxels of one label after the other. Two lanes have a class: they walk through its
+// probabilities, which the warp turns in shared memory kWarp voxels at a time, and add to a row of the block's table
+// where the label changes.
+class LabelRuns {
+ public:
+  static constexpr int kPitch = kWarp + 4;
+  static constexpr int kNumbers = kManySlots * kPitch;  // of shared memory, for each warp
 
-template <class Column>
-__global__ void __launch_bounds__(kThreads) statistics_in_tables(const StatisticsViews args) {
-  __shared__ float turned[kWarps][kTableSlots][kWarp + 1];
-  __shared__ int labels[kWarps][kWarp];
-  const SourceViews& in = args.in;
-  const BlockShape shape(in.parts, false);
-  const Chunk chunk(in.chunking, in.voxels);
-  Exchange<float, 1, 2> exchange(shape);
-  Column x[1];
-  assign_classes(shape.part, in.classes_per_part, in.classes, x);
-  const int lane = lane_index(), warp = warp_index(), groups = kWarps / in.parts;
-  const bool has_class = lane < x[0].count;
-  double* table = args.partial +
-                  (blockIdx.x * static_cast<int64_t>(groups) + warp / in.parts) * in.num_classes * in.classes +
-                  x[0].first + lane;
-  for (int64_t y = 0; has_class && y < in.num_classes; ++y) table[y * in.classes] = 0;
+  __device__ __forceinline__ LabelRuns(float* turned, uint8_t* touched, double* table, const ManyShape& shape,
+                                       int classes)
+      : own_(turned + (lane_index() % kManySlots) * kPitch),
+        touched_(touched),
+        table_(table + shape.first + lane_index() % kManySlots),
+        classes_(classes),
+        half_(lane_index() / kManySlots),
+        has_class_(lane_index() % kManySlots < shape.count) {}
 
-  int bad = 0, run_label = kIgnored, tiles = 0;
-  float run = 0;
-  const auto flush = [&] {
-    if (run_label >= 0 && has_class) table[static_cast<int64_t>(run_label) * in.classes] += static_cast<double>(run);
-    run = 0;
-  };
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads) {
-    const Span<1> span = shape.span<1>(tile, chunk.end);
-    load_source(in, chunk.image, span, x);
-    int label[1];
-    load_labels(in.target, in.label, chunk.image, span, label);
-    bad += label[0] == kBadLabel;
-    exchange.post(0, 0, math::max_logit<float>(x[0]));
-    exchange.meet();
-    exchange.post(1, 0, x[0].exps(exchange.max(0, 0)));
-    exchange.meet();
-    const float inverse = 1.0f / exchange.sum(1, 0);
-    const bool valid = label[0] >= 0;
-    x[0].each([&](int z) { turned[warp][z][lane] = valid ? x[0].get(z) * inverse : 0.0f; });
-    labels[warp][lane] = valid ? label[0] : kIgnored;
-    __syncwarp();
-
-    const float* own = turned[warp][lane];
-    const int before = lane == 0 ? run_label : labels[warp][lane - 1];
-    const unsigned changes = __ballot_sync(kAllLanes, labels[warp][lane] != before);
-    if (changes == 0) {
+  // Of kWarp voxels with these labels.
+  __device__ __forceinline__ void add(const int* labels) {
+    const bool same = __all_sync(kAllLanes, labels[lane_index()] == labels[0]) != 0;
+    if (same) {
+      turn_to(labels[0]);
+      constexpr int kHalf = kWarp / 2;
 #pragma unroll
-      for (int v = 0; v < kWarp; ++v) run += own[v];
+      for (int v = 0; v < kHalf; v += kTileVoxels) {
+        const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + half_ * kHalf + v);
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) run_ += pack.values[i];
+      }
     } else {
+#pragma unroll 1
       for (int v = 0; v < kWarp; ++v) {
-        if (changes >> v & 1) {
-          flush();
-          run_label = labels[warp][v];
-        }
-        run += own[v];
+        if (labels[v] != label_) turn_to(labels[v]);
+        if (half_ == 0) run_ += own_[v];
       }
     }
-    if (++tiles == kMostInFloat / kWarp) {
-      flush();
-      tiles = 0;
-    }
-    __syncwarp();  // everything is read before the next tile overwrites it
+    voxels_ += kWarp;
+    if (voxels_ == kMostInFloat) flush();
   }
-  flush();
-  write_bad_labels(args, shape.part == 0 ? bad : 0);
+  __device__ __forceinline__ void flush() {
+    const float sum = run_ + __shfl_xor_sync(kAllLanes, run_, kManySlots);
+    run_ = 0;
+    voxels_ = 0;
+    if (label_ < 0) return;
+    const bool first = touched_[label_] == 0;
+    __syncwarp();  // before it is touched
+    if (half_ == 0 && has_class_) {
+      double& entry = table_[static_cast<int64_t>(label_) * classes_];
+      entry = first ? static_cast<double>(sum) : entry + static_cast<double>(sum);
+    }
+    if (first && lane_index() == 0) touched_[label_] = 1;
+    __syncwarp();
+  }
+
+ private:
+  __device__ __forceinline__ void turn_to(int label) {
+    if (label == label_) return;
+    flush();
+    label_ = label;
+  }
+
+  const float* own_;
+  uint8_t* touched_;
+  double* table_;
+  int classes_, half_;
+  bool has_class_;
+  int label_ = kIgnored;
+  uint32_t voxels_ = 0;
+  float run_ = 0;
+};
+
+constexpr int kMaxTableRows = 256;  // labels; a byte of shared memory for each and each warp
+using StatisticsExchange = ManyExchange<2, 2>;
+
+// The memory of the exchange is that of turning, too.
+template <class T>
+int64_t bytes_of_many(const TileVolume& source) {
+  const int64_t turned =
+      ManyShape::warps_of(source.classes) * LabelRuns::kNumbers * static_cast<int64_t>(sizeof(float));
+  const int64_t exchange = StatisticsExchange::shared_bytes(source, ManyTile<T>::stage_bytes(source));
+  return turned > exchange ? turned : exchange;
+}
+
+// One of a few rounds of turning: its voxels lie in some of the lanes, or one of each lane's.
+template <class T>
+__device__ __forceinline__ void turn(const ManyTile<T>& tile, const ManyShape& shape, bool channels_last, int round,
+                                     float* turned) {
+  constexpr int kLanes = kWarp / kTileVoxels;
+#pragma unroll
+  for (int k = 0; k < kManySlots; ++k) {
+    if (k >= shape.count) break;
+    float* row = turned + k * LabelRuns::kPitch;
+    if (channels_last) {
+      row[lane_index()] = tile.x[k][round];
+    } else if (lane_index() / kLanes == round) {
+      Pack<float, kTileVoxels>::of(tile.x[k]).store(row + lane_index() % kLanes * kTileVoxels);
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const StatisticsViews<TileVolume> args) {
+  __shared__ int labels[kWarpVoxels];
+  const SourceViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ManyShape shape(in.classes);
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  StatisticsExchange exchange(args.source.channels_last);
+  float* const turned = reinterpret_cast<float*>(dynamic_shared()) + warp_index() * LabelRuns::kNumbers;
+  uint8_t* const all_touched = reinterpret_cast<uint8_t*>(dynamic_shared() + args.own_at);
+  uint8_t* const touched = all_touched + warp_index() * in.num_classes;
+  for (int y = lane_index(); y < in.num_classes; y += kWarp) touched[y] = 0;
+  __syncwarp();
+  LabelRuns runs(turned, touched, args.partial + static_cast<int64_t>(blockIdx.x) * in.num_classes * in.classes, shape,
+                 in.classes);
+  bool bad = false;
+
+  for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
+    int label[1] = {kIgnored};
+    if (shape.is_owner()) {
+      load_labels(in.target, in.label, chunk.image, shape.own(first, chunk.end), label);
+      bad |= label[0] == kBadLabel;
+    }
+    ManyTile<T> tile;
+    float max[kTileVoxels], sum[kTileVoxels];
+    if (args.source.channels_last) __syncthreads();  // as below: it is loaded through the same memory
+    tile.load(args.source, shape, chunk.image, first, ManyTile<T>::span(first, chunk.end), exchange.stage());
+    largest_of(tile, shape, max);
+    exponentials(tile, shape, max, sum);
+    __syncthreads();  // nobody turns in the memory of the exchange any more
+    exchange.post(0, max);
+    exchange.post(1, sum);
+    __syncthreads();
+    if (shape.is_owner()) {
+      float largest = kNoLogit;
+      for (int w = 0; w < warps; ++w) largest = fmaxf(largest, exchange.posted(0, w, shape.thread));
+      labels[shape.thread] = label[0] < 0 ? kIgnored : label[0];
+      exchange.result(0, shape.thread) = largest;
+      exchange.result(1, shape.thread) = math::inverse(exchange.sum(1, shape.thread, largest));
+    }
+    __syncthreads();
+    float factor[kTileVoxels], largest[kTileVoxels];
+    exchange.results(0, largest);
+    exchange.results(1, factor);
+    __syncthreads();  // from here on the memory is for turning
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
+#pragma unroll
+    for (int k = 0; k < kManySlots; ++k) {
+      if (k >= shape.count) break;
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) tile.x[k][i] *= factor[i];
+    }
+#pragma unroll
+    for (int round = 0; round < kTileVoxels; ++round) {
+      __syncwarp();
+      turn(tile, shape, args.source.channels_last, round, turned);
+      __syncwarp();
+      runs.add(labels + round * kWarp);
+    }
+  }
+  runs.flush();
+  write_bad_labels(args, bad);
+  for (int y = static_cast<int>(threadIdx.x); y < in.num_classes; y += static_cast<int>(blockDim.x))
+    args.touched[static_cast<int64_t>(blockIdx.x) * in.num_classes + y] = all_touched[y];
 }
 
 // Anything else: a thread has source classes kThreads apart, and walks through the voxels of a tile.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) statistics_of_any(const StatisticsViews args) {
+__global__ void __launch_bounds__(kThreads, 4) statistics_of_any(const StatisticsViews<AnyVolume> args) {
   using acc_t = typename AccOf<T>::type;
   __shared__ acc_t maxima[kThreads], inverses[kThreads];
   __shared__ int labels[kThreads];
   const SourceViews& in = args.in;
-  const BlockShape shape(1, false);
   const Chunk chunk(in.chunking, in.voxels);
   double* table = args.partial + static_cast<int64_t>(blockIdx.x) * in.num_classes * in.classes;
   for (int64_t z = threadIdx.x; z < in.classes; z += kThreads)
     for (int64_t y = 0; y < in.num_classes; ++y) table[y * in.classes + z] = 0;
 
-  int bad = 0;
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kThreads) {
-    SourceColumn<T> x[1];
-    assign_classes(0, in.classes, in.classes, x);
-    const Span<1> span = shape.span<1>(tile, chunk.end);
-    load_source(in, chunk.image, span, x);
+  bool bad = false;
+  for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads) {
+    const Spread<1> span{tile + threadIdx.x, chunk.end, 0};
     int label[1];
     load_labels(in.target, in.label, chunk.image, span, label);
-    bad += label[0] == kBadLabel;
-    const acc_t max = math::max_logit<acc_t>(x[0]);
-    maxima[threadIdx.x] = max;
-    inverses[threadIdx.x] = acc_t(1) / x[0].exps(max);
+    bad |= label[0] == kBadLabel;
+    if (span.has(0)) {
+      const SourceColumn<T> x(in, args.source, chunk.image, span.first);
+      const acc_t max = math::max_logit<acc_t>(x);
+      maxima[threadIdx.x] = max;
+      inverses[threadIdx.x] = acc_t(1) / math::sum_exp(x, max);
+    }
     labels[threadIdx.x] = label[0];
     __syncthreads();
     const int voxels = static_cast<int>(chunk.end - tile < kThreads ? chunk.end - tile : kThreads);
@@ -181,9 +288,8 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_of_any(const Statistic
           run_label = next;
         }
         if (next < 0) continue;
-        const Span<1> at{tile + v, chunk.end, 1};
-        load_source(in, chunk.image, at, x);
-        run += x[0].exp_at(static_cast<int>(z), maxima[v]) * inverses[v];
+        const SourceColumn<T> x(in, args.source, chunk.image, tile + static_cast<uint32_t>(v));
+        run += math::exp(x.get(static_cast<int>(z)) - maxima[v]) * inverses[v];
       }
     }
     __syncthreads();
@@ -192,35 +298,56 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_of_any(const Statistic
 }
 
 struct SumViews {
-  const double* partial;
-  int64_t entries, tables, chunks;
-  bool entries_first;  // [C, Z, tables], else [tables, C, Z]
+  const double* partial;  // [tables, C, Z]
+  int64_t num_classes, classes, tables;
+  const uint8_t* touched;  // [tables, C]; nullptr: all rows are there
   const int32_t* bad_labels;
   double* joint;
 };
 
-// A warp for each entry, or a thread where neighbouring entries are neighbours in memory.
+constexpr int kTablesAtOnce = 1024;
+
+// A block for each class of the target: its warps share the tables, in the same order always.
 __global__ void __launch_bounds__(kThreads) sum_tables(const SumViews args) {
+  __shared__ double of_warp[kWarps][kWarp];
+  __shared__ uint8_t present[kTablesAtOnce];
+  const int64_t y = blockIdx.x;
   int bad = 0;
-  for (int64_t chunk = threadIdx.x; chunk < args.chunks; chunk += kThreads) bad += args.bad_labels[chunk] != 0;
-  bad = block_sum(bad);
-  if (args.entries_first) {
-    const int64_t entry = blockIdx.x * static_cast<int64_t>(kWarps) + warp_index();
-    if (entry >= args.entries) return;
-    const double sum = warp_sum_of(args.partial + entry * args.tables, args.tables);
-    if (lane_index() == 0) args.joint[entry] = bad ? not_a_number<double>() : sum;
-  } else {
-    const int64_t entry = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-    if (entry >= args.entries) return;
+  for (int64_t t = threadIdx.x; t < args.tables; t += kThreads) bad |= args.bad_labels[t] != 0;
+  bad = __syncthreads_or(bad);
+  for (int64_t first = 0; first < args.classes; first += kWarp) {
+    const int64_t z = first + lane_index();
     double sum = 0;
-    for (int64_t i = 0; i < args.tables; ++i) sum += args.partial[i * args.entries + entry];
-    args.joint[entry] = bad ? not_a_number<double>() : sum;
+    for (int64_t begin = 0; begin < args.tables; begin += kTablesAtOnce) {
+      const int64_t count = args.tables - begin < kTablesAtOnce ? args.tables - begin : kTablesAtOnce;
+      __syncthreads();
+      for (int64_t t = threadIdx.x; t < count; t += kThreads)
+        present[t] = !args.touched || args.touched[(begin + t) * args.num_classes + y] != 0;
+      __syncthreads();
+#pragma unroll 4
+      for (int64_t t = warp_index(); t < count; t += kWarps)
+        if (present[t] && z < args.classes) sum += args.partial[((begin + t) * args.num_classes + y) * args.classes + z];
+    }
+    of_warp[warp_index()][lane_index()] = sum;
+    __syncthreads();
+    if (warp_index() == 0 && z < args.classes) {
+      for (int w = 1; w < kWarps; ++w) sum += of_warp[w][lane_index()];
+      args.joint[y * args.classes + z] = bad ? not_a_number<double>() : sum;
+    }
   }
 }
 
-int warps_for_places(int64_t entries) {
+int64_t place_bytes(const SourceInputs& in) {  // of a warp
+  return in.num_classes * in.classes * kWarp * static_cast<int64_t>(sizeof(float));
+}
+int64_t stage_bytes(const SourceInputs& in) {  // of a warp
+  return in.source.stride_voxel == 1 ? 0 : kWarpVoxels * in.classes * size_of(in.source.dtype);
+}
+
+// With places; 0 where they do not fit.
+int warps_for_places(const SourceInputs& in) {
   int warps = kWarps;
-  while (warps > 1 && warps * entries > kPlaces) warps /= 2;
+  while (warps > 0 && warps * (place_bytes(in) + stage_bytes(in)) > kMaxDynamicShared) warps /= 2;
   return warps;
 }
 
@@ -228,61 +355,56 @@ int warps_for_places(int64_t entries) {
 
 StatisticsPlan plan_statistics(const SourceInputs& in) {
   const int64_t entries = in.num_classes * in.classes, batch = in.source.batch, voxels = in.source.voxels;
-  const bool narrow = in.source.dtype != Dtype::kDouble;
-  if (narrow && in.classes <= 8 && entries <= kPlaces) {
-    StatisticsPlan plan{StatisticsWay::kPlaces, {}, 0};
-    const int64_t threads = int64_t(warps_for_places(entries)) * kWarp;
-    with_variant<SourceColumn>(in.source.dtype, in.classes, [&](auto variant) {
-      plan.chunking = chunk_voxels(batch, voxels, threads * decltype(variant)::kVoxels, kPlaceTiles);
-    });
-    plan.tables = plan.chunking.chunks(batch);
+  StatisticsPlan plan{};
+  plan.way = way_of(in, warps_for_places(in) > 0);
+  if (plan.way == SourceWay::kMany && in.num_classes > kMaxTableRows) plan.way = SourceWay::kAny;
+  if (plan.way == SourceWay::kFew) {
+    const int64_t threads = int64_t(warps_for_places(in)) * kWarp;
+    plan.chunking = chunk_voxels(batch, voxels, threads * kTileVoxels, kPlaceTiles,
+                                 usual_blocks() * (kThreads / threads));
     return plan;
   }
-  const bool in_tables = narrow && in.classes <= kMaxTableClasses;
-  const int parts = in_tables ? parts_of(in.classes, kTableSlots) : kWarps;
-  const int64_t groups = kWarps / parts;
-  // The partial tables may take an eighth of what the logits take, or there may be a few of them.
-  const int64_t bytes = batch * voxels * in.source.classes * size_of(in.source.dtype);
-  const int64_t fitting = bytes / (8 * 8 * entries * groups);
-  const int64_t few = kUsualChunks / 64 + 1;
-  const int64_t most = fitting < few ? few : fitting > kUsualChunks ? kUsualChunks : fitting;
-  const Chunking chunking = chunk_voxels(batch, voxels, int64_t(kThreads) / parts, INT32_MAX, most);
-  return {in_tables ? StatisticsWay::kTables : StatisticsWay::kAny, chunking, chunking.chunks(batch) * groups};
+  // The partial tables may take a quarter of what the logits take, or a few megabytes.
+  const int64_t table = 8 * entries;
+  const int64_t bytes = batch * voxels * in.source.classes * size_of(in.source.dtype) / 4;
+  const int64_t fitting = (bytes < (32 << 20) ? 32 << 20 : bytes) / (table > 0 ? table : 1);
+  const int64_t blocks = fitting < 1 ? 1 : fitting < usual_blocks() ? fitting : usual_blocks();
+  plan.chunking =
+      chunk_voxels(batch, voxels, plan.way == SourceWay::kMany ? kWarpVoxels : kThreads, INT32_MAX, blocks);
+  return plan;
 }
 
 void launch_statistics(const Statistics& args, cudaStream_t stream) {
   const SourceInputs& in = args.in;
-  const StatisticsPlan& plan = args.plan;
-  const int64_t chunks = plan.chunking.chunks(in.source.batch), entries = in.num_classes * in.classes;
-  const bool in_places = plan.way == StatisticsWay::kPlaces;
-  if (chunks > 0) {
-    with_floating(in.source.dtype, [&](auto tag) {
-      using T = decltype(tag);
-      const auto views = [&](auto voxels, int parts) {
-        return StatisticsViews{view_of<decltype(voxels)::value>(in, plan.chunking, parts), args.partial, plan.tables,
-                               args.bad_labels};
-      };
-      if (plan.way == StatisticsWay::kAny) {
-        return launch(statistics_of_any<T>, blocks(chunks), kThreads, stream,
-                      views(std::integral_constant<int, 1>{}, 1));
-      }
-      if constexpr (sizeof(T) < sizeof(double)) {
-        if (plan.way == StatisticsWay::kTables) {
-          return launch(statistics_in_tables<SharedColumn<T, kTableSlots>>, blocks(chunks), kThreads, stream,
-                        views(std::integral_constant<int, 1>{}, parts_of(in.classes, kTableSlots)));
+  const int64_t blocks = args.plan.chunking.chunks(in.source.batch);
+  const SourceViews views = view_of(in, args.plan.chunking);
+  if (blocks > 0) {
+    with_source_kernel(in, args.plan.way, [&](auto kernel) {
+      using Kernel = decltype(kernel);
+      using T = typename Kernel::T;
+      if constexpr (Kernel::kWay == SourceWay::kAny) {
+        launch(statistics_of_any<T>, blocks, kThreads, 0, stream,
+               StatisticsViews<AnyVolume>{views, any_view_of(in.source), args.partial, nullptr, args.bad_labels, 0});
+      } else {
+        const TileVolume source = tile_view_of(in.source);
+        StatisticsViews<TileVolume> all{views, source, args.partial, args.touched, args.bad_labels, 0};
+        if constexpr (Kernel::kWay == SourceWay::kMany) {
+          const int warps = ManyShape::warps_of(in.classes);
+          all.own_at = static_cast<uint32_t>(bytes_of_many<T>(source));
+          launch(many_statistics<T>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
+        } else {
+          const int warps = warps_for_places(in);
+          all.own_at = static_cast<uint32_t>(warps * stage_bytes(in));
+          launch(few_statistics<T, Kernel::kSlots, Kernel::kExact>, blocks, warps * kWarp,
+                 all.own_at + warps * place_bytes(in), stream, all);
         }
-        with_register_variant<T>(in.classes, [&](auto variant) {
-          using V = decltype(variant);
-          launch(statistics_in_places<typename V::Column, V::kVoxels>, blocks(chunks),
-                 static_cast<unsigned>(warps_for_places(entries) * kWarp), stream,
-                 views(std::integral_constant<int, V::kVoxels>{}, 1));
-        });
       }
     });
   }
-  const SumViews sums{args.partial, entries, plan.tables, chunks, in_places, args.bad_labels, args.joint};
-  const int64_t per_block = in_places ? kWarps : kThreads;
-  launch(sum_tables, blocks((entries + per_block - 1) / per_block), kThreads, stream, sums);
+  if (in.num_classes * in.classes == 0) return;
+  launch(sum_tables, in.num_classes, kThreads, 0, stream,
+         SumViews{args.partial, in.num_classes, in.classes, blocks,
+                  args.plan.way == SourceWay::kMany ? args.touched : nullptr, args.bad_labels, args.joint});
 }
 
 }  // namespace riskmap::cuda

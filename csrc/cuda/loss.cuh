@@ -1,65 +1,75 @@
-// The part of the weighted loss that forward and backward kernels share: inputs of a thread's voxels, softmax, terms.
+// The part of the weighted loss that forward and backward kernels share: what a call looks at, the voxels' labels and
+// risks, class weights, and the sums of a block.
 #pragma once
 
-#include "cuda/variant.cuh"
+#include "cuda/tile.cuh"
 #include "cuda/weighted_loss.h"
 #include "math/weighted_loss.h"
 
 namespace riskmap::cuda {
 
+// What a kernel was compiled for. The first two, the usual calls, know no class weights, label smoothing, maps of
+// losses or of gradients, gradient of the risk, or cross-entropy of the foreground alone; kAny asks for everything when
+// it runs.
+enum class LossKind : int { kCrossEntropy, kDice, kAny };
+
 // LossInputs as the kernels read them.
 struct LossViews {
-  VolumeView logits;
   MapView target, risk, foreground;
   LabelCode label;
-  const void* class_weight;
-  const void* smooth;
-  int64_t voxels;
-  double keep;  // 1 - label_smoothing
+  ClassWeight class_weight;
+  double label_smoothing;
+  uint32_t voxels;
   int classes, background;
-  int parts, classes_per_part;  // see SharedColumn; 1 and all classes elsewhere
-  bool ce_in_foreground, class_sums;
+  bool ce_in_foreground, class_sums, squared;
   Chunking chunking;
 };
 
-template <int V>
-LossViews view_of(const LossInputs& in, const Chunking& chunking, int parts) {
-  const int64_t batch = in.logits.batch;
-  const int classes = static_cast<int>(in.logits.classes);
-  return {view_of<V>(in.logits),
-          view_of<V>(in.target, batch),
-          view_of<V>(in.risk, batch),
-          view_of<V>(in.foreground, batch),
+inline LossViews view_of(const LossInputs& in, const Chunking& chunking) {
+  return {view_of(in.target),
+          view_of(in.risk),
+          view_of(in.foreground),
           in.label,
           in.class_weight,
-          in.smooth,
-          in.logits.voxels,
-          1 - in.label_smoothing,
-          classes,
+          in.label_smoothing,
+          static_cast<uint32_t>(in.logits.voxels),
+          static_cast<int>(in.logits.classes),
           static_cast<int>(in.background),
-          parts,
-          (classes + parts - 1) / parts,
           in.ce_in_foreground,
           in.class_sums,
+          in.squared,
           chunking};
+}
+
+// Whether a tile can be read, and the maps beside it.
+inline bool fits_tiles(const LossInputs& in) {
+  const int64_t batch = in.logits.batch;
+  return fits_tiles(in.logits) && has_packs<kTileVoxels>(in.target, batch) && has_packs<kTileVoxels>(in.risk, batch) &&
+         has_packs<kTileVoxels>(in.foreground, batch);
+}
+
+// Whether a call is one of the usual ones.
+inline bool is_usual(const LossInputs& in) {
+  return !in.class_weight.data && in.label_smoothing == 0 && !in.ce_in_foreground && !in.squared && !in.membership;
 }
 
 // What the maps say about a thread's voxels.
 template <class acc_t, int V>
 struct VoxelData {
   int label[V];  // a class, kIgnored or kBadLabel
-  bool in_mask[V];
   acc_t risk[V];
+  uint32_t in_mask;  // a bit for each voxel
 
-  __device__ __forceinline__ void load(const LossViews& in, int64_t image, const Span<V>& span) {
+  template <class Span>
+  __device__ __forceinline__ void load(const LossViews& in, uint32_t image, const Span& span) {
     load_values(in.risk, image, span, risk);
     load_labels(in.target, in.label, image, span, label);
-    load_mask(in.foreground, image, span, in_mask);
+    in_mask = load_mask(in.foreground, image, span);
   }
   __device__ __forceinline__ bool valid(int i) const { return label[i] >= 0; }
   // Labelled or inside the mask; every valid voxel where there is no background class.
   __device__ __forceinline__ bool foreground(const LossViews& in, int i) const {
-    return valid(i) && (in.background < 0 || label[i] != in.background || in_mask[i]);
+    return valid(i) && (in.background < 0 || label[i] != in.background || (in_mask >> i & 1));
   }
   // Whether its cross-entropy counts.
   __device__ __forceinline__ bool counted(const LossViews& in, int i) const {
@@ -67,119 +77,192 @@ struct VoxelData {
   }
   // A risk that no caller may give: negative, NaN or infinite.
   __device__ __forceinline__ bool bad_risk(int i) const {
-    return valid(i) && !(risk[i] >= acc_t(0) && risk[i] - risk[i] == acc_t(0));
+    return valid(i) && !(risk[i] >= acc_t(0) && risk[i] <= largest<acc_t>());
   }
 };
 
-// (1 - eps) c[y] of a valid voxel.
-template <class acc_t>
-__device__ __forceinline__ acc_t hot_factor(const LossViews& in, int label) {
-  const acc_t keep = static_cast<acc_t>(in.keep);
-  const acc_t* weight = static_cast<const acc_t*>(in.class_weight);
-  return weight && label >= 0 ? keep * __ldg(weight + label) : keep;
+// A class weight that no caller may give.
+__device__ __forceinline__ bool is_bad_weight(double weight) { return !(weight >= 0 && weight - weight == 0); }
+
+__device__ __forceinline__ double weight_of(const ClassWeight& weight, int64_t c) {
+  return weight.data ? load_scalar(weight.data, weight.dtype, c) : 1.0;
 }
 
-template <class acc_t>
-__device__ __forceinline__ acc_t smooth_total(const LossViews& in) {
-  return in.smooth ? __ldg(static_cast<const acc_t*>(in.smooth) + in.classes) : acc_t(0);
+// Whether any is bad; every thread of the block must come here.
+__device__ __forceinline__ bool has_bad_weight(const ClassWeight& weight, int64_t classes) {
+  int bad = 0;
+  for (int64_t c = threadIdx.x; weight.data && c < classes; c += blockDim.x) bad |= is_bad_weight(weight_of(weight, c));
+  return __syncthreads_or(bad) != 0;
 }
 
-// The softmax over one voxel's column. Logits are taken relative to the voxel's largest: a large common offset costs no
-// digits.
+// Class weights and label smoothing; of up to kTable classes in shared memory, of more (0) where they are.
+template <class acc_t, int kTable>
+struct ClassWeights {
+  ClassWeight given;
+  acc_t* table;
+  acc_t factor, keep, smooth_factor;  // 1, or NaN where a weight is bad; 1 - eps; eps / C
+  acc_t smooth_total;                 // sum_k smooth(k)
+
+  // Every thread of the block must come here.
+  __device__ __forceinline__ explicit ClassWeights(const LossViews& in)
+      : given(in.class_weight),
+        table(nullptr),
+        factor(has_bad_weight(in.class_weight, in.classes) ? not_a_number<acc_t>() : acc_t(1)),
+        keep(acc_t(1) - static_cast<acc_t>(in.label_smoothing)),
+        smooth_factor(static_cast<acc_t>(in.label_smoothing) / static_cast<acc_t>(in.classes)),
+        smooth_total(0) {
+    if constexpr (kTable > 0) {
+      __shared__ acc_t memory[kTable];
+      for (int c = static_cast<int>(threadIdx.x); c < kTable; c += static_cast<int>(blockDim.x))
+        memory[c] = c < in.classes ? of(c) : acc_t(0);
+      table = memory;
+      __syncthreads();
+    }
+    if (in.label_smoothing == 0) return;
+    for (int c = lane_index(); c < in.classes; c += kWarp) smooth_total += smooth(c);
+    smooth_total = warp_sum(smooth_total);
+  }
+  __device__ __forceinline__ acc_t of(int64_t c) const {
+    return kTable > 0 && table ? table[c] : static_cast<acc_t>(weight_of(given, c)) * factor;
+  }
+  // (1 - eps) c[y]
+  __device__ __forceinline__ acc_t hot(int label) const { return label < 0 ? acc_t(0) : keep * of(label); }
+  // (eps / C) c[k]
+  __device__ __forceinline__ acc_t smooth(int64_t c) const { return smooth_factor * of(c); }
+};
+
+// Whether the sums of the classes are wanted, or their slopes.
+template <LossKind kKind>
+__device__ __forceinline__ bool has_class_sums(const LossViews& in) {
+  return kKind == LossKind::kAny ? in.class_sums : kKind == LossKind::kDice;
+}
+
+// Those of a usual call, as constants.
+struct NoClassWeights {
+  static constexpr float smooth_total = 0;
+  __device__ __forceinline__ explicit NoClassWeights(const LossViews&) {}
+  __device__ __forceinline__ float hot(int) const { return 1; }
+  __device__ __forceinline__ float smooth(int) const { return 0; }
+};
+
+template <LossKind kKind, int kTable>
+using ClassWeightsOf = std::conditional_t<kKind == LossKind::kAny, ClassWeights<float, kTable>, NoClassWeights>;
+
+// The softmax of a voxel.
 template <class acc_t>
 struct Softmax {
   acc_t max;
-  acc_t sum;         // sum_c exp(x_c - max)
+  acc_t sum;         // sum_k exp(x_k - max)
   acc_t target;      // x_y - max
   acc_t smooth_dot;  // see math::cross_entropy
 
-  // All but max, which is given; leaves the exponentials in x.
-  template <class Column>
-  __device__ __forceinline__ void run(const LossViews& in, Column& x, int label) {
-    target = x.pick(label, max);
-    smooth_dot = 0;
-    if (const acc_t* smooth = static_cast<const acc_t*>(in.smooth)) {
-      x.each([&](int c) { smooth_dot += (x.get(c) - max) * __ldg(smooth + x.class_of(c)); });
-    }
-    sum = x.exps(max);
-  }
-  __device__ __forceinline__ acc_t cross_entropy(const LossViews& in, acc_t hot) const {
-    return math::cross_entropy(math::log(sum), target, hot, smooth_total<acc_t>(in), smooth_dot);
+  template <class Weights>
+  __device__ __forceinline__ acc_t cross_entropy(const Weights& weights, int label) const {
+    return math::cross_entropy(math::log(sum), target, acc_t(weights.hot(label)), acc_t(weights.smooth_total),
+                               smooth_dot);
   }
 };
 
-// Softmax of a thread's V voxels, then `finish(i, softmax)` for each. What `post(i, softmax)` leaves in extra is summed
-// over the warps that share a voxel.
-template <class Column, int V, class Exchange, class Post, class Finish>
-__device__ __forceinline__ void for_voxels(const LossViews& in, Column (&x)[V], const int (&label)[V],
-                                           Exchange& exchange, const Post& post, const Finish& finish) {
-  using acc_t = typename Column::acc_t;
-  if constexpr (Column::kShared) {
+// Of voxel i of a few classes; leaves the exponentials in x.
+template <LossKind kKind, class Tile, class Weights>
+__device__ __forceinline__ Softmax<float> softmax_of(Tile& tile, int i, int label, const Weights& weights) {
+  constexpr int kSlots = static_cast<int>(sizeof(tile.x) / sizeof(tile.x[0]));
+  Softmax<float> softmax{kNoLogit, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < V; ++i) exchange.post(0, i, math::max_logit<acc_t>(x[i]));
-    exchange.meet();
+  for (int c = 0; c < kSlots; ++c) softmax.max = fmaxf(softmax.max, tile.x[c][i]);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      Softmax<acc_t> softmax;
-      softmax.max = exchange.max(0, i);
-      softmax.run(in, x[i], label[i]);
-      exchange.post(1, i, softmax.sum);
-      exchange.post(2, i, softmax.target);
-      if (in.smooth) exchange.post(3, i, softmax.smooth_dot);
-      if (in.class_sums) exchange.post(4, i, post(i, softmax.max));
-    }
-    exchange.meet();
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      Softmax<acc_t> softmax;
-      softmax.max = 0;  // of no use any more; slot 0 may hold the next tile's
-      softmax.sum = exchange.sum(1, i);
-      softmax.target = exchange.sum(2, i);
-      softmax.smooth_dot = in.smooth ? exchange.sum(3, i) : acc_t(0);
-      finish(i, softmax, in.class_sums ? exchange.sum(4, i) : acc_t(0));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      Softmax<acc_t> softmax;
-      softmax.max = math::max_logit<acc_t>(x[i]);
-      softmax.run(in, x[i], label[i]);
-      finish(i, softmax, post(i, softmax.max));
-    }
+  for (int c = 0; c < kSlots; ++c) {
+    const float x = tile.x[c][i] - softmax.max;
+    if (label == c) softmax.target = x;
+    if (kKind == LossKind::kAny && weights.smooth(c) != 0) softmax.smooth_dot += x * weights.smooth(c);
+    tile.x[c][i] = math::exp(x);
+    softmax.sum += tile.x[c][i];
   }
+  return softmax;
 }
 
-inline constexpr int kExchangeSlots = 5;
+// What is not used must not count, not even a NaN.
+template <class Tile>
+__device__ __forceinline__ void clear_unused(Tile& tile, const bool (&used)[kTileVoxels]) {
+  constexpr int kSlots = static_cast<int>(sizeof(tile.x) / sizeof(tile.x[0]));
+  if (used[0] && used[1] && used[2] && used[3]) return;
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) tile.x[k][i] = used[i] ? tile.x[k][i] : 0.0f;
+}
 
-// What a thread adds up over its voxels besides Dice.
+// Where each thread walks through the classes of a voxel.
+template <class Column, class Weights>
+__device__ __forceinline__ Softmax<typename Column::acc_t> softmax_of_any(const Column& x, int label,
+                                                                          const Weights& weights) {
+  using acc_t = typename Column::acc_t;
+  Softmax<acc_t> softmax{math::max_logit<acc_t>(x), 0, 0, 0};
+  x.each([&](int c) {
+    const acc_t v = x.get(c) - softmax.max, smooth = weights.smooth(c);
+    if (label == c) softmax.target = v;
+    if (smooth != acc_t(0)) softmax.smooth_dot += v * smooth;
+    softmax.sum += math::exp(v);
+  });
+  return softmax;
+}
+
+// The logit at the label of a voxel.
+template <class T>
+__device__ __forceinline__ float load_target(const TileVolume& logits, uint32_t image, uint32_t voxel, int label) {
+  if (label < 0) return 0;
+  const uint32_t y = static_cast<uint32_t>(label), classes = static_cast<uint32_t>(logits.classes);
+  const uint32_t at = logits.channels_last ? voxel * classes + y : y * logits.stride_class + voxel;
+  return to_acc<float>(Pack<T, 1>::load(image_of<const T>(logits, image) + at).values[0]);
+}
+
+// What a thread adds up over its voxels besides the sums of the classes.
 struct LossSums {
   double cross_entropy = 0;
-  int valid = 0, foreground = 0, bad_labels = 0, bad_risk = 0;
+  uint32_t valid = 0, foreground = 0;
+  bool bad_label = false, bad_risk = false;
 
   template <class acc_t, int V>
-  __device__ __forceinline__ void add(const LossViews& in, const VoxelData<acc_t, V>& data, int i) {
+  __device__ __forceinline__ void count(const LossViews& in, const VoxelData<acc_t, V>& data, int i) {
     valid += data.valid(i);
     foreground += data.foreground(in, i);
-    add_bad(data, i);
   }
   template <class acc_t, int V>
-  __device__ __forceinline__ void add_bad(const VoxelData<acc_t, V>& data, int i) {
-    bad_labels += data.label[i] == kBadLabel;
-    bad_risk += data.bad_risk(i);
-  }
-
-  // Into the block's place of the partial sums; every thread must come here.
-  __device__ __forceinline__ void write(double* partial, const Chunking& chunking, int64_t columns,
-                                        int64_t image) const {
-    const double ce = block_sum(cross_entropy);
-    const int counts[4] = {block_sum(valid), block_sum(foreground), block_sum(bad_labels), block_sum(bad_risk)};
-    if (threadIdx.x != 0) return;
-    double* out =
-        partial + (image * columns) * chunking.chunks_per_image + (blockIdx.x - image * chunking.chunks_per_image);
-    out[kCrossEntropy * chunking.chunks_per_image] = ce;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) out[(kValid + j) * chunking.chunks_per_image] = counts[j];
+  __device__ __forceinline__ void look(const VoxelData<acc_t, V>& data, int i) {
+    bad_label |= data.label[i] == kBadLabel;
+    bad_risk |= data.bad_risk(i);
   }
 };
+
+// A block's places in the partial sums [B, columns, chunks].
+struct PartialColumns {
+  double* first;
+  int64_t stride;
+
+  __device__ __forceinline__ PartialColumns(double* partial, const Chunking& chunking, int64_t columns,
+                                            const Chunk& chunk)
+      : first(partial + chunk.image * columns * chunking.chunks_per_image + chunk.index),
+        stride(chunking.chunks_per_image) {}
+  __device__ __forceinline__ double& operator[](int64_t column) const { return first[column * stride]; }
+};
+
+// Those of the sums of the classes: I, P, G.
+__device__ __forceinline__ int64_t class_column(int which, int64_t classes, int64_t c) {
+  return kLossColumns + which * classes + c;
+}
+
+// Every thread must come here.
+__device__ __forceinline__ void write_sums(const LossSums& sums, bool counts, const PartialColumns& out) {
+  const bool bad_label = __syncthreads_or(sums.bad_label) != 0, bad_risk = __syncthreads_or(sums.bad_risk) != 0;
+  const double ce = block_sum(sums.cross_entropy);
+  // Both numbers are below 2^31 in an image.
+  const uint64_t both = counts ? block_sum(uint64_t(sums.valid) << 32 | sums.foreground) : 0;
+  if (threadIdx.x != 0) return;
+  out[kCrossEntropy] = ce;
+  out[kValid] = static_cast<double>(both >> 32);
+  out[kForegroundVoxels] = static_cast<double>(both & 0xffffffffu);
+  out[kBadLabels] = bad_label;
+  out[kBadRisk] = bad_risk;
+}
 
 }  // namespace riskmap::cuda

@@ -1,202 +1,323 @@
 // The weighted loss over overlapping regions: a sigmoid for each, their loss averaged; sums and gradient.
-#include "cuda/dice.cuh"
+#include "cuda/any_column.cuh"
+#include "cuda/class_sums.cuh"
 #include "cuda/loss_gradient.cuh"
 
 namespace riskmap::cuda {
 namespace {
 
-constexpr int kVoxels = 4;
-
-// What a region asks of a voxel.
-struct RegionTable {
-  const uint8_t* membership;  // [R, L]
+// Which regions a label is in.
+struct Membership {
+  const uint8_t* table;  // [R, L]
   int64_t num_labels;
-  double smoothing;
 
   __device__ __forceinline__ bool inside(int r, int label) const {
-    return label >= 0 && __ldg(membership + r * num_labels + label) != 0;
-  }
-  template <class acc_t>
-  __device__ __forceinline__ acc_t smoothed(bool inside_) const {
-    const acc_t t = inside_ ? acc_t(1) : acc_t(0);
-    return t * static_cast<acc_t>(1 - smoothing) + static_cast<acc_t>(smoothing / 2);
+    return label >= 0 && __ldg(table + r * num_labels + label) != 0;
   }
 };
 
-RegionTable table_of(const LossInputs& in) { return {in.membership, in.num_labels, in.label_smoothing}; }
+// The same of few regions in shared memory, a bit for each.
+constexpr int kMaxLabels = 256;
 
-struct ForwardViews {
-  LossViews in;
-  RegionTable table;
-  MapView map;
-  double map_factor;
-  double* partial;
-};
+struct MembershipBits {
+  uint32_t* bits;
 
-template <class acc_t>
-__device__ __forceinline__ acc_t weight_of(const LossViews& in, int r) {
-  return __ldg(static_cast<const acc_t*>(in.class_weight) + r);
-}
-
-// Regions whose Dice sums fit in shared memory; more are dealt with in groups, each with a pass over the chunk.
-template <class acc_t>
-constexpr int kGroup = 32 / static_cast<int>(sizeof(acc_t));
-
-template <class T, bool kSquared>
-__global__ void __launch_bounds__(kThreads) forward(const ForwardViews args) {
-  using acc_t = typename AccOf<T>::type;
-  constexpr int V = kVoxels;
-  __shared__ acc_t dice[kGroup<acc_t>][3][kThreads];  // a place for each thread
-  const LossViews& in = args.in;
-  const BlockShape shape(1, in.logits.layout == Layout::kVoxels);
-  const Chunk chunk(in.chunking, in.voxels);
-  const DiceColumns columns(args.partial, in, chunk.image);
-  LossSums total;
-
-  const int step = in.class_sums ? kGroup<acc_t> : in.classes;
-  for (int group = 0; group < in.classes; group += step) {
-    const int last = group + step < in.classes ? group + step : in.classes;
-    for (int r = group; in.class_sums && r < last; ++r)
-      for (int k = 0; k < 3; ++k) dice[r - group][k][threadIdx.x] = 0;
-
-    for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-      const Span<V> span = shape.span<V>(tile, chunk.end);
-      VoxelData<acc_t, V> data;
-      data.load(in, chunk.image, span);
-      acc_t ce[V] = {};
-      for (int r = group; r < last; ++r) {
-        const Pack<T, V> x = load_class<T, V>(in.logits, chunk.image, r, span);
-        acc_t intersection = 0, predicted = 0, labelled = 0;
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const bool inside = args.table.inside(r, data.label[i]);
-          const auto term = math::region_term(to_acc<acc_t>(x.values[i]), args.table.smoothed<acc_t>(inside));
-          ce[i] += term.loss * weight_of<acc_t>(in, r);
-          const acc_t pi = data.valid(i) ? term.pi : acc_t(0);
-          predicted += dice_power<kSquared>(pi);
-          intersection += inside ? pi : acc_t(0);
-          labelled += inside ? acc_t(1) : acc_t(0);
-        }
-        if (!in.class_sums) continue;
-        dice[r - group][0][threadIdx.x] += intersection;
-        dice[r - group][1][threadIdx.x] += predicted;
-        dice[r - group][2][threadIdx.x] += labelled;
-      }
-
-      acc_t value[V], ce_sum = 0;
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const acc_t weighted = data.counted(in, i) ? data.risk[i] * ce[i] : acc_t(0);
-        const bool bad = data.label[i] == kBadLabel || data.bad_risk(i);
-        value[i] = bad                    ? not_a_number<acc_t>()
-                   : args.map_factor == 0 ? acc_t(0)
-                                          : weighted * static_cast<acc_t>(args.map_factor);
-        ce_sum += weighted;
-        if (group == 0) total.add(in, data, i);
-      }
-      total.cross_entropy += static_cast<double>(ce_sum);
-      if (args.map.data) store_values(args.map, chunk.image, span, value);
+  // To be followed by a barrier.
+  __device__ __forceinline__ MembershipBits(const Membership& of, int regions) {
+    __shared__ uint32_t memory[kMaxLabels];
+    bits = memory;
+    for (int label = static_cast<int>(threadIdx.x); label < of.num_labels; label += kThreads) {
+      uint32_t inside = 0;
+      for (int r = 0; r < regions; ++r) inside |= (of.inside(r, label) ? 1u : 0u) << r;
+      memory[label] = inside;
     }
-
-    for (int r = group; in.class_sums && r < last; ++r)
-      for (int k = 0; k < 3; ++k) {
-        const double sum = block_sum(static_cast<double>(dice[r - group][k][threadIdx.x]));
-        if (threadIdx.x == 0) columns.at(k, r) = sum;
-      }
   }
-  total.write(args.partial, in.chunking, loss_columns(in.classes, in.class_sums), chunk.image);
-}
-
-struct BackwardViews {
-  GradientViews of;
-  RegionTable table;
+  __device__ __forceinline__ uint32_t of(int label) const { return label < 0 ? 0 : bits[label]; }
 };
 
-template <class T, bool kSquared>
-__global__ void __launch_bounds__(kThreads) backward(const BackwardViews args) {
-  using acc_t = typename AccOf<T>::type;
-  constexpr int V = kVoxels;
+template <class Logits>
+struct ForwardPass {
+  ForwardViews<Logits> of;
+  Membership membership;
+};
+
+template <class Logits>
+struct BackwardPass {
+  GradientViews<Logits> of;
+  Membership membership;
+};
+
+template <class acc_t>
+__device__ __forceinline__ acc_t smoothed(const LossViews& in, bool inside) {
+  const acc_t smoothing = static_cast<acc_t>(in.label_smoothing), t = inside ? acc_t(1) : acc_t(0);
+  return t * (acc_t(1) - smoothing) + smoothing / 2;
+}
+
+// Each region's mean over regions is part of its weight: CE = mean over r of c[r] BCE_r.
+template <class acc_t, class Weights>
+__device__ __forceinline__ acc_t weight_in_mean(const LossViews& in, const Weights& weights, int r) {
+  return weights.of(r) * math::inverse(static_cast<acc_t>(in.classes));
+}
+
+template <class T, int kSlots>
+__global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<TileVolume> args) {
+  using Tile = FewTile<T, kSlots, false>;
   const LossViews& in = args.of.in;
-  const BlockShape shape(1, in.logits.layout == Layout::kVoxels);
   const Chunk chunk(in.chunking, in.voxels);
-  const double grad = args.of.grad();
-  const acc_t factor = static_cast<acc_t>(grad * args.of.scale[chunk.image]);
-  const double* slopes = args.of.dice_slopes + chunk.image * 2 * in.classes;  // read with Dice only
+  const ClassWeights<float, kSlots> weights(in);
+  const MembershipBits membership(args.membership, in.classes);
+  __syncthreads();
+  FewClassSums<kSlots> sums;
   LossSums total;
 
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-    const Span<V> span = shape.span<V>(tile, chunk.end);
-    VoxelData<acc_t, V> data;
+  for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
+    const auto span = Tile::span(first, chunk.end);
+    Tile tile;
+    VoxelData<float, kTileVoxels> data;
+    tile.load(args.of.logits, chunk.image, first, span);
     data.load(in, chunk.image, span);
-    acc_t grad_map[V];
-    load_values(args.of.grad_map, chunk.image, span, grad_map);
-    // Of each voxel: what a region's gradient is multiplied by, and what is added to it (NaN for bad input).
-    acc_t ce[V] = {}, scaled_risk[V], poison[V];
-    bool used[V];
+    float value[kTileVoxels], ce_sum = 0;
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const VoxelGradient<acc_t> voxel(args.of, data, i, factor, grad_map[i]);
-      scaled_risk[i] = voxel.scaled_risk;
-      used[i] = voxel.used;
-      poison[i] = voxel.bad ? not_a_number<acc_t>() : acc_t(0);
-    }
-    for (int r = 0; r < in.classes; ++r) {
-      const Pack<T, V> x = load_class<T, V>(in.logits, chunk.image, r, span);
-      const acc_t weight = weight_of<acc_t>(in, r);
-      const acc_t overall = in.class_sums ? static_cast<acc_t>(grad * slopes[r]) : acc_t(0);
-      const acc_t hit = in.class_sums ? static_cast<acc_t>(grad * slopes[in.classes + r]) : acc_t(0);
-      Pack<T, V> out;
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const uint32_t inside = membership.of(data.label[i]);
+      float ce = 0;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const bool inside = args.table.inside(r, data.label[i]);
-        const acc_t t = args.table.smoothed<acc_t>(inside);
-        const auto term = math::region_term(to_acc<acc_t>(x.values[i]), t);
-        ce[i] += term.loss * weight;
-        acc_t g = math::region_cross_entropy_grad(term.pi, t, scaled_risk[i] * weight);
-        if (in.class_sums) g += math::region_dice_grad<kSquared>(term.pi, inside ? acc_t(1) : acc_t(0), overall, hit);
-        out.values[i] = from_acc<T>((used[i] ? g : acc_t(0)) + poison[i]);
+      for (int r = 0; r < kSlots; ++r) {
+        if (r >= in.classes) break;
+        const bool hit = (inside >> r & 1) != 0;
+        const auto term = math::region_term(tile.x[r][i], smoothed<float>(in, hit));
+        ce += term.loss * weight_in_mean<float>(in, weights, r);
+        const float pi = data.valid(i) ? term.pi : 0.0f;
+        sums.predicted[r] += in.squared ? pi * pi : pi;
+        sums.intersection[r] += hit ? pi : 0.0f;
+        sums.labelled[r] += hit;
       }
-      store_class<T, V>(args.of.grad_logits, chunk.image, r, span, out);
+      const float weighted = data.counted(in, i) ? data.risk[i] * ce : 0.0f;
+      value[i] = args.of.value(data, i, weighted);
+      ce_sum += weighted;
+      total.look(data, i);
+      total.count(in, data, i);
     }
+    total.cross_entropy += static_cast<double>(ce_sum);
+    if (args.of.map.data) store_values(args.of.map, chunk.image, span, value);
+  }
+  const PartialColumns out = args.of.columns(chunk);
+  write_sums(total, true, out);
+  if (in.class_sums) sums.write(in, out);
+}
 
-    acc_t grad_risk[V], ce_sum = 0;
+// What a region's gradient is made of, for a voxel: the weight of its cross-entropy, and what is added, NaN for what is
+// bad.
+template <class acc_t>
+struct RegionGradient {
+  bool counted, used, bad;
+  acc_t scale, scaled_risk;
+
+  template <class Views, int V>
+  __device__ __forceinline__ RegionGradient(const Views& args, const VoxelData<acc_t, V>& data, int i, acc_t factor,
+                                            acc_t grad_map)
+      : counted(factor != acc_t(0) && data.counted(args.in, i)),
+        used(is_used<LossKind::kAny>(args.in, data, i, factor)),
+        bad(data.label[i] == kBadLabel || data.bad_risk(i)),
+        scale(factor * grad_map),
+        scaled_risk(counted ? scale * data.risk[i] : acc_t(0)) {}
+
+  __device__ __forceinline__ acc_t of_logit(const LossViews& in, acc_t pi, acc_t t, bool hit, acc_t weight,
+                                            acc_t overall, acc_t hit_slope) const {
+    acc_t g = math::region_cross_entropy_grad(pi, t, scaled_risk * weight);
+    const acc_t inside = hit ? acc_t(1) : acc_t(0);
+    if (in.class_sums)
+      g += in.squared ? math::region_dice_grad<true>(pi, inside, overall, hit_slope)
+                      : math::region_dice_grad<false>(pi, inside, overall, hit_slope);
+    return bad ? not_a_number<acc_t>() : used ? g : acc_t(0);
+  }
+  __device__ __forceinline__ acc_t of_risk(acc_t ce) const {
+    return bad ? not_a_number<acc_t>() : counted ? scale * ce : acc_t(0);
+  }
+};
+
+template <class T, int kSlots>
+__global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<TileVolume> args) {
+  using Tile = FewTile<T, kSlots, false>;
+  const LossViews& in = args.of.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ClassWeights<float, kSlots> weights(in);
+  const MembershipBits membership(args.membership, in.classes);
+  const float factor = args.of.template factor<float, LossKind::kAny>(chunk);
+  float overall[kSlots] = {}, hit_slope[kSlots] = {};
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const VoxelGradient<acc_t> voxel(args.of, data, i, factor, grad_map[i]);
-      grad_risk[i] = voxel.of_risk(ce[i]);
-      ce_sum += voxel.counted ? data.risk[i] * ce[i] : acc_t(0);
-      total.add_bad(data, i);
+  for (int r = 0; r < kSlots; ++r) {
+    if (!in.class_sums || r >= in.classes) break;
+    overall[r] = args.of.slope(chunk.image, 0, r);
+    hit_slope[r] = args.of.slope(chunk.image, 1, r);
+  }
+  __syncthreads();
+  LossSums total;
+
+  for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
+    const auto span = Tile::span(first, chunk.end);
+    Tile tile;
+    VoxelData<float, kTileVoxels> data;
+    float grad_map[kTileVoxels], grad_risk[kTileVoxels], ce_sum = 0;
+    tile.load(args.of.logits, chunk.image, first, span);
+    data.load(in, chunk.image, span);
+    args.of.template load_grad_map<LossKind::kAny>(chunk.image, span, grad_map);
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const uint32_t inside = membership.of(data.label[i]);
+      const RegionGradient<float> voxel(args.of, data, i, factor, grad_map[i]);
+      float ce = 0;
+#pragma unroll
+      for (int r = 0; r < kSlots; ++r) {
+        if (r >= in.classes) break;
+        const bool hit = (inside >> r & 1) != 0;
+        const float t = smoothed<float>(in, hit), weight = weight_in_mean<float>(in, weights, r);
+        const auto term = math::region_term(tile.x[r][i], t);
+        ce += term.loss * weight;
+        tile.x[r][i] = voxel.of_logit(in, term.pi, t, hit, weight, overall[r], hit_slope[r]);
+      }
+      grad_risk[i] = voxel.of_risk(ce);
+      ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
+      total.look(data, i);
     }
+    tile.store(args.of.grad, chunk.image, first, span);
     total.cross_entropy += static_cast<double>(ce_sum);
     if (args.of.grad_risk.data) store_values(args.of.grad_risk, chunk.image, span, grad_risk);
   }
-  if (args.of.partial) total.write(args.of.partial, in.chunking, kLossColumns, chunk.image);
+  args.of.finish(total, chunk);
 }
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardPass<AnyVolume> args) {
+  using acc_t = typename AccOf<T>::type;
+  const LossViews& in = args.of.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ClassWeights<acc_t, 0> weights(in);
+  const PartialColumns out = args.of.columns(chunk);
+  LossSums total;
+  for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
+    const Spread<1> span{at, chunk.end, 0};
+    VoxelData<acc_t, 1> data;
+    data.load(in, chunk.image, span);
+    acc_t ce = 0;
+    const AnyColumn<T> x(args.of.logits, chunk.image, at);
+    x.each([&](int r) {
+      const bool hit = args.membership.inside(r, data.label[0]);
+      ce += math::region_term(x.get(r), smoothed<acc_t>(in, hit)).loss * weight_in_mean<acc_t>(in, weights, r);
+    });
+    const acc_t weighted = data.counted(in, 0) ? data.risk[0] * ce : acc_t(0);
+    const acc_t value[1] = {args.of.value(data, 0, weighted)};
+    total.cross_entropy += static_cast<double>(weighted);
+    total.look(data, 0);
+    total.count(in, data, 0);
+    if (args.of.map.data) store_values(args.of.map, chunk.image, span, value);
+  }
+  write_sums(total, true, out);
+  for (int r = warp_index(); in.class_sums && r < in.classes; r += kWarps) {
+    WarpClassSums sums;
+    for (uint32_t at = chunk.begin + static_cast<uint32_t>(lane_index()); at < chunk.end; at += kWarp) {
+      int label[1];
+      load_labels(in.target, in.label, chunk.image, Spread<1>{at, chunk.end, 0}, label);
+      if (label[0] < 0) continue;
+      const bool hit = args.membership.inside(r, label[0]);
+      const AnyColumn<T> x(args.of.logits, chunk.image, at);
+      sums.add(static_cast<double>(math::region_term(x.get(r), acc_t(0)).pi), in.squared, hit);
+    }
+    sums.write(true, in.classes, r, out);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<AnyVolume> args) {
+  using acc_t = typename AccOf<T>::type;
+  const LossViews& in = args.of.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ClassWeights<acc_t, 0> weights(in);
+  const acc_t factor = args.of.template factor<acc_t, LossKind::kAny>(chunk);
+  LossSums total;
+  for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
+    const Spread<1> span{at, chunk.end, 0};
+    VoxelData<acc_t, 1> data;
+    acc_t grad_map[1], ce = 0;
+    data.load(in, chunk.image, span);
+    args.of.template load_grad_map<LossKind::kAny>(chunk.image, span, grad_map);
+    const RegionGradient<acc_t> voxel(args.of, data, 0, factor, grad_map[0]);
+    const AnyColumn<T> x(args.of.logits, chunk.image, at);
+    T* out = voxel_of<T>(args.of.grad, chunk.image, at);
+    x.each([&](int r) {
+      const bool hit = args.membership.inside(r, data.label[0]);
+      const acc_t t = smoothed<acc_t>(in, hit), weight = weight_in_mean<acc_t>(in, weights, r);
+      const acc_t overall = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 0, r) : acc_t(0);
+      const acc_t hit_slope = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 1, r) : acc_t(0);
+      const auto term = math::region_term(x.get(r), t);
+      ce += term.loss * weight;
+      out[r * args.of.grad.stride_class] =
+          from_acc<T>(voxel.of_logit(in, term.pi, t, hit, weight, overall, hit_slope));
+    });
+    const acc_t grad_risk[1] = {voxel.of_risk(ce)};
+    total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
+    total.look(data, 0);
+    if (args.of.grad_risk.data) store_values(args.of.grad_risk, chunk.image, span, grad_risk);
+  }
+  args.of.finish(total, chunk);
+}
+
+// Calls f with the dtype, and the regions that a thread holds: 0 where they fit no tile.
+template <class F>
+void with_region_kernel(const LossInputs& in, const F& f) {
+  with_floating(in.logits.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (in.logits.classes <= kFewClasses && in.num_labels <= kMaxLabels && fits_tiles(in))
+        return in.logits.classes <= 4 ? f(T{}, std::integral_constant<int, 4>{})
+                                      : f(T{}, std::integral_constant<int, 8>{});
+    }
+    f(T{}, std::integral_constant<int, 0>{});
+  });
+}
+
+Membership membership_of(const LossInputs& in) { return {in.membership, in.num_labels}; }
 
 }  // namespace
 
 Chunking region_chunking(const LossInputs& in) {
-  return chunk_voxels(in.logits.batch, in.logits.voxels, int64_t(kThreads) * kVoxels);
+  return chunk_voxels(in.logits.batch, in.logits.voxels, kThreads * kTileVoxels, 64);
 }
 
 void launch_region_loss_forward(const LossForward& args, cudaStream_t stream) {
-  const int64_t batch = args.in.logits.batch, chunks = args.chunking.chunks(batch);
-  if (chunks == 0) return;
-  const ForwardViews views{view_of<kVoxels>(args.in, args.chunking, 1), table_of(args.in),
-                           view_of<kVoxels>(args.map, batch), args.map_factor, args.partial};
-  with_floating(args.in.logits.dtype, [&](auto tag) {
-    with_flag(args.in.squared,
-              [&](auto squared) { launch(forward<decltype(tag), squared>, blocks(chunks), kThreads, stream, views); });
+  const Volume& logits = args.in.logits;
+  const int64_t blocks = args.chunking.chunks(logits.batch);
+  if (blocks == 0) return;
+  with_region_kernel(args.in, [&](auto tag, auto slots) {
+    using T = decltype(tag);
+    constexpr int kSlots = decltype(slots)::value;
+    if constexpr (kSlots == 0) {
+      launch(forward_of_any<T>, blocks, kThreads, 0, stream,
+             ForwardPass<AnyVolume>{view_of(args, any_view_of(logits)), membership_of(args.in)});
+    } else {
+      const TileVolume view = tile_view_of(logits);
+      launch(few_forward<T, kSlots>, blocks, kThreads, FewTile<T, kSlots, false>::shared_bytes(view), stream,
+             ForwardPass<TileVolume>{view_of(args, view), membership_of(args.in)});
+    }
   });
 }
 
 void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream) {
-  const int64_t chunks = args.chunking.chunks(args.in.logits.batch);
-  if (chunks == 0) return;
-  const BackwardViews views{view_of<kVoxels>(args, 1), table_of(args.in)};
-  with_floating(args.in.logits.dtype, [&](auto tag) {
-    with_flag(args.in.squared,
-              [&](auto squared) { launch(backward<decltype(tag), squared>, blocks(chunks), kThreads, stream, views); });
+  const Volume& logits = args.in.logits;
+  const int64_t blocks = args.chunking.chunks(logits.batch);
+  if (blocks == 0) return;
+  with_region_kernel(args.in, [&](auto tag, auto slots) {
+    using T = decltype(tag);
+    constexpr int kSlots = decltype(slots)::value;
+    if constexpr (kSlots == 0) {
+      launch(backward_of_any<T>, blocks, kThreads, 0, stream,
+             BackwardPass<AnyVolume>{view_of(args, any_view_of(logits), any_view_of(args.grad_logits)),
+                                     membership_of(args.in)});
+    } else {
+      const auto views = view_of(args, tile_view_of(logits), tile_view_of(args.grad_logits));
+      launch(few_backward<T, kSlots>, blocks, kThreads, FewTile<T, kSlots, false>::shared_bytes(views.logits), stream,
+             BackwardPass<TileVolume>{views, membership_of(args.in)});
+    }
   });
 }
 

@@ -18,18 +18,18 @@ Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor
   const int64_t background_class = background.value_or(-1);
   if (options.one_pass()) {
     const math::RiskCurve curve = options.curve(low.value_or(0), high.value_or(0));
-    return transfer_pass(source, target, conditional, regions, ignore_index, background_class, MapKind::kRisk, curve,
+    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, MapKind::kRisk, curve,
                          stream)
         .map;
   }
   TransferPass pass =
-      transfer_pass(source, target, conditional, regions, ignore_index, background_class, MapKind::kMarked, {}, stream);
+      transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, MapKind::kMarked,
+                    {}, stream);
   const int64_t batch = source.size(0);
   if (pass.map.numel() == 0) return pass.map;
-  const Tensor curves = empty_on(source, {batch * kCurveNumbers}, ScalarType::Double);
   launch_finish_risk_map({batch, pass.map.numel() / batch, pass.chunking.chunks_per_image,
                           static_cast<const double*>(pass.partial.data_ptr()), options.scheme, std::log(base), alpha,
-                          scale, static_cast<double*>(curves.data_ptr()), static_cast<float*>(pass.map.data_ptr())},
+                          scale, static_cast<float*>(pass.map.data_ptr())},
                          stream);
   return pass.map;
 }

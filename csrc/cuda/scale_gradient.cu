@@ -31,11 +31,12 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const ScaleGradient arg
   }
 }
 
+constexpr int64_t kMostBlocks = 1056;  // with a factor of 1 there is nothing to do
+
 template <class T, int V>
 void scale_as(const ScaleGradient& args, cudaStream_t stream) {
-  // Few blocks: with a factor of 1 there is nothing to do.
   const int64_t wanted = (args.count + int64_t(kThreads) * V - 1) / (int64_t(kThreads) * V);
-  launch(scale_kernel<T, V>, blocks(wanted < kUsualChunks ? wanted : kUsualChunks), kThreads, stream, args);
+  launch(scale_kernel<T, V>, wanted < kMostBlocks ? wanted : kMostBlocks, kThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -1,88 +1,151 @@
-// The logits of the source model at a thread's voxels.
+// The logits of the source model, and their softmax, as the LEEP kernels read them.
 #pragma once
 
+#include "cuda/any_column.cuh"
 #include "cuda/leep.h"
-#include "cuda/variant.cuh"
+#include "cuda/many_exchange.cuh"
+#include "cuda/tile.cuh"
 
 namespace riskmap::cuda {
 
 // SourceInputs as the kernels read them.
 struct SourceViews {
-  VolumeView source;
-  const uint8_t* regions;
-  int channels;  // Z, or R with regions
-  int classes;   // Z
+  const uint8_t* regions;  // [R, Z] or nullptr
+  int channels;            // Z, or R with regions
+  int classes;             // Z
   int num_classes;
   MapView target;
   LabelCode label;
-  int64_t voxels;
-  int parts, classes_per_part;
+  uint32_t voxels;
   Chunking chunking;
 };
 
-template <int V>
-SourceViews view_of(const SourceInputs& in, const Chunking& chunking, int parts) {
-  const int classes = static_cast<int>(in.classes);
-  return {view_of<V>(in.source),
-          in.regions,
+inline SourceViews view_of(const SourceInputs& in, const Chunking& chunking) {
+  return {in.regions,
           static_cast<int>(in.source.classes),
-          classes,
+          static_cast<int>(in.classes),
           static_cast<int>(in.num_classes),
-          view_of<V>(in.target, in.source.batch),
+          view_of(in.target),
           in.label,
-          in.source.voxels,
-          parts,
-          (classes + parts - 1) / parts,
+          static_cast<uint32_t>(in.source.voxels),
           chunking};
 }
 
-// MemoryColumn for a source of classes or of regions.
+// AnyColumn for a source of classes or of regions.
 template <class T_>
-struct SourceColumn : MemoryColumn<T_> {
-  using typename MemoryColumn<T_>::acc_t;
-  const uint8_t* regions;  // [R, Z] or nullptr
-  int channels;
+struct SourceColumn {
+  using T = T_;
+  using acc_t = typename AccOf<T>::type;
 
+  AnyColumn<T> channels;
+  const uint8_t* regions;
+  int count;
+
+  __device__ __forceinline__ SourceColumn(const SourceViews& in, const AnyVolume& source, uint32_t image,
+                                          uint32_t voxel)
+      : channels(source, image, voxel), regions(in.regions), count(in.classes) {}
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+    for (int z = 0; z < count; ++z) body(z);
+  }
   __device__ __forceinline__ acc_t get(int z) const {
-    if (!regions) return MemoryColumn<T_>::get(z);
+    if (!regions) return channels.get(z);
     acc_t sum = 0;
-    for (int r = 0; r < channels; ++r)
-      if (__ldg(regions + static_cast<int64_t>(r) * this->count + z)) sum += MemoryColumn<T_>::get(r);
+    channels.each([&](int r) {
+      if (__ldg(regions + static_cast<int64_t>(r) * count + z)) sum += channels.get(r);
+    });
     return sum;
   }
-  __device__ __forceinline__ acc_t exps(acc_t max) const { return math::sum_exp(*this, max); }
-  __device__ __forceinline__ acc_t exp_at(int z, acc_t max) const { return math::exp(get(z) - max); }
 };
 
-// Columns must be assigned already.
-template <class Column, int V>
-__device__ __forceinline__ void load_source(const SourceViews& in, int64_t image, const Span<V>& span, Column (&x)[V]) {
-  using T = typename Column::T;
-  using acc_t = typename Column::acc_t;
-  if constexpr (!Column::kInRegisters) {
-    load_columns(in.source, image, span, x);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      x[i].regions = in.regions;
-      x[i].channels = in.channels;
-    }
-  } else if (!in.regions) {
-    load_columns(in.source, image, span, x);
+// A tile of a few classes, or of the few classes that regions make up: their logits are sums of the regions'.
+template <class T, int kSlots, bool kExact>
+__device__ __forceinline__ void load_source(FewTile<T, kSlots, kExact>& tile, const SourceViews& in,
+                                            const TileVolume& source, uint32_t image, uint32_t first,
+                                            const Neighbours<kTileVoxels>& span) {
+  if constexpr (kExact) {
+    tile.load(source, image, first, span);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i)
+    for (int z = 0; z < kSlots; ++z)
 #pragma unroll
-      for (int c = 0; c < Column::kSlots; ++c) x[i].set(c, acc_t(0));
-    for (int r = 0; r < in.channels; ++r) {
-      const Pack<T, V> logit = load_class<T, V>(in.source, image, r, span);
-      const uint8_t* row = in.regions + static_cast<int64_t>(r) * in.classes;
-      x[0].each([&](int c) {
-        if (!__ldg(row + x[0].class_of(c))) return;
+      for (int i = 0; i < kTileVoxels; ++i) tile.x[z][i] = z < in.classes ? 0.0f : kNoLogit;
+    const T* at = image_of<const T>(source, image) + span.first;
+    for (int r = 0; r < in.channels && span.has(0); ++r, at += source.stride_class) {
+      const auto pack = Pack<T, kTileVoxels>::load(at);
 #pragma unroll
-        for (int i = 0; i < V; ++i) x[i].set(c, x[i].get(c) + to_acc<acc_t>(logit.values[i]));
-      });
+      for (int z = 0; z < kSlots; ++z) {
+        if (z >= in.classes) break;
+        if (!__ldg(in.regions + r * in.classes + z)) continue;
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) tile.x[z][i] += to_acc<float>(pack.values[i]);
+      }
     }
   }
 }
+
+// The largest logit of voxel i, and the sum of the exponentials, which take the logits' place.
+template <class Tile>
+__device__ __forceinline__ float exponentials_of(Tile& tile, int i) {
+  constexpr int kSlots = static_cast<int>(sizeof(tile.x) / sizeof(tile.x[0]));
+  float max = kNoLogit, sum = 0;
+#pragma unroll
+  for (int z = 0; z < kSlots; ++z) max = fmaxf(max, tile.x[z][i]);
+#pragma unroll
+  for (int z = 0; z < kSlots; ++z) {
+    tile.x[z][i] = math::exp(tile.x[z][i] - max);
+    sum += tile.x[z][i];
+  }
+  return sum;
+}
+
+template <class T_, SourceWay kWay_, int kSlots_ = 1, bool kExact_ = true>
+struct SourceKernel {
+  using T = T_;
+  static constexpr SourceWay kWay = kWay_;
+  static constexpr int kSlots = kSlots_;
+  static constexpr bool kExact = kExact_;
+};
+
+inline SourceWay way_of(const SourceInputs& in, bool few) {
+  const bool packs = fits_tiles(in.source) && has_packs<kTileVoxels>(in.target, in.source.batch);
+  if (!packs || in.source.dtype == Dtype::kDouble) return SourceWay::kAny;
+  if (in.regions && (in.source.stride_voxel != 1 || in.classes > kFewClasses || !few)) return SourceWay::kAny;
+  return in.classes <= kFewClasses && few ? SourceWay::kFew : SourceWay::kMany;
+}
+
+// Calls f with the kernel for the way; of few classes only as many as there are, but where regions make them up.
+template <class F>
+void with_source_kernel(const SourceInputs& in, SourceWay way, const F& f) {
+  with_floating(in.source.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (way == SourceWay::kMany) return f(SourceKernel<T, SourceWay::kMany>{});
+      if (way == SourceWay::kFew) {
+        if (in.regions) return f(SourceKernel<T, SourceWay::kFew, 8, false>{});
+        switch (in.classes) {
+          case 2: return f(SourceKernel<T, SourceWay::kFew, 2>{});
+          case 3: return f(SourceKernel<T, SourceWay::kFew, 3>{});
+          case 4: return f(SourceKernel<T, SourceWay::kFew, 4>{});
+          case 5: return f(SourceKernel<T, SourceWay::kFew, 5>{});
+          case 6: return f(SourceKernel<T, SourceWay::kFew, 6>{});
+          case 7: return f(SourceKernel<T, SourceWay::kFew, 7>{});
+          default: return f(SourceKernel<T, SourceWay::kFew, 8>{});
+        }
+      }
+    }
+    f(SourceKernel<T, SourceWay::kAny>{});
+  });
+}
+
+// The voxels of a thread's part of a tile that warps share, see ManyTile.
+struct TileVoxels {
+  uint32_t first, step;
+
+  __device__ __forceinline__ explicit TileVoxels(const TileVolume& volume)
+      : first(static_cast<uint32_t>(lane_index()) * (volume.channels_last ? 1 : kTileVoxels)),
+        step(volume.channels_last ? kWarp : 1) {}
+  __device__ __forceinline__ uint32_t at(int i) const { return first + static_cast<uint32_t>(i) * step; }
+};
 
 }  // namespace riskmap::cuda

@@ -1,26 +1,25 @@
 // Shared by the ops that read source logits: inputs as the kernels take them, and the pass that makes a map.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include "cuda/device.h"
 #include "cuda/leep.h"
-#include "ops/views.h"
+#include "cuda/tensors.h"
 
 namespace riskmap::cuda {
 
-// Keeps the copies that `args` points to; see DeviceLossInputs.
+// Keeps the copies that `args` points to, see Workspace.
 class DeviceSourceInputs {
  public:
-  DeviceSourceInputs(const Tensor& source, const Tensor& target, const OptionalTensor& regions, int64_t num_classes,
-                     int64_t ignore_index);
+  DeviceSourceInputs(const char* op, const Tensor& source, const Tensor& target, const OptionalTensor& regions,
+                     int64_t num_classes, int64_t ignore_index, cudaStream_t stream);
   DeviceSourceInputs(const DeviceSourceInputs&) = delete;
   DeviceSourceInputs& operator=(const DeviceSourceInputs&) = delete;
 
   SourceInputs args{};
 
  private:
-  Tensor source_, target_, regions_;
+  Tensor source_;
+  Labels labels_;
+  Tensor regions_;
 };
 
 struct TransferPass {
@@ -29,7 +28,7 @@ struct TransferPass {
   Chunking chunking;
 };
 
-TransferPass transfer_pass(const Tensor& source, const Tensor& target, const Tensor& conditional,
+TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
                            const OptionalTensor& regions, int64_t ignore_index, int64_t background, MapKind kind,
                            const math::RiskCurve& curve, cudaStream_t stream);
 

@@ -8,201 +8,316 @@ namespace {
 // Partial results of a chunk, a column each.
 enum TransferColumn : int { kLow, kHigh, kForeground, kTransferColumns };
 
+template <class acc_t>
+struct MapOptions {
+  MapKind kind;
+  int background;
+  math::RiskCurveOf<acc_t> curve;
+};
+
+template <class Logits, class acc_t>
 struct TransferViews {
   SourceViews in;
-  const void* table;
-  int background;
-  MapKind kind;
-  math::RiskCurve curve;
+  Logits source;
+  ConditionalTable conditional;
+  MapOptions<acc_t> options;
   MapView out;
   double* partial;
 };
 
-template <class Column, int V>
-__global__ void __launch_bounds__(kThreads, min_blocks<Column>()) transfer(const TransferViews args) {
-  using acc_t = typename Column::acc_t;
-  const SourceViews& in = args.in;
-  const BlockShape shape(in.parts, in.source.layout == Layout::kVoxels);
-  const Chunk chunk(in.chunking, in.voxels);
-  const acc_t* table = static_cast<const acc_t*>(args.table);
-  ExchangeFor<Column, V, 3> exchange(shape);
+// No probability, and what rounding may leave of one.
+__device__ __forceinline__ bool is_bad_probability(double p) { return !(p >= 0 && p <= 1 + 1e-6); }
+
+// The values of a map, and the range of the hardness and the foreground for the one that is finished later.
+template <class acc_t>
+struct MapMaker {
+  MapOptions<acc_t> options;
   acc_t low = acc_t(1e30), high = acc_t(-1);
-  int foreground = 0;
+  uint32_t foreground = 0;
 
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-    const Span<V> span = shape.span<V>(tile, chunk.end);
-    Column x[V];
-    assign_classes(shape.part, in.classes_per_part, in.classes, x);
-    load_source(in, chunk.image, span, x);
-    int label[V];
+  __device__ __forceinline__ explicit MapMaker(const MapOptions<acc_t>& options_) : options(options_) {}
+
+  // p: sum_z P(y|z) theta_z
+  __device__ __forceinline__ acc_t value(int label, acc_t p) {
+    const acc_t t = math::transferability(p), hardness = -t;
+    if (options.kind == MapKind::kMarked && label >= 0) {
+      low = hardness < low ? hardness : low;
+      high = hardness > high ? hardness : high;
+      foreground += label != options.background;
+    }
+    const acc_t ignored = options.kind == MapKind::kMarked ? acc_t(kIgnoredMark) : acc_t(0);
+    const acc_t valid = options.kind == MapKind::kRisk ? math::risk_weight(hardness, options.curve) : t;
+    return label >= 0 ? valid : label == kBadLabel ? not_a_number<acc_t>() : ignored;
+  }
+  // Every thread of the block must come here.
+  __device__ __forceinline__ void write(double* partial, const Chunking& chunking, const Chunk& chunk) {
+    if (options.kind != MapKind::kMarked) return;
+    low = block_least(low);
+    high = -block_least(-high);
+    foreground = block_sum(foreground);
+    if (threadIdx.x != 0) return;
+    double* out = partial + chunk.image * int64_t(kTransferColumns) * chunking.chunks_per_image + chunk.index;
+    out[kLow * chunking.chunks_per_image] = static_cast<double>(low);
+    out[kHigh * chunking.chunks_per_image] = static_cast<double>(high);
+    out[kForeground * chunking.chunks_per_image] = foreground;
+  }
+};
+
+constexpr int kSmallTable = 1024;
+
+template <class T, int kSlots, bool kExact>
+__global__ void __launch_bounds__(kThreads, 2) few_transfer(const TransferViews<TileVolume, float> args) {
+  alignas(16) __shared__ float memory[kSmallTable];
+  const SourceViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  MapMaker<float> map(args.options);
+  int bad = 0;
+  const float* table = static_cast<const float*>(args.conditional.table);
+  if (!table) {
+    for (int j = static_cast<int>(threadIdx.x); j < args.conditional.count; j += kThreads) {
+      const double p = load_scalar(args.conditional.values, args.conditional.dtype, j);
+      bad |= is_bad_probability(p);
+      memory[j] = static_cast<float>(p);
+    }
+    table = memory;
+    bad = __syncthreads_or(bad);
+  }
+  const float poison = bad ? not_a_number<float>() : 0.0f;
+
+  for (uint32_t first = chunk.begin; first < chunk.end; first += kThreads * kTileVoxels) {
+    const auto span = FewTile<T, kSlots, kExact>::span(first, chunk.end);
+    FewTile<T, kSlots, kExact> tile;
+    int label[kTileVoxels];
+    float value[kTileVoxels];
+    load_source(tile, in, args.source, chunk.image, first, span);
     load_labels(in.target, in.label, chunk.image, span, label);
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const float sum = exponentials_of(tile, i);
+      const float* row = table + (label[i] < 0 ? 0 : label[i]) * (kExact ? kSlots : in.classes);
+      float weighted = 0;
+      if constexpr (kExact) {
+        const auto pack = Pack<float, kSlots>::load_shared(row);
+#pragma unroll
+        for (int z = 0; z < kSlots; ++z) weighted += tile.x[z][i] * pack.values[z];
+      } else {
+#pragma unroll
+        for (int z = 0; z < kSlots; ++z)
+          if (z < in.classes) weighted += tile.x[z][i] * row[z];
+      }
+      value[i] = map.value(label[i], weighted * math::inverse(sum) + poison);
+    }
+    store_values_as<float>(args.out, chunk.image, span, value);
+  }
+  map.write(args.partial, in.chunking, chunk);
+}
 
-    acc_t max[V], sum[V], weighted[V], value[V];
-    const auto largest = [&](int i) { max[i] = math::max_logit<acc_t>(x[i]); };
-    const auto sums = [&](int i) {
-      const acc_t* row = table + static_cast<int64_t>(label[i] < 0 ? 0 : label[i]) * in.classes;
-      sum[i] = x[i].exps(max[i]);
-      weighted[i] = 0;
-      x[i].each([&](int z) { weighted[i] += x[i].exp_at(z, max[i]) * __ldg(row + x[i].class_of(z)); });
-    };
-    if constexpr (Column::kShared) {
+using TransferExchange = ManyExchange<3, 0>;
+
+template <class T>
+__global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const TransferViews<TileVolume, float> args) {
+  __shared__ int labels[kWarpVoxels];
+  const SourceViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ManyShape shape(in.classes);
+  const TileVoxels voxels(args.source);
+  const float* table = static_cast<const float*>(args.conditional.table) + shape.first;
+  TransferExchange exchange(args.source.channels_last);
+  MapMaker<float> map(args.options);
+
+  for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
+    const auto own = shape.own(first, chunk.end);
+    int label[1] = {kIgnored};
+    if (args.source.channels_last) __syncthreads();  // it is loaded through the memory of the exchange
+    ManyTile<T> tile;
+    tile.load(args.source, shape, chunk.image, first, ManyTile<T>::span(first, chunk.end), exchange.stage());
+    if (shape.is_owner()) {
+      load_labels(in.target, in.label, chunk.image, own, label);
+      labels[shape.thread] = label[0] < 0 ? 0 : label[0];
+    }
+    __syncthreads();
+    float max[kTileVoxels], sum[kTileVoxels], weighted[kTileVoxels] = {};
+    largest_of(tile, shape, max);
+    exponentials(tile, shape, max, sum);
+    const float* row[kTileVoxels];
+    bool same = true;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        largest(i);
-        exchange.post(0, i, max[i]);
-      }
-      exchange.meet();
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const int y = labels[voxels.at(i)];
+      row[i] = table + static_cast<int64_t>(y) * in.classes;
+      same &= y == labels[0];
+    }
+    if (__all_sync(kAllLanes, same)) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        max[i] = exchange.max(0, i);
-        sums(i);
-        exchange.post(1, i, sum[i]);
-        exchange.post(2, i, weighted[i]);
-      }
-      exchange.meet();
+      for (int k = 0; k < kManySlots; ++k) {
+        if (k >= shape.count) break;
+        const float weight = __ldg(row[0] + k);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        sum[i] = exchange.sum(1, i);
-        weighted[i] = exchange.sum(2, i);
+        for (int i = 0; i < kTileVoxels; ++i) weighted[i] += tile.x[k][i] * weight;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        largest(i);
-        sums(i);
+      for (int k = 0; k < kManySlots; ++k) {
+        if (k >= shape.count) break;
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) weighted[i] += tile.x[k][i] * __ldg(row[i] + k);
       }
     }
-
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const bool valid = label[i] >= 0;
-      const acc_t t = math::transferability(weighted[i] / sum[i]), hardness = -t;
-      if (valid && hardness < low) low = hardness;
-      if (valid && hardness > high) high = hardness;
-      foreground += valid && label[i] != args.background;
-      const acc_t ignored = args.kind == MapKind::kMarked ? acc_t(kIgnoredMark) : acc_t(0);
-      value[i] = label[i] == kBadLabel         ? not_a_number<acc_t>()
-                 : !valid                      ? ignored
-                 : args.kind == MapKind::kRisk ? math::risk_weight(hardness, args.curve)
-                                               : t;
-    }
-    if (!Column::kShared || shape.part == 0) store_values(args.out, chunk.image, span, value);
+    exchange.post(0, max);
+    exchange.post(1, sum);
+    exchange.post(2, weighted);
+    __syncthreads();
+    if (!shape.is_owner()) continue;
+    const uint32_t at = shape.thread;
+    float largest = kNoLogit;
+    for (int w = 0; w < exchange.warps(); ++w) largest = fmaxf(largest, exchange.posted(0, w, at));
+    const float value[1] = {
+        map.value(label[0], exchange.sum(2, at, largest) * math::inverse(exchange.sum(1, at, largest)))};
+    store_values_as<float>(args.out, chunk.image, own, value);
   }
-  if (args.kind != MapKind::kMarked) return;
-  if (shape.part != 0) foreground = 0;  // voxels that another warp counts
-  low = block_least(low);
-  high = -block_least(-high);
-  foreground = block_sum(foreground);
-  if (threadIdx.x != 0) return;
-  double* out = args.partial + chunk.image * kTransferColumns * in.chunking.chunks_per_image +
-                (blockIdx.x - chunk.image * in.chunking.chunks_per_image);
-  out[kLow * in.chunking.chunks_per_image] = static_cast<double>(low);
-  out[kHigh * in.chunking.chunks_per_image] = static_cast<double>(high);
-  out[kForeground * in.chunking.chunks_per_image] = foreground;
+  __syncthreads();
+  map.write(args.partial, in.chunking, chunk);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    transfer_of_any(const TransferViews<AnyVolume, typename AccOf<T>::type> args) {
+  using acc_t = typename AccOf<T>::type;
+  const SourceViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const acc_t* table = static_cast<const acc_t*>(args.conditional.table);
+  MapMaker<acc_t> map(args.options);
+  for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
+    const Spread<1> span{at, chunk.end, 0};
+    int label[1];
+    load_labels(in.target, in.label, chunk.image, span, label);
+    const SourceColumn<T> x(in, args.source, chunk.image, at);
+    const acc_t* row = table + static_cast<int64_t>(label[0] < 0 ? 0 : label[0]) * in.classes;
+    const acc_t max = math::max_logit<acc_t>(x);
+    acc_t sum = 0, weighted = 0;
+    x.each([&](int z) {
+      const acc_t e = math::exp(x.get(z) - max);
+      sum += e;
+      weighted += e * __ldg(row + z);
+    });
+    const acc_t value[1] = {map.value(label[0], weighted / sum)};
+    store_values_as<float>(args.out, chunk.image, span, value);
+  }
+  map.write(args.partial, in.chunking, chunk);
 }
 
 // One block.
 template <class acc_t>
 __global__ void __launch_bounds__(kThreads) table_kernel(const ConditionalTable args) {
   int bad = 0;
-  for (int64_t i = threadIdx.x; i < args.count; i += kThreads) {
-    const double p = load_scalar(args.values, args.dtype, i);
-    bad += !(p >= 0 && p <= 1 + 1e-6);
-  }
-  bad = block_sum(bad);
+  for (int64_t i = threadIdx.x; i < args.count; i += kThreads)
+    bad |= is_bad_probability(load_scalar(args.values, args.dtype, i));
+  bad = __syncthreads_or(bad);
   acc_t* table = static_cast<acc_t*>(args.table);
   for (int64_t i = threadIdx.x; i < args.count; i += kThreads)
     table[i] = bad ? not_a_number<acc_t>() : static_cast<acc_t>(load_scalar(args.values, args.dtype, i));
 }
 
-// A block for each image. Without foreground the range is degenerate: the weight is 1.
-__global__ void __launch_bounds__(kThreads) curve_kernel(const FinishRiskMap args) {
-  const double* partial = args.partial + blockIdx.x * kTransferColumns * args.chunks_per_image;
+struct FinishViews {
+  FinishRiskMap args;
+  Chunking chunking;
+};
+
+// From marked hardness to weights: every block makes the curve of its image. Without foreground the range is
+// degenerate: the weight is 1.
+template <class Span>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews views) {
+  constexpr int V = Span::kVoxels;
+  const FinishRiskMap& args = views.args;
+  const Chunk chunk(views.chunking, static_cast<uint32_t>(args.voxels));
+  const double* partial = args.partial + chunk.image * int64_t(kTransferColumns) * args.chunks_per_image;
   double low = 1e30, high = -1, foreground = 0;
-  for (int64_t chunk = threadIdx.x; chunk < args.chunks_per_image; chunk += kThreads) {
-    const double chunk_low = partial[kLow * args.chunks_per_image + chunk];
-    const double chunk_high = partial[kHigh * args.chunks_per_image + chunk];
+  for (int64_t j = threadIdx.x; j < args.chunks_per_image; j += kThreads) {
+    const double chunk_low = partial[kLow * args.chunks_per_image + j];
+    const double chunk_high = partial[kHigh * args.chunks_per_image + j];
     low = chunk_low < low ? chunk_low : low;
     high = chunk_high > high ? chunk_high : high;
-    foreground += partial[kForeground * args.chunks_per_image + chunk];
+    foreground += partial[kForeground * args.chunks_per_image + j];
   }
   low = block_least(low);
   high = -block_least(-high);
-  foreground = block_sum(foreground);
-  if (threadIdx.x != 0) return;
-  if (foreground == 0) low = high = 0;
-  const math::RiskCurve curve = math::make_risk_curve(args.scheme, args.log_base, args.alpha, args.scale, low, high);
-  double* out = args.curves + static_cast<int64_t>(blockIdx.x) * kCurveNumbers;
-  out[0] = curve.rate;
-  out[1] = curve.low;
-  out[2] = curve.inverse_range;
-}
-
-constexpr int kFinishVoxels = 4;
-
-struct FinishViews {
-  FinishRiskMap args;
-  MapView map;
-  Chunking chunking;
-  bool neighbours;
-};
-
-__global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews views) {
-  constexpr int V = kFinishVoxels;
-  const BlockShape shape(1, views.neighbours);
-  const Chunk chunk(views.chunking, views.args.voxels);
-  const double* numbers = views.args.curves + chunk.image * kCurveNumbers;
-  const math::RiskCurve curve{views.args.scheme, numbers[0], numbers[1], numbers[2]};
-  float* row = views.args.map + chunk.image * views.args.voxels;
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-    const Span<V> span = shape.span<V>(tile, chunk.end);
-    float value[V];
+  if (block_sum(foreground) == 0) low = high = 0;
+  const math::RiskCurve exact = math::make_risk_curve(args.scheme, args.log_base, args.alpha, args.scale, low, high);
+  const math::RiskCurveOf<float> curve{exact.scheme, static_cast<float>(exact.rate), static_cast<float>(exact.low),
+                                       static_cast<float>(exact.inverse_range)};
+  const MapView map{reinterpret_cast<char*>(args.map), args.voxels * static_cast<int64_t>(sizeof(float)),
+                    Dtype::kFloat, static_cast<int>(sizeof(float))};
+  for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads * V) {
+    const Span span{tile + threadIdx.x * V, chunk.end};
+    if (!span.has(0)) break;
+    auto pack = Pack<float, V>::load_shared(row_of<float>(map, chunk.image) + span.first);
 #pragma unroll
-    for (int i = 0; i < V; ++i) value[i] = span.has(i) ? row[span.at(i)] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < V; ++i) value[i] = value[i] == kIgnoredMark ? 0.0f : math::risk_weight(-value[i], curve);
-    store_values(views.map, chunk.image, span, value);
+    for (int i = 0; i < V; ++i)
+      pack.values[i] = pack.values[i] == kIgnoredMark ? 0.0f : math::risk_weight(-pack.values[i], curve);
+    store_elements(map, chunk.image, span, pack);
   }
 }
 
+SourceWay transfer_way(const SourceInputs& in) { return way_of(in, true); }
+
 }  // namespace
 
+bool has_small_table(const SourceInputs& in) {
+  return transfer_way(in) == SourceWay::kFew && in.num_classes * in.classes <= kSmallTable;
+}
+
 Chunking transfer_chunking(const SourceInputs& in) {
-  Chunking chunking{};
-  with_variant<SourceColumn>(in.source.dtype, in.classes, [&](auto variant) {
-    chunking = chunk_voxels(in.source.batch, in.source.voxels, decltype(variant)::tile(in.classes));
-  });
-  return chunking;
+  const SourceWay way = transfer_way(in);
+  const int64_t tile = way == SourceWay::kFew ? kThreads * kTileVoxels : way == SourceWay::kMany ? kWarpVoxels : kThreads;
+  const int64_t blocks = usual_blocks() * (way == SourceWay::kMany && in.classes <= 64 ? 2 : 1);
+  return chunk_voxels(in.source.batch, in.source.voxels, tile, INT32_MAX / (kThreads * kTileVoxels), blocks);
 }
 
 void make_conditional_table(const ConditionalTable& args, cudaStream_t stream) {
-  launch(args.to_double ? table_kernel<double> : table_kernel<float>, 1, kThreads, stream, args);
+  launch(args.to_double ? table_kernel<double> : table_kernel<float>, 1, kThreads, 0, stream, args);
 }
 
 void launch_transfer(const Transfer& args, cudaStream_t stream) {
-  const int64_t batch = args.in.source.batch, chunks = args.chunking.chunks(batch);
-  if (chunks == 0) return;
-  const VoxelMap out{args.out, Dtype::kFloat, args.in.source.voxels};
-  with_variant<SourceColumn>(args.in.source.dtype, args.in.classes, [&](auto variant) {
-    using V = decltype(variant);
-    const TransferViews views{view_of<V::kVoxels>(args.in, args.chunking, V::parts(args.in.classes)),
-                              args.table,
-                              static_cast<int>(args.background),
-                              args.kind,
-                              args.curve,
-                              view_of<V::kVoxels>(out, batch),
-                              args.partial};
-    launch(transfer<typename V::Column, V::kVoxels>, blocks(chunks), kThreads, stream, views);
+  const Volume& source = args.in.source;
+  const int64_t blocks = args.chunking.chunks(source.batch);
+  if (blocks == 0) return;
+  with_source_kernel(args.in, transfer_way(args.in), [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    using T = typename Kernel::T;
+    using acc_t = typename AccOf<T>::type;
+    const MapOptions<acc_t> options{args.kind,
+                                    static_cast<int>(args.background),
+                                    {args.curve.scheme, static_cast<acc_t>(args.curve.rate),
+                                     static_cast<acc_t>(args.curve.low), static_cast<acc_t>(args.curve.inverse_range)}};
+    const auto views = [&](auto view) {
+      return TransferViews<decltype(view), acc_t>{view_of(args.in, args.chunking),
+                                                  view,
+                                                  args.conditional,
+                                                  options,
+                                                  view_of(VoxelMap{args.out, Dtype::kFloat, source.voxels}),
+                                                  args.partial};
+    };
+    if constexpr (Kernel::kWay == SourceWay::kAny) {
+      launch(transfer_of_any<T>, blocks, kThreads, 0, stream, views(any_view_of(source)));
+    } else {
+      const TileVolume view = tile_view_of(source);
+      if constexpr (Kernel::kWay == SourceWay::kFew) {
+        launch(few_transfer<T, Kernel::kSlots, Kernel::kExact>, blocks, kThreads,
+               FewTile<T, Kernel::kSlots, Kernel::kExact>::shared_bytes(view), stream, views(view));
+      } else {
+        launch(many_transfer<T>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
+               TransferExchange::shared_bytes(view, ManyTile<T>::stage_bytes(view)), stream, views(view));
+      }
+    }
   });
 }
 
 void launch_finish_risk_map(const FinishRiskMap& args, cudaStream_t stream) {
-  const Chunking chunking = chunk_voxels(args.batch, args.voxels, int64_t(kThreads) * kFinishVoxels);
+  const bool packs = is_multiple(args.voxels, kTileVoxels);
+  const Chunking chunking = chunk_voxels(args.batch, args.voxels, kThreads * (packs ? kTileVoxels : 1), INT32_MAX / 1024);
   if (chunking.chunks(args.batch) == 0) return;
-  launch(curve_kernel, blocks(args.batch), kThreads, stream, args);
-  const MapView map = view_of<kFinishVoxels>(VoxelMap{args.map, Dtype::kFloat, args.voxels}, args.batch);
-  launch(finish_kernel, blocks(chunking.chunks(args.batch)), kThreads, stream,
-         FinishViews{args, map, chunking, is_multiple(args.voxels, kFinishVoxels)});
+  launch(packs ? finish_kernel<Neighbours<kTileVoxels>> : finish_kernel<Neighbours<1>>, chunking.chunks(args.batch),
+         kThreads, 0, stream, FinishViews{args, chunking});
 }
 
 }  // namespace riskmap::cuda

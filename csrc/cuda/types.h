@@ -1,13 +1,14 @@
 // Plain descriptions of what the CUDA kernels take; shared by kernels and glue, knows neither torch nor CUDA.
 #pragma once
 
+#include <cstdlib>
+
 #include "ops/volume.h"
 
 namespace riskmap::cuda {
 
-// The work of an op is cut into tiles (what the threads of a block hold at once) and chunks (what a block sums before
-// the sums meet in double). Both depend on shape, dtype and strides alone: results are bitwise the same from run to
-// run.
+// The work of an op is cut into tiles (what a block holds at once) and chunks (what a block sums before the sums meet in
+// double). Both depend on shape, dtype and strides alone: results are bitwise the same from run to run.
 struct Chunking {
   int64_t voxels_per_chunk;  // a whole number of tiles
   int64_t chunks_per_image;
@@ -15,18 +16,23 @@ struct Chunking {
   int64_t chunks(int64_t batch) const { return batch * chunks_per_image; }
 };
 
+// As many blocks as an H100 has room for at once, two on each of its 132 multiprocessors: more would not load sooner,
+// and each has its own fixed cost.
+inline int64_t usual_blocks() {
 #if defined(RISKMAP_CUDA_ON_HOST)
-inline constexpr int64_t kUsualChunks = 3;  // so that chunks of small volumes have several tiles
+  // Few, so that chunks of small volumes have several tiles.
+  const char* blocks = std::getenv("RISKMAP_CUDA_ON_HOST_BLOCKS");
+  return blocks ? std::atoll(blocks) : 3;
 #else
-inline constexpr int64_t kUsualChunks = 2048;  // enough to fill any GPU several times
+  return 264;
 #endif
-inline constexpr int64_t kMaxTilesPerChunk = 16;
+}
 
-// `most_tiles` bounds the numbers that are added in float; `usual_chunks` the partial sums that have to be kept.
-inline Chunking chunk_voxels(int64_t batch, int64_t voxels, int64_t tile, int64_t most_tiles = kMaxTilesPerChunk,
-                             int64_t usual_chunks = kUsualChunks) {
+// `most_tiles` bounds the numbers that are added in float.
+inline Chunking chunk_voxels(int64_t batch, int64_t voxels, int64_t tile, int64_t most_tiles,
+                             int64_t blocks = usual_blocks()) {
   const int64_t tiles = (voxels + tile - 1) / tile;
-  int64_t per_chunk = batch * tiles / usual_chunks;
+  int64_t per_chunk = batch * tiles / blocks;
   if (per_chunk < 1) per_chunk = 1;
   if (per_chunk > most_tiles) per_chunk = most_tiles;
   return {per_chunk * tile, (tiles + per_chunk - 1) / per_chunk};
@@ -41,9 +47,8 @@ enum class Layout : int {
 
 // What makes a label of raw bits, so that no kernel depends on the dtype of labels.
 struct LabelCode {
-  uint64_t ignore;  // raw bits of ignore_index, where the dtype has it; for floats its value
-  uint32_t limit;   // raw bits below are classes
-  bool has_ignore;
+  uint32_t ignore_low, ignore_high;  // raw bits of ignore_index, or what no element has; for floats its value
+  uint32_t limit;                    // raw bits below are classes
   bool floating;
 };
 
@@ -69,15 +74,20 @@ inline LabelCode label_code(Dtype dtype, int64_t num_labels, int64_t ignore_inde
   const bool is_signed =
       dtype == Dtype::kInt8 || dtype == Dtype::kInt16 || dtype == Dtype::kInt32 || dtype == Dtype::kInt64;
   const uint32_t limit = static_cast<uint32_t>(num_labels);
-  if (floating) return {static_cast<uint64_t>(ignore_index), limit, true, true};
+  const auto code = [&](uint64_t ignore, uint32_t below) {
+    return LabelCode{static_cast<uint32_t>(ignore), static_cast<uint32_t>(ignore >> 32), below, floating};
+  };
+  if (floating) return code(static_cast<uint64_t>(ignore_index), limit);
   const int bits = 8 * size_of(dtype);
   const int value_bits = is_signed ? bits - 1 : bits;
   // 2^value_bits, or more than any label and ignore_index.
   const uint64_t end = value_bits >= 63 ? uint64_t(1) << 63 : uint64_t(1) << value_bits;
-  const bool below = ignore_index >= 0 ? static_cast<uint64_t>(ignore_index) < end
-                                       : is_signed && static_cast<uint64_t>(-(ignore_index + 1)) < end;
+  const bool in_dtype = ignore_index >= 0 ? static_cast<uint64_t>(ignore_index) < end
+                                          : is_signed && static_cast<uint64_t>(-(ignore_index + 1)) < end;
   const uint64_t mask = bits == 64 ? ~uint64_t(0) : (uint64_t(1) << bits) - 1;
-  return {static_cast<uint64_t>(ignore_index) & mask, end < limit ? static_cast<uint32_t>(end) : limit, below, false};
+  // Where the dtype lacks it: beyond the dtype, or, of 64 bits without a sign, a number that is no label.
+  const uint64_t ignore = in_dtype ? static_cast<uint64_t>(ignore_index) & mask : uint64_t(1) << 63 | 1;
+  return code(ignore, end < limit ? static_cast<uint32_t>(end) : limit);
 }
 
 }  // namespace riskmap::cuda

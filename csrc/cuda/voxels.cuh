@@ -8,44 +8,37 @@
 
 namespace riskmap::cuda {
 
-// V voxels of one image: neighbours (step 1; then all of them are in the image or none), or `step` apart.
+// V neighbouring voxels of an image; all of them are in it, or none is.
 template <int V>
-struct Span {
-  int64_t first, end;  // end: of the image
-  int step;
+struct Neighbours {
+  static constexpr int kVoxels = V;
+  uint32_t first, end;  // end: of the image, or of the block's part of it
 
-  __device__ __forceinline__ int64_t at(int i) const { return first + static_cast<int64_t>(i) * step; }
-  __device__ __forceinline__ bool has(int i) const { return at(i) < end; }
+  __device__ __forceinline__ uint32_t at(int i) const { return first + static_cast<uint32_t>(i); }
+  __device__ __forceinline__ bool has(int) const { return first < end; }
 };
 
-// How the threads of a block share a tile: every voxel belongs to `parts` warps, each with a part of its classes.
-struct BlockShape {
-  int part, parts;
-  int thread, threads;  // among the threads that share a part
-  bool neighbours;
+// V voxels that are `step` apart.
+template <int V>
+struct Spread {
+  static constexpr int kVoxels = V;
+  uint32_t first, end, step;
 
-  __device__ __forceinline__ BlockShape(int parts_, bool neighbours_, int block_threads = kThreads)
-      : part(warp_index() % parts_),
-        parts(parts_),
-        thread(warp_index() / parts_ * kWarp + lane_index()),
-        threads(block_threads / parts_),
-        neighbours(neighbours_) {}
-
-  template <int V>
-  __device__ __forceinline__ Span<V> span(int64_t tile, int64_t end) const {
-    if (neighbours) return {tile + static_cast<int64_t>(thread) * V, end, 1};
-    return {tile + thread, end, threads};
-  }
+  __device__ __forceinline__ uint32_t at(int i) const { return first + static_cast<uint32_t>(i) * step; }
+  __device__ __forceinline__ bool has(int i) const { return at(i) < end; }
 };
 
 // The voxels of a block.
 struct Chunk {
-  int64_t image, begin, end;
+  uint32_t image, index, begin, end;
 
-  __device__ __forceinline__ Chunk(const Chunking& chunking, int64_t voxels)
-      : image(blockIdx.x / chunking.chunks_per_image),
-        begin((blockIdx.x - image * chunking.chunks_per_image) * chunking.voxels_per_chunk),
-        end(begin + chunking.voxels_per_chunk < voxels ? begin + chunking.voxels_per_chunk : voxels) {}
+  __device__ __forceinline__ Chunk(const Chunking& chunking, uint32_t voxels)
+      : image(blockIdx.x / static_cast<uint32_t>(chunking.chunks_per_image)),
+        index(blockIdx.x - image * static_cast<uint32_t>(chunking.chunks_per_image)),
+        begin(index * static_cast<uint32_t>(chunking.voxels_per_chunk)),
+        end(begin + static_cast<uint32_t>(chunking.voxels_per_chunk)) {
+    end = end < voxels ? end : voxels;
+  }
 };
 
 // [batch, voxels] as the kernels read it.
@@ -54,73 +47,60 @@ struct MapView {
   int64_t stride_bytes;
   Dtype dtype;
   int size;
-  bool aligned;  // whole packs of neighbours may be read
-
-  bool present() const { return data != nullptr; }
 };
 
 inline bool is_multiple(int64_t value, int64_t of) { return value % of == 0; }
 
+inline MapView view_of(const VoxelMap& map) {
+  const int size = size_of(map.dtype);
+  return {static_cast<char*>(map.data), map.stride_batch * size, map.dtype, size};
+}
+
+// Whether V neighbours can be read at once wherever their first is a multiple of V.
 template <int V>
-MapView view_of(const VoxelMap& map, int64_t batch) {
+bool has_packs(const VoxelMap& map, int64_t batch) {
   const int size = size_of(map.dtype), word = word_bytes(size * V);
-  const int64_t stride = map.stride_batch * size;
-  const bool aligned = is_multiple(static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.data)), word) &&
-                       (batch == 1 || is_multiple(stride, word));
-  return {static_cast<char*>(map.data), stride, map.dtype, size, aligned};
+  return is_multiple(static_cast<int64_t>(reinterpret_cast<uintptr_t>(map.data)), word) &&
+         (batch == 1 || is_multiple(map.stride_batch * size, word));
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const MapView& map, uint32_t image) {
+  return reinterpret_cast<T*>(map.data + image * map.stride_bytes);
+}
+
+// 0 beyond the image.
+template <class T, int V>
+__device__ __forceinline__ void load_elements(const MapView& map, uint32_t image, const Neighbours<V>& span,
+                                              T (&out)[V]) {
+  Pack<T, V> pack{};
+  if (span.has(0)) pack = Pack<T, V>::load(row_of<const T>(map, image) + span.first);
+#pragma unroll
+  for (int i = 0; i < V; ++i) out[i] = pack.values[i];
 }
 
 template <class T, int V>
-__device__ __forceinline__ void load_elements(const MapView& map, int64_t image, const Span<V>& span, T (&out)[V]) {
-  const T* row = reinterpret_cast<const T*>(map.data + image * map.stride_bytes);
-  if (map.aligned && span.step == 1) {
-    Pack<T, V> pack{};
-    if (span.has(0)) pack = Pack<T, V>::load(row + span.first);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = pack.values[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out[i] = T{};
-      if (span.has(i)) out[i] = Pack<T, 1>::load(row + span.at(i)).values[0];
-    }
-  }
-}
-
-// Integers of any size by their bits.
-template <int V>
-struct RawBits {
-  uint32_t low[V], high[V];
-};
-
-template <class T, int V>
-__device__ __forceinline__ void load_narrow(const MapView& map, int64_t image, const Span<V>& span, RawBits<V>& out) {
-  T elements[V];
-  load_elements(map, image, span, elements);
+__device__ __forceinline__ void load_elements(const MapView& map, uint32_t image, const Spread<V>& span, T (&out)[V]) {
+  const T* row = row_of<const T>(map, image);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    out.low[i] = elements[i];
-    out.high[i] = 0;
+    out[i] = T{};
+    if (span.has(i)) out[i] = Pack<T, 1>::load(row + span.at(i)).values[0];
   }
 }
 
-template <int V>
-__device__ __forceinline__ void load_bits(const MapView& map, int64_t image, const Span<V>& span, RawBits<V>& out) {
-  if (map.size == 8) {
-    uint2 elements[V];
-    load_elements(map, image, span, elements);
+template <class T, int V>
+__device__ __forceinline__ void store_elements(const MapView& map, uint32_t image, const Neighbours<V>& span,
+                                               const Pack<T, V>& pack) {
+  if (span.has(0)) pack.store(row_of<T>(map, image) + span.first);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_elements(const MapView& map, uint32_t image, const Spread<V>& span,
+                                               const Pack<T, V>& pack) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out.low[i] = elements[i].x;
-      out.high[i] = elements[i].y;
-    }
-  } else if (map.size == 1) {
-    load_narrow<uint8_t>(map, image, span, out);
-  } else if (map.size == 4) {
-    load_narrow<uint32_t>(map, image, span, out);
-  } else {
-    load_narrow<uint16_t>(map, image, span, out);
-  }
+  for (int i = 0; i < V; ++i)
+    if (span.has(i)) row_of<T>(map, image)[span.at(i)] = pack.values[i];
 }
 
 inline constexpr int kIgnored = -1;   // or beyond the image
@@ -128,64 +108,87 @@ inline constexpr int kBadLabel = -2;  // neither a class nor ignore_index
 
 // The class of a voxel, or one of these.
 __device__ __forceinline__ int decode_label(const LabelCode& code, uint32_t low, uint32_t high) {
-  const bool ignored =
-      code.has_ignore && low == static_cast<uint32_t>(code.ignore) && high == static_cast<uint32_t>(code.ignore >> 32);
-  const bool inside = high == 0 && low < code.limit;
+  const bool ignored = low == code.ignore_low && high == code.ignore_high;
+  const bool inside = low < code.limit && high == 0;
   return ignored ? kIgnored : inside ? static_cast<int>(low) : kBadLabel;
 }
 
-__device__ __forceinline__ int decode_floating_label(const LabelCode& code, Dtype dtype, uint32_t low, uint32_t high) {
-  const uint16_t half = static_cast<uint16_t>(low);
-  const double x = dtype == Dtype::kDouble  ? math::bit_cast<double>(static_cast<uint64_t>(high) << 32 | low)
-                   : dtype == Dtype::kHalf  ? static_cast<double>(math::half_to_float(half))
-                   : dtype == Dtype::kFloat ? static_cast<double>(math::bit_cast<float>(low))
-                                            : static_cast<double>(math::bfloat16_to_float(half));
-  if (!(x > -9e15 && x < 9e15)) return kBadLabel;  // NaN, and what a double cannot hold exactly
-  const int64_t y = static_cast<int64_t>(x);
-  if (static_cast<double>(y) != x) return kBadLabel;
-  return decode_label(code, static_cast<uint32_t>(y), static_cast<uint32_t>(static_cast<uint64_t>(y) >> 32));
+// T: the bits of an element.
+template <class T, class Span>
+__device__ __forceinline__ void load_labels_as(const MapView& map, const LabelCode& code, uint32_t image,
+                                               const Span& span, int (&label)[Span::kVoxels]) {
+  T bits[Span::kVoxels];
+  load_elements(map, image, span, bits);
+#pragma unroll
+  for (int i = 0; i < Span::kVoxels; ++i) {
+    if constexpr (sizeof(T) == 8) {
+      label[i] = decode_label(code, bits[i].x, bits[i].y);
+    } else {
+      label[i] = decode_label(code, bits[i], 0);
+    }
+  }
 }
 
-template <int V>
-__device__ __forceinline__ void load_labels(const MapView& map, const LabelCode& code, int64_t image,
-                                            const Span<V>& span, int (&label)[V]) {
-  RawBits<V> bits;
-  load_bits(map, image, span, bits);
-  if (code.floating) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) label[i] = decode_floating_label(code, map.dtype, bits.low[i], bits.high[i]);
+// Of integers; labels of floats are turned into such before, see ops/views.h.
+template <class Span>
+__device__ __forceinline__ void load_labels(const MapView& map, const LabelCode& code, uint32_t image, const Span& span,
+                                            int (&label)[Span::kVoxels]) {
+  if (map.size == 1) {
+    load_labels_as<uint8_t>(map, code, image, span, label);
+  } else if (map.size == 8) {
+    load_labels_as<uint2>(map, code, image, span, label);
+  } else if (map.size == 4) {
+    load_labels_as<uint32_t>(map, code, image, span, label);
   } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) label[i] = decode_label(code, bits.low[i], bits.high[i]);
+    load_labels_as<uint16_t>(map, code, image, span, label);
   }
 #pragma unroll
-  for (int i = 0; i < V; ++i) label[i] = span.has(i) ? label[i] : kIgnored;
+  for (int i = 0; i < Span::kVoxels; ++i) label[i] = span.has(i) ? label[i] : kIgnored;
 }
 
-// Whether the mask is non-zero; false everywhere where it is absent.
-template <int V>
-__device__ __forceinline__ void load_mask(const MapView& map, int64_t image, const Span<V>& span, bool (&inside)[V]) {
-  RawBits<V> bits{};
-  if (map.data) load_bits(map, image, span, bits);
+template <class T, class Span>
+__device__ __forceinline__ uint32_t nonzero_bits(const MapView& map, uint32_t image, const Span& span) {
+  T bits[Span::kVoxels];
+  load_elements(map, image, span, bits);
+  uint32_t set = 0;
 #pragma unroll
-  for (int i = 0; i < V; ++i) inside[i] = (bits.low[i] | bits.high[i]) != 0;
+  for (int i = 0; i < Span::kVoxels; ++i) {
+    if constexpr (sizeof(T) == 8) {
+      set |= ((bits[i].x | bits[i].y) != 0 ? 1u : 0u) << i;
+    } else {
+      set |= (bits[i] != 0 ? 1u : 0u) << i;
+    }
+  }
+  return set;
 }
 
-template <class T, class acc_t, int V>
-__device__ __forceinline__ void load_values_as(const MapView& map, int64_t image, const Span<V>& span,
-                                               acc_t (&values)[V]) {
-  T elements[V];
+// A bit for each voxel where the mask is not zero; none where it is absent.
+template <class Span>
+__device__ __forceinline__ uint32_t load_mask(const MapView& map, uint32_t image, const Span& span) {
+  if (!map.data) return 0;
+  switch (map.size) {
+    case 1: return nonzero_bits<uint8_t>(map, image, span);
+    case 2: return nonzero_bits<uint16_t>(map, image, span);
+    case 4: return nonzero_bits<uint32_t>(map, image, span);
+    default: return nonzero_bits<uint2>(map, image, span);
+  }
+}
+
+template <class T, class acc_t, class Span>
+__device__ __forceinline__ void load_values_as(const MapView& map, uint32_t image, const Span& span,
+                                               acc_t (&values)[Span::kVoxels]) {
+  T elements[Span::kVoxels];
   load_elements(map, image, span, elements);
 #pragma unroll
-  for (int i = 0; i < V; ++i) values[i] = to_acc<acc_t>(elements[i]);
+  for (int i = 0; i < Span::kVoxels; ++i) values[i] = to_acc<acc_t>(elements[i]);
 }
 
 // Values of any floating dtype; 1 where the map is absent.
-template <class acc_t, int V>
-__device__ __forceinline__ void load_values(const MapView& map, int64_t image, const Span<V>& span,
-                                            acc_t (&values)[V]) {
+template <class acc_t, class Span>
+__device__ __forceinline__ void load_values(const MapView& map, uint32_t image, const Span& span,
+                                            acc_t (&values)[Span::kVoxels]) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) values[i] = acc_t(1);
+  for (int i = 0; i < Span::kVoxels; ++i) values[i] = acc_t(1);
   if (!map.data) return;
   switch (map.dtype) {
     case Dtype::kDouble: load_values_as<double>(map, image, span, values); break;
@@ -195,36 +198,24 @@ __device__ __forceinline__ void load_values(const MapView& map, int64_t image, c
   }
 }
 
-template <class T, class acc_t, int V>
-__device__ __forceinline__ void store_values_as(const MapView& map, int64_t image, const Span<V>& span,
-                                                const acc_t (&values)[V]) {
-  T* row = reinterpret_cast<T*>(map.data + image * map.stride_bytes);
-  if (map.aligned && span.step == 1) {
-    Pack<T, V> pack;
+template <class T, class acc_t, class Span>
+__device__ __forceinline__ void store_values_as(const MapView& map, uint32_t image, const Span& span,
+                                                const acc_t (&values)[Span::kVoxels]) {
+  Pack<T, Span::kVoxels> pack;
 #pragma unroll
-    for (int i = 0; i < V; ++i) pack.values[i] = from_acc<T>(values[i]);
-    if (span.has(0)) pack.store(row + span.first);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (span.has(i)) row[span.at(i)] = from_acc<T>(values[i]);
-  }
+  for (int i = 0; i < Span::kVoxels; ++i) pack.values[i] = from_acc<T>(values[i]);
+  store_elements(map, image, span, pack);
 }
 
-template <class acc_t, int V>
-__device__ __forceinline__ void store_values(const MapView& map, int64_t image, const Span<V>& span,
-                                             const acc_t (&values)[V]) {
+template <class acc_t, class Span>
+__device__ __forceinline__ void store_values(const MapView& map, uint32_t image, const Span& span,
+                                             const acc_t (&values)[Span::kVoxels]) {
   switch (map.dtype) {
     case Dtype::kDouble: store_values_as<double>(map, image, span, values); break;
     case Dtype::kHalf: store_values_as<Half>(map, image, span, values); break;
     case Dtype::kBFloat16: store_values_as<BFloat16>(map, image, span, values); break;
     default: store_values_as<float>(map, image, span, values); break;
   }
-}
-
-template <class acc_t>
-__device__ __forceinline__ acc_t not_a_number() {
-  return static_cast<acc_t>(NAN);
 }
 
 }  // namespace riskmap::cuda

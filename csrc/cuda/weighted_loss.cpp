@@ -43,25 +43,29 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const bool class_sums = tensors.needs_class_sums(options);
-  DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, class_sums, squared_pred,
-                      stream);
-  const int64_t batch = logits.size(0), classes = logits.size(1);
-  const Chunking chunking = in.chunking();
-  const PartialSums sums(logits, batch, loss_columns(classes, class_sums), chunking);
-
+  const DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, class_sums,
+                            squared_pred, stream);
+  const int64_t batch = logits.size(0), classes = logits.size(1), columns = batch * loss_columns(classes, class_sums);
   const bool as_map = options.reduction == Reduction::kNone;
   Tensor loss = as_map ? empty_map(logits, in.result_dtype()) : empty_on(logits, {}, in.result_dtype());
   Tensor scale = empty_on(logits, {batch}, ScalarType::Double);
   Tensor dice_slopes = options.dice() ? empty_on(logits, {batch, 2, classes}, ScalarType::Double)
                                       : empty_on(logits, {0}, ScalarType::Double);
 
-  LossForward args{in.args, chunking, {}, ce_weight, sums.data()};
+  LossForward args{in.args, in.chunking(), {}, ce_weight, nullptr, nullptr};
+  LossFinish finish = in.finish(options);
+  finish.chunks_per_image = args.chunking.chunks_per_image;
+  Workspace workspace;
+  workspace.reserve(&args.partial, columns * finish.chunks_per_image);
+  workspace.reserve(&finish.sums, columns);
+  workspace.reserve(&args.ticket, 1);
+  workspace.allocate(logits);
   Tensor keep_map = loss;
   if (as_map) args.map = view_map(loss, keep_map);
   launch_forward(args, stream);
 
-  LossFinish finish = in.finish(options);
-  sums.tell(finish, chunking);
+  finish.partial = args.partial;
+  finish.ticket = args.ticket;
   finish.scale = static_cast<double*>(scale.data_ptr());
   finish.dice_slopes = static_cast<double*>(dice_slopes.data_ptr());
   finish.loss = as_map ? nullptr : loss.data_ptr();
@@ -80,11 +84,13 @@ Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, Opt
   const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,
                             squared_pred, stream);
   const int64_t batch = logits.size(0), columns = loss_columns(logits.size(1), true);
-  const Chunking chunking = in.chunking();
-  const PartialSums partial(logits, batch, columns, chunking);
-  launch_forward({in.args, chunking, {}, 0, partial.data()}, stream);
+  LossForward args{in.args, in.chunking(), {}, 0, nullptr, nullptr};
+  Workspace workspace;
+  workspace.reserve(&args.partial, batch * columns * args.chunking.chunks_per_image);
+  workspace.allocate(logits);
+  launch_forward(args, stream);
   Tensor sums = empty_on(logits, {batch, columns}, ScalarType::Double);
-  sum_partials(partial.data(), static_cast<double*>(sums.data_ptr()), batch * columns, chunking.chunks_per_image,
+  sum_partials(args.partial, static_cast<double*>(sums.data_ptr()), batch * columns, args.chunking.chunks_per_image,
                stream);
   return sums;
 }
@@ -113,17 +119,14 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTen
   finish.classes = classes;
   finish.class_sums = true;
   const Tensor given = torch::stable::contiguous(sums);
-  const Tensor weight = torch::stable::contiguous(class_weight.value_or(sums)),
-               dice_weights = torch::stable::contiguous(dice_class_weight.value_or(sums));
-  if (class_weight) finish.class_weight = {weight.data_ptr(), dtype_of_view(weight)};
-  if (dice_class_weight) finish.dice_class_weight = {dice_weights.data_ptr(), dtype_of_view(dice_weights)};
+  Tensor weight = sums, dice_weights = sums;
+  finish.class_weight = view_class_weight(class_weight, weight);
+  finish.dice_class_weight = view_class_weight(dice_class_weight, dice_weights);
   Tensor loss = empty_on(sums, {}, as_double ? ScalarType::Double : ScalarType::Float);
   Tensor scale = empty_on(sums, {batch}, ScalarType::Double);
   Tensor dice_slopes = empty_on(sums, {batch, 2, classes}, ScalarType::Double);
-  Tensor scratch = empty_on(sums, {batch, sums.size(1)}, ScalarType::Double);
-  finish.partial = static_cast<double*>(given.data_ptr());  // one chunk an image
+  finish.partial = finish.sums = static_cast<double*>(given.data_ptr());
   finish.chunks_per_image = 1;
-  finish.sums = static_cast<double*>(scratch.data_ptr());
   finish.scale = static_cast<double*>(scale.data_ptr());
   finish.dice_slopes = static_cast<double*>(dice_slopes.data_ptr());
   finish.loss = loss.data_ptr();

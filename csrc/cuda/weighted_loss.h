@@ -14,14 +14,19 @@
 
 namespace riskmap::cuda {
 
+// [C], contiguous, as the caller gave them; data == nullptr: 1.
+struct ClassWeight {
+  const void* data;
+  Dtype dtype;
+};
+
 struct LossInputs {
   Volume logits;    // [B, C, S]
   VoxelMap target;  // [B, S]
   LabelCode label;
   VoxelMap risk;              // [B, S] or absent: 1
   VoxelMap foreground;        // [B, S] or absent
-  const void* class_weight;   // acc_t[C] or nullptr: 1. With regions: c[r] / R, never nullptr
-  const void* smooth;         // acc_t[C + 1]: eps / C * c[k], then their sum; nullptr without label smoothing
+  ClassWeight class_weight;
   const uint8_t* membership;  // [R, L], 1 where the label is in the region; nullptr: softmax
   int64_t num_labels;         // L, with a softmax C
   double label_smoothing;     // eps
@@ -44,6 +49,27 @@ struct LossForward {
   VoxelMap map;  // reduction none: factor * w c CE of every voxel, else absent
   double map_factor;
   double* partial;  // [B, columns, chunks], columns as math::LossColumn
+  uint32_t* ticket; // becomes 0, for finish_loss; or nullptr
+};
+
+// Voxels of a chunk of the pass over the labels.
+struct VoxelCount {
+  uint32_t valid, foreground, bad_labels, unused;
+};
+
+// The loss from the same pass as its gradient: every block makes the scale of its image from the counts of an earlier
+// pass, and the last one makes the loss.
+struct LossInOne {
+  void* loss;  // scalar; nullptr: not wanted
+  bool loss_is_double;
+  const VoxelCount* counts;  // [B, count_chunks]
+  int64_t batch, count_chunks;
+  math::Normalization normalization;
+  math::Reduction reduction;
+  double foreground_floor, ce_weight;
+  double* scale;    // [B], scratch
+  double* partial;  // [B, kLossColumns, chunks], scratch
+  uint32_t* ticket; // 0
 };
 
 struct LossBackward {
@@ -51,12 +77,12 @@ struct LossBackward {
   Chunking chunking;
   const void* grad_loss;  // scalar of grad_dtype; nullptr: 1, and then scale is the factor of each image
   Dtype grad_dtype;
-  const double* scale;        // [B], d loss / d (sum of w c CE) of each image
+  const double* scale;        // [B], d loss / d (sum of w c CE) of each image; not read with in_one
   VoxelMap grad_map;          // reduction none: gradient of every voxel of the map, else absent
   const double* dice_slopes;  // [B, 2, C], see math::DiceTerm; read with in.class_sums
   Volume grad_logits;
   VoxelMap grad_risk;  // or absent
-  double* partial;     // [B, kLossColumns, chunks] where the loss is wanted from the same pass, else nullptr
+  LossInOne in_one;    // of cross-entropy alone
 };
 
 // Counts of voxels, and labels in one byte each (classes as they are, kIgnoredCode, kBadCode), which cost less to read
@@ -67,14 +93,9 @@ inline constexpr uint8_t kIgnoredCode = 255, kBadCode = 254;
 struct LossCount {
   LossInputs in;
   Chunking chunking;
-  uint8_t* codes;   // [B, S] or nullptr
-  double* partial;  // [B, kLossColumns, chunks]
-};
-
-// [C], contiguous; data == nullptr: 1.
-struct ClassWeight {
-  const void* data;
-  Dtype dtype;
+  uint8_t* codes;      // [B, S] or nullptr
+  VoxelCount* counts;  // [B, chunks]
+  uint32_t* ticket;    // becomes 0
 };
 
 // Sums over images and the batch.
@@ -83,12 +104,12 @@ struct LossFinish {
   bool class_sums;
   double* partial;                  // [B, columns, chunks]
   double* sums;                     // [B, columns], scratch
-  const uint8_t* bad_class_weight;  // 1 where a class weight is negative or not finite; nullptr: there are none
+  uint32_t* ticket;                 // 0; nullptr: there is one chunk, and partial and sums are the same
 
   math::Normalization normalization;
   math::Reduction reduction;
   double foreground_floor, ce_weight, dice_weight;
-  ClassWeight class_weight;       // for the normalisation weighted
+  ClassWeight class_weight;
   ClassWeight dice_class_weight;  // for Dice
   math::DiceFormula dice_formula;
   int64_t excluded_class;  // from Dice, or -1
@@ -96,31 +117,10 @@ struct LossFinish {
 
   double* scale;        // [B]
   double* dice_slopes;  // [B, 2, C] with Dice
-  void* loss;           // scalar, or nullptr: only scales are wanted
+  void* loss;           // scalar, or nullptr: only scales and slopes are wanted
   bool loss_is_double;
 };
 
-// The loss from the scales of an earlier LossFinish and the sums of a gradient pass. Where an image has a bad risk, its
-// gradients become NaN.
-struct LossTotal {
-  LossFinish sums;
-  Volume grad_logits;
-  VoxelMap grad_risk;  // or absent
-};
-
-// Class weights in the precision of the sums.
-struct LossTables {
-  const void* given;  // class weights [C] of given_dtype, contiguous; nullptr: 1
-  Dtype given_dtype;
-  int64_t classes;
-  bool to_double;
-  double weight_factor, smooth_factor;
-  void* class_weight;         // acc_t[C]: given * weight_factor; nullptr: not wanted
-  void* smooth;               // acc_t[C + 1]: given * smooth_factor, and the sum; nullptr: not wanted
-  uint8_t* bad_class_weight;  // [1]
-};
-
-void make_tables(const LossTables& args, cudaStream_t stream);
 void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream);
 void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream);
 void launch_region_loss_forward(const LossForward& args, cudaStream_t stream);
@@ -128,7 +128,6 @@ void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream);
 void count_voxels(const LossCount& args, cudaStream_t stream);
 void finish_loss(const LossFinish& args, cudaStream_t stream);
 void sum_partials(const double* partial, double* sums, int64_t columns, int64_t chunks, cudaStream_t stream);
-void total_loss(const LossTotal& args, cudaStream_t stream);
 
 // gradient *= factor in place, 0 for a factor of 0, untouched for 1. The elements lie dense from data on.
 struct ScaleGradient {

@@ -42,6 +42,8 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
   args.chunking = in.chunking();
   if (grad_loss.dim() != 0) {
     args.grad_map = view_map(grad_loss, keep_map);
+    if (reinterpret_cast<uintptr_t>(args.grad_map.data) % 16 != 0)  // the kernels read whole packs
+      args.grad_map = view_map(torch::stable::clone(grad_loss), keep_map);
   } else {
     args.grad_loss = grad_loss.data_ptr();
     args.grad_dtype = dtype_of_view(grad_loss);
@@ -77,41 +79,44 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
   check_loss_with_gradient(tensors, options, grad_risk);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
-  DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false, stream);
+  const DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false, stream);
   const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
+  Tensor loss = empty_on(logits, {}, in.result_dtype());
+  GradientTensor gradient(logits);
+  Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient;
 
-  // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take four or eight.
+  // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take more.
+  LossCount count{in.args, count_chunking(in.args), nullptr, nullptr, nullptr};
   LossBackward args{};
   args.in = in.args;
-  Tensor codes = logits;
-  LossCount count{in.args, count_chunking(in.args), nullptr, nullptr};
-  if (size_of(in.args.target.dtype) >= 4 && in.args.num_labels <= kMaxCodedLabels) {
-    codes = empty_on(logits, {batch * voxels}, ScalarType::Byte);
-    count.codes = static_cast<uint8_t*>(codes.data_ptr());
+  args.chunking = in.chunking();
+  args.grad_logits = gradient.view();
+  if (grad_risk) args.grad_risk = view_map(risk_gradient, keep_risk);
+  args.in_one.loss = loss.data_ptr();
+  args.in_one.loss_is_double = in.is_double();
+  args.in_one.batch = batch;
+  args.in_one.count_chunks = count.chunking.chunks_per_image;
+  args.in_one.normalization = options.normalization;
+  args.in_one.reduction = options.reduction;
+  args.in_one.foreground_floor = foreground_floor;
+  args.in_one.ce_weight = ce_weight;
+  const bool coded = size_of(in.args.target.dtype) > 1 && in.args.num_labels <= kMaxCodedLabels;
+  Workspace workspace;
+  workspace.reserve(&args.in_one.partial, batch * kLossColumns * args.chunking.chunks_per_image);
+  workspace.reserve(&args.in_one.scale, batch);
+  workspace.reserve(&count.counts, count.chunking.chunks(batch));
+  workspace.reserve(&count.ticket, 1);
+  if (coded) workspace.reserve(&count.codes, batch * voxels);
+  workspace.allocate(logits);
+  if (coded) {
     args.in.target = {count.codes, Dtype::kUInt8, voxels};
     args.in.label = label_code(Dtype::kUInt8, in.args.num_labels, kIgnoredCode);
   }
-  const PartialSums counts(logits, batch, kLossColumns, count.chunking);
-  count.partial = counts.data();
+  args.in_one.counts = count.counts;
+  args.in_one.ticket = count.ticket;
   count_voxels(count, stream);
-  Tensor scale = empty_on(logits, {batch}, ScalarType::Double), loss = empty_on(logits, {}, in.result_dtype());
-  LossFinish finish = in.finish(options);
-  counts.tell(finish, count.chunking);
-  finish.scale = static_cast<double*>(scale.data_ptr());
-  finish_loss(finish, stream);
-
-  GradientTensor gradient(logits);
-  Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient;
-  args.chunking = in.chunking();
-  const PartialSums sums(logits, batch, kLossColumns, args.chunking);
-  args.scale = finish.scale;
-  args.grad_logits = gradient.view();
-  if (grad_risk) args.grad_risk = view_map(risk_gradient, keep_risk);
-  args.partial = sums.data();
   launch_gradient(args, stream);
-  sums.tell(finish, args.chunking);
-  finish.loss = loss.data_ptr();
-  total_loss({finish, args.grad_logits, args.grad_risk}, stream);
+  if (args.chunking.chunks(batch) == 0) torch::stable::zero_(loss);  // there is nothing to launch
   gradient.finish();
   return {loss, gradient.result, risk_gradient};
 }

@@ -1,139 +1,297 @@
 // Gradient of the weighted loss: one read of the logits, one write of their gradient. As a backward pass it makes the
-// softmax again, so that the forward pass has nothing to keep; where the loss is wanted too (partial), it is forward
+// softmax again, so that the forward pass has nothing to keep; where the loss is wanted too (in_one), it is forward
 // and backward in one.
 #include "cuda/loss_gradient.cuh"
+#include "cuda/loss_kernels.cuh"
 
 namespace riskmap::cuda {
 namespace {
 
-// Slopes of the Dice loss at a voxel, from those of its sums; in shared memory up to kMaxSharedClasses.
-template <class Column, bool kSquared>
-struct DiceSlopes {
-  using acc_t = typename Column::acc_t;
-  static constexpr int kClasses = Column::kShared ? kMaxSharedClasses : Column::kSlots;
-  const double* slopes;  // [2, C]
-  double grad;
-  int classes;
-  acc_t (*table)[kClasses];
+// The slopes of the Dice loss, grad times those of its sums, [2, kTable] in shared memory.
+template <LossKind kKind, int kTable>
+struct SlopeTable {
+  float (*table)[kTable];
 
-  __device__ __forceinline__ DiceSlopes(const double* dice_slopes, double grad_, int classes_)
-      : slopes(dice_slopes), grad(grad_), classes(classes_) {
-    if constexpr (Column::kInRegisters) {
-      __shared__ acc_t memory[2][kClasses];
-      table = memory;
-      if (!slopes) return;
-      for (int j = static_cast<int>(threadIdx.x); j < 2 * classes; j += kThreads)
-        table[j / classes][j % classes] = static_cast<acc_t>(grad * slopes[j]);
-      __syncthreads();
+  // To be followed by a barrier.
+  template <class Views>
+  __device__ __forceinline__ SlopeTable(const Views& args, uint32_t image) {
+    __shared__ float memory[2][kTable];
+    table = memory;
+    const int classes = args.in.classes;
+    const bool wanted = has_class_sums<kKind>(args.in);
+    for (int j = static_cast<int>(threadIdx.x); j < 2 * kTable; j += static_cast<int>(blockDim.x)) {
+      const int c = j % kTable;
+      memory[j / kTable][c] = wanted && c < classes ? args.slope(image, j / kTable, c) : 0.0f;
     }
   }
-  __device__ __forceinline__ acc_t overall(int c) const {
-    if constexpr (Column::kInRegisters) return table[0][c];
-    return static_cast<acc_t>(grad * slopes[c]);
-  }
-  __device__ __forceinline__ acc_t hit(int c) const {
-    if constexpr (Column::kInRegisters) return table[1][c];
-    return static_cast<acc_t>(grad * slopes[classes + c]);
-  }
-  __device__ __forceinline__ acc_t at(int c, bool here, acc_t pi) const {
-    const acc_t slope = math::dice_overall<kSquared>(pi, overall(c));
-    return here ? slope + hit(c) : slope;
-  }
+  __device__ __forceinline__ float overall(int c) const { return table[0][c]; }
+  __device__ __forceinline__ float hit(int label) const { return label < 0 ? 0.0f : table[1][label]; }
 };
 
-template <class Column, int V, bool kSquared>
-__global__ void __launch_bounds__(kThreads, min_blocks<Column>()) backward(const GradientViews args) {
-  using T = typename Column::T;
-  using acc_t = typename Column::acc_t;
+template <int kTable>
+struct SlopeTable<LossKind::kCrossEntropy, kTable> {
+  template <class Views>
+  __device__ __forceinline__ SlopeTable(const Views&, uint32_t) {}
+  __device__ __forceinline__ float overall(int) const { return 0; }
+  __device__ __forceinline__ float hit(int) const { return 0; }
+};
+
+// What element k of a voxel's gradient is, but for what is added at its label.
+template <LossKind kKind, class Weights>
+__device__ __forceinline__ float element(const LossViews& in, float e, float of_exp, float of_slope, float overall,
+                                         float scaled_risk, const Weights& weights, int k) {
+  if (kKind == LossKind::kCrossEntropy) return e * of_exp;
+  if (kKind == LossKind::kDice) return e * (of_exp + of_slope * overall);
+  const float slope = in.squared ? e * overall : overall;
+  return e * (of_exp + of_slope * slope) - scaled_risk * weights.smooth(k);
+}
+
+template <class T, int kSlots, LossKind kKind>
+__global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<TileVolume> args) {
+  using Tile = FewTile<T, kSlots, kKind != LossKind::kAny>;
   const LossViews& in = args.in;
-  const BlockShape shape(in.parts, in.logits.layout == Layout::kVoxels);
   const Chunk chunk(in.chunking, in.voxels);
-  const double grad = args.grad();
-  const acc_t factor = static_cast<acc_t>(grad * args.scale[chunk.image]);
-  const double* image_slopes = in.class_sums ? args.dice_slopes + chunk.image * 2 * in.classes : nullptr;
-  const DiceSlopes<Column, kSquared> dice(image_slopes, grad, in.classes);
-  ExchangeFor<Column, V, kExchangeSlots> exchange(shape);
+  const ClassWeightsOf<kKind, kFewClasses> weights(in);
+  const SlopeTable<kKind, kSlots> slopes(args, chunk.image);
+  const float factor = args.template factor<float, kKind>(chunk);
+  __syncthreads();
   LossSums total;
 
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += shape.threads * V) {
-    const Span<V> span = shape.span<V>(tile, chunk.end);
-    Column x[V];
-    assign_classes(shape.part, in.classes_per_part, in.classes, x);
-    load_columns(in.logits, chunk.image, span, x);
-    VoxelData<acc_t, V> data;
+  for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
+    const auto span = Tile::span(first, chunk.end);
+    Tile tile;
+    VoxelData<float, kTileVoxels> data;
+    tile.load(args.logits, chunk.image, first, span);
     data.load(in, chunk.image, span);
-    acc_t grad_map[V];
-    load_values(args.grad_map, chunk.image, span, grad_map);
+    float grad_map[kTileVoxels], grad_risk[kTileVoxels], ce_sum = 0;
+    args.template load_grad_map<kKind>(chunk.image, span, grad_map);
+    bool used[kTileVoxels];
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) used[i] = is_used<kKind>(in, data, i, factor);
+    clear_unused(tile, used);
 
-    // sum_c e_c d D / d pi_c, before the division by sum_c e_c; of squared probabilities the part that is divided
-    // twice, since that sum is not known yet.
-    const auto slope_sum = [&](int i, acc_t max) {
-      acc_t sum = 0;
-      if (!in.class_sums) return sum;
-      x[i].each([&](int c) {
-        const int k = x[i].class_of(c);
-        const acc_t e = x[i].exp_at(c, max);
-        sum += e * dice.at(k, !kSquared && data.label[i] == k, e);
-      });
-      return sum;
-    };
-    acc_t grad_risk[V], ce_sum = 0;
-    const auto finish = [&](int i, const Softmax<acc_t>& softmax, acc_t slopes) {
-      const VoxelGradient<acc_t> voxel(args, data, i, factor, grad_map[i]);
-      const acc_t own_factor = hot_factor<acc_t>(in, data.label[i]);
-      if (args.grad_risk.data || args.partial) {
-        const acc_t ce = softmax.cross_entropy(in, own_factor);
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const int label = data.label[i];
+      const auto softmax = softmax_of<kKind>(tile, i, label, weights);
+      float sum = 0;
+#pragma unroll
+      for (int c = 0; c < kSlots; ++c) {
+        if (kKind == LossKind::kCrossEntropy) break;
+        const float e = tile.x[c][i];
+        sum += (kKind == LossKind::kAny && in.squared ? e * e : e) * slopes.overall(c);
+      }
+      const VoxelGradient<float> voxel =
+          gradient_of<kKind>(args, data, i, factor, grad_map[i], softmax, weights, sum, slopes.hit(label));
+      if (args.template wants_cross_entropy<kKind>()) {
+        const float ce = softmax.cross_entropy(weights, label);
         grad_risk[i] = voxel.of_risk(ce);
-        ce_sum += voxel.counted ? data.risk[i] * ce : acc_t(0);
+        ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
       }
-      const acc_t hot = voxel.scaled_risk * own_factor;
-      const acc_t hot_plus_total = hot + voxel.scaled_risk * smooth_total<acc_t>(in);
-      const acc_t inverse = acc_t(1) / softmax.sum;
-      acc_t mean_slope = slopes * inverse;
-      if constexpr (kSquared) {
-        const acc_t hit = in.class_sums && data.valid(i) ? dice.hit(data.label[i]) : acc_t(0);
-        mean_slope = (mean_slope + math::exp(softmax.target) * hit) * inverse;
+#pragma unroll
+      for (int c = 0; c < kSlots; ++c) {
+        const float g = element<kKind>(in, tile.x[c][i], voxel.of_exp, voxel.of_slope, slopes.overall(c),
+                                       voxel.scaled_risk, weights, c);
+        tile.x[c][i] = g + (label == c ? voxel.at_label : 0.0f);
       }
-      const acc_t* smooth = static_cast<const acc_t*>(in.smooth);
-      x[i].each([&](int c) {
-        const int k = x[i].class_of(c);
-        const bool here = data.label[i] == k;
-        const acc_t pi = x[i].exp_at(c, softmax.max) * inverse;
-        const acc_t smooth_k = smooth ? voxel.scaled_risk * __ldg(smooth + k) : acc_t(0);
-        acc_t g = math::cross_entropy_grad(pi, hot_plus_total, here ? hot : acc_t(0), smooth_k);
-        if (in.class_sums) g += math::dice_grad(pi, dice.at(k, here, pi), mean_slope);
-        g = voxel.finish(g);
-        if constexpr (Column::kInRegisters) {
-          x[i].set(c, g);
-        } else if (span.has(i)) {
-          store_element<T>(args.grad_logits, chunk.image, c, span.at(i), g);
-        }
-      });
-      total.add_bad(data, i);
-    };
-    for_voxels(in, x, data.label, exchange, slope_sum, finish);
-    if constexpr (Column::kInRegisters) store_columns(args.grad_logits, chunk.image, span, x);
-    if (!Column::kShared || shape.part == 0) {
-      total.cross_entropy += static_cast<double>(ce_sum);
-      if (args.grad_risk.data) store_values(args.grad_risk, chunk.image, span, grad_risk);
+      total.look(data, i);
     }
+    tile.store(args.grad, chunk.image, first, span);
+    total.cross_entropy += static_cast<double>(ce_sum);
+    if (kKind == LossKind::kAny && args.grad_risk.data) store_values(args.grad_risk, chunk.image, span, grad_risk);
   }
-  if (shape.part != 0) total = LossSums{};  // of voxels that another warp counts
-  if (args.partial) total.write(args.partial, in.chunking, kLossColumns, chunk.image);
+  if (kKind != LossKind::kDice) args.finish(total, chunk);
+}
+
+// Posts: largest logit, sum of the exponentials, label smoothing, slopes. Results: see below.
+template <LossKind kKind>
+using BackwardExchange = ManyExchange<kKind == LossKind::kAny ? 4 : kKind == LossKind::kDice ? 3 : 2,
+                                      kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4>;
+enum Result : int { kLargest, kLabel, kAtLabel, kOfExp, kOfSlope, kScaledRisk };
+
+template <class T, LossKind kKind>
+__global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const GradientViews<TileVolume> args) {
+  constexpr int kSlopes = kKind == LossKind::kAny ? 3 : 2;  // their place among the posts
+  const LossViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ManyShape shape(in.classes);
+  const ClassWeightsOf<kKind, kManyClasses> weights(in);
+  const SharedSmoothingOf<kKind> smoothing(shape, weights);
+  const SlopeTable<kKind, kManyClasses> slopes(args, chunk.image);
+  const float factor = args.template factor<float, kKind>(chunk);
+  BackwardExchange<kKind> exchange(args.logits.channels_last);
+  __syncthreads();
+  LossSums total;
+
+  for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
+    const auto own = shape.own(first, chunk.end);
+    VoxelData<float, 1> data;
+    float target = 0, grad_map[1] = {};
+    if (shape.is_owner()) {
+      data.load(in, chunk.image, own);
+      args.template load_grad_map<kKind>(chunk.image, own, grad_map);
+      target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
+    }
+    const auto span = ManyTile<T>::span(first, chunk.end);
+    ManyTile<T> tile;
+    float max[kTileVoxels], sum[kTileVoxels];
+    tile.load(args.logits, shape, chunk.image, first, span, exchange.stage());
+    largest_of(tile, shape, max);
+    exchange.post(0, max);
+    smoothing.post(tile, shape, max, weights, exchange);
+    exponentials(tile, shape, max, sum);
+    exchange.post(1, sum);
+    if (has_class_sums<kKind>(in)) {
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) sum[i] = 0;
+#pragma unroll
+      for (int k = 0; k < kManySlots; ++k) {
+        if (k >= shape.count) break;
+        const float overall = slopes.overall(shape.first + k);
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) {
+          const float e = tile.x[k][i];
+          sum[i] += (kKind == LossKind::kAny && in.squared ? e * e : e) * overall;
+        }
+      }
+      exchange.post(kSlopes, sum);
+    }
+    __syncthreads();
+
+    if (shape.is_owner()) {
+      const uint32_t at = shape.thread;
+      const int label = data.label[0];
+      const auto softmax = exchange.softmax(at, target, smoothing);
+      float slope_sum = 0;
+      if (has_class_sums<kKind>(in))
+        slope_sum = kKind == LossKind::kAny && in.squared ? exchange.sum_of_squares(kSlopes, at, softmax.max)
+                                                          : exchange.sum(kSlopes, at, softmax.max);
+      const VoxelGradient<float> voxel =
+          gradient_of<kKind>(args, data, 0, factor, grad_map[0], softmax, weights, slope_sum, slopes.hit(label));
+      if (args.template wants_cross_entropy<kKind>()) {
+        const float ce = softmax.cross_entropy(weights, label), grad_risk[1] = {voxel.of_risk(ce)};
+        total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
+        if (kKind == LossKind::kAny && args.grad_risk.data) store_values(args.grad_risk, chunk.image, own, grad_risk);
+      }
+      total.look(data, 0);
+      exchange.result(kLargest, at) = softmax.max;
+      exchange.result(kLabel, at) = __int_as_float(voxel.used || voxel.bad ? label : kIgnored);
+      exchange.result(kAtLabel, at) =
+          voxel.at_label + (label < 0 ? 0.0f
+                                      : element<kKind>(in, math::exp(softmax.target), voxel.of_exp, voxel.of_slope,
+                                                       slopes.overall(label), voxel.scaled_risk, weights, label));
+      exchange.result(kOfExp, at) = voxel.of_exp;
+      if (kKind != LossKind::kCrossEntropy) exchange.result(kOfSlope, at) = voxel.of_slope;
+      if (kKind == LossKind::kAny) exchange.result(kScaledRisk, at) = voxel.scaled_risk;
+    }
+    __syncthreads();
+
+    float label_bits[kTileVoxels], at_label[kTileVoxels], of_exp[kTileVoxels], scale[kTileVoxels];
+    float of_slope[kTileVoxels] = {}, scaled_risk[kTileVoxels] = {};
+    exchange.results(kLabel, label_bits);
+    exchange.results(kLargest, scale);
+    exchange.results(kOfExp, of_exp);
+    exchange.results(kAtLabel, at_label);
+    if (kKind != LossKind::kCrossEntropy) exchange.results(kOfSlope, of_slope);
+    if (kKind == LossKind::kAny) exchange.results(kScaledRisk, scaled_risk);
+    int label[kTileVoxels];
+    bool used[kTileVoxels];
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      label[i] = __float_as_int(label_bits[i]);
+      used[i] = label[i] != kIgnored;
+      // From here on relative to the voxel's largest logit.
+      scale[i] = math::exp(max[i] - scale[i]);
+      if (kKind != LossKind::kAny) {
+        of_exp[i] *= scale[i];
+        of_slope[i] *= scale[i];
+      }
+    }
+    clear_unused(tile, used);
+#pragma unroll
+    for (int k = 0; k < kManySlots; ++k) {
+      if (k >= shape.count) break;
+      const float overall = slopes.overall(shape.first + k);
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) {
+        const float e = kKind == LossKind::kAny ? tile.x[k][i] * scale[i] : tile.x[k][i];
+        tile.x[k][i] = element<kKind>(in, e, of_exp[i], of_slope[i], overall, scaled_risk[i], weights, shape.first + k);
+      }
+    }
+    tile.store(args.grad, shape, chunk.image, first, span, exchange.stage(), label, at_label);
+  }
+  if (kKind != LossKind::kDice) args.finish(total, chunk);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) backward_of_any(const GradientViews<AnyVolume> args) {
+  using acc_t = typename AccOf<T>::type;
+  constexpr LossKind kKind = LossKind::kAny;
+  const LossViews& in = args.in;
+  const Chunk chunk(in.chunking, in.voxels);
+  const ClassWeights<acc_t, 0> weights(in);
+  const acc_t factor = args.template factor<acc_t, kKind>(chunk);
+  const auto overall = [&](int c) { return in.class_sums ? args.template slope<acc_t>(chunk.image, 0, c) : acc_t(0); };
+  LossSums total;
+
+  for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
+    const Spread<1> span{at, chunk.end, 0};
+    VoxelData<acc_t, 1> data;
+    acc_t grad_map[1];
+    data.load(in, chunk.image, span);
+    args.template load_grad_map<kKind>(chunk.image, span, grad_map);
+    const int label = data.label[0];
+    const AnyColumn<T> x(args.logits, chunk.image, at);
+    const auto softmax = softmax_of_any(x, label, weights);
+    acc_t sum = 0;
+    if (in.class_sums)
+      x.each([&](int c) {
+        const acc_t e = math::exp(x.get(c) - softmax.max);
+        sum += (in.squared ? e * e : e) * overall(c);
+      });
+    const acc_t hit = in.class_sums && label >= 0 ? args.template slope<acc_t>(chunk.image, 1, label) : acc_t(0);
+    const auto voxel = gradient_of<kKind>(args, data, 0, factor, grad_map[0], softmax, weights, sum, hit);
+    const acc_t ce = softmax.cross_entropy(weights, label), grad_risk[1] = {voxel.of_risk(ce)};
+    total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
+    total.look(data, 0);
+    if (args.grad_risk.data) store_values(args.grad_risk, chunk.image, span, grad_risk);
+    T* out = voxel_of<T>(args.grad, chunk.image, at);
+    x.each([&](int c) {
+      const acc_t e = math::exp(x.get(c) - softmax.max);
+      const acc_t slope = in.squared ? e * overall(c) : overall(c);
+      const acc_t g = e * (voxel.of_exp + voxel.of_slope * slope) - voxel.scaled_risk * weights.smooth(c) +
+                      (label == c ? voxel.at_label : acc_t(0));
+      out[c * args.grad.stride_class] = from_acc<T>(voxel.bad ? not_a_number<acc_t>() : voxel.used ? g : acc_t(0));
+    });
+  }
+  args.finish(total, chunk);
 }
 
 }  // namespace
 
 void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream) {
   const Volume& logits = args.in.logits;
-  const int64_t chunks = args.chunking.chunks(logits.batch);
-  if (chunks == 0) return;
-  with_variant<MemoryColumn>(logits.dtype, logits.classes, [&](auto variant) {
-    using V = decltype(variant);
-    const GradientViews views = view_of<V::kVoxels>(args, V::parts(logits.classes));
-    with_flag(args.in.squared, [&](auto squared) {
-      launch(backward<typename V::Column, V::kVoxels, squared>, blocks(chunks), kThreads, stream, views);
-    });
+  const int64_t blocks = args.chunking.chunks(logits.batch);
+  if (blocks == 0) return;
+  const bool usual = is_usual(args.in) && !args.grad_map.data && !args.grad_risk.data;
+  with_loss_kernel(args.in, usual, [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    using T = typename Kernel::T;
+    if constexpr (Kernel::kWay == LossWay::kAny) {
+      launch(backward_of_any<T>, blocks, kThreads, 0, stream,
+             view_of(args, any_view_of(logits), any_view_of(args.grad_logits)));
+    } else {
+      const auto views = view_of(args, tile_view_of(logits), tile_view_of(args.grad_logits));
+      if constexpr (Kernel::kWay == LossWay::kFew) {
+        using Tile = FewTile<T, Kernel::kSlots, Kernel::kKind != LossKind::kAny>;
+        launch(few_backward<T, Kernel::kSlots, Kernel::kKind>, blocks, kThreads, Tile::shared_bytes(views.logits),
+               stream, views);
+      } else {
+        launch(many_backward<T, Kernel::kKind>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
+               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T>::stage_bytes(views.logits)),
+               stream, views);
+      }
+    }
   });
 }
 

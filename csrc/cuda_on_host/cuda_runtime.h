@@ -1,5 +1,5 @@
 // Stands in for CUDA's header of this name where kernels are compiled by g++ (see runner.h). It holds what the kernels
-// use, as CUDA declares it, and no more: no floating-point atomics, no `extern __shared__`, no cp.async, TMA, tensor
+// use, as CUDA declares it, and no more: no floating-point atomics, no cp.async, TMA, tensor
 // cores or cooperative groups.
 #pragma once
 
@@ -70,6 +70,10 @@ constexpr int warpSize = riskmap::cuda_on_host::kWarp;
 #define RISKMAP_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(RISKMAP_CALLER) { riskmap::cuda_on_host::block_barrier({"__syncthreads", file, line}); }
+
+inline int __syncthreads_or(int predicate, RISKMAP_CALLER) {
+  return riskmap::cuda_on_host::block_any(predicate != 0, {"__syncthreads_or", file, line});
+}
 
 inline void __syncwarp(unsigned int mask = 0xffffffffu, RISKMAP_CALLER) {
   riskmap::cuda_on_host::warp_barrier(mask, {"__syncwarp", file, line});
@@ -273,12 +277,21 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t count, cudaS
 
 namespace riskmap::cuda_on_host {
 
-// kernel<<<grid, block>>>(args...): every thread gets its own copies of the arguments.
+// kernel<<<grid, block, shared_bytes>>>(parameters): every thread gets its own copy of the parameters.
+template <class Parameters>
+void launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t shared_bytes, const Parameters& parameters) {
+  const auto call = [&] { kernel(parameters); };
+  const bool ran = run_grid(
+      grid, block, shared_bytes, [](const void* context) { (*static_cast<const decltype(call)*>(context))(); }, &call);
+  if (!ran) last_error() = cudaErrorInvalidConfiguration;
+}
+
+// The faults' kernels take several arguments.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments&&... arguments) {
   const auto call = [&] { kernel(arguments...); };
   const bool ran =
-      run_grid(grid, block, [](const void* context) { (*static_cast<const decltype(call)*>(context))(); }, &call);
+      run_grid(grid, block, 0, [](const void* context) { (*static_cast<const decltype(call)*>(context))(); }, &call);
   if (!ran) last_error() = cudaErrorInvalidConfiguration;
 }
 

@@ -45,6 +45,7 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kNoSync = 1;  // __tsan_switch_to_fiber_no_sync: a switch orders nothing, only barriers do
 constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kMaxShared = 48 << 10;  // of a block, without asking for more
 // Fibers that the blocks of a grid take turns with under ThreadSanitizer, which sees what happens on one fiber in
 // order: only blocks of different seats are unordered. A fiber costs it a quarter of a megabyte.
 constexpr size_t kSeats = 4;
@@ -103,9 +104,15 @@ struct Warp {
 
 // Allocated anew for every block: ThreadSanitizer forgets what was released to it with the memory.
 struct Block {
-  explicit Block(int threads) : warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)) {}
+  Block(int threads, size_t shared_bytes)
+      : warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)),
+        shared(static_cast<char*>(std::malloc(shared_bytes)), std::free) {
+    volatile char* bytes = shared.get();  // garbage; by hand, see SharedMemory::fill
+    for (size_t i = 0; i < shared_bytes; ++i) bytes[i] = static_cast<char>(0xff);
+  }
 
   std::vector<Warp> warps;
+  std::unique_ptr<char, void (*)(void*)> shared;  // dynamic shared memory, from the allocator that the sanitizers watch
   int at_barrier = 0;
   unsigned phase = 0;
   SyncPoint start, points[2];
@@ -177,9 +184,10 @@ class Order {
 
 class Runner {
  public:
-  void run(dim3 grid, dim3 block, void (*body)(const void*), const void* context) {
+  void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context) {
     body_ = body;
     context_ = context;
+    shared_bytes_ = shared_bytes;
     threads_ = static_cast<int>(block.x * block.y * block.z);
     blockDim = block;
     gridDim = grid;
@@ -204,6 +212,7 @@ class Runner {
   }
 
   Fiber& current() { return *current_; }
+  char* shared() { return block_->shared.get(); }
 
   // Leaves the running thread in `state`; comes back when it may go on.
   void wait(State state, Site site) {
@@ -282,7 +291,7 @@ class Runner {
     if (__tsan_get_current_fiber) host_tsan_ = __tsan_get_current_fiber();
     std::vector<Fiber*> turns;
     for (int i = 0; i < threads_; ++i) turns.push_back(&prepare(i));
-    block_ = std::make_unique<Block>(threads_);
+    block_ = std::make_unique<Block>(threads_, shared_bytes_);
     release(block_->start);
     if (!order.is_random()) order.arrange(turns);
     for (int left = threads_; left > 0;) {
@@ -306,7 +315,12 @@ class Runner {
       const Site& site = fiber_of(i).site;
       if (site.line != first.line || std::strcmp(site.file, first.file) != 0) fail_divergent();
     }
-    for (int i = 0; i < threads_; ++i) fiber_of(i).state = State::kReady;
+    unsigned any = 0;
+    for (int i = 0; i < threads_; ++i) any |= fiber_of(i).value != 0;
+    for (int i = 0; i < threads_; ++i) {
+      fiber_of(i).ballot = any;
+      fiber_of(i).state = State::kReady;
+    }
     block_->at_barrier = 0;
     ++block_->phase;
   }
@@ -402,6 +416,7 @@ class Runner {
   std::unique_ptr<Block> block_;
   Fiber* current_ = nullptr;
   int threads_ = 0;
+  size_t shared_bytes_ = 0;
   void (*body_)(const void*) = nullptr;
   const void* context_ = nullptr;
   Context host_;
@@ -420,20 +435,28 @@ cudaError_t error_of_last_call = cudaSuccess;
 
 cudaError_t& last_error() { return error_of_last_call; }
 
-bool run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context) {
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context) {
   const bool fits = grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 &&
                     grid.z <= 65535 && block.x >= 1 && block.x <= kMaxThreads && block.y >= 1 &&
                     block.y <= kMaxThreads && block.z >= 1 && block.z <= 64 &&
-                    block.x * block.y * block.z <= kMaxThreads;
+                    block.x * block.y * block.z <= kMaxThreads && shared_bytes <= kMaxShared;
   if (!fits) return false;
   const std::lock_guard<std::mutex> lock(one_kernel_at_a_time);
-  Runner::instance().run(grid, block, body, context);
+  Runner::instance().run(grid, block, shared_bytes, body, context);
   return true;
 }
+
+char* dynamic_shared() { return Runner::instance().shared(); }
 
 int lane() { return Runner::instance().current().linear % kWarp; }
 
 void block_barrier(Site site) { Runner::instance().barrier(site); }
+
+bool block_any(bool value, Site site) {
+  Runner::instance().current().value = value;
+  Runner::instance().barrier(site);
+  return Runner::instance().current().ballot != 0;
+}
 
 void warp_barrier(unsigned mask, Site site) {
   Fiber& fiber = Runner::instance().current();

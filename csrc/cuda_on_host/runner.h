@@ -5,6 +5,7 @@
 // whose mask names a lane that does not take part, a shuffle that reads from one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 struct uint3 {
@@ -32,10 +33,14 @@ struct Site {
 };
 
 // Calls body(context) for every thread; false if the configuration is beyond the limits of a GPU.
-bool run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
+
+// Of the block that runs at present: as many bytes as its launch asked for, no more.
+char* dynamic_shared();
 
 int lane();
 void block_barrier(Site site);
+bool block_any(bool value, Site site);  // a barrier that tells whether any thread brought true
 void warp_barrier(unsigned int mask, Site site);
 // The value that the thread of lane `source` brought.
 uint64_t warp_exchange(unsigned int mask, uint64_t value, int source, Site site);

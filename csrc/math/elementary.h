@@ -45,14 +45,47 @@ RISKMAP_HD To bit_cast(From from) {
 
 #if RISKMAP_CUDA_SIDE
 
-RISKMAP_HD float exp(float x) { return ::expf(x); }
+#if defined(__CUDA_ARCH__)
+// The hardware's own, in float: results below the smallest normal number are 0.
+#define RISKMAP_APPROXIMATE(name)                                          \
+  __device__ __forceinline__ float name##_approximate(float x) {           \
+    float y;                                                               \
+    asm(#name ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));               \
+    return y;                                                              \
+  }
+RISKMAP_APPROXIMATE(ex2)
+RISKMAP_APPROXIMATE(lg2)
+RISKMAP_APPROXIMATE(rcp)
+#undef RISKMAP_APPROXIMATE
+#else
+RISKMAP_HD float ex2_approximate(float x) { return ::exp2f(x); }
+RISKMAP_HD float lg2_approximate(float x) { return ::log2f(x); }
+RISKMAP_HD float rcp_approximate(float x) { return 1.0f / x; }
+#endif
+
+// Errors in float: of exp about |x| 1e-7 of the result, of log 2e-7 where the result is below 1, of it elsewhere.
+RISKMAP_HD float exp(float x) { return ex2_approximate(x * 1.442695041f); }
 RISKMAP_HD double exp(double x) { return ::exp(x); }
-RISKMAP_HD float log(float x) { return ::logf(x); }
+RISKMAP_HD float log(float x) { return lg2_approximate(x) * 0.693147181f; }
+RISKMAP_HD float inverse(float x) { return rcp_approximate(x); }
+RISKMAP_HD double inverse(double x) { return 1.0 / x; }
 RISKMAP_HD double log(double x) { return ::log(x); }
-RISKMAP_HD float log1p_unit(float x) { return ::log1pf(x); }
+// 2 artanh(x / (2 + x)), as below.
+RISKMAP_HD float log1p_unit(float x) {
+  const float s = x * inverse(x + 2.0f), s2 = s * s;
+  float series = 1.0f / 15;
+#pragma unroll
+  for (int i = 6; i >= 0; --i) series = series * s2 + 1.0f / static_cast<float>(2 * i + 1);
+  return s * 2.0f * series;
+}
 RISKMAP_HD double log1p_unit(double x) { return ::log1p(x); }
 
 #else
+
+template <class V>
+RISKMAP_HD V inverse(V x) {
+  return V((V{} + typename Traits<V>::Element(1)) / x);
+}
 
 template <class Element>
 struct Constants;

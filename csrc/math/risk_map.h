@@ -9,12 +9,14 @@ enum class Scheme : int { kExponential = 0, kPower = 1, kLinear = 2 };
 
 // The weight is exp(rate * t) or 1 + rate * t with t = clip((h - low) * inverse_range, 0, 1); for the power scheme
 // t = h. See make_risk_curve.
-struct RiskCurve {
+template <class Element>
+struct RiskCurveOf {
   Scheme scheme;
-  double rate;
-  double low;
-  double inverse_range;  // 0 where the range is degenerate: then t = 0 and the weight is 1
+  Element rate;
+  Element low;
+  Element inverse_range;  // 0 where the range is degenerate: then t = 0 and the weight is 1
 };
+using RiskCurve = RiskCurveOf<double>;
 
 inline constexpr double kMinHardnessRange = 0.1;
 
@@ -26,8 +28,8 @@ RISKMAP_HD RiskCurve make_risk_curve(Scheme scheme, double log_base, double alph
   return {scheme, rate, degenerate ? 0.0 : low, degenerate ? 0.0 : 1.0 / (high - low)};
 }
 
-template <class V>
-RISKMAP_HD V risk_weight(V hardness, const RiskCurve& curve) {
+template <class V, class Number>
+RISKMAP_HD V risk_weight(V hardness, const RiskCurveOf<Number>& curve) {
   using Element = typename Traits<V>::Element;
   if (curve.scheme == Scheme::kPower) return exp(V(hardness * Element(curve.rate)));
   const V zero{};
