@@ -201,7 +201,7 @@ __device__ __forceinline__ VoxelGradient<acc_t> gradient_of(const Views& args, c
     const bool squared = kKind == LossKind::kAny && in.squared;
     if (squared) voxel.of_slope = acc_t(2) * inverse * inverse;
     const acc_t of_hit = voxel.used ? math::exp(softmax.target) * inverse * hit : acc_t(0);
-    voxel.of_exp -= inverse * (voxel.of_slope * slope_sum + of_hit);
+    voxel.of_exp -= voxel.used ? inverse * (voxel.of_slope * slope_sum + of_hit) : acc_t(0);
     voxel.at_label += of_hit;
   }
   if (voxel.bad) voxel.of_exp = voxel.at_label = not_a_number<acc_t>();
