@@ -19,13 +19,14 @@ struct Chunking {
 // As many blocks as an H100 has room for at once, two on each of its 132 multiprocessors: more would not load sooner,
 // and each has its own fixed cost.
 inline int64_t usual_blocks() {
+  constexpr int64_t kOfGpu = 264;
 #if defined(RISKMAP_CUDA_ON_HOST)
-  // Few, so that chunks of small volumes have several tiles.
-  const char* blocks = std::getenv("RISKMAP_CUDA_ON_HOST_BLOCKS");
-  return blocks ? std::atoll(blocks) : 3;
-#else
-  return 264;
+  // So few that chunks of small volumes have several tiles. 0: as many as on a GPU.
+  const char* text = std::getenv("RISKMAP_CUDA_ON_HOST_BLOCKS");
+  const int64_t wanted = text ? std::atoll(text) : 3;
+  if (wanted > 0) return wanted;
 #endif
+  return kOfGpu;
 }
 
 // `most_tiles` bounds the numbers that are added in float.

@@ -280,6 +280,8 @@ namespace riskmap::cuda_on_host {
 // kernel<<<grid, block, shared_bytes>>>(parameters): every thread gets its own copy of the parameters.
 template <class Parameters>
 void launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t shared_bytes, const Parameters& parameters) {
+  if (!record({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, &parameters, sizeof(Parameters)}))
+    return;
   const auto call = [&] { kernel(parameters); };
   const bool ran = run_grid(
       grid, block, shared_bytes, [](const void* context) { (*static_cast<const decltype(call)*>(context))(); }, &call);

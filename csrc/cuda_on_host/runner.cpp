@@ -430,8 +430,16 @@ class Runner {
 SyncPoint fence_point;
 std::mutex one_kernel_at_a_time;
 cudaError_t error_of_last_call = cudaSuccess;
+int (*recorder)(const Launch*) = nullptr;
 
 }  // namespace
+
+// Hands every launch to the callback, whose result says whether the kernel shall run here as well; null ends it.
+extern "C" __attribute__((visibility("default"))) void riskmap_cuda_on_host_record(int (*callback)(const Launch*)) {
+  recorder = callback;
+}
+
+bool record(const Launch& launch) { return !recorder || recorder(&launch) != 0; }
 
 cudaError_t& last_error() { return error_of_last_call; }
 

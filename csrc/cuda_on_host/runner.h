@@ -38,6 +38,18 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const voi
 // Of the block that runs at present: as many bytes as its launch asked for, no more.
 char* dynamic_shared();
 
+// A launch as csrc/cuda/machine_code sees it; `argument` is the one struct that a kernel takes.
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t shared_bytes;  // dynamic shared memory
+  const void* argument;
+  size_t argument_size;
+};
+
+// Tells whoever listens (riskmap_cuda_on_host_record) of a launch; false: the kernel shall not run here.
+bool record(const Launch& launch);
+
 int lane();
 void block_barrier(Site site);
 bool block_any(bool value, Site site);  // a barrier that tells whether any thread brought true
