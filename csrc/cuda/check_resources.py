@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from machine_code.names import readable
+
 TABLE = Path(__file__).with_name("resources.json")
 Kernels = dict[str, dict[str, int]]
 
@@ -66,18 +68,12 @@ def parse(prefix: str, output: str) -> Kernels:
         shared = re.search(r"(\d+) bytes smem", block)
         if spills is None or registers is None:
             sys.exit(f"cannot read what ptxas says of {mangled}:\n{block}")
-        found[f"{prefix}: {readable(mangled)}"] = {
+        found[f"{prefix}: {readable([mangled])[0]}"] = {
             "registers": int(registers[1]),
             "shared_bytes": int(shared[1]) if shared else 0,
             "spill_bytes": int(spills[2]) + int(spills[3]),
         }
     return found
-
-
-def readable(mangled: str) -> str:
-    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    name = re.sub(r"riskmap::cuda::|\(anonymous namespace\)::|_GLOBAL__N_\w*::", "", name)
-    return re.sub(r"^void |\(.*", "", name).strip()
 
 
 def toolkit_of(command: list[str]) -> str:
