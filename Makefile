@@ -10,7 +10,7 @@ NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -nam
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean
-.PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release gpu-check
+.PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release cuda-machine-code gpu-check
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,13 @@ else
 	$(BIN)/cmake --build build/cuda_release --target riskmap_cuda
 	$(BIN)/python csrc/cuda/check_resources.py --build build/cuda_release
 endif
+
+# What is in that library for sm_90, executed on the CPU: results, and what kernels take (budgets.json).
+cuda-machine-code: install
+ifneq ($(shell command -v $${CUDACXX:-nvcc}),)
+	-$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+endif
+	$(BIN)/python csrc/cuda/machine_code/check.py --build build/cuda_release
 
 # With the Python and the torch of a machine that has a GPU: no environment is made.
 gpu-check:

@@ -67,21 +67,17 @@ constexpr int kSmallTable = 1024;
 
 template <class T, int kSlots, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2) few_transfer(const TransferViews<TileVolume, float> args) {
-  alignas(16) __shared__ float memory[kSmallTable];
+  alignas(16) __shared__ float table[kSmallTable];
   const SourceViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   MapMaker<float> map(args.options);
   int bad = 0;
-  const float* table = static_cast<const float*>(args.conditional.table);
-  if (!table) {
-    for (int j = static_cast<int>(threadIdx.x); j < args.conditional.count; j += kThreads) {
-      const double p = load_scalar(args.conditional.values, args.conditional.dtype, j);
-      bad |= is_bad_probability(p);
-      memory[j] = static_cast<float>(p);
-    }
-    table = memory;
-    bad = __syncthreads_or(bad);
+  for (int j = static_cast<int>(threadIdx.x); j < args.conditional.count; j += kThreads) {
+    const double p = load_scalar(args.conditional.values, args.conditional.dtype, j);
+    bad |= is_bad_probability(p);
+    table[j] = static_cast<float>(p);
   }
+  bad = __syncthreads_or(bad);
   const float poison = bad ? not_a_number<float>() : 0.0f;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kThreads * kTileVoxels) {
@@ -258,13 +254,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews view
   }
 }
 
-SourceWay transfer_way(const SourceInputs& in) { return way_of(in, true); }
+SourceWay transfer_way(const SourceInputs& in) { return way_of(in, in.num_classes * in.classes <= kSmallTable); }
 
 }  // namespace
 
-bool has_small_table(const SourceInputs& in) {
-  return transfer_way(in) == SourceWay::kFew && in.num_classes * in.classes <= kSmallTable;
-}
+bool has_small_table(const SourceInputs& in) { return transfer_way(in) == SourceWay::kFew; }
 
 Chunking transfer_chunking(const SourceInputs& in) {
   const SourceWay way = transfer_way(in);

@@ -66,6 +66,7 @@ class State:
         self.special: dict[str, Array] = {"SRZ": zero, "SR_CgaCtaId": zero, "SR_LANEID": self.lane}
         for k, axis in enumerate("XYZ"):
             self.special |= {f"SR_TID.{axis}": tid[k], f"SR_CTAID.{axis}": ctaid[k]}
+        self.special["SR_SWINHI"] = U64(0)  # of the addresses of shared memory among all others
         below = (U64(1) << self.lane.astype(U64)) - U64(1)
         self.special |= {"SR_LTMASK": below, "SR_EQMASK": below + U64(1)}
         self.alive = thread < threads
