@@ -20,6 +20,8 @@ struct ForwardViews {
     if (ticket && blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
     return {partial, in.chunking, loss_columns(in.classes, in.class_sums), chunk};
   }
+  __device__ __forceinline__ MapRow map_row(const Chunk& chunk) const { return {map, chunk.image}; }
+  __device__ __forceinline__ LossRows rows(const Chunk& chunk) const { return {in, chunk.image}; }
   // Of the map of reduction none.
   template <class acc_t, int V>
   __device__ __forceinline__ acc_t value(const VoxelData<acc_t, V>& data, int i, acc_t weighted) const {
@@ -32,6 +34,18 @@ template <class Logits>
 ForwardViews<Logits> view_of(const LossForward& args, const Logits& logits) {
   return {view_of(args.in, args.chunking), logits, view_of(args.map), args.map_factor, args.partial,
           args.ticket};
+}
+
+// sum += value and ++count where a == b: what nvcc makes of the same in C++ takes twice the instructions.
+__device__ __forceinline__ void add_where(int a, int b, float value, float& sum, uint32_t& count) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .pred p; setp.eq.s32 p, %2, %3; @p add.f32 %0, %0, %4; @p add.u32 %1, %1, 1; }"
+      : "+f"(sum), "+r"(count)
+      : "r"(a), "r"(b), "f"(value));
+#else
+  sum += a == b ? value : 0.0f;
+  count += a == b;
+#endif
 }
 
 // Sums of the classes of a thread's voxels, all classes in every thread.

@@ -36,14 +36,17 @@ __global__ void __launch_bounds__(kThreads, 2) few_statistics(const StatisticsVi
   float* const places = reinterpret_cast<float*>(dynamic_shared() + args.own_at);
   float* const own = places + warp_index() * entries * kWarp + lane_index();
   for (int e = 0; e < entries; ++e) own[e * kWarp] = 0;
+  const MapRow target(in.target, chunk.image);
   bool bad = false;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += blockDim.x * kTileVoxels) {
-    const auto span = FewTile<T, kSlots, kExact>::span(first, chunk.end);
-    FewTile<T, kSlots, kExact> tile;
+    using Tile = FewTile<T, kSlots, kExact>;
+    const auto span = Tile::span(first, chunk.end);
+    if (Tile::is_done(span, chunk.end)) break;
+    Tile tile;
     int label[kTileVoxels];
-    load_source(tile, in, args.source, chunk.image, first, span);
-    load_labels(in.target, in.label, chunk.image, span, label);
+    load_source(tile, in, args.source, chunk.image, first, chunk.end, span);
+    load_labels(target, in.label, span, label);
     float inverse[kTileVoxels];
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
@@ -155,20 +158,21 @@ class LabelRuns {
 };
 
 constexpr int kMaxTableRows = 256;  // labels; a byte of shared memory for each and each warp
-using StatisticsExchange = ManyExchange<2, 2>;
+template <bool kPlanar>
+using StatisticsExchange = ManyExchange<2, 2, kPlanar>;
 
 // The memory of the exchange is that of turning, too.
 template <class T>
 int64_t bytes_of_many(const TileVolume& source) {
   const int64_t turned =
       ManyShape::warps_of(source.classes) * LabelRuns::kNumbers * static_cast<int64_t>(sizeof(float));
-  const int64_t exchange = StatisticsExchange::shared_bytes(source, ManyTile<T>::stage_bytes(source));
+  const int64_t exchange = StatisticsExchange<false>::shared_bytes(source, ManyTile<T, false>::stage_bytes(source));
   return turned > exchange ? turned : exchange;
 }
 
 // One of a few rounds of turning: its voxels lie in some of the lanes, or one of each lane's.
-template <class T>
-__device__ __forceinline__ void turn(const ManyTile<T>& tile, const ManyShape& shape, bool channels_last, int round,
+template <class Tile>
+__device__ __forceinline__ void turn(const Tile& tile, const ManyShape& shape, bool channels_last, int round,
                                      float* turned) {
   constexpr int kLanes = kWarp / kTileVoxels;
 #pragma unroll
@@ -183,14 +187,14 @@ __device__ __forceinline__ void turn(const ManyTile<T>& tile, const ManyShape& s
   }
 }
 
-template <class T>
+template <class T, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const StatisticsViews<TileVolume> args) {
   __shared__ int labels[kWarpVoxels];
   const SourceViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ManyShape shape(in.classes);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  StatisticsExchange exchange(args.source.channels_last);
+  StatisticsExchange<kPlanar> exchange(args.source.channels_last);
   float* const turned = reinterpret_cast<float*>(dynamic_shared()) + warp_index() * LabelRuns::kNumbers;
   uint8_t* const all_touched = reinterpret_cast<uint8_t*>(dynamic_shared() + args.own_at);
   uint8_t* const touched = all_touched + warp_index() * in.num_classes;
@@ -198,18 +202,20 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
   __syncwarp();
   LabelRuns runs(turned, touched, args.partial + static_cast<int64_t>(blockIdx.x) * in.num_classes * in.classes, shape,
                  in.classes);
+  const MapRow target(in.target, chunk.image);
   bool bad = false;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
     int label[1] = {kIgnored};
     if (shape.is_owner()) {
-      load_labels(in.target, in.label, chunk.image, shape.own(first, chunk.end), label);
+      load_labels(target, in.label, shape.own(first, chunk.end), label);
       bad |= label[0] == kBadLabel;
     }
-    ManyTile<T> tile;
+    using Tile = ManyTile<T, kPlanar>;
+    Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
-    if (args.source.channels_last) __syncthreads();  // as below: it is loaded through the same memory
-    tile.load(args.source, shape, chunk.image, first, ManyTile<T>::span(first, chunk.end), exchange.stage());
+    if (!kPlanar && args.source.channels_last) __syncthreads();  // as below: it is loaded through the same memory
+    tile.load(args.source, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
     largest_of(tile, shape, max);
     exponentials(tile, shape, max, sum);
     __syncthreads();  // nobody turns in the memory of the exchange any more
@@ -239,7 +245,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
 #pragma unroll
     for (int round = 0; round < kTileVoxels; ++round) {
       __syncwarp();
-      turn(tile, shape, args.source.channels_last, round, turned);
+      turn(tile, shape, !kPlanar && args.source.channels_last, round, turned);
       __syncwarp();
       runs.add(labels + round * kWarp);
     }
@@ -262,11 +268,12 @@ __global__ void __launch_bounds__(kThreads, 4) statistics_of_any(const Statistic
   for (int64_t z = threadIdx.x; z < in.classes; z += kThreads)
     for (int64_t y = 0; y < in.num_classes; ++y) table[y * in.classes + z] = 0;
 
+  const MapRow target(in.target, chunk.image);
   bool bad = false;
   for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads) {
     const Spread<1> span{tile + threadIdx.x, chunk.end, 0};
     int label[1];
-    load_labels(in.target, in.label, chunk.image, span, label);
+    load_labels(target, in.label, span, label);
     bad |= label[0] == kBadLabel;
     if (span.has(0)) {
       const SourceColumn<T> x(in, args.source, chunk.image, span.first);
@@ -391,7 +398,7 @@ void launch_statistics(const Statistics& args, cudaStream_t stream) {
         if constexpr (Kernel::kWay == SourceWay::kMany) {
           const int warps = ManyShape::warps_of(in.classes);
           all.own_at = static_cast<uint32_t>(bytes_of_many<T>(source));
-          launch(many_statistics<T>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
+          launch(many_statistics<T, Kernel::kExact>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
         } else {
           const int warps = warps_for_places(in);
           all.own_at = static_cast<uint32_t>(warps * stage_bytes(in));

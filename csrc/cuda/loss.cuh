@@ -53,7 +53,15 @@ inline bool is_usual(const LossInputs& in) {
   return !in.class_weight.data && in.label_smoothing == 0 && !in.ce_in_foreground && !in.squared && !in.membership;
 }
 
-// What the maps say about a thread's voxels.
+// The maps of one image.
+struct LossRows {
+  MapRow target, risk, foreground;
+
+  __device__ __forceinline__ LossRows(const LossViews& in, uint32_t image)
+      : target(in.target, image), risk(in.risk, image), foreground(in.foreground, image) {}
+};
+
+// What they say about a thread's voxels.
 template <class acc_t, int V>
 struct VoxelData {
   int label[V];  // a class, kIgnored or kBadLabel
@@ -61,10 +69,10 @@ struct VoxelData {
   uint32_t in_mask;  // a bit for each voxel
 
   template <class Span>
-  __device__ __forceinline__ void load(const LossViews& in, uint32_t image, const Span& span) {
-    load_values(in.risk, image, span, risk);
-    load_labels(in.target, in.label, image, span, label);
-    in_mask = load_mask(in.foreground, image, span);
+  __device__ __forceinline__ void load(const LossViews& in, const LossRows& rows, const Span& span) {
+    load_values(rows.risk, span, risk);
+    load_labels(rows.target, in.label, span, label);
+    in_mask = load_mask(rows.foreground, span);
   }
   __device__ __forceinline__ bool valid(int i) const { return label[i] >= 0; }
   // Labelled or inside the mask; every valid voxel where there is no background class.
@@ -77,7 +85,8 @@ struct VoxelData {
   }
   // A risk that no caller may give: negative, NaN or infinite.
   __device__ __forceinline__ bool bad_risk(int i) const {
-    return valid(i) && !(risk[i] >= acc_t(0) && risk[i] <= largest<acc_t>());
+    const bool fine = (risk[i] >= acc_t(0)) & (risk[i] <= largest<acc_t>());
+    return valid(i) & !fine;
   }
 };
 
@@ -98,6 +107,7 @@ __device__ __forceinline__ bool has_bad_weight(const ClassWeight& weight, int64_
 // Class weights and label smoothing; of up to kTable classes in shared memory, of more (0) where they are.
 template <class acc_t, int kTable>
 struct ClassWeights {
+  static constexpr bool kNone = false;
   ClassWeight given;
   acc_t* table;
   acc_t factor, keep, smooth_factor;  // 1, or NaN where a weight is bad; 1 - eps; eps / C
@@ -139,6 +149,7 @@ __device__ __forceinline__ bool has_class_sums(const LossViews& in) {
 
 // Those of a usual call, as constants.
 struct NoClassWeights {
+  static constexpr bool kNone = true;
   static constexpr float smooth_total = 0;
   __device__ __forceinline__ explicit NoClassWeights(const LossViews&) {}
   __device__ __forceinline__ float hot(int) const { return 1; }
@@ -155,9 +166,11 @@ struct Softmax {
   acc_t sum;         // sum_k exp(x_k - max)
   acc_t target;      // x_y - max
   acc_t smooth_dot;  // see math::cross_entropy
+  acc_t at_label;    // exp(target), where it is wanted and to be had for nothing
 
   template <class Weights>
   __device__ __forceinline__ acc_t cross_entropy(const Weights& weights, int label) const {
+    if constexpr (Weights::kNone) return math::log(sum) - target;
     return math::cross_entropy(math::log(sum), target, acc_t(weights.hot(label)), acc_t(weights.smooth_total),
                                smooth_dot);
   }
@@ -167,16 +180,17 @@ struct Softmax {
 template <LossKind kKind, class Tile, class Weights>
 __device__ __forceinline__ Softmax<float> softmax_of(Tile& tile, int i, int label, const Weights& weights) {
   constexpr int kSlots = static_cast<int>(sizeof(tile.x) / sizeof(tile.x[0]));
-  Softmax<float> softmax{kNoLogit, 0, 0, 0};
+  Softmax<float> softmax{tile.x[0][i], 0, 0, 0, 0};
 #pragma unroll
-  for (int c = 0; c < kSlots; ++c) softmax.max = fmaxf(softmax.max, tile.x[c][i]);
+  for (int c = 1; c < kSlots; ++c) softmax.max = fmaxf(softmax.max, tile.x[c][i]);
 #pragma unroll
   for (int c = 0; c < kSlots; ++c) {
     const float x = tile.x[c][i] - softmax.max;
-    if (label == c) softmax.target = x;
+    softmax.target = label == c ? x : softmax.target;
     if (kKind == LossKind::kAny && weights.smooth(c) != 0) softmax.smooth_dot += x * weights.smooth(c);
     tile.x[c][i] = math::exp(x);
-    softmax.sum += tile.x[c][i];
+    softmax.at_label = label == c ? tile.x[c][i] : softmax.at_label;
+    softmax.sum = c == 0 ? tile.x[c][i] : softmax.sum + tile.x[c][i];
   }
   return softmax;
 }
@@ -197,13 +211,14 @@ template <class Column, class Weights>
 __device__ __forceinline__ Softmax<typename Column::acc_t> softmax_of_any(const Column& x, int label,
                                                                           const Weights& weights) {
   using acc_t = typename Column::acc_t;
-  Softmax<acc_t> softmax{math::max_logit<acc_t>(x), 0, 0, 0};
+  Softmax<acc_t> softmax{math::max_logit<acc_t>(x), 0, 0, 0, 0};
   x.each([&](int c) {
     const acc_t v = x.get(c) - softmax.max, smooth = weights.smooth(c);
     if (label == c) softmax.target = v;
     if (smooth != acc_t(0)) softmax.smooth_dot += v * smooth;
     softmax.sum += math::exp(v);
   });
+  softmax.at_label = math::exp(softmax.target);
   return softmax;
 }
 
@@ -220,7 +235,8 @@ __device__ __forceinline__ float load_target(const TileVolume& logits, uint32_t 
 struct LossSums {
   double cross_entropy = 0;
   uint32_t valid = 0, foreground = 0;
-  bool bad_label = false, bad_risk = false;
+  int least_label = 0;
+  bool bad_risk = false;
 
   template <class acc_t, int V>
   __device__ __forceinline__ void count(const LossViews& in, const VoxelData<acc_t, V>& data, int i) {
@@ -229,9 +245,10 @@ struct LossSums {
   }
   template <class acc_t, int V>
   __device__ __forceinline__ void look(const VoxelData<acc_t, V>& data, int i) {
-    bad_label |= data.label[i] == kBadLabel;
+    least_label = data.label[i] < least_label ? data.label[i] : least_label;
     bad_risk |= data.bad_risk(i);
   }
+  __device__ __forceinline__ bool bad_label() const { return least_label == kBadLabel; }
 };
 
 // A block's places in the partial sums [B, columns, chunks].
@@ -253,7 +270,7 @@ __device__ __forceinline__ int64_t class_column(int which, int64_t classes, int6
 
 // Every thread must come here.
 __device__ __forceinline__ void write_sums(const LossSums& sums, bool counts, const PartialColumns& out) {
-  const bool bad_label = __syncthreads_or(sums.bad_label) != 0, bad_risk = __syncthreads_or(sums.bad_risk) != 0;
+  const bool bad_label = __syncthreads_or(sums.bad_label()) != 0, bad_risk = __syncthreads_or(sums.bad_risk) != 0;
   const double ce = block_sum(sums.cross_entropy);
   // Both numbers are below 2^31 in an image.
   const uint64_t both = counts ? block_sum(uint64_t(sums.valid) << 32 | sums.foreground) : 0;

@@ -90,7 +90,7 @@ struct GradientViews {
   __device__ __forceinline__ void load_grad_map(uint32_t image, const Span& span,
                                                 acc_t (&values)[Span::kVoxels]) const {
     if constexpr (kKind == LossKind::kAny) {
-      load_values(grad_map, image, span, values);
+      load_values(MapRow(grad_map, image), span, values);
     } else {
 #pragma unroll
       for (int i = 0; i < Span::kVoxels; ++i) values[i] = 1;
@@ -191,20 +191,19 @@ __device__ __forceinline__ VoxelGradient<acc_t> gradient_of(const Views& args, c
                                              : voxel.used;
   voxel.bad = data.label[i] == kBadLabel || data.bad_risk(i);
   voxel.scale = factor * grad_map;
-  voxel.scaled_risk = voxel.counted ? voxel.scale * data.risk[i] : acc_t(0);
+  voxel.scaled_risk = voxel.bad ? not_a_number<acc_t>() : voxel.counted ? voxel.scale * data.risk[i] : acc_t(0);
   const acc_t inverse = voxel.used ? math::inverse(softmax.sum) : acc_t(0);
-  const acc_t hot = voxel.scaled_risk * acc_t(weights.hot(data.label[i]));
-  voxel.of_exp = inverse * (hot + voxel.scaled_risk * acc_t(weights.smooth_total));
+  const acc_t hot = Weights::kNone ? voxel.scaled_risk : voxel.scaled_risk * acc_t(weights.hot(data.label[i]));
+  voxel.of_exp = inverse * (Weights::kNone ? hot : hot + voxel.scaled_risk * acc_t(weights.smooth_total));
   voxel.of_slope = inverse;
   voxel.at_label = -hot;
   if (kKind == LossKind::kDice || (kKind == LossKind::kAny && in.class_sums)) {
     const bool squared = kKind == LossKind::kAny && in.squared;
     if (squared) voxel.of_slope = acc_t(2) * inverse * inverse;
-    const acc_t of_hit = voxel.used ? math::exp(softmax.target) * inverse * hit : acc_t(0);
+    const acc_t of_hit = voxel.used ? softmax.at_label * inverse * hit : acc_t(0);
     voxel.of_exp -= voxel.used ? inverse * (voxel.of_slope * slope_sum + of_hit) : acc_t(0);
     voxel.at_label += of_hit;
   }
-  if (voxel.bad) voxel.of_exp = voxel.at_label = not_a_number<acc_t>();
   return voxel;
 }
 

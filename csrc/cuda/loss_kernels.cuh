@@ -44,7 +44,7 @@ void with_loss_kernel(const LossInputs& in, bool usual, const F& f) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
       if (fits_tiles(in)) {
-        if (!usual) return with_tile_kernel<T, LossKind::kAny>(in.logits.classes, f);
+        if (!usual || in.logits.stride_voxel != 1) return with_tile_kernel<T, LossKind::kAny>(in.logits.classes, f);
         if (in.class_sums) return with_tile_kernel<T, LossKind::kDice>(in.logits.classes, f);
         return with_tile_kernel<T, LossKind::kCrossEntropy>(in.logits.classes, f);
       }

@@ -6,7 +6,7 @@
 
 namespace riskmap::cuda {
 
-template <int kPosts, int kResults>
+template <int kPosts, int kResults, bool kPlanar>
 class ManyExchange {
  public:
   // The memory behind the results is free while nothing is posted.
@@ -26,7 +26,7 @@ class ManyExchange {
 
   __device__ __forceinline__ void post(int number, const float (&values)[kTileVoxels]) {
     float* row = posts_ + (number * warps_ + warp_index()) * kWarpVoxels;
-    if (channels_last_) {
+    if (!kPlanar && channels_last_) {
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) row[lane_index() + i * kWarp] = values[i];
     } else {
@@ -45,7 +45,7 @@ class ManyExchange {
   // Of a thread's voxels.
   __device__ __forceinline__ void results(int number, float (&values)[kTileVoxels]) const {
     const float* row = results_ + number * kWarpVoxels;
-    if (channels_last_) {
+    if (!kPlanar && channels_last_) {
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) values[i] = row[lane_index() + i * kWarp];
     } else {
@@ -58,10 +58,11 @@ class ManyExchange {
   // Of a voxel, from what the warps posted: 0 the largest of their logits, 1 the sum of the exponentials relative to it.
   template <class Smoothing>
   __device__ __forceinline__ Softmax<float> softmax(uint32_t voxel, float target, const Smoothing& smoothing) const {
-    Softmax<float> softmax{kNoLogit, 0, 0, 0};
+    Softmax<float> softmax{kNoLogit, 0, 0, 0, 0};
     for (int w = 0; w < warps_; ++w) softmax.max = fmaxf(softmax.max, posted(0, w, voxel));
     softmax.sum = sum(1, voxel, softmax.max);
     softmax.target = target - softmax.max;
+    softmax.at_label = math::exp(softmax.target);
     softmax.smooth_dot = smoothing.dot(*this, voxel, softmax.max);
     return softmax;
   }
@@ -88,8 +89,8 @@ class ManyExchange {
 };
 
 // The largest of a thread's logits of each voxel.
-template <class T>
-__device__ __forceinline__ void largest_of(const ManyTile<T>& tile, const ManyShape& shape, float (&max)[kTileVoxels]) {
+template <class Tile>
+__device__ __forceinline__ void largest_of(const Tile& tile, const ManyShape& shape, float (&max)[kTileVoxels]) {
 #pragma unroll
   for (int i = 0; i < kTileVoxels; ++i) max[i] = kNoLogit;
 #pragma unroll
@@ -101,8 +102,8 @@ __device__ __forceinline__ void largest_of(const ManyTile<T>& tile, const ManySh
 }
 
 // The logits become their exponentials; their sum.
-template <class T>
-__device__ __forceinline__ void exponentials(ManyTile<T>& tile, const ManyShape& shape, const float (&max)[kTileVoxels],
+template <class Tile>
+__device__ __forceinline__ void exponentials(Tile& tile, const ManyShape& shape, const float (&max)[kTileVoxels],
                                              float (&sum)[kTileVoxels]) {
 #pragma unroll
   for (int i = 0; i < kTileVoxels; ++i) sum[i] = 0;

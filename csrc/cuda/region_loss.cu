@@ -68,14 +68,15 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
   const MembershipBits membership(args.membership, in.classes);
   __syncthreads();
   FewClassSums<kSlots> sums;
+  const LossRows rows(in, chunk.image);
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
     const auto span = Tile::span(first, chunk.end);
     Tile tile;
     VoxelData<float, kTileVoxels> data;
-    tile.load(args.of.logits, chunk.image, first, span);
-    data.load(in, chunk.image, span);
+    tile.load(args.of.logits, chunk.image, first, chunk.end, span);
+    data.load(in, rows, span);
     float value[kTileVoxels], ce_sum = 0;
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
       total.count(in, data, i);
     }
     total.cross_entropy += static_cast<double>(ce_sum);
-    if (args.of.map.data) store_values(args.of.map, chunk.image, span, value);
+    if (args.of.map.data) store_values(args.of.map_row(chunk), span, value);
   }
   const PartialColumns out = args.of.columns(chunk);
   write_sums(total, true, out);
@@ -152,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
     hit_slope[r] = args.of.slope(chunk.image, 1, r);
   }
   __syncthreads();
+  const LossRows rows(in, chunk.image);
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
@@ -159,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
     Tile tile;
     VoxelData<float, kTileVoxels> data;
     float grad_map[kTileVoxels], grad_risk[kTileVoxels], ce_sum = 0;
-    tile.load(args.of.logits, chunk.image, first, span);
-    data.load(in, chunk.image, span);
+    tile.load(args.of.logits, chunk.image, first, chunk.end, span);
+    data.load(in, rows, span);
     args.of.template load_grad_map<LossKind::kAny>(chunk.image, span, grad_map);
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
@@ -180,9 +182,9 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
       ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
       total.look(data, i);
     }
-    tile.store(args.of.grad, chunk.image, first, span);
+    tile.store(args.of.grad, chunk.image, first, chunk.end, span);
     total.cross_entropy += static_cast<double>(ce_sum);
-    if (args.of.grad_risk.data) store_values(args.of.grad_risk, chunk.image, span, grad_risk);
+    if (args.of.grad_risk.data) store_values(MapRow(args.of.grad_risk, chunk.image), span, grad_risk);
   }
   args.of.finish(total, chunk);
 }
@@ -194,11 +196,12 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardPass<Any
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeights<acc_t, 0> weights(in);
   const PartialColumns out = args.of.columns(chunk);
+  const LossRows rows(in, chunk.image);
   LossSums total;
   for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
     const Spread<1> span{at, chunk.end, 0};
     VoxelData<acc_t, 1> data;
-    data.load(in, chunk.image, span);
+    data.load(in, rows, span);
     acc_t ce = 0;
     const AnyColumn<T> x(args.of.logits, chunk.image, at);
     x.each([&](int r) {
@@ -210,14 +213,14 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardPass<Any
     total.cross_entropy += static_cast<double>(weighted);
     total.look(data, 0);
     total.count(in, data, 0);
-    if (args.of.map.data) store_values(args.of.map, chunk.image, span, value);
+    if (args.of.map.data) store_values(args.of.map_row(chunk), span, value);
   }
   write_sums(total, true, out);
   for (int r = warp_index(); in.class_sums && r < in.classes; r += kWarps) {
     WarpClassSums sums;
     for (uint32_t at = chunk.begin + static_cast<uint32_t>(lane_index()); at < chunk.end; at += kWarp) {
       int label[1];
-      load_labels(in.target, in.label, chunk.image, Spread<1>{at, chunk.end, 0}, label);
+      load_labels(rows.target, in.label, Spread<1>{at, chunk.end, 0}, label);
       if (label[0] < 0) continue;
       const bool hit = args.membership.inside(r, label[0]);
       const AnyColumn<T> x(args.of.logits, chunk.image, at);
@@ -234,12 +237,13 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeights<acc_t, 0> weights(in);
   const acc_t factor = args.of.template factor<acc_t, LossKind::kAny>(chunk);
+  const LossRows rows(in, chunk.image);
   LossSums total;
   for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
     const Spread<1> span{at, chunk.end, 0};
     VoxelData<acc_t, 1> data;
     acc_t grad_map[1], ce = 0;
-    data.load(in, chunk.image, span);
+    data.load(in, rows, span);
     args.of.template load_grad_map<LossKind::kAny>(chunk.image, span, grad_map);
     const RegionGradient<acc_t> voxel(args.of, data, 0, factor, grad_map[0]);
     const AnyColumn<T> x(args.of.logits, chunk.image, at);
@@ -257,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
     const acc_t grad_risk[1] = {voxel.of_risk(ce)};
     total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
     total.look(data, 0);
-    if (args.of.grad_risk.data) store_values(args.of.grad_risk, chunk.image, span, grad_risk);
+    if (args.of.grad_risk.data) store_values(MapRow(args.of.grad_risk, chunk.image), span, grad_risk);
   }
   args.of.finish(total, chunk);
 }

@@ -59,29 +59,13 @@ struct SourceColumn {
 };
 
 // A tile of a few classes, or of the few classes that regions make up: their logits are sums of the regions'.
-template <class T, int kSlots, bool kExact>
-__device__ __forceinline__ void load_source(FewTile<T, kSlots, kExact>& tile, const SourceViews& in,
-                                            const TileVolume& source, uint32_t image, uint32_t first,
-                                            const Neighbours<kTileVoxels>& span) {
-  if constexpr (kExact) {
-    tile.load(source, image, first, span);
-  } else {
-#pragma unroll
-    for (int z = 0; z < kSlots; ++z)
-#pragma unroll
-      for (int i = 0; i < kTileVoxels; ++i) tile.x[z][i] = z < in.classes ? 0.0f : kNoLogit;
-    const T* at = image_of<const T>(source, image) + span.first;
-    for (int r = 0; r < in.channels && span.has(0); ++r, at += source.stride_class) {
-      const auto pack = Pack<T, kTileVoxels>::load(at);
-#pragma unroll
-      for (int z = 0; z < kSlots; ++z) {
-        if (z >= in.classes) break;
-        if (!__ldg(in.regions + r * in.classes + z)) continue;
-#pragma unroll
-        for (int i = 0; i < kTileVoxels; ++i) tile.x[z][i] += to_acc<float>(pack.values[i]);
-      }
-    }
+template <class Tile>
+__device__ __forceinline__ void load_source(Tile& tile, const SourceViews& in, const TileVolume& source, uint32_t image,
+                                            uint32_t first, uint32_t end, const typename Tile::Span& span) {
+  if constexpr (!Tile::kExact) {
+    if (in.regions) return tile.load_sums(source, image, in.regions, in.classes, span);
   }
+  tile.load(source, image, first, end, span);
 }
 
 // The largest logit of voxel i, and the sum of the exponentials, which take the logits' place.
@@ -114,15 +98,17 @@ inline SourceWay way_of(const SourceInputs& in, bool few) {
   return in.classes <= kFewClasses && few ? SourceWay::kFew : SourceWay::kMany;
 }
 
-// Calls f with the kernel for the way; of few classes only as many as there are, but where regions make them up.
+// Calls f with the kernel for the way. kExact: planar, and of few classes as many as there are.
 template <class F>
 void with_source_kernel(const SourceInputs& in, SourceWay way, const F& f) {
   with_floating(in.source.dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
-      if (way == SourceWay::kMany) return f(SourceKernel<T, SourceWay::kMany>{});
+      const bool planar = in.source.stride_voxel == 1;
+      if (way == SourceWay::kMany && planar) return f(SourceKernel<T, SourceWay::kMany, kManySlots, true>{});
+      if (way == SourceWay::kMany) return f(SourceKernel<T, SourceWay::kMany, kManySlots, false>{});
       if (way == SourceWay::kFew) {
-        if (in.regions) return f(SourceKernel<T, SourceWay::kFew, 8, false>{});
+        if (in.regions || !planar) return f(SourceKernel<T, SourceWay::kFew, 8, false>{});
         switch (in.classes) {
           case 2: return f(SourceKernel<T, SourceWay::kFew, 2>{});
           case 3: return f(SourceKernel<T, SourceWay::kFew, 3>{});

@@ -66,58 +66,47 @@ __device__ __forceinline__ void copy_together(T* to, const T* from, uint32_t cou
   for (at = count / kPiece * kPiece + thread; at < count; at += threads) to[at] = from[at];
 }
 
-// Up to kFewClasses: a warp has kWarpVoxels voxels to itself. kSlots classes, or at most so many where kExact is false.
-template <class T, int kSlots, bool kExact>
+// Up to kFewClasses: a warp has kWarpVoxels voxels to itself. kExact: kSlots classes, planar; else at most so many,
+// of any layout.
+template <class T, int kSlots, bool kExact_>
 struct FewTile {
   float x[kSlots][kTileVoxels];
 
-  static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kVoxels = kThreads * kTileVoxels;  // of a block
+  static constexpr bool kExact = kExact_;
+  static constexpr int kVoxels = kThreads * kTileVoxels;  // of a block of kThreads
+  using Span = std::conditional_t<kExact, Inside<kTileVoxels>, Neighbours<kTileVoxels>>;
 
   // That load and store need, at the beginning of the block's dynamic shared memory.
   static int64_t shared_bytes(const TileVolume& volume) {
     return volume.channels_last ? int64_t(kVoxels) * volume.classes * static_cast<int64_t>(sizeof(T)) : 0;
   }
 
-  __device__ __forceinline__ static uint32_t warp_first() { return static_cast<uint32_t>(warp_index()) * kWarpVoxels; }
-  __device__ __forceinline__ static Neighbours<kTileVoxels> span(uint32_t tile, uint32_t end) {
-    return {tile + threadIdx.x * kTileVoxels, end};
+  __device__ __forceinline__ static Span span(uint32_t tile, uint32_t end) {
+    const uint32_t first = tile + threadIdx.x * kTileVoxels;
+    if constexpr (kExact) {
+      return {first};
+    } else {
+      return {first, end};
+    }
   }
-  __device__ __forceinline__ static bool has(const TileVolume& volume, int c) { return kExact || c < volume.classes; }
-  __device__ __forceinline__ static T* stage(const TileVolume& volume) {
-    return reinterpret_cast<T*>(dynamic_shared()) + warp_first() * static_cast<uint32_t>(classes_of(volume));
-  }
-  __device__ __forceinline__ static int classes_of(const TileVolume& volume) {
-    return kExact ? kSlots : volume.classes;
-  }
-  // Elements of the warp's voxels.
-  __device__ __forceinline__ static uint32_t count(const TileVolume& volume, uint32_t tile, uint32_t end) {
-    const uint32_t first = tile + warp_first();
-    const uint32_t voxels = first >= end ? 0 : end - first < kWarpVoxels ? end - first : kWarpVoxels;
-    return voxels * static_cast<uint32_t>(classes_of(volume));
-  }
+  // Whether a thread may leave the loop over tiles: where its warp need not meet.
+  __device__ __forceinline__ static bool is_done(const Span& span, uint32_t end) { return kExact && span.first >= end; }
 
   // All lanes of a warp must come here.
-  __device__ __forceinline__ void load(const TileVolume& volume, uint32_t image, uint32_t tile,
-                                       const Neighbours<kTileVoxels>& span) {
+  __device__ __forceinline__ void load(const TileVolume& volume, uint32_t image, uint32_t tile, uint32_t end,
+                                       const Span& span) {
     const T* from = image_of<const T>(volume, image);
-    if (volume.channels_last) {
+    if (!kExact && volume.channels_last) {
       T* const turned = stage(volume);
-      const uint32_t classes = static_cast<uint32_t>(classes_of(volume));
-      copy_together(turned, from + (tile + warp_first()) * classes, count(volume, tile, span.end),
+      const uint32_t classes = static_cast<uint32_t>(volume.classes);
+      copy_together(turned, from + (tile + warp_first()) * classes, count(volume, tile, end),
                     static_cast<uint32_t>(lane_index()), kWarp);
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
         const T* voxel = turned + (lane_index() * kTileVoxels + i) * classes;
-        if constexpr (kExact) {
-          const auto pack = Pack<T, kSlots>::load_shared(voxel);
 #pragma unroll
-          for (int c = 0; c < kSlots; ++c) x[c][i] = to_acc<float>(pack.values[c]);
-        } else {
-#pragma unroll
-          for (int c = 0; c < kSlots; ++c) x[c][i] = has(volume, c) ? to_acc<float>(voxel[c]) : kNoLogit;
-        }
+        for (int c = 0; c < kSlots; ++c) x[c][i] = has(volume, c) ? to_acc<float>(voxel[c]) : kNoLogit;
       }
       __syncwarp();
     } else {
@@ -125,7 +114,7 @@ struct FewTile {
       const T* at = from + span.first;
 #pragma unroll
       for (int c = 0; c < kSlots; ++c) {
-        packs[c] = {};
+        if (!kExact) packs[c] = {};
         if (has(volume, c) && span.has(0)) packs[c] = Pack<T, kTileVoxels>::load(at + c * volume.stride_class);
       }
 #pragma unroll
@@ -136,36 +125,61 @@ struct FewTile {
     }
   }
 
-  __device__ __forceinline__ void store(const TileVolume& volume, uint32_t image, uint32_t tile,
-                                        const Neighbours<kTileVoxels>& span) const {
+  // Planar; class z gets the sum of the channels r with table[r, z].
+  __device__ __forceinline__ void load_sums(const TileVolume& volume, uint32_t image, const uint8_t* table, int classes,
+                                            const Span& span) {
+#pragma unroll
+    for (int z = 0; z < kSlots; ++z)
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) x[z][i] = z < classes ? 0.0f : kNoLogit;
+    const T* at = image_of<const T>(volume, image) + span.first;
+    for (int r = 0; r < volume.classes && span.has(0); ++r, at += volume.stride_class) {
+      const auto pack = Pack<T, kTileVoxels>::load(at);
+#pragma unroll
+      for (int z = 0; z < kSlots; ++z) {
+        if (z >= classes) break;
+        if (!__ldg(table + r * classes + z)) continue;
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i) x[z][i] += to_acc<float>(pack.values[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const TileVolume& volume, uint32_t image, uint32_t tile, uint32_t end,
+                                        const Span& span) const {
     T* to = image_of<T>(volume, image);
-    if (volume.channels_last) {
+    if (!kExact && volume.channels_last) {
       T* const turned = stage(volume);
-      const uint32_t classes = static_cast<uint32_t>(classes_of(volume));
+      const uint32_t classes = static_cast<uint32_t>(volume.classes);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
         T* voxel = turned + (lane_index() * kTileVoxels + i) * classes;
-        if constexpr (kExact) {
-          Pack<T, kSlots> pack;
 #pragma unroll
-          for (int c = 0; c < kSlots; ++c) pack.values[c] = from_acc<T>(x[c][i]);
-          pack.store(voxel);
-        } else {
-#pragma unroll
-          for (int c = 0; c < kSlots; ++c)
-            if (has(volume, c)) voxel[c] = from_acc<T>(x[c][i]);
-        }
+        for (int c = 0; c < kSlots; ++c)
+          if (has(volume, c)) voxel[c] = from_acc<T>(x[c][i]);
       }
       __syncwarp();
-      copy_together(to + (tile + warp_first()) * classes, turned, count(volume, tile, span.end),
+      copy_together(to + (tile + warp_first()) * classes, turned, count(volume, tile, end),
                     static_cast<uint32_t>(lane_index()), kWarp);
     } else if (span.has(0)) {
       T* at = to + span.first;
 #pragma unroll
-      for (int c = 0; c < kSlots; ++c) {
+      for (int c = 0; c < kSlots; ++c)
         if (has(volume, c)) Pack<T, kTileVoxels>::of(x[c]).store(at + c * volume.stride_class);
-      }
     }
+  }
+
+ private:
+  __device__ __forceinline__ static bool has(const TileVolume& volume, int c) { return kExact || c < volume.classes; }
+  __device__ __forceinline__ static uint32_t warp_first() { return static_cast<uint32_t>(warp_index()) * kWarpVoxels; }
+  __device__ __forceinline__ static T* stage(const TileVolume& volume) {
+    return reinterpret_cast<T*>(dynamic_shared()) + warp_first() * static_cast<uint32_t>(volume.classes);
+  }
+  // Elements of the warp's voxels.
+  __device__ __forceinline__ static uint32_t count(const TileVolume& volume, uint32_t tile, uint32_t end) {
+    const uint32_t first = tile + warp_first();
+    const uint32_t voxels = first >= end ? 0 : end - first < kWarpVoxels ? end - first : kWarpVoxels;
+    return voxels * static_cast<uint32_t>(volume.classes);
   }
 };
 
@@ -192,7 +206,8 @@ struct ManyShape {
   __device__ __forceinline__ Spread<1> own(uint32_t tile, uint32_t end) const { return {tile + thread, end, 0}; }
 };
 
-template <class T>
+// kPlanar: no other layout. Slots beyond the warp's classes hold nothing.
+template <class T, bool kPlanar>
 struct ManyTile {
   float x[kManySlots][kTileVoxels];
 
@@ -214,7 +229,7 @@ struct ManyTile {
                                        const Neighbours<kTileVoxels>& span, char* stage) {
     const T* from = image_of<const T>(volume, image);
     const uint32_t classes = static_cast<uint32_t>(volume.classes);
-    if (volume.channels_last) {
+    if (!kPlanar && volume.channels_last) {
       T* const turned = reinterpret_cast<T*>(stage);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
@@ -224,23 +239,26 @@ struct ManyTile {
         __syncthreads();
         const T* voxel = turned + lane_index() * classes + shape.first;
 #pragma unroll
-        for (int k = 0; k < kManySlots; ++k) x[k][i] = k < shape.count ? to_acc<float>(voxel[k]) : kNoLogit;
+        for (int k = 0; k < kManySlots; ++k)
+          if (k < shape.count) x[k][i] = to_acc<float>(voxel[k]);
         __syncthreads();
       }
     } else {
+      // Beyond the image some other voxels: nobody looks at them.
+      const T* at = from + (span.has(0) ? span.first : tile) + shape.first * volume.stride_class;
       Pack<T, kTileVoxels> packs[kManySlots];
-      const T* at = from + span.first + shape.first * volume.stride_class;
-      const bool inside = span.has(0);
 #pragma unroll
       for (int k = 0; k < kManySlots; ++k) {
-        packs[k] = {};
-        if (k < shape.count && inside) packs[k] = Pack<T, kTileVoxels>::load(at);
+        if (k >= shape.count) break;
+        packs[k] = Pack<T, kTileVoxels>::load(at);
         at += volume.stride_class;
       }
 #pragma unroll
-      for (int k = 0; k < kManySlots; ++k)
+      for (int k = 0; k < kManySlots; ++k) {
+        if (k >= shape.count) break;
 #pragma unroll
-        for (int i = 0; i < kTileVoxels; ++i) x[k][i] = k < shape.count ? to_acc<float>(packs[k].values[i]) : kNoLogit;
+        for (int i = 0; i < kTileVoxels; ++i) x[k][i] = to_acc<float>(packs[k].values[i]);
+      }
     }
   }
 
@@ -250,7 +268,7 @@ struct ManyTile {
                                         const float (&at_label)[kTileVoxels]) const {
     T* to = image_of<T>(volume, image);
     const uint32_t classes = static_cast<uint32_t>(volume.classes);
-    if (volume.channels_last) {
+    if (!kPlanar && volume.channels_last) {
       T* const turned = reinterpret_cast<T*>(stage);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {

@@ -78,15 +78,18 @@ __global__ void __launch_bounds__(kThreads, 2) few_transfer(const TransferViews<
     table[j] = static_cast<float>(p);
   }
   bad = __syncthreads_or(bad);
+  const MapRow target(in.target, chunk.image), out(args.out, chunk.image);
   const float poison = bad ? not_a_number<float>() : 0.0f;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kThreads * kTileVoxels) {
-    const auto span = FewTile<T, kSlots, kExact>::span(first, chunk.end);
-    FewTile<T, kSlots, kExact> tile;
+    using Tile = FewTile<T, kSlots, kExact>;
+    const auto span = Tile::span(first, chunk.end);
+    if (Tile::is_done(span, chunk.end)) break;
+    Tile tile;
     int label[kTileVoxels];
     float value[kTileVoxels];
-    load_source(tile, in, args.source, chunk.image, first, span);
-    load_labels(in.target, in.label, chunk.image, span, label);
+    load_source(tile, in, args.source, chunk.image, first, chunk.end, span);
+    load_labels(target, in.label, span, label);
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
       const float sum = exponentials_of(tile, i);
@@ -103,14 +106,15 @@ __global__ void __launch_bounds__(kThreads, 2) few_transfer(const TransferViews<
       }
       value[i] = map.value(label[i], weighted * math::inverse(sum) + poison);
     }
-    store_values_as<float>(args.out, chunk.image, span, value);
+    store_values_as<float>(out, span, value);
   }
   map.write(args.partial, in.chunking, chunk);
 }
 
-using TransferExchange = ManyExchange<3, 0>;
+template <bool kPlanar>
+using TransferExchange = ManyExchange<3, 0, kPlanar>;
 
-template <class T>
+template <class T, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const TransferViews<TileVolume, float> args) {
   __shared__ int labels[kWarpVoxels];
   const SourceViews& in = args.in;
@@ -118,17 +122,19 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
   const ManyShape shape(in.classes);
   const TileVoxels voxels(args.source);
   const float* table = static_cast<const float*>(args.conditional.table) + shape.first;
-  TransferExchange exchange(args.source.channels_last);
+  TransferExchange<kPlanar> exchange(args.source.channels_last);
   MapMaker<float> map(args.options);
+  const MapRow target(in.target, chunk.image), out(args.out, chunk.image);
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
     const auto own = shape.own(first, chunk.end);
     int label[1] = {kIgnored};
-    if (args.source.channels_last) __syncthreads();  // it is loaded through the memory of the exchange
-    ManyTile<T> tile;
-    tile.load(args.source, shape, chunk.image, first, ManyTile<T>::span(first, chunk.end), exchange.stage());
+    if (!kPlanar && args.source.channels_last) __syncthreads();  // it is loaded through the memory of the exchange
+    using Tile = ManyTile<T, kPlanar>;
+    Tile tile;
+    tile.load(args.source, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
     if (shape.is_owner()) {
-      load_labels(in.target, in.label, chunk.image, own, label);
+      load_labels(target, in.label, own, label);
       labels[shape.thread] = label[0] < 0 ? 0 : label[0];
     }
     __syncthreads();
@@ -169,7 +175,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
     for (int w = 0; w < exchange.warps(); ++w) largest = fmaxf(largest, exchange.posted(0, w, at));
     const float value[1] = {
         map.value(label[0], exchange.sum(2, at, largest) * math::inverse(exchange.sum(1, at, largest)))};
-    store_values_as<float>(args.out, chunk.image, own, value);
+    store_values_as<float>(out, own, value);
   }
   __syncthreads();
   map.write(args.partial, in.chunking, chunk);
@@ -183,10 +189,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Chunk chunk(in.chunking, in.voxels);
   const acc_t* table = static_cast<const acc_t*>(args.conditional.table);
   MapMaker<acc_t> map(args.options);
+  const MapRow target(in.target, chunk.image), out(args.out, chunk.image);
   for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
     const Spread<1> span{at, chunk.end, 0};
     int label[1];
-    load_labels(in.target, in.label, chunk.image, span, label);
+    load_labels(target, in.label, span, label);
     const SourceColumn<T> x(in, args.source, chunk.image, at);
     const acc_t* row = table + static_cast<int64_t>(label[0] < 0 ? 0 : label[0]) * in.classes;
     const acc_t max = math::max_logit<acc_t>(x);
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       weighted += e * __ldg(row + z);
     });
     const acc_t value[1] = {map.value(label[0], weighted / sum)};
-    store_values_as<float>(args.out, chunk.image, span, value);
+    store_values_as<float>(out, span, value);
   }
   map.write(args.partial, in.chunking, chunk);
 }
@@ -243,14 +250,15 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews view
                                        static_cast<float>(exact.inverse_range)};
   const MapView map{reinterpret_cast<char*>(args.map), args.voxels * static_cast<int64_t>(sizeof(float)),
                     Dtype::kFloat, static_cast<int>(sizeof(float))};
+  const MapRow row(map, chunk.image);
   for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads * V) {
     const Span span{tile + threadIdx.x * V, chunk.end};
     if (!span.has(0)) break;
-    auto pack = Pack<float, V>::load_shared(row_of<float>(map, chunk.image) + span.first);
+    auto pack = Pack<float, V>::load_shared(reinterpret_cast<const float*>(row.data) + span.first);
 #pragma unroll
     for (int i = 0; i < V; ++i)
       pack.values[i] = pack.values[i] == kIgnoredMark ? 0.0f : math::risk_weight(-pack.values[i], curve);
-    store_elements(map, chunk.image, span, pack);
+    store_elements(row, span, pack);
   }
 }
 
@@ -299,8 +307,8 @@ void launch_transfer(const Transfer& args, cudaStream_t stream) {
         launch(few_transfer<T, Kernel::kSlots, Kernel::kExact>, blocks, kThreads,
                FewTile<T, Kernel::kSlots, Kernel::kExact>::shared_bytes(view), stream, views(view));
       } else {
-        launch(many_transfer<T>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
-               TransferExchange::shared_bytes(view, ManyTile<T>::stage_bytes(view)), stream, views(view));
+        launch(many_transfer<T, Kernel::kExact>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
+               TransferExchange<false>::shared_bytes(view, ManyTile<T, false>::stage_bytes(view)), stream, views(view));
       }
     }
   });

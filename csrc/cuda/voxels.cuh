@@ -18,6 +18,16 @@ struct Neighbours {
   __device__ __forceinline__ bool has(int) const { return first < end; }
 };
 
+// The same, known to be in the image.
+template <int V>
+struct Inside {
+  static constexpr int kVoxels = V;
+  uint32_t first;
+
+  __device__ __forceinline__ uint32_t at(int i) const { return first + static_cast<uint32_t>(i); }
+  __device__ __forceinline__ bool has(int) const { return true; }
+};
+
 // V voxels that are `step` apart.
 template <int V>
 struct Spread {
@@ -64,43 +74,45 @@ bool has_packs(const VoxelMap& map, int64_t batch) {
          (batch == 1 || is_multiple(map.stride_batch * size, word));
 }
 
-template <class T>
-__device__ __forceinline__ T* row_of(const MapView& map, uint32_t image) {
-  return reinterpret_cast<T*>(map.data + image * map.stride_bytes);
-}
+// That of one image.
+struct MapRow {
+  char* data;  // nullptr: absent
+  Dtype dtype;
+  int size;
+
+  __device__ __forceinline__ MapRow(const MapView& map, uint32_t image)
+      : data(map.data ? map.data + image * map.stride_bytes : nullptr), dtype(map.dtype), size(map.size) {}
+};
 
 // 0 beyond the image.
-template <class T, int V>
-__device__ __forceinline__ void load_elements(const MapView& map, uint32_t image, const Neighbours<V>& span,
-                                              T (&out)[V]) {
+template <class T, class Span>
+__device__ __forceinline__ void load_elements(const MapRow& row, const Span& span, T (&out)[Span::kVoxels]) {
+  constexpr int V = Span::kVoxels;
   Pack<T, V> pack{};
-  if (span.has(0)) pack = Pack<T, V>::load(row_of<const T>(map, image) + span.first);
+  if (span.has(0)) pack = Pack<T, V>::load(reinterpret_cast<const T*>(row.data) + span.first);
 #pragma unroll
   for (int i = 0; i < V; ++i) out[i] = pack.values[i];
 }
 
 template <class T, int V>
-__device__ __forceinline__ void load_elements(const MapView& map, uint32_t image, const Spread<V>& span, T (&out)[V]) {
-  const T* row = row_of<const T>(map, image);
+__device__ __forceinline__ void load_elements(const MapRow& row, const Spread<V>& span, T (&out)[V]) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     out[i] = T{};
-    if (span.has(i)) out[i] = Pack<T, 1>::load(row + span.at(i)).values[0];
+    if (span.has(i)) out[i] = Pack<T, 1>::load(reinterpret_cast<const T*>(row.data) + span.at(i)).values[0];
   }
 }
 
-template <class T, int V>
-__device__ __forceinline__ void store_elements(const MapView& map, uint32_t image, const Neighbours<V>& span,
-                                               const Pack<T, V>& pack) {
-  if (span.has(0)) pack.store(row_of<T>(map, image) + span.first);
+template <class T, class Span>
+__device__ __forceinline__ void store_elements(const MapRow& row, const Span& span, const Pack<T, Span::kVoxels>& pack) {
+  if (span.has(0)) pack.store(reinterpret_cast<T*>(row.data) + span.first);
 }
 
 template <class T, int V>
-__device__ __forceinline__ void store_elements(const MapView& map, uint32_t image, const Spread<V>& span,
-                                               const Pack<T, V>& pack) {
+__device__ __forceinline__ void store_elements(const MapRow& row, const Spread<V>& span, const Pack<T, V>& pack) {
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    if (span.has(i)) row_of<T>(map, image)[span.at(i)] = pack.values[i];
+    if (span.has(i)) reinterpret_cast<T*>(row.data)[span.at(i)] = pack.values[i];
 }
 
 inline constexpr int kIgnored = -1;   // or beyond the image
@@ -115,10 +127,9 @@ __device__ __forceinline__ int decode_label(const LabelCode& code, uint32_t low,
 
 // T: the bits of an element.
 template <class T, class Span>
-__device__ __forceinline__ void load_labels_as(const MapView& map, const LabelCode& code, uint32_t image,
-                                               const Span& span, int (&label)[Span::kVoxels]) {
+__device__ __forceinline__ void load_labels_as(const MapRow& map, const LabelCode& code, const Span& span, int (&label)[Span::kVoxels]) {
   T bits[Span::kVoxels];
-  load_elements(map, image, span, bits);
+  load_elements(map, span, bits);
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) {
     if constexpr (sizeof(T) == 8) {
@@ -131,25 +142,25 @@ __device__ __forceinline__ void load_labels_as(const MapView& map, const LabelCo
 
 // Of integers; labels of floats are turned into such before, see ops/views.h.
 template <class Span>
-__device__ __forceinline__ void load_labels(const MapView& map, const LabelCode& code, uint32_t image, const Span& span,
+__device__ __forceinline__ void load_labels(const MapRow& map, const LabelCode& code, const Span& span,
                                             int (&label)[Span::kVoxels]) {
   if (map.size == 1) {
-    load_labels_as<uint8_t>(map, code, image, span, label);
+    load_labels_as<uint8_t>(map, code, span, label);
   } else if (map.size == 8) {
-    load_labels_as<uint2>(map, code, image, span, label);
+    load_labels_as<uint2>(map, code, span, label);
   } else if (map.size == 4) {
-    load_labels_as<uint32_t>(map, code, image, span, label);
+    load_labels_as<uint32_t>(map, code, span, label);
   } else {
-    load_labels_as<uint16_t>(map, code, image, span, label);
+    load_labels_as<uint16_t>(map, code, span, label);
   }
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) label[i] = span.has(i) ? label[i] : kIgnored;
 }
 
 template <class T, class Span>
-__device__ __forceinline__ uint32_t nonzero_bits(const MapView& map, uint32_t image, const Span& span) {
+__device__ __forceinline__ uint32_t nonzero_bits(const MapRow& map, const Span& span) {
   T bits[Span::kVoxels];
-  load_elements(map, image, span, bits);
+  load_elements(map, span, bits);
   uint32_t set = 0;
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) {
@@ -164,57 +175,60 @@ __device__ __forceinline__ uint32_t nonzero_bits(const MapView& map, uint32_t im
 
 // A bit for each voxel where the mask is not zero; none where it is absent.
 template <class Span>
-__device__ __forceinline__ uint32_t load_mask(const MapView& map, uint32_t image, const Span& span) {
+__device__ __forceinline__ uint32_t load_mask(const MapRow& map, const Span& span) {
   if (!map.data) return 0;
   switch (map.size) {
-    case 1: return nonzero_bits<uint8_t>(map, image, span);
-    case 2: return nonzero_bits<uint16_t>(map, image, span);
-    case 4: return nonzero_bits<uint32_t>(map, image, span);
-    default: return nonzero_bits<uint2>(map, image, span);
+    case 1: return nonzero_bits<uint8_t>(map, span);
+    case 2: return nonzero_bits<uint16_t>(map, span);
+    case 4: return nonzero_bits<uint32_t>(map, span);
+    default: return nonzero_bits<uint2>(map, span);
   }
 }
 
 template <class T, class acc_t, class Span>
-__device__ __forceinline__ void load_values_as(const MapView& map, uint32_t image, const Span& span,
+__device__ __forceinline__ void load_values_as(const MapRow& map, const Span& span,
                                                acc_t (&values)[Span::kVoxels]) {
   T elements[Span::kVoxels];
-  load_elements(map, image, span, elements);
+  load_elements(map, span, elements);
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) values[i] = to_acc<acc_t>(elements[i]);
 }
 
 // Values of any floating dtype; 1 where the map is absent.
 template <class acc_t, class Span>
-__device__ __forceinline__ void load_values(const MapView& map, uint32_t image, const Span& span,
+__device__ __forceinline__ void load_values(const MapRow& map, const Span& span,
                                             acc_t (&values)[Span::kVoxels]) {
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) values[i] = acc_t(1);
   if (!map.data) return;
-  switch (map.dtype) {
-    case Dtype::kDouble: load_values_as<double>(map, image, span, values); break;
-    case Dtype::kHalf: load_values_as<Half>(map, image, span, values); break;
-    case Dtype::kBFloat16: load_values_as<BFloat16>(map, image, span, values); break;
-    default: load_values_as<float>(map, image, span, values); break;
+  if (map.dtype == Dtype::kFloat) {
+    load_values_as<float>(map, span, values);
+  } else if (map.dtype == Dtype::kBFloat16) {
+    load_values_as<BFloat16>(map, span, values);
+  } else if (map.dtype == Dtype::kHalf) {
+    load_values_as<Half>(map, span, values);
+  } else {
+    load_values_as<double>(map, span, values);
   }
 }
 
 template <class T, class acc_t, class Span>
-__device__ __forceinline__ void store_values_as(const MapView& map, uint32_t image, const Span& span,
+__device__ __forceinline__ void store_values_as(const MapRow& map, const Span& span,
                                                 const acc_t (&values)[Span::kVoxels]) {
   Pack<T, Span::kVoxels> pack;
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) pack.values[i] = from_acc<T>(values[i]);
-  store_elements(map, image, span, pack);
+  store_elements(map, span, pack);
 }
 
 template <class acc_t, class Span>
-__device__ __forceinline__ void store_values(const MapView& map, uint32_t image, const Span& span,
+__device__ __forceinline__ void store_values(const MapRow& map, const Span& span,
                                              const acc_t (&values)[Span::kVoxels]) {
   switch (map.dtype) {
-    case Dtype::kDouble: store_values_as<double>(map, image, span, values); break;
-    case Dtype::kHalf: store_values_as<Half>(map, image, span, values); break;
-    case Dtype::kBFloat16: store_values_as<BFloat16>(map, image, span, values); break;
-    default: store_values_as<float>(map, image, span, values); break;
+    case Dtype::kDouble: store_values_as<double>(map, span, values); break;
+    case Dtype::kHalf: store_values_as<Half>(map, span, values); break;
+    case Dtype::kBFloat16: store_values_as<BFloat16>(map, span, values); break;
+    default: store_values_as<float>(map, span, values); break;
   }
 }
 

@@ -36,14 +36,14 @@ struct SlopeTable<LossKind::kCrossEntropy, kTable> {
   __device__ __forceinline__ float hit(int) const { return 0; }
 };
 
-// What element k of a voxel's gradient is, but for what is added at its label.
+// Element k of a voxel's gradient, plus what is added at its label.
 template <LossKind kKind, class Weights>
 __device__ __forceinline__ float element(const LossViews& in, float e, float of_exp, float of_slope, float overall,
-                                         float scaled_risk, const Weights& weights, int k) {
-  if (kKind == LossKind::kCrossEntropy) return e * of_exp;
-  if (kKind == LossKind::kDice) return e * (of_exp + of_slope * overall);
+                                         float scaled_risk, const Weights& weights, int k, float added) {
+  if (kKind == LossKind::kCrossEntropy) return e * of_exp + added;
+  if (kKind == LossKind::kDice) return e * (of_exp + of_slope * overall) + added;
   const float slope = in.squared ? e * overall : overall;
-  return e * (of_exp + of_slope * slope) - scaled_risk * weights.smooth(k);
+  return e * (of_exp + of_slope * slope) - scaled_risk * weights.smooth(k) + added;
 }
 
 template <class T, int kSlots, LossKind kKind>
@@ -55,14 +55,19 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
   const SlopeTable<kKind, kSlots> slopes(args, chunk.image);
   const float factor = args.template factor<float, kKind>(chunk);
   __syncthreads();
+  const LossRows rows(in, chunk.image);
+  float overall[kSlots];
+#pragma unroll
+  for (int c = 0; c < kSlots; ++c) overall[c] = slopes.overall(c);
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
     const auto span = Tile::span(first, chunk.end);
+    if (Tile::is_done(span, chunk.end)) break;
     Tile tile;
     VoxelData<float, kTileVoxels> data;
-    tile.load(args.logits, chunk.image, first, span);
-    data.load(in, chunk.image, span);
+    tile.load(args.logits, chunk.image, first, chunk.end, span);
+    data.load(in, rows, span);
     float grad_map[kTileVoxels], grad_risk[kTileVoxels], ce_sum = 0;
     args.template load_grad_map<kKind>(chunk.image, span, grad_map);
     bool used[kTileVoxels];
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
       for (int c = 0; c < kSlots; ++c) {
         if (kKind == LossKind::kCrossEntropy) break;
         const float e = tile.x[c][i];
-        sum += (kKind == LossKind::kAny && in.squared ? e * e : e) * slopes.overall(c);
+        sum += (kKind == LossKind::kAny && in.squared ? e * e : e) * overall[c];
       }
       const VoxelGradient<float> voxel =
           gradient_of<kKind>(args, data, i, factor, grad_map[i], softmax, weights, sum, slopes.hit(label));
@@ -90,23 +95,24 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
       }
 #pragma unroll
       for (int c = 0; c < kSlots; ++c) {
-        const float g = element<kKind>(in, tile.x[c][i], voxel.of_exp, voxel.of_slope, slopes.overall(c),
-                                       voxel.scaled_risk, weights, c);
-        tile.x[c][i] = g + (label == c ? voxel.at_label : 0.0f);
+        const float added = label == c ? voxel.at_label : 0.0f;
+        tile.x[c][i] = element<kKind>(in, tile.x[c][i], voxel.of_exp, voxel.of_slope, overall[c], voxel.scaled_risk,
+                                      weights, c, added);
       }
       total.look(data, i);
     }
-    tile.store(args.grad, chunk.image, first, span);
+    tile.store(args.grad, chunk.image, first, chunk.end, span);
     total.cross_entropy += static_cast<double>(ce_sum);
-    if (kKind == LossKind::kAny && args.grad_risk.data) store_values(args.grad_risk, chunk.image, span, grad_risk);
+    if (kKind == LossKind::kAny && args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), span, grad_risk);
   }
   if (kKind != LossKind::kDice) args.finish(total, chunk);
 }
 
 // Posts: largest logit, sum of the exponentials, label smoothing, slopes. Results: see below.
 template <LossKind kKind>
-using BackwardExchange = ManyExchange<kKind == LossKind::kAny ? 4 : kKind == LossKind::kDice ? 3 : 2,
-                                      kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4>;
+using BackwardExchange =
+    ManyExchange<kKind == LossKind::kAny ? 4 : kKind == LossKind::kDice ? 3 : 2,
+                 kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4, kKind != LossKind::kAny>;
 enum Result : int { kLargest, kLabel, kAtLabel, kOfExp, kOfSlope, kScaledRisk };
 
 template <class T, LossKind kKind>
@@ -121,6 +127,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
   const float factor = args.template factor<float, kKind>(chunk);
   BackwardExchange<kKind> exchange(args.logits.channels_last);
   __syncthreads();
+  const LossRows rows(in, chunk.image);
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kWarpVoxels) {
@@ -128,12 +135,13 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
     VoxelData<float, 1> data;
     float target = 0, grad_map[1] = {};
     if (shape.is_owner()) {
-      data.load(in, chunk.image, own);
+      data.load(in, rows, own);
       args.template load_grad_map<kKind>(chunk.image, own, grad_map);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    const auto span = ManyTile<T>::span(first, chunk.end);
-    ManyTile<T> tile;
+    using Tile = ManyTile<T, kKind != LossKind::kAny>;
+    const auto span = Tile::span(first, chunk.end);
+    Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
     tile.load(args.logits, shape, chunk.image, first, span, exchange.stage());
     largest_of(tile, shape, max);
@@ -171,15 +179,15 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
       if (args.template wants_cross_entropy<kKind>()) {
         const float ce = softmax.cross_entropy(weights, label), grad_risk[1] = {voxel.of_risk(ce)};
         total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
-        if (kKind == LossKind::kAny && args.grad_risk.data) store_values(args.grad_risk, chunk.image, own, grad_risk);
+        if (kKind == LossKind::kAny && args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), own, grad_risk);
       }
       total.look(data, 0);
       exchange.result(kLargest, at) = softmax.max;
       exchange.result(kLabel, at) = __int_as_float(voxel.used || voxel.bad ? label : kIgnored);
       exchange.result(kAtLabel, at) =
-          voxel.at_label + (label < 0 ? 0.0f
-                                      : element<kKind>(in, math::exp(softmax.target), voxel.of_exp, voxel.of_slope,
-                                                       slopes.overall(label), voxel.scaled_risk, weights, label));
+          label < 0 ? 0.0f
+                    : element<kKind>(in, softmax.at_label, voxel.of_exp, voxel.of_slope, slopes.overall(label),
+                                     voxel.scaled_risk, weights, label, voxel.at_label);
       exchange.result(kOfExp, at) = voxel.of_exp;
       if (kKind != LossKind::kCrossEntropy) exchange.result(kOfSlope, at) = voxel.of_slope;
       if (kKind == LossKind::kAny) exchange.result(kScaledRisk, at) = voxel.scaled_risk;
@@ -215,7 +223,8 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
         const float e = kKind == LossKind::kAny ? tile.x[k][i] * scale[i] : tile.x[k][i];
-        tile.x[k][i] = element<kKind>(in, e, of_exp[i], of_slope[i], overall, scaled_risk[i], weights, shape.first + k);
+        tile.x[k][i] = element<kKind>(in, e, of_exp[i], of_slope[i], overall, scaled_risk[i], weights, shape.first + k,
+                                      0.0f);
       }
     }
     tile.store(args.grad, shape, chunk.image, first, span, exchange.stage(), label, at_label);
@@ -232,13 +241,14 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const GradientViews<
   const ClassWeights<acc_t, 0> weights(in);
   const acc_t factor = args.template factor<acc_t, kKind>(chunk);
   const auto overall = [&](int c) { return in.class_sums ? args.template slope<acc_t>(chunk.image, 0, c) : acc_t(0); };
+  const LossRows rows(in, chunk.image);
   LossSums total;
 
   for (uint32_t at = chunk.begin + threadIdx.x; at < chunk.end; at += kThreads) {
     const Spread<1> span{at, chunk.end, 0};
     VoxelData<acc_t, 1> data;
     acc_t grad_map[1];
-    data.load(in, chunk.image, span);
+    data.load(in, rows, span);
     args.template load_grad_map<kKind>(chunk.image, span, grad_map);
     const int label = data.label[0];
     const AnyColumn<T> x(args.logits, chunk.image, at);
@@ -254,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const GradientViews<
     const acc_t ce = softmax.cross_entropy(weights, label), grad_risk[1] = {voxel.of_risk(ce)};
     total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
     total.look(data, 0);
-    if (args.grad_risk.data) store_values(args.grad_risk, chunk.image, span, grad_risk);
+    if (args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), span, grad_risk);
     T* out = voxel_of<T>(args.grad, chunk.image, at);
     x.each([&](int c) {
       const acc_t e = math::exp(x.get(c) - softmax.max);
@@ -288,7 +298,7 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
                stream, views);
       } else {
         launch(many_backward<T, Kernel::kKind>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
-               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T>::stage_bytes(views.logits)),
+               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T, false>::stage_bytes(views.logits)),
                stream, views);
       }
     }

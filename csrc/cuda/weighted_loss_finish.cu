@@ -19,12 +19,13 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CountViews args) 
   constexpr int V = Span::kVoxels;
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
-  const MapView codes{reinterpret_cast<char*>(args.codes), in.voxels, Dtype::kUInt8, 1};
+  const LossRows rows(in, chunk.image);
+  const MapRow codes(MapView{reinterpret_cast<char*>(args.codes), in.voxels, Dtype::kUInt8, 1}, chunk.image);
   LossSums total;
   for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads * V) {
     const Span span{tile + threadIdx.x * V, chunk.end};
     VoxelData<float, V> data;
-    data.load(in, chunk.image, span);
+    data.load(in, rows, span);
     Pack<uint8_t, V> code;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -32,9 +33,9 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CountViews args) 
       total.look(data, i);
       code.values[i] = static_cast<uint8_t>(data.label[i] < 0 ? 256 + data.label[i] : data.label[i]);
     }
-    if (args.codes) store_elements(codes, chunk.image, span, code);
+    if (args.codes) store_elements(codes, span, code);
   }
-  const bool bad = __syncthreads_or(total.bad_label) != 0;
+  const bool bad = __syncthreads_or(total.bad_label()) != 0;
   const uint64_t both = block_sum(uint64_t(total.valid) << 32 | total.foreground);
   if (threadIdx.x != 0) return;
   args.counts[chunk.image * in.chunking.chunks_per_image + chunk.index] = {

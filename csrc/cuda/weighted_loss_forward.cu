@@ -18,15 +18,17 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeightsOf<kKind, kFewClasses> weights(in);
   const bool class_sums = has_class_sums<kKind>(in);
+  const LossRows rows = args.rows(chunk);
   FewClassSums<kSlots> sums;
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += Tile::kVoxels) {
     const auto span = Tile::span(first, chunk.end);
+    if (Tile::is_done(span, chunk.end)) break;
     Tile tile;
     VoxelData<float, kTileVoxels> data;
-    tile.load(args.logits, chunk.image, first, span);
-    data.load(in, chunk.image, span);
+    tile.load(args.logits, chunk.image, first, chunk.end, span);
+    data.load(in, rows, span);
     const bool used[] = {data.valid(0), data.valid(1), data.valid(2), data.valid(3)};
     clear_unused(tile, used);
 
@@ -49,13 +51,11 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
       for (int c = 0; c < kSlots; ++c) {
         const float pi = tile.x[c][i] * inverse;
         sums.predicted[c] += to_predicted<kKind>(in, pi);
-        const bool hit = data.label[i] == c;
-        sums.intersection[c] += hit ? pi : 0.0f;
-        sums.labelled[c] += hit;
+        add_where(data.label[i], c, pi, sums.intersection[c], sums.labelled[c]);
       }
     }
     total.cross_entropy += static_cast<double>(ce_sum);
-    if (kKind == LossKind::kAny && args.map.data) store_values(args.map, chunk.image, span, value);
+    if (kKind == LossKind::kAny && args.map.data) store_values(args.map_row(chunk), span, value);
   }
   const PartialColumns out = args.columns(chunk);
   if (class_sums) sums.count(in, total);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
 }
 
 template <LossKind kKind>
-using ForwardExchange = ManyExchange<kKind == LossKind::kAny ? 3 : 2, 2>;
+using ForwardExchange = ManyExchange<kKind == LossKind::kAny ? 3 : 2, 2, kKind != LossKind::kAny>;
 
 template <class T, LossKind kKind>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const ForwardViews<TileVolume> args) {
@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
   const bool class_sums = has_class_sums<kKind>(in);
   ForwardExchange<kKind> exchange(args.logits.channels_last);
   ManyClassSumsOf<kKind> sums;
+  const LossRows rows = args.rows(chunk);
   LossSums total;
   __syncthreads();
 
@@ -84,12 +85,13 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
     VoxelData<float, 1> data;
     float target = 0;
     if (shape.is_owner()) {
-      data.load(in, chunk.image, own);
+      data.load(in, rows, own);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    ManyTile<T> tile;
+    using Tile = ManyTile<T, kKind != LossKind::kAny>;
+    Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
-    tile.load(args.logits, shape, chunk.image, first, ManyTile<T>::span(first, chunk.end), exchange.stage());
+    tile.load(args.logits, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
     largest_of(tile, shape, max);
     exchange.post(0, max);
     smoothing.post(tile, shape, max, weights, exchange);
@@ -106,11 +108,11 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
       total.count(in, data, 0);
       if (kKind == LossKind::kAny && args.map.data) {
         const float value[1] = {args.value(data, 0, ce[0])};
-        store_values(args.map, chunk.image, own, value);
+        store_values(args.map_row(chunk), own, value);
       }
       if (class_sums) {
         const float inverse = data.valid(0) ? math::inverse(softmax.sum) : 0.0f;
-        sums.add_at_labels(data.label[0], math::exp(softmax.target) * inverse);
+        sums.add_at_labels(data.label[0], softmax.at_label * inverse);
         exchange.result(0, shape.thread) = softmax.max;
         exchange.result(1, shape.thread) = inverse;
       }
@@ -149,6 +151,7 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardViews<An
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeights<acc_t, 0> weights(in);
   const PartialColumns out = args.columns(chunk);
+  const LossRows rows = args.rows(chunk);
   LossSums total;
 
   for (uint32_t first = chunk.begin; first < chunk.end; first += kAnyVoxels) {
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardViews<An
     for (uint32_t voxel = first + threadIdx.x; voxel < end; voxel += kThreads) {
       const Spread<1> span{voxel, end, 1};
       VoxelData<acc_t, 1> data;
-      data.load(in, chunk.image, span);
+      data.load(in, rows, span);
       const AnyColumn<T> x(args.logits, chunk.image, voxel);
       const int label = data.label[0];
       const auto softmax = softmax_of_any(x, label, weights);
@@ -165,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardViews<An
       total.look(data, 0);
       total.count(in, data, 0);
       const acc_t mapped[1] = {args.value(data, 0, value[0])};
-      if (args.map.data) store_values(args.map, chunk.image, span, mapped);
+      if (args.map.data) store_values(args.map_row(chunk), span, mapped);
       maxima[voxel - first] = softmax.max;
       inverses[voxel - first] = acc_t(1) / softmax.sum;
       labels[voxel - first] = label;
@@ -208,7 +211,7 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
     } else {
       const TileVolume view = tile_view_of(logits);
       launch(many_forward<T, Kernel::kKind>, blocks, ManyShape::warps_of(view.classes) * kWarp,
-             ForwardExchange<Kernel::kKind>::shared_bytes(view, ManyTile<T>::stage_bytes(view)), stream,
+             ForwardExchange<Kernel::kKind>::shared_bytes(view, ManyTile<T, false>::stage_bytes(view)), stream,
              view_of(args, view));
     }
   });
