@@ -163,6 +163,8 @@ def integer_of(i: Instruction) -> type[Any]:
 
 def to_integer(i: Instruction, p: list[Array], x: Array) -> Array:
     kind = integer_of(i)
+    if i.has("F16"):
+        x = x.view(U32).astype(U16).view(F16).astype(F32)
     if i.has("TRUNC") or i.has("FLOOR") or i.has("CEIL"):
         whole = (np.trunc if i.has("TRUNC") else np.floor if i.has("FLOOR") else np.ceil)(x)
     else:

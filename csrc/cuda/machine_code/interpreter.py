@@ -159,7 +159,7 @@ class Grid(Operations):
             wide = i.has("S64") or i.has("U64")
         else:
             wide = "F64" in (i.mods[1:] if i.base == "F2F" else i.mods)
-        if i.base in ("F2I", "F2F", "FRND") and i.has("F16"):
+        if i.base in ("F2F", "FRND") and i.has("F16"):
             raise self.unsupported(i, "this conversion is not supported")
         kind = kinds[-1] if wide else kinds[0]
         sources, ins, dest = i.sources, i.ins, i.dest

@@ -17,6 +17,7 @@ from calls import Call
 from check_resources import for_architecture
 from launches import HostLibrary
 from listing import Kernel
+from names import readable
 
 Sources = list[tuple[Path, list[str], str]]  # as check_resources.commands has them
 MOST = 30
@@ -30,10 +31,21 @@ def show(
     kernels: dict[str, Kernel],
 ) -> None:
     for call in calls:
-        voxels = measure.size_of_run(call, library)
-        for count in measure.run_small(call, voxels, library, kernels):
-            if not re.search(pattern, count.kernel):
-                continue
+        for voxels, names in measure.sizes(call, library).items():
+            chosen = {name for name in names if re.search(pattern, name)}
+            show_call(call, voxels, chosen, sources, library, kernels)
+
+
+def show_call(
+    call: Call,
+    voxels: int,
+    chosen: set[str],
+    sources: Sources,
+    library: HostLibrary,
+    kernels: dict[str, Kernel],
+) -> None:
+    if chosen:
+        for count in measure.run_small(call, voxels, chosen, library, kernels):
             line_of = lines_of(kernels[count.kernel], sources)
             total: Counter[str] = Counter()
             for address, issued in count.by_address.items():
@@ -61,13 +73,11 @@ def lines_of(kernel: Kernel, sources: Sources) -> dict[int, str]:
         text = subprocess.run(
             [program, "-gi", cubin], capture_output=True, text=True, check=True
         ).stdout
-    # The name of a file's namespace has a hash of the command in it.
-    wanted = plain(kernel.mangled)
-    return {address: line for mangled, address, line in marked(text) if plain(mangled) == wanted}
-
-
-def plain(mangled: str) -> str:
-    return re.sub(r"_GLOBAL__N__\w{8}_\d+_\w+?_cu_\w{8}_\d+", "", mangled)
+    found = list(marked(text))
+    mangled = sorted({each[0] for each in found})
+    short = kernel.name.split(": ", 1)[1]
+    known = dict(zip(mangled, readable(mangled), strict=True))
+    return {address: line for name, address, line in found if known[name] == short}
 
 
 def marked(text: str) -> Iterator[tuple[str, int, str]]:

@@ -72,7 +72,7 @@ class Instruction:
         first = next((k for k, o in enumerate(rest) if not o.is_predicate), len(rest))
         self.outs, rest = rest[:first], rest[first:]
         self.dest = operand("RZ")
-        if rest and not self.base.endswith("SETP"):
+        if rest and "SETP" not in self.base:
             self.dest, *rest = rest
             more = next((k for k, o in enumerate(rest) if not o.is_predicate), len(rest))
             self.outs, rest = self.outs + rest[:more], rest[more:]

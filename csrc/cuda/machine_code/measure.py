@@ -21,6 +21,7 @@ USE = 0.55  # of the issue slots
 SECTOR = 32  # bytes
 WIDTHS = (16, 8, 4, 2, 1)
 BLOCKS = 4  # of a small run
+RUNS = 64  # voxels of one label that follow each other, as in segmentations
 Row = dict[str, Any]
 
 
@@ -76,12 +77,22 @@ def small(call: Call, voxels: int) -> Call:
 
 
 def run_small(
-    call: Call, voxels: int, library: HostLibrary, kernels: dict[str, Kernel]
+    call: Call,
+    voxels: int,
+    names: set[str],
+    library: HostLibrary,
+    kernels: dict[str, Kernel],
+    cut: int = BLOCKS,
 ) -> list[Count]:
+    """Launches of these kernels, on so many voxels; g++'s code does the others."""
     machine = Machine(kernels, counting=True)
-    call = small(call, voxels)
-    with blocks(BLOCKS), library.told(machine):
-        call.results(call.inputs())
+
+    def listen(launch: Launch) -> bool:
+        return machine(launch) if launch.kernel in names else True
+
+    fewer = small(call, voxels)
+    with blocks(cut), library.told(listen):
+        fewer.results(fewer.inputs(runs=RUNS))
     return [counted(launch, grids) for launch, grids in machine.done]
 
 
@@ -98,19 +109,19 @@ def recorded(call: Call, library: HostLibrary, cut: int) -> list[Launch]:
     return launches
 
 
-def size_of_run(call: Call, library: HostLibrary) -> int:
-    """Voxels of a run, at least: every kernel has as many blocks on twice as many."""
-    least, most = (4096, 32768) if call.classes <= 8 else (1024, 4096)
-    voxels = least
-    while voxels < most:
-        grids = [
-            [launch.grid for launch in recorded(small(call, count), library, BLOCKS)]
-            for count in (voxels, 2 * voxels)
-        ]
-        if grids[0] == grids[1]:
-            break
-        voxels *= 2
-    return voxels
+def sizes(call: Call, library: HostLibrary) -> dict[int, set[str]]:
+    """By so many voxels, the kernels that have as many blocks on twice as many, and more than
+    one: these blocks are full. One that has a single block on any number is run on the fewest."""
+    steps = [1024 << k for k in range(2 if call.classes <= 8 else 0, 7)]
+    blocks_of: dict[str, list[int]] = defaultdict(lambda: [0] * len(steps))
+    for k, voxels in enumerate(steps):
+        for launch in recorded(small(call, voxels), library, BLOCKS):
+            blocks_of[launch.kernel][k] = int(np.prod(launch.grid))
+    found: dict[int, set[str]] = defaultdict(set)
+    for name, counts in blocks_of.items():
+        same = [k for k in range(len(steps) - 1) if counts[k] == counts[k + 1] > 1]
+        found[steps[same[0] if same else 0]].add(name)
+    return dict(sorted(found.items()))
 
 
 def kernel_row(
@@ -192,35 +203,29 @@ def run_of_other(
         voxels *= 2
         if voxels > call.voxels:
             raise SassError(f"{call.name}: no smaller shape launches {', '.join(sorted(missing))}")
-    machine = Machine(kernels, counting=True)
-
-    def listen(launch: Launch) -> bool:
-        return machine(launch) if launch.kernel in missing else True
-
-    fewer = small(call, voxels)
-    with blocks(0), library.told(listen):
-        fewer.results(fewer.inputs())
-    return {launch.kernel: counted(launch, grids) for launch, grids in machine.done}
+    counts = run_small(call, voxels, missing, library, kernels, cut=0)
+    return {count.kernel: count for count in counts}
 
 
 def budget(call: Call, library: HostLibrary, kernels: dict[str, Kernel]) -> Row:
     """A call of budgets.json."""
     real = recorded(call, library, 0)
-    voxels = size_of_run(call, library)
-    one, two = (run_small(call, count, library, kernels) for count in (voxels, 2 * voxels))
     names = [launch.kernel for launch in real]
-    pairs: dict[str, list[tuple[Count, Count]]] = defaultdict(list)
-    for first, second in zip(one, two, strict=True):
-        if first.kernel != second.kernel:
-            raise SassError(f"{call.name} launches {first.kernel}, then {second.kernel}")
-        pairs[first.kernel].append((first, second))
+    pairs: dict[str, list[tuple[int, Count, Count]]] = defaultdict(list)
+    for voxels, chosen in sizes(call, library).items():
+        one, two = (run_small(call, n, chosen, library, kernels) for n in (voxels, 2 * voxels))
+        for first, second in zip(one, two, strict=True):
+            if first.kernel != second.kernel:
+                raise SassError(f"{call.name} launches {first.kernel}, then {second.kernel}")
+            pairs[first.kernel].append((voxels, first, second))
     if missing := set(names) - pairs.keys():
         for name, count in run_of_other(call, names, missing, library, kernels).items():
-            pairs[name].append((count, count))
+            pairs[name].append((1, count, count))
     rows: dict[str, Row] = {}
     for launch in real:
         number = sum(name.split(" #")[0] == launch.kernel for name in rows)
-        first, second = pairs[launch.kernel][min(number, len(pairs[launch.kernel]) - 1)]
+        of_kernel = pairs[launch.kernel]
+        voxels, first, second = of_kernel[min(number, len(of_kernel) - 1)]
         name = launch.kernel + (f" #{number + 1}" if number else "")
         rows[name] = kernel_row(kernels[launch.kernel], first, second, voxels, launch, call)
     predicted = sum(row["microseconds"] for row in rows.values())

@@ -285,7 +285,7 @@ class Operations(State):
             if ".X" in term.suffix:
                 scale = U64(int(term.suffix[term.suffix.index(".X") + 2 :]))
                 total = total + self.rows["w", term.kind][term.number].astype(U64) * scale
-            elif term.suffix == ".64" or (wide and term.kind == "UR"):
+            elif term.suffix == ".64" or (wide and not term.suffix):
                 total = total + self.read("q", term)
             elif term.suffix in ("", ".U32"):
                 total = total + self.rows["w", term.kind][term.number]
@@ -418,12 +418,9 @@ class Operations(State):
                 raise SassError("this atomic operation is not supported")
         whole = np.zeros(self.lanes, U64 if size == 8 else U32)
         whole[act] = before.view(whole.dtype)
-        outs = list[Array]()
         if name == "CAST":  # says whether it did
-            done = np.zeros(self.lanes, bool)
-            done[act] = before == brought[0]
-            outs = [done]
-        self.put_with(i, whole, outs, act)
+            whole[act] = before == brought[0]
+        self.put(i.dest, whole, act)
 
     op_ATOMS = op_ATOM = op_RED = op_REDG = op_ATOMG
 
