@@ -77,7 +77,10 @@ def lines_of(kernel: Kernel, sources: Sources) -> dict[int, str]:
     mangled = sorted({each[0] for each in found})
     short = kernel.name.split(": ", 1)[1]
     known = dict(zip(mangled, readable(mangled), strict=True))
-    return {address: line for name, address, line in found if known[name] == short}
+    lines = {address: line for name, address, line in found if known[name] == short}
+    if lines.keys() != {i.address for i in kernel.code}:
+        sys.exit(f"{source.name} has changed since the build: build again for lines of {short}")
+    return lines
 
 
 def marked(text: str) -> Iterator[tuple[str, int, str]]:
