@@ -86,8 +86,9 @@ struct FewClassSums {
 
 // The same where the warps of a block share the classes: P in the thread that has the class, I and G with the warps
 // that look after the voxels.
+template <int kSlots>
 struct ManyClassSums {
-  float predicted[kManySlots] = {};
+  float predicted[kSlots] = {};
   double (*intersection)[kManyClasses];
   uint32_t (*labelled)[kManyClasses];
 
@@ -133,14 +134,16 @@ struct ManyClassSums {
   }
 };
 
+template <int kSlots>
 struct NoClassSums {
-  float predicted[kManySlots];
+  float predicted[kSlots];
   __device__ __forceinline__ void add_at_labels(int, float) {}
   __device__ __forceinline__ void write(const ManyShape&, const LossViews&, const PartialColumns&) {}
 };
 
-template <LossKind kKind>
-using ManyClassSumsOf = std::conditional_t<kKind == LossKind::kCrossEntropy, NoClassSums, ManyClassSums>;
+template <LossKind kKind, int kSlots>
+using ManyClassSumsOf =
+    std::conditional_t<kKind == LossKind::kCrossEntropy, NoClassSums<kSlots>, ManyClassSums<kSlots>>;
 
 // Of a class in memory, by a warp: its lanes take turns with the voxels.
 struct WarpClassSums {

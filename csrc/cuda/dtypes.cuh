@@ -141,6 +141,13 @@ struct Pack {
     return pack;
   }
 
+  __device__ __forceinline__ static Pack all(float number) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.values[i] = from_acc<T>(number);
+    return pack;
+  }
+
   __device__ __forceinline__ static Pack of(const float (&numbers)[N]) {
     Pack pack;
 #pragma unroll

@@ -166,18 +166,16 @@ template <class T>
 int64_t bytes_of_many(const TileVolume& source) {
   const int64_t turned =
       ManyShape::warps_of(source.classes) * LabelRuns::kNumbers * static_cast<int64_t>(sizeof(float));
-  const int64_t exchange = StatisticsExchange<false>::shared_bytes(source, ManyTile<T, false>::stage_bytes(source));
+  const int64_t exchange = StatisticsExchange<false>::shared_bytes(source, ManyTile<T, 4, false>::stage_bytes(source));
   return turned > exchange ? turned : exchange;
 }
 
 // One of a few rounds of turning: its voxels lie in some of the lanes, or one of each lane's.
 template <class Tile>
-__device__ __forceinline__ void turn(const Tile& tile, const ManyShape& shape, bool channels_last, int round,
-                                     float* turned) {
+__device__ __forceinline__ void turn(const Tile& tile, bool channels_last, int round, float* turned) {
   constexpr int kLanes = kWarp / kTileVoxels;
 #pragma unroll
-  for (int k = 0; k < kManySlots; ++k) {
-    if (k >= shape.count) break;
+  for (int k = 0; k < Tile::kSlots; ++k) {
     float* row = turned + k * LabelRuns::kPitch;
     if (channels_last) {
       row[lane_index()] = tile.x[k][round];
@@ -187,7 +185,7 @@ __device__ __forceinline__ void turn(const Tile& tile, const ManyShape& shape, b
   }
 }
 
-template <class T, bool kPlanar>
+template <class T, int kSlots, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const StatisticsViews<TileVolume> args) {
   __shared__ int labels[kWarpVoxels];
   const SourceViews& in = args.in;
@@ -211,13 +209,13 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
       load_labels(target, in.label, shape.own(first, chunk.end), label);
       bad |= label[0] == kBadLabel;
     }
-    using Tile = ManyTile<T, kPlanar>;
+    using Tile = ManyTile<T, kSlots, kPlanar>;
     Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
     if (!kPlanar && args.source.channels_last) __syncthreads();  // as below: it is loaded through the same memory
     tile.load(args.source, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
-    largest_of(tile, shape, max);
-    exponentials(tile, shape, max, sum);
+    largest_of(tile, max);
+    exponentials(tile, max, sum);
     __syncthreads();  // nobody turns in the memory of the exchange any more
     exchange.post(0, max);
     exchange.post(1, sum);
@@ -237,15 +235,13 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
 #pragma unroll
-    for (int k = 0; k < kManySlots; ++k) {
-      if (k >= shape.count) break;
+    for (int k = 0; k < kSlots; ++k)
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) tile.x[k][i] *= factor[i];
-    }
 #pragma unroll
     for (int round = 0; round < kTileVoxels; ++round) {
       __syncwarp();
-      turn(tile, shape, !kPlanar && args.source.channels_last, round, turned);
+      turn(tile, !kPlanar && args.source.channels_last, round, turned);
       __syncwarp();
       runs.add(labels + round * kWarp);
     }
@@ -398,7 +394,7 @@ void launch_statistics(const Statistics& args, cudaStream_t stream) {
         if constexpr (Kernel::kWay == SourceWay::kMany) {
           const int warps = ManyShape::warps_of(in.classes);
           all.own_at = static_cast<uint32_t>(bytes_of_many<T>(source));
-          launch(many_statistics<T, Kernel::kExact>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
+          launch(many_statistics<T, Kernel::kSlots, Kernel::kExact>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
         } else {
           const int warps = warps_for_places(in);
           all.own_at = static_cast<uint32_t>(warps * stage_bytes(in));

@@ -20,7 +20,14 @@ struct LossKernel {
 // Calls f with the kernel of so many classes; of few only as many classes as there are, but for kAny.
 template <class T, LossKind kKind, class F>
 void with_tile_kernel(int64_t classes, const F& f) {
-  if (classes > kFewClasses) return f(LossKernel<T, LossWay::kMany, kKind, kManySlots>{});
+  if (classes > kFewClasses) {
+    const int slots = ManyShape::slots_of(classes);
+    if (kKind == LossKind::kAny || slots == kManySlots) return f(LossKernel<T, LossWay::kMany, kKind, kManySlots>{});
+    if constexpr (kKind != LossKind::kAny) {
+      if (slots == 4) return f(LossKernel<T, LossWay::kMany, kKind, 4>{});
+      return f(LossKernel<T, LossWay::kMany, kKind, 8>{});
+    }
+  }
   if constexpr (kKind == LossKind::kAny) {
     if (classes <= 4) return f(LossKernel<T, LossWay::kFew, kKind, 4>{});
     return f(LossKernel<T, LossWay::kFew, kKind, 8>{});
@@ -72,9 +79,8 @@ struct SharedSmoothing {
                                        Exchange& exchange) const {
     float dot[kTileVoxels] = {};
 #pragma unroll
-    for (int k = 0; k < kManySlots; ++k) {
-      if (k >= shape.count) break;
-      const float smooth = weights.smooth(shape.first + k);
+    for (int k = 0; k < Tile::kSlots; ++k) {
+      const float smooth = k < shape.count ? weights.smooth(shape.first + k) : 0.0f;
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) dot[i] += smooth == 0 ? 0.0f : smooth * (tile.x[k][i] - max[i]);
     }

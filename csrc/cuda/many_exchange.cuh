@@ -90,12 +90,11 @@ class ManyExchange {
 
 // The largest of a thread's logits of each voxel.
 template <class Tile>
-__device__ __forceinline__ void largest_of(const Tile& tile, const ManyShape& shape, float (&max)[kTileVoxels]) {
+__device__ __forceinline__ void largest_of(const Tile& tile, float (&max)[kTileVoxels]) {
 #pragma unroll
   for (int i = 0; i < kTileVoxels; ++i) max[i] = kNoLogit;
 #pragma unroll
-  for (int k = 0; k < kManySlots; ++k) {
-    if (k >= shape.count) break;
+  for (int k = 0; k < Tile::kSlots; ++k) {
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) max[i] = fmaxf(max[i], tile.x[k][i]);
   }
@@ -103,13 +102,12 @@ __device__ __forceinline__ void largest_of(const Tile& tile, const ManyShape& sh
 
 // The logits become their exponentials; their sum.
 template <class Tile>
-__device__ __forceinline__ void exponentials(Tile& tile, const ManyShape& shape, const float (&max)[kTileVoxels],
+__device__ __forceinline__ void exponentials(Tile& tile, const float (&max)[kTileVoxels],
                                              float (&sum)[kTileVoxels]) {
 #pragma unroll
   for (int i = 0; i < kTileVoxels; ++i) sum[i] = 0;
 #pragma unroll
-  for (int k = 0; k < kManySlots; ++k) {
-    if (k >= shape.count) break;
+  for (int k = 0; k < Tile::kSlots; ++k) {
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
       tile.x[k][i] = math::exp(tile.x[k][i] - max[i]);

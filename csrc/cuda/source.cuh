@@ -72,9 +72,9 @@ __device__ __forceinline__ void load_source(Tile& tile, const SourceViews& in, c
 template <class Tile>
 __device__ __forceinline__ float exponentials_of(Tile& tile, int i) {
   constexpr int kSlots = static_cast<int>(sizeof(tile.x) / sizeof(tile.x[0]));
-  float max = kNoLogit, sum = 0;
+  float max = tile.x[0][i], sum = 0;
 #pragma unroll
-  for (int z = 0; z < kSlots; ++z) max = fmaxf(max, tile.x[z][i]);
+  for (int z = 1; z < kSlots; ++z) max = fmaxf(max, tile.x[z][i]);
 #pragma unroll
   for (int z = 0; z < kSlots; ++z) {
     tile.x[z][i] = math::exp(tile.x[z][i] - max);
@@ -105,8 +105,12 @@ void with_source_kernel(const SourceInputs& in, SourceWay way, const F& f) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
       const bool planar = in.source.stride_voxel == 1;
-      if (way == SourceWay::kMany && planar) return f(SourceKernel<T, SourceWay::kMany, kManySlots, true>{});
-      if (way == SourceWay::kMany) return f(SourceKernel<T, SourceWay::kMany, kManySlots, false>{});
+      if (way == SourceWay::kMany) {
+        const bool small = ManyShape::slots_of(in.classes) == 4;
+        if (!planar) return f(SourceKernel<T, SourceWay::kMany, kManySlots, false>{});
+        if (small) return f(SourceKernel<T, SourceWay::kMany, 4, true>{});
+        return f(SourceKernel<T, SourceWay::kMany, kManySlots, true>{});
+      }
       if (way == SourceWay::kFew) {
         if (in.regions || !planar) return f(SourceKernel<T, SourceWay::kFew, 8, false>{});
         switch (in.classes) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ T* image_of(const TileVolume& volume, uint32_t image)
   return reinterpret_cast<T*>(volume.data) + image * volume.stride_batch;
 }
 
-// Logits of which exp is 0, finite: where a thread has no class, and where all of its classes are -inf.
+// The least that counts as the largest logit of some classes: finite, so that -inf less it is -inf.
 inline constexpr float kNoLogit = -3e38f;
 
 // Elements that lie together, from or to an address that is a multiple of 16 bytes, by `threads` threads.
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_together(T* to, const T* from, uint32_t cou
 }
 
 // Up to kFewClasses: a warp has kWarpVoxels voxels to itself. kExact: kSlots classes, planar; else at most so many,
-// of any layout.
+// of any layout, and -inf in the slots beyond.
 template <class T, int kSlots, bool kExact_>
 struct FewTile {
   float x[kSlots][kTileVoxels];
@@ -106,7 +106,7 @@ struct FewTile {
       for (int i = 0; i < kTileVoxels; ++i) {
         const T* voxel = turned + (lane_index() * kTileVoxels + i) * classes;
 #pragma unroll
-        for (int c = 0; c < kSlots; ++c) x[c][i] = has(volume, c) ? to_acc<float>(voxel[c]) : kNoLogit;
+        for (int c = 0; c < kSlots; ++c) x[c][i] = has(volume, c) ? to_acc<float>(voxel[c]) : -INFINITY;
       }
       __syncwarp();
     } else {
@@ -121,7 +121,7 @@ struct FewTile {
       for (int c = 0; c < kSlots; ++c)
 #pragma unroll
         for (int i = 0; i < kTileVoxels; ++i)
-          x[c][i] = has(volume, c) ? to_acc<float>(packs[c].values[i]) : kNoLogit;
+          x[c][i] = has(volume, c) ? to_acc<float>(packs[c].values[i]) : -INFINITY;
     }
   }
 
@@ -131,7 +131,7 @@ struct FewTile {
 #pragma unroll
     for (int z = 0; z < kSlots; ++z)
 #pragma unroll
-      for (int i = 0; i < kTileVoxels; ++i) x[z][i] = z < classes ? 0.0f : kNoLogit;
+      for (int i = 0; i < kTileVoxels; ++i) x[z][i] = z < classes ? 0.0f : -INFINITY;
     const T* at = image_of<const T>(volume, image) + span.first;
     for (int r = 0; r < volume.classes && span.has(0); ++r, at += volume.stride_class) {
       const auto pack = Pack<T, kTileVoxels>::load(at);
@@ -191,6 +191,11 @@ struct ManyShape {
   int first, count;  // of the classes of this warp
   uint32_t thread, threads;
 
+  // Slots of a thread that are enough.
+  static int slots_of(int64_t classes) {
+    const int64_t warps = warps_of(classes), each = (classes + warps - 1) / warps;
+    return each <= 4 ? 4 : each <= 8 ? 8 : kManySlots;
+  }
   static int warps_of(int64_t classes) {
     const int warps = static_cast<int>((classes + kManySlots - 1) / kManySlots);
     return warps < kOwnerWarps ? kOwnerWarps : warps;
@@ -206,10 +211,13 @@ struct ManyShape {
   __device__ __forceinline__ Spread<1> own(uint32_t tile, uint32_t end) const { return {tile + thread, end, 0}; }
 };
 
-// kPlanar: no other layout. Slots beyond the warp's classes hold nothing.
-template <class T, bool kPlanar>
+// kPlanar: no other layout. Slots beyond the warp's classes hold -inf.
+template <class T, int kSlots_, bool kPlanar>
 struct ManyTile {
-  float x[kManySlots][kTileVoxels];
+  static constexpr int kSlots = kSlots_;
+  static constexpr int kGroup = 4;  // slots that are looked at together: all of them have a class, or some lack one
+
+  float x[kSlots][kTileVoxels];
 
   // That load and store need.
   static int64_t stage_bytes(const TileVolume& volume) {
@@ -219,17 +227,13 @@ struct ManyTile {
   __device__ __forceinline__ static Neighbours<kTileVoxels> span(uint32_t tile, uint32_t end) {
     return {tile + static_cast<uint32_t>(lane_index()) * kTileVoxels, end};
   }
-  __device__ __forceinline__ static uint32_t round_count(const TileVolume& volume, uint32_t first, uint32_t end) {
-    const uint32_t voxels = first >= end ? 0 : end - first < kWarp ? end - first : kWarp;
-    return voxels * static_cast<uint32_t>(volume.classes);
-  }
 
   // All threads of the block must come here; `stage` is free before and after.
   __device__ __forceinline__ void load(const TileVolume& volume, const ManyShape& shape, uint32_t image, uint32_t tile,
                                        const Neighbours<kTileVoxels>& span, char* stage) {
     const T* from = image_of<const T>(volume, image);
-    const uint32_t classes = static_cast<uint32_t>(volume.classes);
     if (!kPlanar && volume.channels_last) {
+      const uint32_t classes = static_cast<uint32_t>(volume.classes);
       T* const turned = reinterpret_cast<T*>(stage);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
@@ -239,42 +243,47 @@ struct ManyTile {
         __syncthreads();
         const T* voxel = turned + lane_index() * classes + shape.first;
 #pragma unroll
-        for (int k = 0; k < kManySlots; ++k)
-          if (k < shape.count) x[k][i] = to_acc<float>(voxel[k]);
+        for (int k = 0; k < kSlots; ++k) x[k][i] = k < shape.count ? to_acc<float>(voxel[k]) : -INFINITY;
         __syncthreads();
       }
-    } else {
-      // Beyond the image some other voxels: nobody looks at them.
-      const T* at = from + (span.has(0) ? span.first : tile) + shape.first * volume.stride_class;
-      Pack<T, kTileVoxels> packs[kManySlots];
-#pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
-        if (k >= shape.count) break;
-        packs[k] = Pack<T, kTileVoxels>::load(at);
-        at += volume.stride_class;
-      }
-#pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
-        if (k >= shape.count) break;
-#pragma unroll
-        for (int i = 0; i < kTileVoxels; ++i) x[k][i] = to_acc<float>(packs[k].values[i]);
-      }
+      return;
     }
+    // Beyond the image some other voxels: nobody looks at them.
+    const T* at = from + (span.has(0) ? span.first : tile) + shape.first * volume.stride_class;
+    Pack<T, kTileVoxels> packs[kSlots];
+#pragma unroll
+    for (int g = 0; g < kSlots; g += kGroup) {
+      if (g + kGroup <= shape.count) {
+#pragma unroll
+        for (int k = g; k < g + kGroup; ++k) packs[k] = Pack<T, kTileVoxels>::load(at + (k - g) * volume.stride_class);
+      } else {
+#pragma unroll
+        for (int k = g; k < g + kGroup; ++k) {
+          packs[k] = Pack<T, kTileVoxels>::all(-INFINITY);
+          if (k < shape.count) packs[k] = Pack<T, kTileVoxels>::load(at + (k - g) * volume.stride_class);
+        }
+      }
+      at += kGroup * volume.stride_class;
+    }
+#pragma unroll
+    for (int k = 0; k < kSlots; ++k)
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) x[k][i] = to_acc<float>(packs[k].values[i]);
   }
 
   // The label's class gets at_label instead. All threads of the block must come here, as for load.
   __device__ __forceinline__ void store(const TileVolume& volume, const ManyShape& shape, uint32_t image, uint32_t tile,
-                                        const Neighbours<kTileVoxels>& span, char* stage, const int (&label)[kTileVoxels],
-                                        const float (&at_label)[kTileVoxels]) const {
+                                        const Neighbours<kTileVoxels>& span, char* stage,
+                                        const int (&label)[kTileVoxels], const float (&at_label)[kTileVoxels]) const {
     T* to = image_of<T>(volume, image);
-    const uint32_t classes = static_cast<uint32_t>(volume.classes);
     if (!kPlanar && volume.channels_last) {
+      const uint32_t classes = static_cast<uint32_t>(volume.classes);
       T* const turned = reinterpret_cast<T*>(stage);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
         T* voxel = turned + lane_index() * classes + shape.first;
 #pragma unroll
-        for (int k = 0; k < kManySlots; ++k)
+        for (int k = 0; k < kSlots; ++k)
           if (k < shape.count) voxel[k] = from_acc<T>(x[k][i]);
         if (shape.has(label[i])) voxel[label[i] - shape.first] = from_acc<T>(at_label[i]);
         __syncthreads();
@@ -286,16 +295,29 @@ struct ManyTile {
       T* const first = to + span.first + shape.first * volume.stride_class;
       T* at = first;
 #pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
-        if (k >= shape.count) break;
-        Pack<T, kTileVoxels>::of(x[k]).store(at);
-        at += volume.stride_class;
+      for (int g = 0; g < kSlots; g += kGroup) {
+        if (g + kGroup <= shape.count) {
+#pragma unroll
+          for (int k = g; k < g + kGroup; ++k)
+            Pack<T, kTileVoxels>::of(x[k]).store(at + (k - g) * volume.stride_class);
+        } else {
+#pragma unroll
+          for (int k = g; k < g + kGroup; ++k)
+            if (k < shape.count) Pack<T, kTileVoxels>::of(x[k]).store(at + (k - g) * volume.stride_class);
+        }
+        at += kGroup * volume.stride_class;
       }
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i)
         if (shape.has(label[i]))
           first[static_cast<uint32_t>(label[i] - shape.first) * volume.stride_class + i] = from_acc<T>(at_label[i]);
     }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t round_count(const TileVolume& volume, uint32_t first, uint32_t end) {
+    const uint32_t voxels = first >= end ? 0 : end - first < kWarp ? end - first : kWarp;
+    return voxels * static_cast<uint32_t>(volume.classes);
   }
 };
 

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_transfer(const TransferViews<
 template <bool kPlanar>
 using TransferExchange = ManyExchange<3, 0, kPlanar>;
 
-template <class T, bool kPlanar>
+template <class T, int kSlots, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const TransferViews<TileVolume, float> args) {
   __shared__ int labels[kWarpVoxels];
   const SourceViews& in = args.in;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
     const auto own = shape.own(first, chunk.end);
     int label[1] = {kIgnored};
     if (!kPlanar && args.source.channels_last) __syncthreads();  // it is loaded through the memory of the exchange
-    using Tile = ManyTile<T, kPlanar>;
+    using Tile = ManyTile<T, kSlots, kPlanar>;
     Tile tile;
     tile.load(args.source, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
     if (shape.is_owner()) {
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
     }
     __syncthreads();
     float max[kTileVoxels], sum[kTileVoxels], weighted[kTileVoxels] = {};
-    largest_of(tile, shape, max);
-    exponentials(tile, shape, max, sum);
+    largest_of(tile, max);
+    exponentials(tile, max, sum);
     const float* row[kTileVoxels];
     bool same = true;
 #pragma unroll
@@ -151,15 +151,14 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
     }
     if (__all_sync(kAllLanes, same)) {
 #pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
-        if (k >= shape.count) break;
-        const float weight = __ldg(row[0] + k);
+      for (int k = 0; k < kSlots; ++k) {
+        const float weight = k < shape.count ? __ldg(row[0] + k) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kTileVoxels; ++i) weighted[i] += tile.x[k][i] * weight;
       }
     } else {
 #pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
+      for (int k = 0; k < kSlots; ++k) {
         if (k >= shape.count) break;
 #pragma unroll
         for (int i = 0; i < kTileVoxels; ++i) weighted[i] += tile.x[k][i] * __ldg(row[i] + k);
@@ -307,8 +306,8 @@ void launch_transfer(const Transfer& args, cudaStream_t stream) {
         launch(few_transfer<T, Kernel::kSlots, Kernel::kExact>, blocks, kThreads,
                FewTile<T, Kernel::kSlots, Kernel::kExact>::shared_bytes(view), stream, views(view));
       } else {
-        launch(many_transfer<T, Kernel::kExact>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
-               TransferExchange<false>::shared_bytes(view, ManyTile<T, false>::stage_bytes(view)), stream, views(view));
+        launch(many_transfer<T, Kernel::kSlots, Kernel::kExact>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
+               TransferExchange<false>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream, views(view));
       }
     }
   });

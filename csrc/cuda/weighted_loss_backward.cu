@@ -115,15 +115,15 @@ using BackwardExchange =
                  kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4, kKind != LossKind::kAny>;
 enum Result : int { kLargest, kLabel, kAtLabel, kOfExp, kOfSlope, kScaledRisk };
 
-template <class T, LossKind kKind>
+template <class T, int kSlots, LossKind kKind>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const GradientViews<TileVolume> args) {
   constexpr int kSlopes = kKind == LossKind::kAny ? 3 : 2;  // their place among the posts
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ManyShape shape(in.classes);
-  const ClassWeightsOf<kKind, kManyClasses> weights(in);
+  const ClassWeightsOf<kKind, kManyClasses + kManySlots> weights(in);
   const SharedSmoothingOf<kKind> smoothing(shape, weights);
-  const SlopeTable<kKind, kManyClasses> slopes(args, chunk.image);
+  const SlopeTable<kKind, kManyClasses + kManySlots> slopes(args, chunk.image);
   const float factor = args.template factor<float, kKind>(chunk);
   BackwardExchange<kKind> exchange(args.logits.channels_last);
   __syncthreads();
@@ -139,22 +139,21 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
       args.template load_grad_map<kKind>(chunk.image, own, grad_map);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    using Tile = ManyTile<T, kKind != LossKind::kAny>;
+    using Tile = ManyTile<T, kSlots, kKind != LossKind::kAny>;
     const auto span = Tile::span(first, chunk.end);
     Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
     tile.load(args.logits, shape, chunk.image, first, span, exchange.stage());
-    largest_of(tile, shape, max);
+    largest_of(tile, max);
     exchange.post(0, max);
     smoothing.post(tile, shape, max, weights, exchange);
-    exponentials(tile, shape, max, sum);
+    exponentials(tile, max, sum);
     exchange.post(1, sum);
     if (has_class_sums<kKind>(in)) {
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) sum[i] = 0;
 #pragma unroll
-      for (int k = 0; k < kManySlots; ++k) {
-        if (k >= shape.count) break;
+      for (int k = 0; k < kSlots; ++k) {
         const float overall = slopes.overall(shape.first + k);
 #pragma unroll
         for (int i = 0; i < kTileVoxels; ++i) {
@@ -217,8 +216,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
     }
     clear_unused(tile, used);
 #pragma unroll
-    for (int k = 0; k < kManySlots; ++k) {
-      if (k >= shape.count) break;
+    for (int k = 0; k < kSlots; ++k) {
       const float overall = slopes.overall(shape.first + k);
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
@@ -297,8 +295,8 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
         launch(few_backward<T, Kernel::kSlots, Kernel::kKind>, blocks, kThreads, Tile::shared_bytes(views.logits),
                stream, views);
       } else {
-        launch(many_backward<T, Kernel::kKind>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
-               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T, false>::stage_bytes(views.logits)),
+        launch(many_backward<T, Kernel::kSlots, Kernel::kKind>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
+               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T, 4, false>::stage_bytes(views.logits)),
                stream, views);
       }
     }

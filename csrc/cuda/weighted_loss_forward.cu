@@ -66,16 +66,16 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
 template <LossKind kKind>
 using ForwardExchange = ManyExchange<kKind == LossKind::kAny ? 3 : 2, 2, kKind != LossKind::kAny>;
 
-template <class T, LossKind kKind>
+template <class T, int kSlots, LossKind kKind>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const ForwardViews<TileVolume> args) {
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ManyShape shape(in.classes);
-  const ClassWeightsOf<kKind, kManyClasses> weights(in);
+  const ClassWeightsOf<kKind, kManyClasses + kManySlots> weights(in);
   const SharedSmoothingOf<kKind> smoothing(shape, weights);
   const bool class_sums = has_class_sums<kKind>(in);
   ForwardExchange<kKind> exchange(args.logits.channels_last);
-  ManyClassSumsOf<kKind> sums;
+  ManyClassSumsOf<kKind, kSlots> sums;
   const LossRows rows = args.rows(chunk);
   LossSums total;
   __syncthreads();
@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
       data.load(in, rows, own);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    using Tile = ManyTile<T, kKind != LossKind::kAny>;
+    using Tile = ManyTile<T, kSlots, kKind != LossKind::kAny>;
     Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
     tile.load(args.logits, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
-    largest_of(tile, shape, max);
+    largest_of(tile, max);
     exchange.post(0, max);
     smoothing.post(tile, shape, max, weights, exchange);
-    exponentials(tile, shape, max, sum);
+    exponentials(tile, max, sum);
     exchange.post(1, sum);
     __syncthreads();
 
@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
 #pragma unroll
-    for (int k = 0; k < kManySlots; ++k) {
-      if (k >= shape.count) break;
+    for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) sums.predicted[k] += to_predicted<kKind>(in, tile.x[k][i] * factor[i]);
     }
@@ -210,8 +209,8 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
              view_of(args, view));
     } else {
       const TileVolume view = tile_view_of(logits);
-      launch(many_forward<T, Kernel::kKind>, blocks, ManyShape::warps_of(view.classes) * kWarp,
-             ForwardExchange<Kernel::kKind>::shared_bytes(view, ManyTile<T, false>::stage_bytes(view)), stream,
+      launch(many_forward<T, Kernel::kSlots, Kernel::kKind>, blocks, ManyShape::warps_of(view.classes) * kWarp,
+             ForwardExchange<Kernel::kKind>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream,
              view_of(args, view));
     }
   });

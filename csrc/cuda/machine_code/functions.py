@@ -68,6 +68,10 @@ def least_or_most(i: Instruction, p: list[Array], a: Array, b: Array) -> Array:
     return np.where(p[0], least(a, b), most(a, b))
 
 
+def words(numbers: Array) -> Array:
+    return numbers.view(U32)
+
+
 def look_up(table: int, a: Array, b: Array, c: Array) -> Array:
     """Bits by a table of 8: that of a = 1 is its upper half."""
     one, none = table >> 4, table & 15
@@ -290,6 +294,7 @@ FUNCTIONS: dict[str, tuple[str, Function]] = {
     "SEL": ("w", select),
     "FSEL": ("f", select),
     "VIMNMX": ("w", least_or_most),
+    "VIMNMX3": ("w", lambda i, p, a, b, c: least_or_most(i, p, words(least_or_most(i, p, a, b)), c)),
     "IMNMX": ("w", least_or_most),
     "VIADDMNMX": ("w", lambda i, p, a, b, c: least_or_most(i, p, a + b, c)),
     "FMNMX": ("f", least_or_most),
