@@ -36,15 +36,18 @@ ForwardViews<Logits> view_of(const LossForward& args, const Logits& logits) {
           args.ticket};
 }
 
-// sum += value and ++count where a == b: what nvcc makes of the same in C++ takes twice the instructions.
-__device__ __forceinline__ void add_where(int a, int b, float value, float& sum, uint32_t& count) {
+// Where a == b: to = value, sum += x * y, ++count. What nvcc makes of the same in C++ takes twice the instructions.
+__device__ __forceinline__ void take_where(int a, int b, float value, float& to, float x, float y, float& sum,
+                                           uint32_t& count) {
 #if defined(__CUDA_ARCH__)
-  asm("{ .reg .pred p; setp.eq.s32 p, %2, %3; @p add.f32 %0, %0, %4; @p add.u32 %1, %1, 1; }"
-      : "+f"(sum), "+r"(count)
-      : "r"(a), "r"(b), "f"(value));
+  asm("{ .reg .pred p; setp.eq.s32 p, %3, %4; @p mov.f32 %0, %5; @p fma.rn.f32 %1, %6, %7, %1; @p add.u32 %2, %2, 1; }"
+      : "+f"(to), "+f"(sum), "+r"(count)
+      : "r"(a), "r"(b), "f"(value), "f"(x), "f"(y));
 #else
-  sum += a == b ? value : 0.0f;
-  count += a == b;
+  if (a != b) return;
+  to = value;
+  sum += x * y;
+  ++count;
 #endif
 }
 
@@ -53,6 +56,28 @@ template <int kSlots>
 struct FewClassSums {
   float intersection[kSlots] = {}, predicted[kSlots] = {};
   uint32_t labelled[kSlots] = {}, masked_background = 0;
+
+  // Of a voxel with Dice: adds it, and returns its cross-entropy. Bad labels and ignored ones alike count nowhere.
+  template <class Tile>
+  __device__ __forceinline__ float add(const Tile& tile, int i, int label) {
+    float max = tile.x[0][i], x[kSlots], e[kSlots];
+#pragma unroll
+    for (int c = 1; c < kSlots; ++c) max = fmaxf(max, tile.x[c][i]);
+    float sum = 0, target = 0;
+#pragma unroll
+    for (int c = 0; c < kSlots; ++c) {
+      x[c] = tile.x[c][i] - max;
+      e[c] = math::exp(x[c]);
+      sum = c == 0 ? e[c] : sum + e[c];
+    }
+    const float inverse = label >= 0 ? math::inverse(sum) : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kSlots; ++c) {
+      predicted[c] += e[c] * inverse;
+      take_where(label, c, x[c], target, e[c], inverse, intersection[c], labelled[c]);
+    }
+    return math::log(sum) - target;
+  }
 
   __device__ __forceinline__ void count(const LossViews& in, LossSums& total) const {
 #pragma unroll

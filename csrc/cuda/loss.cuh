@@ -74,6 +74,13 @@ struct VoxelData {
     load_labels(rows.target, in.label, span, label);
     in_mask = load_mask(rows.foreground, span);
   }
+  // Where bad labels make no difference.
+  template <class Span>
+  __device__ __forceinline__ void load_classes(const LossViews& in, const LossRows& rows, const Span& span) {
+    load_values(rows.risk, span, risk);
+    load_labels<true>(rows.target, in.label, span, label);
+    in_mask = 0;
+  }
   __device__ __forceinline__ bool valid(int i) const { return label[i] >= 0; }
   // Labelled or inside the mask; every valid voxel where there is no background class.
   __device__ __forceinline__ bool foreground(const LossViews& in, int i) const {
@@ -234,9 +241,11 @@ __device__ __forceinline__ float load_target(const TileVolume& logits, uint32_t 
 // What a thread adds up over its voxels besides the sums of the classes.
 struct LossSums {
   double cross_entropy = 0;
+  float cross_entropy_in_float = 0;  // of a few voxels
   uint32_t valid = 0, foreground = 0;
   int least_label = 0;
   bool bad_risk = false;
+  uint32_t largest_weight = 0;  // its bits
 
   template <class acc_t, int V>
   __device__ __forceinline__ void count(const LossViews& in, const VoxelData<acc_t, V>& data, int i) {
@@ -245,10 +254,19 @@ struct LossSums {
   }
   template <class acc_t, int V>
   __device__ __forceinline__ void look(const VoxelData<acc_t, V>& data, int i) {
-    least_label = data.label[i] < least_label ? data.label[i] : least_label;
+    look_at_label(data.label[i]);
     bad_risk |= data.bad_risk(i);
   }
-  __device__ __forceinline__ bool bad_label() const { return least_label == kBadLabel; }
+  // A risk, or 0 where it does not count: those that no caller may give have larger bits than any other.
+  __device__ __forceinline__ void look_at_weight(float weight) {
+    const uint32_t bits = math::bit_cast<uint32_t>(weight + 0.0f);  // of -0 those of 0
+    largest_weight = bits > largest_weight ? bits : largest_weight;
+  }
+  __device__ __forceinline__ void look_at_label(int label) {
+    least_label = label < least_label ? label : least_label;
+  }
+  __device__ __forceinline__ bool has_bad_label() const { return least_label == kBadLabel; }
+  __device__ __forceinline__ bool has_bad_risk() const { return bad_risk || largest_weight > 0x7f7fffffu; }
 };
 
 // A block's places in the partial sums [B, columns, chunks].
@@ -270,16 +288,34 @@ __device__ __forceinline__ int64_t class_column(int which, int64_t classes, int6
 
 // Every thread must come here.
 __device__ __forceinline__ void write_sums(const LossSums& sums, bool counts, const PartialColumns& out) {
-  const bool bad_label = __syncthreads_or(sums.bad_label()) != 0, bad_risk = __syncthreads_or(sums.bad_risk) != 0;
-  const double ce = block_sum(sums.cross_entropy);
+  __shared__ double ce_of_warp[kMaxWarps];
+  __shared__ uint64_t counts_of_warp[kMaxWarps];
+  __shared__ uint32_t bad_of_warp[kMaxWarps];
+  const double warp_ce = warp_sum(sums.cross_entropy);
   // Both numbers are below 2^31 in an image.
-  const uint64_t both = counts ? block_sum(uint64_t(sums.valid) << 32 | sums.foreground) : 0;
+  const uint64_t warp_counts = counts ? warp_sum(uint64_t(sums.valid) << 32 | sums.foreground) : 0;
+  const uint32_t bad = (__any_sync(kAllLanes, sums.has_bad_label()) ? 1u : 0u) |
+                       (__any_sync(kAllLanes, sums.has_bad_risk()) ? 2u : 0u);
+  if (lane_index() == 0) {
+    ce_of_warp[warp_index()] = warp_ce;
+    counts_of_warp[warp_index()] = warp_counts;
+    bad_of_warp[warp_index()] = bad;
+  }
+  __syncthreads();
   if (threadIdx.x != 0) return;
+  double ce = 0;
+  uint64_t both = 0;
+  uint32_t any_bad = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    ce += ce_of_warp[w];
+    both += counts_of_warp[w];
+    any_bad |= bad_of_warp[w];
+  }
   out[kCrossEntropy] = ce;
   out[kValid] = static_cast<double>(both >> 32);
   out[kForegroundVoxels] = static_cast<double>(both & 0xffffffffu);
-  out[kBadLabels] = bad_label;
-  out[kBadRisk] = bad_risk;
+  out[kBadLabels] = any_bad & 1;
+  out[kBadRisk] = any_bad >> 1;
 }
 
 }  // namespace riskmap::cuda

@@ -6,41 +6,48 @@
 
 namespace riskmap::cuda {
 
-// The scale of the block's image from the counts of its voxels, or of all. Every thread of the block must come here.
-__device__ __forceinline__ double scale_from_counts(const LossInOne& args, const Chunk& chunk) {
-  __shared__ double scale;
-  const bool of_batch = args.normalization == math::Normalization::kBatchForeground ||
-                        args.normalization == math::Normalization::kBatchValid ||
-                        args.normalization == math::Normalization::kWeighted;
-  // Valid voxels and those of the foreground in a word: there are less than 2^31 in an image.
-  const auto counted = [&](int64_t first, int64_t last, uint64_t& valid, uint64_t& foreground, int& bad) {
-    for (int64_t j = first + threadIdx.x; j < last; j += blockDim.x) {
-      const VoxelCount count = args.counts[j];
-      valid += count.valid;
-      foreground += count.foreground;
-      bad |= count.bad_labels != 0;
+// The scale of a block's image from the counts of its voxels, or of all images. By one warp.
+__device__ __forceinline__ double scale_by_warp(const LossInOne& args, const Chunk& chunk) {
+  uint64_t valid = 0, foreground = 0, all_valid = 0, all_foreground = 0;
+  int bad = 0;
+  const auto count = [&](int64_t first, int64_t last, uint64_t& valid_sum, uint64_t& foreground_sum, int& any_bad) {
+    for (int64_t j = first + lane_index(); j < last; j += kWarp) {
+      const VoxelCount of_chunk = args.counts[j];
+      valid_sum += of_chunk.valid;
+      foreground_sum += of_chunk.foreground;
+      any_bad |= of_chunk.bad_labels != 0;
     }
   };
-  uint64_t valid = 0, foreground = 0, all_valid = 0, all_foreground = 0;
-  int bad = 0, other_bad = 0;
-  counted(chunk.image * args.count_chunks, (chunk.image + int64_t(1)) * args.count_chunks, valid, foreground, bad);
-  const uint64_t both = block_sum(valid << 32 | foreground);
-  if (of_batch) {
-    counted(0, args.batch * args.count_chunks, all_valid, all_foreground, other_bad);
-    all_valid = block_sum(all_valid);
-    all_foreground = block_sum(all_foreground);
+  count(chunk.image * args.count_chunks, (chunk.image + int64_t(1)) * args.count_chunks, valid, foreground, bad);
+  const uint64_t both = warp_sum(valid << 32 | foreground);  // there are less than 2^31 voxels in an image
+  bad = __any_sync(kAllLanes, bad);
+  if (args.normalization == math::Normalization::kBatchForeground ||
+      args.normalization == math::Normalization::kBatchValid ||
+      args.normalization == math::Normalization::kWeighted) {
+    int elsewhere = 0;
+    count(0, args.batch * args.count_chunks, all_valid, all_foreground, elsewhere);
+    all_valid = warp_sum(all_valid);
+    all_foreground = warp_sum(all_foreground);
   }
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    const math::VoxelCounts image{static_cast<int64_t>(both >> 32), static_cast<int64_t>(both & 0xffffffffu), 0};
-    const math::VoxelCounts batch{static_cast<int64_t>(all_valid), static_cast<int64_t>(all_foreground),
-                                  static_cast<double>(all_valid)};
-    const double n = math::normalizer(args.normalization, args.foreground_floor, image, batch, args.batch);
-    scale = bad ? not_a_number<double>() : math::image_scale(args.reduction, args.ce_weight, n, args.batch);
-    if (chunk.index == 0) args.scale[chunk.image] = scale;
+  const math::VoxelCounts image{static_cast<int64_t>(both >> 32), static_cast<int64_t>(both & 0xffffffffu), 0};
+  const math::VoxelCounts batch{static_cast<int64_t>(all_valid), static_cast<int64_t>(all_foreground),
+                                static_cast<double>(all_valid)};
+  const double n = math::normalizer(args.normalization, args.foreground_floor, image, batch, args.batch);
+  return bad ? not_a_number<double>() : math::image_scale(args.reduction, args.ce_weight, n, args.batch);
+}
+
+// Every thread of the block must come here.
+__device__ __forceinline__ double scale_from_counts(const LossInOne& args, const Chunk& chunk) {
+  __shared__ double shared_scale;
+  if (warp_index() == 0) {
+    const double scale = scale_by_warp(args, chunk);
+    if (lane_index() == 0) {
+      shared_scale = scale;
+      if (chunk.index == 0) args.scale[chunk.image] = scale;
+    }
   }
   __syncthreads();
-  return scale;
+  return shared_scale;
 }
 
 __device__ __forceinline__ void write_loss(void* loss, bool is_double, double value) {
@@ -96,10 +103,7 @@ struct GradientViews {
       for (int i = 0; i < Span::kVoxels; ++i) values[i] = 1;
     }
   }
-  template <LossKind kKind>
-  __device__ __forceinline__ bool wants_cross_entropy() const {
-    return kKind == LossKind::kCrossEntropy || (kKind == LossKind::kAny && (grad_risk.data || in_one.loss));
-  }
+  __device__ __forceinline__ bool wants_cross_entropy() const { return grad_risk.data || in_one.loss; }
 
   // The loss, where it is wanted. Every thread of the block must come here.
   __device__ __forceinline__ void finish(const LossSums& total, const Chunk& chunk) const {
@@ -176,6 +180,30 @@ struct VoxelGradient {
     return bad ? not_a_number<acc_t>() : counted ? scale * ce : acc_t(0);
   }
 };
+
+// Of a usual call: a bad label or risk makes the factor NaN, or is found when the loss is finished.
+template <LossKind kKind, int V>
+__device__ __forceinline__ VoxelGradient<float> usual_gradient_of(const VoxelData<float, V>& data, int i, float factor,
+                                                                  const Softmax<float>& softmax, float slope_sum,
+                                                                  float hit, LossSums& total) {
+  VoxelGradient<float> voxel{};
+  const bool valid = data.valid(i);
+  const float weight = valid ? data.risk[i] : 0.0f;
+  voxel.scaled_risk = factor * weight;
+  if constexpr (kKind == LossKind::kCrossEntropy) {
+    total.look_at_weight(weight);
+    total.cross_entropy_in_float += weight * (math::log(softmax.sum) - softmax.target);
+    voxel.of_exp = voxel.scaled_risk * math::inverse(softmax.sum);
+    voxel.at_label = -voxel.scaled_risk;
+  } else {
+    const float inverse = valid ? math::inverse(softmax.sum) : 0.0f;
+    const float of_hit = softmax.at_label * inverse * hit;
+    voxel.of_slope = inverse;
+    voxel.of_exp = inverse * (voxel.scaled_risk - (inverse * slope_sum + of_hit));
+    voxel.at_label = of_hit - voxel.scaled_risk;
+  }
+  return voxel;
+}
 
 // slope_sum: sum_k e_k overall_k [e_k]; hit: the slope of I at the label.
 template <LossKind kKind, class Views, class acc_t, int V, class Weights>

@@ -9,37 +9,40 @@ namespace riskmap::cuda {
 
 enum class LossWay : int { kFew, kMany, kAny };
 
-template <class T_, LossWay kWay_, LossKind kKind_, int kSlots_>
+// kPlanar: no other layout, and of few classes as many as there are.
+template <class T_, LossWay kWay_, LossKind kKind_, int kSlots_, bool kPlanar_>
 struct LossKernel {
   using T = T_;
   static constexpr LossWay kWay = kWay_;
   static constexpr LossKind kKind = kKind_;
   static constexpr int kSlots = kSlots_;
+  static constexpr bool kPlanar = kPlanar_;
 };
 
-// Calls f with the kernel of so many classes; of few only as many classes as there are, but for kAny.
+// Calls f with the kernel of a volume that tiles can be read from.
 template <class T, LossKind kKind, class F>
-void with_tile_kernel(int64_t classes, const F& f) {
-  if (classes > kFewClasses) {
-    const int slots = ManyShape::slots_of(classes);
-    if (kKind == LossKind::kAny || slots == kManySlots) return f(LossKernel<T, LossWay::kMany, kKind, kManySlots>{});
-    if constexpr (kKind != LossKind::kAny) {
-      if (slots == 4) return f(LossKernel<T, LossWay::kMany, kKind, 4>{});
-      return f(LossKernel<T, LossWay::kMany, kKind, 8>{});
-    }
+void with_tile_kernel(const Volume& logits, const F& f) {
+  const bool few = logits.classes <= kFewClasses;
+  if (kKind == LossKind::kAny || logits.stride_voxel != 1) {
+    if (!few) return f(LossKernel<T, LossWay::kMany, kKind, kManySlots, false>{});
+    if (logits.classes <= 4) return f(LossKernel<T, LossWay::kFew, kKind, 4, false>{});
+    return f(LossKernel<T, LossWay::kFew, kKind, 8, false>{});
   }
-  if constexpr (kKind == LossKind::kAny) {
-    if (classes <= 4) return f(LossKernel<T, LossWay::kFew, kKind, 4>{});
-    return f(LossKernel<T, LossWay::kFew, kKind, 8>{});
-  } else {
-    switch (classes) {
-      case 2: return f(LossKernel<T, LossWay::kFew, kKind, 2>{});
-      case 3: return f(LossKernel<T, LossWay::kFew, kKind, 3>{});
-      case 4: return f(LossKernel<T, LossWay::kFew, kKind, 4>{});
-      case 5: return f(LossKernel<T, LossWay::kFew, kKind, 5>{});
-      case 6: return f(LossKernel<T, LossWay::kFew, kKind, 6>{});
-      case 7: return f(LossKernel<T, LossWay::kFew, kKind, 7>{});
-      default: return f(LossKernel<T, LossWay::kFew, kKind, 8>{});
+  if constexpr (kKind != LossKind::kAny) {
+    if (!few) {
+      const int slots = ManyShape::slots_of(logits.classes);
+      if (slots == 4) return f(LossKernel<T, LossWay::kMany, kKind, 4, true>{});
+      if (slots == 8) return f(LossKernel<T, LossWay::kMany, kKind, 8, true>{});
+      return f(LossKernel<T, LossWay::kMany, kKind, kManySlots, true>{});
+    }
+    switch (logits.classes) {
+      case 2: return f(LossKernel<T, LossWay::kFew, kKind, 2, true>{});
+      case 3: return f(LossKernel<T, LossWay::kFew, kKind, 3, true>{});
+      case 4: return f(LossKernel<T, LossWay::kFew, kKind, 4, true>{});
+      case 5: return f(LossKernel<T, LossWay::kFew, kKind, 5, true>{});
+      case 6: return f(LossKernel<T, LossWay::kFew, kKind, 6, true>{});
+      case 7: return f(LossKernel<T, LossWay::kFew, kKind, 7, true>{});
+      default: return f(LossKernel<T, LossWay::kFew, kKind, 8, true>{});
     }
   }
 }
@@ -51,12 +54,12 @@ void with_loss_kernel(const LossInputs& in, bool usual, const F& f) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
       if (fits_tiles(in)) {
-        if (!usual || in.logits.stride_voxel != 1) return with_tile_kernel<T, LossKind::kAny>(in.logits.classes, f);
-        if (in.class_sums) return with_tile_kernel<T, LossKind::kDice>(in.logits.classes, f);
-        return with_tile_kernel<T, LossKind::kCrossEntropy>(in.logits.classes, f);
+        if (!usual) return with_tile_kernel<T, LossKind::kAny>(in.logits, f);
+        if (in.class_sums) return with_tile_kernel<T, LossKind::kDice>(in.logits, f);
+        return with_tile_kernel<T, LossKind::kCrossEntropy>(in.logits, f);
       }
     }
-    f(LossKernel<T, LossWay::kAny, LossKind::kAny, 1>{});
+    f(LossKernel<T, LossWay::kAny, LossKind::kAny, 1, false>{});
   });
 }
 

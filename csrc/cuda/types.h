@@ -50,7 +50,7 @@ enum class Layout : int {
 struct LabelCode {
   uint32_t ignore_low, ignore_high;  // raw bits of ignore_index, or what no element has; for floats its value
   uint32_t limit;                    // raw bits below are classes
-  bool floating;
+  bool ignores_class;                // ignore_index is one of these
 };
 
 inline int size_of(Dtype dtype) {
@@ -76,9 +76,9 @@ inline LabelCode label_code(Dtype dtype, int64_t num_labels, int64_t ignore_inde
       dtype == Dtype::kInt8 || dtype == Dtype::kInt16 || dtype == Dtype::kInt32 || dtype == Dtype::kInt64;
   const uint32_t limit = static_cast<uint32_t>(num_labels);
   const auto code = [&](uint64_t ignore, uint32_t below) {
-    return LabelCode{static_cast<uint32_t>(ignore), static_cast<uint32_t>(ignore >> 32), below, floating};
+    return LabelCode{static_cast<uint32_t>(ignore), static_cast<uint32_t>(ignore >> 32), below, ignore < below};
   };
-  if (floating) return code(static_cast<uint64_t>(ignore_index), limit);
+  if (floating) return code(0, 0);  // converted before, see labels.h
   const int bits = 8 * size_of(dtype);
   const int value_bits = is_signed ? bits - 1 : bits;
   // 2^value_bits, or more than any label and ignore_index.

@@ -125,36 +125,48 @@ __device__ __forceinline__ int decode_label(const LabelCode& code, uint32_t low,
   return ignored ? kIgnored : inside ? static_cast<int>(low) : kBadLabel;
 }
 
-// T: the bits of an element.
-template <class T, class Span>
+// T: the bits of an element. kClassesOnly: what is no class is kIgnored, bad or not.
+template <class T, bool kClassesOnly, class Span>
 __device__ __forceinline__ void load_labels_as(const MapRow& map, const LabelCode& code, const Span& span, int (&label)[Span::kVoxels]) {
   T bits[Span::kVoxels];
   load_elements(map, span, bits);
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) {
+    uint32_t low, high = 0;
     if constexpr (sizeof(T) == 8) {
-      label[i] = decode_label(code, bits[i].x, bits[i].y);
+      low = bits[i].x;
+      high = bits[i].y;
     } else {
-      label[i] = decode_label(code, bits[i], 0);
+      low = bits[i];
+    }
+    if constexpr (kClassesOnly) {
+      label[i] = low < code.limit && high == 0 ? static_cast<int>(low) : kIgnored;
+    } else {
+      label[i] = decode_label(code, low, high);
     }
   }
 }
 
-// Of integers; labels of floats are turned into such before, see ops/views.h.
-template <class Span>
+// Of integers; labels that are floats are turned into such before, see labels.h.
+template <bool kClassesOnly = false, class Span>
 __device__ __forceinline__ void load_labels(const MapRow& map, const LabelCode& code, const Span& span,
                                             int (&label)[Span::kVoxels]) {
   if (map.size == 1) {
-    load_labels_as<uint8_t>(map, code, span, label);
+    load_labels_as<uint8_t, kClassesOnly>(map, code, span, label);
   } else if (map.size == 8) {
-    load_labels_as<uint2>(map, code, span, label);
+    load_labels_as<uint2, kClassesOnly>(map, code, span, label);
   } else if (map.size == 4) {
-    load_labels_as<uint32_t>(map, code, span, label);
+    load_labels_as<uint32_t, kClassesOnly>(map, code, span, label);
   } else {
-    load_labels_as<uint16_t>(map, code, span, label);
+    load_labels_as<uint16_t, kClassesOnly>(map, code, span, label);
   }
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) label[i] = span.has(i) ? label[i] : kIgnored;
+  if (kClassesOnly && code.ignores_class) {
+#pragma unroll
+    for (int i = 0; i < Span::kVoxels; ++i)
+      label[i] = label[i] == static_cast<int>(code.ignore_low) ? kIgnored : label[i];
+  }
 }
 
 template <class T, class Span>

@@ -46,9 +46,9 @@ __device__ __forceinline__ float element(const LossViews& in, float e, float of_
   return e * (of_exp + of_slope * slope) - scaled_risk * weights.smooth(k) + added;
 }
 
-template <class T, int kSlots, LossKind kKind>
+template <class T, int kSlots, LossKind kKind, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<TileVolume> args) {
-  using Tile = FewTile<T, kSlots, kKind != LossKind::kAny>;
+  using Tile = FewTile<T, kSlots, kPlanar>;
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeightsOf<kKind, kFewClasses> weights(in);
@@ -67,7 +67,11 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
     Tile tile;
     VoxelData<float, kTileVoxels> data;
     tile.load(args.logits, chunk.image, first, chunk.end, span);
-    data.load(in, rows, span);
+    if (kKind == LossKind::kAny) {
+      data.load(in, rows, span);
+    } else {
+      data.load_classes(in, rows, span);
+    }
     float grad_map[kTileVoxels], grad_risk[kTileVoxels], ce_sum = 0;
     args.template load_grad_map<kKind>(chunk.image, span, grad_map);
     bool used[kTileVoxels];
@@ -86,12 +90,17 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
         const float e = tile.x[c][i];
         sum += (kKind == LossKind::kAny && in.squared ? e * e : e) * overall[c];
       }
-      const VoxelGradient<float> voxel =
-          gradient_of<kKind>(args, data, i, factor, grad_map[i], softmax, weights, sum, slopes.hit(label));
-      if (args.template wants_cross_entropy<kKind>()) {
-        const float ce = softmax.cross_entropy(weights, label);
-        grad_risk[i] = voxel.of_risk(ce);
-        ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
+      VoxelGradient<float> voxel;
+      if constexpr (kKind == LossKind::kAny) {
+        voxel = gradient_of<kKind>(args, data, i, factor, grad_map[i], softmax, weights, sum, slopes.hit(label));
+        if (args.wants_cross_entropy()) {
+          const float ce = softmax.cross_entropy(weights, label);
+          grad_risk[i] = voxel.of_risk(ce);
+          ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
+        }
+        total.look(data, i);
+      } else {
+        voxel = usual_gradient_of<kKind>(data, i, factor, softmax, sum, slopes.hit(label), total);
       }
 #pragma unroll
       for (int c = 0; c < kSlots; ++c) {
@@ -99,23 +108,23 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
         tile.x[c][i] = element<kKind>(in, tile.x[c][i], voxel.of_exp, voxel.of_slope, overall[c], voxel.scaled_risk,
                                       weights, c, added);
       }
-      total.look(data, i);
     }
     tile.store(args.grad, chunk.image, first, chunk.end, span);
-    total.cross_entropy += static_cast<double>(ce_sum);
+    total.cross_entropy += static_cast<double>(ce_sum + total.cross_entropy_in_float);
+    total.cross_entropy_in_float = 0;
     if (kKind == LossKind::kAny && args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), span, grad_risk);
   }
   if (kKind != LossKind::kDice) args.finish(total, chunk);
 }
 
 // Posts: largest logit, sum of the exponentials, label smoothing, slopes. Results: see below.
-template <LossKind kKind>
+template <LossKind kKind, bool kPlanar>
 using BackwardExchange =
     ManyExchange<kKind == LossKind::kAny ? 4 : kKind == LossKind::kDice ? 3 : 2,
-                 kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4, kKind != LossKind::kAny>;
+                 kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4, kPlanar>;
 enum Result : int { kLargest, kLabel, kAtLabel, kOfExp, kOfSlope, kScaledRisk };
 
-template <class T, int kSlots, LossKind kKind>
+template <class T, int kSlots, LossKind kKind, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const GradientViews<TileVolume> args) {
   constexpr int kSlopes = kKind == LossKind::kAny ? 3 : 2;  // their place among the posts
   const LossViews& in = args.in;
@@ -125,7 +134,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
   const SharedSmoothingOf<kKind> smoothing(shape, weights);
   const SlopeTable<kKind, kManyClasses + kManySlots> slopes(args, chunk.image);
   const float factor = args.template factor<float, kKind>(chunk);
-  BackwardExchange<kKind> exchange(args.logits.channels_last);
+  BackwardExchange<kKind, kPlanar> exchange(args.logits.channels_last);
   __syncthreads();
   const LossRows rows(in, chunk.image);
   LossSums total;
@@ -135,11 +144,15 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
     VoxelData<float, 1> data;
     float target = 0, grad_map[1] = {};
     if (shape.is_owner()) {
-      data.load(in, rows, own);
+      if (kKind == LossKind::kAny) {
+        data.load(in, rows, own);
+      } else {
+        data.load_classes(in, rows, own);
+      }
       args.template load_grad_map<kKind>(chunk.image, own, grad_map);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    using Tile = ManyTile<T, kSlots, kKind != LossKind::kAny>;
+    using Tile = ManyTile<T, kSlots, kPlanar>;
     const auto span = Tile::span(first, chunk.end);
     Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
@@ -175,10 +188,11 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
                                                           : exchange.sum(kSlopes, at, softmax.max);
       const VoxelGradient<float> voxel =
           gradient_of<kKind>(args, data, 0, factor, grad_map[0], softmax, weights, slope_sum, slopes.hit(label));
-      if (args.template wants_cross_entropy<kKind>()) {
+      if (kKind == LossKind::kCrossEntropy || (kKind == LossKind::kAny && args.wants_cross_entropy())) {
         const float ce = softmax.cross_entropy(weights, label), grad_risk[1] = {voxel.of_risk(ce)};
         total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
-        if (kKind == LossKind::kAny && args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), own, grad_risk);
+        if (kKind == LossKind::kAny && args.grad_risk.data)
+          store_values(MapRow(args.grad_risk, chunk.image), own, grad_risk);
       }
       total.look(data, 0);
       exchange.result(kLargest, at) = softmax.max;
@@ -291,12 +305,12 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
     } else {
       const auto views = view_of(args, tile_view_of(logits), tile_view_of(args.grad_logits));
       if constexpr (Kernel::kWay == LossWay::kFew) {
-        using Tile = FewTile<T, Kernel::kSlots, Kernel::kKind != LossKind::kAny>;
-        launch(few_backward<T, Kernel::kSlots, Kernel::kKind>, blocks, kThreads, Tile::shared_bytes(views.logits),
+        using Tile = FewTile<T, Kernel::kSlots, Kernel::kPlanar>;
+        launch(few_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads, Tile::shared_bytes(views.logits),
                stream, views);
       } else {
-        launch(many_backward<T, Kernel::kSlots, Kernel::kKind>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
-               BackwardExchange<Kernel::kKind>::shared_bytes(views.logits, ManyTile<T, 4, false>::stage_bytes(views.logits)),
+        launch(many_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
+               BackwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(views.logits, ManyTile<T, 4, false>::stage_bytes(views.logits)),
                stream, views);
       }
     }

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CountViews args) 
     }
     if (args.codes) store_elements(codes, span, code);
   }
-  const bool bad = __syncthreads_or(total.bad_label()) != 0;
+  const bool bad = __syncthreads_or(total.has_bad_label()) != 0;
   const uint64_t both = block_sum(uint64_t(total.valid) << 32 | total.foreground);
   if (threadIdx.x != 0) return;
   args.counts[chunk.image * in.chunking.chunks_per_image + chunk.index] = {

@@ -11,9 +11,9 @@ __device__ __forceinline__ float to_predicted(const LossViews& in, float pi) {
   return kKind == LossKind::kAny && in.squared ? pi * pi : pi;
 }
 
-template <class T, int kSlots, LossKind kKind>
+template <class T, int kSlots, LossKind kKind, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<TileVolume> args) {
-  using Tile = FewTile<T, kSlots, kKind != LossKind::kAny>;
+  using Tile = FewTile<T, kSlots, kPlanar>;
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeightsOf<kKind, kFewClasses> weights(in);
@@ -35,6 +35,14 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
     float value[kTileVoxels], ce_sum = 0;
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
+      if constexpr (kKind == LossKind::kDice) {
+        const float weight = data.valid(i) ? data.risk[i] : 0.0f;
+        ce_sum += weight * sums.add(tile, i, data.label[i]);
+        total.look_at_weight(weight);
+        total.look_at_label(data.label[i]);
+        if (in.foreground.data && data.label[i] == in.background) sums.masked_background += data.in_mask >> i & 1;
+        continue;
+      }
       const auto softmax = softmax_of<kKind>(tile, i, data.label[i], weights);
       const bool counted = kKind == LossKind::kAny ? data.counted(in, i) : data.valid(i);
       const float weighted = counted ? data.risk[i] * softmax.cross_entropy(weights, data.label[i]) : 0.0f;
@@ -51,7 +59,9 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
       for (int c = 0; c < kSlots; ++c) {
         const float pi = tile.x[c][i] * inverse;
         sums.predicted[c] += to_predicted<kKind>(in, pi);
-        add_where(data.label[i], c, pi, sums.intersection[c], sums.labelled[c]);
+        const bool hit = data.label[i] == c;
+        sums.intersection[c] += hit ? pi : 0.0f;
+        sums.labelled[c] += hit;
       }
     }
     total.cross_entropy += static_cast<double>(ce_sum);
@@ -63,10 +73,10 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardViews<Ti
   if (class_sums) sums.write(in, out);
 }
 
-template <LossKind kKind>
-using ForwardExchange = ManyExchange<kKind == LossKind::kAny ? 3 : 2, 2, kKind != LossKind::kAny>;
+template <LossKind kKind, bool kPlanar>
+using ForwardExchange = ManyExchange<kKind == LossKind::kAny ? 3 : 2, 2, kPlanar>;
 
-template <class T, int kSlots, LossKind kKind>
+template <class T, int kSlots, LossKind kKind, bool kPlanar>
 __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const ForwardViews<TileVolume> args) {
   const LossViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
@@ -74,7 +84,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
   const ClassWeightsOf<kKind, kManyClasses + kManySlots> weights(in);
   const SharedSmoothingOf<kKind> smoothing(shape, weights);
   const bool class_sums = has_class_sums<kKind>(in);
-  ForwardExchange<kKind> exchange(args.logits.channels_last);
+  ForwardExchange<kKind, kPlanar> exchange(args.logits.channels_last);
   ManyClassSumsOf<kKind, kSlots> sums;
   const LossRows rows = args.rows(chunk);
   LossSums total;
@@ -88,7 +98,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
       data.load(in, rows, own);
       target = load_target<T>(args.logits, chunk.image, own.first, data.label[0]);
     }
-    using Tile = ManyTile<T, kSlots, kKind != LossKind::kAny>;
+    using Tile = ManyTile<T, kSlots, kPlanar>;
     Tile tile;
     float max[kTileVoxels], sum[kTileVoxels];
     tile.load(args.logits, shape, chunk.image, first, Tile::span(first, chunk.end), exchange.stage());
@@ -203,14 +213,14 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
     if constexpr (Kernel::kWay == LossWay::kAny) {
       launch(forward_of_any<T>, blocks, kThreads, 0, stream, view_of(args, any_view_of(logits)));
     } else if constexpr (Kernel::kWay == LossWay::kFew) {
-      using Tile = FewTile<T, Kernel::kSlots, Kernel::kKind != LossKind::kAny>;
+      using Tile = FewTile<T, Kernel::kSlots, Kernel::kPlanar>;
       const TileVolume view = tile_view_of(logits);
-      launch(few_forward<T, Kernel::kSlots, Kernel::kKind>, blocks, kThreads, Tile::shared_bytes(view), stream,
+      launch(few_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads, Tile::shared_bytes(view), stream,
              view_of(args, view));
     } else {
       const TileVolume view = tile_view_of(logits);
-      launch(many_forward<T, Kernel::kSlots, Kernel::kKind>, blocks, ManyShape::warps_of(view.classes) * kWarp,
-             ForwardExchange<Kernel::kKind>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream,
+      launch(many_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, ManyShape::warps_of(view.classes) * kWarp,
+             ForwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream,
              view_of(args, view));
     }
   });
