@@ -103,24 +103,36 @@ class LabelRuns {
         half_(lane_index() / kManySlots),
         has_class_(lane_index() % kManySlots < shape.count) {}
 
-  // Of kWarp voxels with these labels.
+  // Of kWarp voxels with these labels; ignored ones have the probability 0.
   __device__ __forceinline__ void add(const int* labels) {
-    const bool same = __all_sync(kAllLanes, labels[lane_index()] == labels[0]) != 0;
-    if (same) {
-      turn_to(labels[0]);
-      constexpr int kHalf = kWarp / 2;
+    constexpr int kHalf = kWarp / 2;
+    const int label = labels[lane_index()];
+    uint32_t left = __ballot_sync(kAllLanes, label >= 0);
+    if (left == 0) return;
+    float own[kHalf];
 #pragma unroll
-      for (int v = 0; v < kHalf; v += kTileVoxels) {
-        const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + half_ * kHalf + v);
+    for (int v = 0; v < kHalf; v += kTileVoxels) {
+      const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + half_ * kHalf + v);
 #pragma unroll
-        for (int i = 0; i < kTileVoxels; ++i) run_ += pack.values[i];
-      }
+      for (int i = 0; i < kTileVoxels; ++i) own[v + i] = pack.values[i];
+    }
+    // First what goes on, then one label after the other.
+    uint32_t same = __ballot_sync(kAllLanes, label == label_) & left;
+    if (same == 0) same = next(label, left);
+    while (same != left) {
+      const uint32_t mine = same >> (half_ * kHalf);
+#pragma unroll
+      for (int v = 0; v < kHalf; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
+      left &= ~same;
+      same = next(label, left);
+    }
+    if (same == __ballot_sync(kAllLanes, label >= 0)) {
+#pragma unroll
+      for (int v = 0; v < kHalf; ++v) run_ += own[v];
     } else {
-#pragma unroll 1
-      for (int v = 0; v < kWarp; ++v) {
-        if (labels[v] != label_) turn_to(labels[v]);
-        if (half_ == 0) run_ += own_[v];
-      }
+      const uint32_t mine = same >> (half_ * kHalf);
+#pragma unroll
+      for (int v = 0; v < kHalf; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
     }
     voxels_ += kWarp;
     if (voxels_ == kMostInFloat) flush();
@@ -141,10 +153,11 @@ class LabelRuns {
   }
 
  private:
-  __device__ __forceinline__ void turn_to(int label) {
-    if (label == label_) return;
+  // Goes over to the first label of these voxels, and says which have it.
+  __device__ __forceinline__ uint32_t next(int label, uint32_t left) {
     flush();
-    label_ = label;
+    label_ = __shfl_sync(kAllLanes, label, __ffs(static_cast<int>(left)) - 1);
+    return __ballot_sync(kAllLanes, label == label_);
   }
 
   const float* own_;
@@ -225,13 +238,15 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
       for (int w = 0; w < warps; ++w) largest = fmaxf(largest, exchange.posted(0, w, shape.thread));
       labels[shape.thread] = label[0] < 0 ? kIgnored : label[0];
       exchange.result(0, shape.thread) = largest;
-      exchange.result(1, shape.thread) = math::inverse(exchange.sum(1, shape.thread, largest));
+      exchange.result(1, shape.thread) = label[0] < 0 ? 0.0f : math::inverse(exchange.sum(1, shape.thread, largest));
     }
     __syncthreads();
     float factor[kTileVoxels], largest[kTileVoxels];
     exchange.results(0, largest);
     exchange.results(1, factor);
     __syncthreads();  // from here on the memory is for turning
+    const bool used[] = {factor[0] != 0, factor[1] != 0, factor[2] != 0, factor[3] != 0};
+    clear_unused(tile, used);
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
 #pragma unroll
