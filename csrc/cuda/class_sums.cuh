@@ -1,5 +1,5 @@
-// What the forward passes of the loss share: the sums of the classes for Dice (I, P and G, see math/weighted_loss.h), and
-// where a block's sums go.
+// What the forward passes of the loss share: the sums of the classes for Dice (I, P and G, see math/weighted_loss.h),
+// and where a block's sums go.
 #pragma once
 
 #include "cuda/loss.cuh"
@@ -32,8 +32,7 @@ struct ForwardViews {
 
 template <class Logits>
 ForwardViews<Logits> view_of(const LossForward& args, const Logits& logits) {
-  return {view_of(args.in, args.chunking), logits, view_of(args.map), args.map_factor, args.partial,
-          args.ticket};
+  return {view_of(args.in, args.chunking), logits, view_of(args.map), args.map_factor, args.partial, args.ticket};
 }
 
 // Where a == b: to = value, sum += x * y, ++count. What nvcc makes of the same in C++ takes twice the instructions.

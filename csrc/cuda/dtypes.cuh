@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/types.h"
@@ -150,9 +151,39 @@ struct Pack {
 
   __device__ __forceinline__ static Pack of(const float (&numbers)[N]) {
     Pack pack;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {  // two in an instruction
+      uint32_t pairs[N / 2];
 #pragma unroll
-    for (int i = 0; i < N; ++i) pack.values[i] = from_acc<T>(numbers[i]);
+      for (int j = 0; j < N / 2; ++j) {
+        if constexpr (std::is_same_v<T, Half>) {
+          asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j]) : "f"(numbers[2 * j + 1]), "f"(numbers[2 * j]));
+        } else {
+          asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[j]) : "f"(numbers[2 * j + 1]), "f"(numbers[2 * j]));
+        }
+      }
+      memcpy(&pack, pairs, kBytes);
+    } else
+#endif
+    {
+#pragma unroll
+      for (int i = 0; i < N; ++i) pack.values[i] = from_acc<T>(numbers[i]);
+    }
     return pack;
+  }
+  __device__ __forceinline__ void to(float (&numbers)[N]) const {
+    if constexpr (std::is_same_v<T, BFloat16> && N % 2 == 0) {  // an instruction each, without a half on the way
+      uint32_t pairs[N / 2];
+      memcpy(pairs, this, kBytes);
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) {
+        numbers[2 * j] = math::bit_cast<float>(pairs[j] << 16);
+        numbers[2 * j + 1] = math::bit_cast<float>(pairs[j] & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) numbers[i] = to_acc<float>(values[i]);
+    }
   }
 
   __device__ __forceinline__ void store(T* address) const {

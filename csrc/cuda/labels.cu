@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const LabelConversion
     if (x > -9e15 && x < 9e15) {  // no NaN, and nothing that a double cannot hold exactly
       const int64_t y = static_cast<int64_t>(x);
       if (static_cast<double>(y) == x)
-        label = y == args.ignore_index                ? kConvertedIgnore
+        label = y == args.ignore_index          ? kConvertedIgnore
                 : y >= 0 && y < args.num_labels ? static_cast<int32_t>(y)
                                                 : kConvertedBad;
     }

@@ -68,7 +68,7 @@ bool has_small_table(const SourceInputs& in);
 struct Transfer {
   SourceInputs in;
   ConditionalTable conditional;  // its table made already, unless it is small
-  int64_t background;  // -1: every valid voxel is foreground
+  int64_t background;            // -1: every valid voxel is foreground
   Chunking chunking;
   MapKind kind;
   math::RiskCurve curve;  // of kRisk

@@ -119,20 +119,17 @@ class LabelRuns {
     // First what goes on, then one label after the other.
     uint32_t same = __ballot_sync(kAllLanes, label == label_) & left;
     if (same == 0) same = next(label, left);
+    const bool one_label = same == left;
     while (same != left) {
-      const uint32_t mine = same >> (half_ * kHalf);
-#pragma unroll
-      for (int v = 0; v < kHalf; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
+      add(own, same);
       left &= ~same;
       same = next(label, left);
     }
-    if (same == __ballot_sync(kAllLanes, label >= 0)) {
+    if (one_label) {
 #pragma unroll
       for (int v = 0; v < kHalf; ++v) run_ += own[v];
     } else {
-      const uint32_t mine = same >> (half_ * kHalf);
-#pragma unroll
-      for (int v = 0; v < kHalf; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
+      add(own, same);
     }
     voxels_ += kWarp;
     if (voxels_ == kMostInFloat) flush();
@@ -153,6 +150,11 @@ class LabelRuns {
   }
 
  private:
+  __device__ __forceinline__ void add(const float (&own)[kWarp / 2], uint32_t voxels) {
+    const uint32_t mine = voxels >> (half_ * (kWarp / 2));
+#pragma unroll
+    for (int v = 0; v < kWarp / 2; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
+  }
   // Goes over to the first label of these voxels, and says which have it.
   __device__ __forceinline__ uint32_t next(int label, uint32_t left) {
     flush();
@@ -344,7 +346,8 @@ __global__ void __launch_bounds__(kThreads) sum_tables(const SumViews args) {
       __syncthreads();
 #pragma unroll 4
       for (int64_t t = warp_index(); t < count; t += kWarps)
-        if (present[t] && z < args.classes) sum += args.partial[((begin + t) * args.num_classes + y) * args.classes + z];
+        if (present[t] && z < args.classes)
+          sum += args.partial[((begin + t) * args.num_classes + y) * args.classes + z];
     }
     of_warp[warp_index()][lane_index()] = sum;
     __syncthreads();
@@ -378,8 +381,8 @@ StatisticsPlan plan_statistics(const SourceInputs& in) {
   if (plan.way == SourceWay::kMany && in.num_classes > kMaxTableRows) plan.way = SourceWay::kAny;
   if (plan.way == SourceWay::kFew) {
     const int64_t threads = int64_t(warps_for_places(in)) * kWarp;
-    plan.chunking = chunk_voxels(batch, voxels, threads * kTileVoxels, kPlaceTiles,
-                                 usual_blocks() * (kThreads / threads));
+    plan.chunking =
+        chunk_voxels(batch, voxels, threads * kTileVoxels, kPlaceTiles, usual_blocks() * (kThreads / threads));
     return plan;
   }
   // The partial tables may take a quarter of what the logits take, or a few megabytes.
@@ -387,8 +390,7 @@ StatisticsPlan plan_statistics(const SourceInputs& in) {
   const int64_t bytes = batch * voxels * in.source.classes * size_of(in.source.dtype) / 4;
   const int64_t fitting = (bytes < (32 << 20) ? 32 << 20 : bytes) / (table > 0 ? table : 1);
   const int64_t blocks = fitting < 1 ? 1 : fitting < usual_blocks() ? fitting : usual_blocks();
-  plan.chunking =
-      chunk_voxels(batch, voxels, plan.way == SourceWay::kMany ? kWarpVoxels : kThreads, INT32_MAX, blocks);
+  plan.chunking = chunk_voxels(batch, voxels, plan.way == SourceWay::kMany ? kWarpVoxels : kThreads, INT32_MAX, blocks);
   return plan;
 }
 
@@ -409,7 +411,8 @@ void launch_statistics(const Statistics& args, cudaStream_t stream) {
         if constexpr (Kernel::kWay == SourceWay::kMany) {
           const int warps = ManyShape::warps_of(in.classes);
           all.own_at = static_cast<uint32_t>(bytes_of_many<T>(source));
-          launch(many_statistics<T, Kernel::kSlots, Kernel::kExact>, blocks, warps * kWarp, all.own_at + warps * in.num_classes, stream, all);
+          launch(many_statistics<T, Kernel::kSlots, Kernel::kExact>, blocks, warps * kWarp,
+                 all.own_at + warps * in.num_classes, stream, all);
         } else {
           const int warps = warps_for_places(in);
           all.own_at = static_cast<uint32_t>(warps * stage_bytes(in));

@@ -262,9 +262,7 @@ struct LossSums {
     const uint32_t bits = math::bit_cast<uint32_t>(weight + 0.0f);  // of -0 those of 0
     largest_weight = bits > largest_weight ? bits : largest_weight;
   }
-  __device__ __forceinline__ void look_at_label(int label) {
-    least_label = label < least_label ? label : least_label;
-  }
+  __device__ __forceinline__ void look_at_label(int label) { least_label = label < least_label ? label : least_label; }
   __device__ __forceinline__ bool has_bad_label() const { return least_label == kBadLabel; }
   __device__ __forceinline__ bool has_bad_risk() const { return bad_risk || largest_weight > 0x7f7fffffu; }
 };
@@ -294,8 +292,8 @@ __device__ __forceinline__ void write_sums(const LossSums& sums, bool counts, co
   const double warp_ce = warp_sum(sums.cross_entropy);
   // Both numbers are below 2^31 in an image.
   const uint64_t warp_counts = counts ? warp_sum(uint64_t(sums.valid) << 32 | sums.foreground) : 0;
-  const uint32_t bad = (__any_sync(kAllLanes, sums.has_bad_label()) ? 1u : 0u) |
-                       (__any_sync(kAllLanes, sums.has_bad_risk()) ? 2u : 0u);
+  const uint32_t bad =
+      (__any_sync(kAllLanes, sums.has_bad_label()) ? 1u : 0u) | (__any_sync(kAllLanes, sums.has_bad_risk()) ? 2u : 0u);
   if (lane_index() == 0) {
     ce_of_warp[warp_index()] = warp_ce;
     counts_of_warp[warp_index()] = warp_counts;

@@ -22,8 +22,7 @@ __device__ __forceinline__ double scale_by_warp(const LossInOne& args, const Chu
   const uint64_t both = warp_sum(valid << 32 | foreground);  // there are less than 2^31 voxels in an image
   bad = __any_sync(kAllLanes, bad);
   if (args.normalization == math::Normalization::kBatchForeground ||
-      args.normalization == math::Normalization::kBatchValid ||
-      args.normalization == math::Normalization::kWeighted) {
+      args.normalization == math::Normalization::kBatchValid || args.normalization == math::Normalization::kWeighted) {
     int elsewhere = 0;
     count(0, args.batch * args.count_chunks, all_valid, all_foreground, elsewhere);
     all_valid = warp_sum(all_valid);
@@ -153,8 +152,17 @@ struct GradientViews {
 
 template <class Logits>
 GradientViews<Logits> view_of(const LossBackward& args, const Logits& logits, const Logits& grad) {
-  return {view_of(args.in, args.chunking), logits, grad, args.grad_loss, args.grad_dtype, args.scale,
-          view_of(args.grad_map), args.dice_slopes, view_of(args.grad_risk), args.in_one, args.grad_logits};
+  return {view_of(args.in, args.chunking),
+          logits,
+          grad,
+          args.grad_loss,
+          args.grad_dtype,
+          args.scale,
+          view_of(args.grad_map),
+          args.dice_slopes,
+          view_of(args.grad_risk),
+          args.in_one,
+          args.grad_logits};
 }
 
 // Whether a voxel has a gradient. Elsewhere not even a NaN may reach it.
@@ -208,13 +216,12 @@ __device__ __forceinline__ VoxelGradient<float> usual_gradient_of(const VoxelDat
 // slope_sum: sum_k e_k overall_k [e_k]; hit: the slope of I at the label.
 template <LossKind kKind, class Views, class acc_t, int V, class Weights>
 __device__ __forceinline__ VoxelGradient<acc_t> gradient_of(const Views& args, const VoxelData<acc_t, V>& data, int i,
-                                                            acc_t factor, acc_t grad_map,
-                                                            const Softmax<acc_t>& softmax, const Weights& weights,
-                                                            acc_t slope_sum, acc_t hit) {
+                                                            acc_t factor, acc_t grad_map, const Softmax<acc_t>& softmax,
+                                                            const Weights& weights, acc_t slope_sum, acc_t hit) {
   const LossViews& in = args.in;
   VoxelGradient<acc_t> voxel;
   voxel.used = is_used<kKind>(in, data, i, factor);
-  voxel.counted = kKind == LossKind::kAny ? factor != acc_t(0) && data.counted(in, i)
+  voxel.counted = kKind == LossKind::kAny    ? factor != acc_t(0) && data.counted(in, i)
                   : kKind == LossKind::kDice ? factor != acc_t(0) && voxel.used
                                              : voxel.used;
   voxel.bad = data.label[i] == kBadLabel || data.bad_risk(i);

@@ -77,9 +77,8 @@ struct SharedSmoothing {
     if (lane_index() == 0) of_warp[warp_index()] = sum;
   }
   template <class Tile, class Weights, class Exchange>
-  __device__ __forceinline__ void post(const Tile& tile, const ManyShape& shape,
-                                       const float (&max)[kTileVoxels], const Weights& weights,
-                                       Exchange& exchange) const {
+  __device__ __forceinline__ void post(const Tile& tile, const ManyShape& shape, const float (&max)[kTileVoxels],
+                                       const Weights& weights, Exchange& exchange) const {
     float dot[kTileVoxels] = {};
 #pragma unroll
     for (int k = 0; k < Tile::kSlots; ++k) {

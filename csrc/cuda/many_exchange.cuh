@@ -55,7 +55,8 @@ class ManyExchange {
     }
   }
 
-  // Of a voxel, from what the warps posted: 0 the largest of their logits, 1 the sum of the exponentials relative to it.
+  // Of a voxel, from what the warps posted: 0 the largest of their logits, 1 the sum of the exponentials relative to
+  // it.
   template <class Smoothing>
   __device__ __forceinline__ Softmax<float> softmax(uint32_t voxel, float target, const Smoothing& smoothing) const {
     Softmax<float> softmax{kNoLogit, 0, 0, 0, 0};
@@ -102,8 +103,7 @@ __device__ __forceinline__ void largest_of(const Tile& tile, float (&max)[kTileV
 
 // The logits become their exponentials; their sum.
 template <class Tile>
-__device__ __forceinline__ void exponentials(Tile& tile, const float (&max)[kTileVoxels],
-                                             float (&sum)[kTileVoxels]) {
+__device__ __forceinline__ void exponentials(Tile& tile, const float (&max)[kTileVoxels], float (&sum)[kTileVoxels]) {
 #pragma unroll
   for (int i = 0; i < kTileVoxels; ++i) sum[i] = 0;
 #pragma unroll

@@ -255,8 +255,7 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
       const acc_t hit_slope = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 1, r) : acc_t(0);
       const auto term = math::region_term(x.get(r), t);
       ce += term.loss * weight;
-      out[r * args.of.grad.stride_class] =
-          from_acc<T>(voxel.of_logit(in, term.pi, t, hit, weight, overall, hit_slope));
+      out[r * args.of.grad.stride_class] = from_acc<T>(voxel.of_logit(in, term.pi, t, hit, weight, overall, hit_slope));
     });
     const acc_t grad_risk[1] = {voxel.of_risk(ce)};
     total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;

@@ -18,13 +18,12 @@ Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor
   const int64_t background_class = background.value_or(-1);
   if (options.one_pass()) {
     const math::RiskCurve curve = options.curve(low.value_or(0), high.value_or(0));
-    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, MapKind::kRisk, curve,
-                         stream)
+    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class,
+                         MapKind::kRisk, curve, stream)
         .map;
   }
-  TransferPass pass =
-      transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, MapKind::kMarked,
-                    {}, stream);
+  TransferPass pass = transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class,
+                                    MapKind::kMarked, {}, stream);
   const int64_t batch = source.size(0);
   if (pass.map.numel() == 0) return pass.map;
   launch_finish_risk_map({batch, pass.map.numel() / batch, pass.chunking.chunks_per_image,

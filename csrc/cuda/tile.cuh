@@ -114,14 +114,11 @@ struct FewTile {
       const T* at = from + span.first;
 #pragma unroll
       for (int c = 0; c < kSlots; ++c) {
-        if (!kExact) packs[c] = {};
+        if (!kExact) packs[c] = Pack<T, kTileVoxels>::all(has(volume, c) ? 0.0f : -INFINITY);
         if (has(volume, c) && span.has(0)) packs[c] = Pack<T, kTileVoxels>::load(at + c * volume.stride_class);
       }
 #pragma unroll
-      for (int c = 0; c < kSlots; ++c)
-#pragma unroll
-        for (int i = 0; i < kTileVoxels; ++i)
-          x[c][i] = has(volume, c) ? to_acc<float>(packs[c].values[i]) : -INFINITY;
+      for (int c = 0; c < kSlots; ++c) packs[c].to(x[c]);
     }
   }
 
@@ -266,9 +263,7 @@ struct ManyTile {
       at += kGroup * volume.stride_class;
     }
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k)
-#pragma unroll
-      for (int i = 0; i < kTileVoxels; ++i) x[k][i] = to_acc<float>(packs[k].values[i]);
+    for (int k = 0; k < kSlots; ++k) packs[k].to(x[k]);
   }
 
   // The label's class gets at_label instead. All threads of the block must come here, as for load.
@@ -298,8 +293,7 @@ struct ManyTile {
       for (int g = 0; g < kSlots; g += kGroup) {
         if (g + kGroup <= shape.count) {
 #pragma unroll
-          for (int k = g; k < g + kGroup; ++k)
-            Pack<T, kTileVoxels>::of(x[k]).store(at + (k - g) * volume.stride_class);
+          for (int k = g; k < g + kGroup; ++k) Pack<T, kTileVoxels>::of(x[k]).store(at + (k - g) * volume.stride_class);
         } else {
 #pragma unroll
           for (int k = g; k < g + kGroup; ++k)

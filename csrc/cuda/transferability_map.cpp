@@ -42,8 +42,8 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
     pass.partial = empty_on(source, {3 * chunking.chunks(source.size(0))}, ScalarType::Double);
     partial = static_cast<double*>(pass.partial.data_ptr());
   }
-  launch_transfer({in.args, table, background, chunking, kind, curve, static_cast<float*>(pass.map.data_ptr()), partial},
-                  stream);
+  launch_transfer(
+      {in.args, table, background, chunking, kind, curve, static_cast<float*>(pass.map.data_ptr()), partial}, stream);
   return pass;
 }
 
@@ -51,8 +51,8 @@ Tensor transferability_map(Tensor source, Tensor target, Tensor conditional, Opt
                            int64_t ignore_index) {
   check_transferability_map("transferability_map", source, target, conditional, regions);
   const DeviceGuard guard(source);
-  return transfer_pass("transferability_map", source, target, conditional, regions, ignore_index, -1, MapKind::kTransferability, {},
-                       stream_of(source))
+  return transfer_pass("transferability_map", source, target, conditional, regions, ignore_index, -1,
+                       MapKind::kTransferability, {}, stream_of(source))
       .map;
 }
 

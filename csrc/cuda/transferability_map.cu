@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishViews view
   const math::RiskCurve exact = math::make_risk_curve(args.scheme, args.log_base, args.alpha, args.scale, low, high);
   const math::RiskCurveOf<float> curve{exact.scheme, static_cast<float>(exact.rate), static_cast<float>(exact.low),
                                        static_cast<float>(exact.inverse_range)};
-  const MapView map{reinterpret_cast<char*>(args.map), args.voxels * static_cast<int64_t>(sizeof(float)),
-                    Dtype::kFloat, static_cast<int>(sizeof(float))};
+  const MapView map{reinterpret_cast<char*>(args.map), args.voxels * static_cast<int64_t>(sizeof(float)), Dtype::kFloat,
+                    static_cast<int>(sizeof(float))};
   const MapRow row(map, chunk.image);
   for (uint32_t tile = chunk.begin; tile < chunk.end; tile += kThreads * V) {
     const Span span{tile + threadIdx.x * V, chunk.end};
@@ -269,7 +269,9 @@ bool has_small_table(const SourceInputs& in) { return transfer_way(in) == Source
 
 Chunking transfer_chunking(const SourceInputs& in) {
   const SourceWay way = transfer_way(in);
-  const int64_t tile = way == SourceWay::kFew ? kThreads * kTileVoxels : way == SourceWay::kMany ? kWarpVoxels : kThreads;
+  const int64_t tile = way == SourceWay::kFew    ? kThreads * kTileVoxels
+                       : way == SourceWay::kMany ? kWarpVoxels
+                                                 : kThreads;
   const int64_t blocks = usual_blocks() * (way == SourceWay::kMany && in.classes <= 64 ? 2 : 1);
   return chunk_voxels(in.source.batch, in.source.voxels, tile, INT32_MAX / (kThreads * kTileVoxels), blocks);
 }
@@ -307,7 +309,8 @@ void launch_transfer(const Transfer& args, cudaStream_t stream) {
                FewTile<T, Kernel::kSlots, Kernel::kExact>::shared_bytes(view), stream, views(view));
       } else {
         launch(many_transfer<T, Kernel::kSlots, Kernel::kExact>, blocks, ManyShape::warps_of(args.in.classes) * kWarp,
-               TransferExchange<false>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream, views(view));
+               TransferExchange<false>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream,
+               views(view));
       }
     }
   });
@@ -315,7 +318,8 @@ void launch_transfer(const Transfer& args, cudaStream_t stream) {
 
 void launch_finish_risk_map(const FinishRiskMap& args, cudaStream_t stream) {
   const bool packs = is_multiple(args.voxels, kTileVoxels);
-  const Chunking chunking = chunk_voxels(args.batch, args.voxels, kThreads * (packs ? kTileVoxels : 1), INT32_MAX / 1024);
+  const Chunking chunking =
+      chunk_voxels(args.batch, args.voxels, kThreads * (packs ? kTileVoxels : 1), INT32_MAX / 1024);
   if (chunking.chunks(args.batch) == 0) return;
   launch(packs ? finish_kernel<Neighbours<kTileVoxels>> : finish_kernel<Neighbours<1>>, chunking.chunks(args.batch),
          kThreads, 0, stream, FinishViews{args, chunking});

@@ -7,8 +7,8 @@
 
 namespace riskmap::cuda {
 
-// The work of an op is cut into tiles (what a block holds at once) and chunks (what a block sums before the sums meet in
-// double). Both depend on shape, dtype and strides alone: results are bitwise the same from run to run.
+// The work of an op is cut into tiles (what a block holds at once) and chunks (what a block sums before the sums meet
+// in double). Both depend on shape, dtype and strides alone: results are bitwise the same from run to run.
 struct Chunking {
   int64_t voxels_per_chunk;  // a whole number of tiles
   int64_t chunks_per_image;

@@ -104,7 +104,8 @@ __device__ __forceinline__ void load_elements(const MapRow& row, const Spread<V>
 }
 
 template <class T, class Span>
-__device__ __forceinline__ void store_elements(const MapRow& row, const Span& span, const Pack<T, Span::kVoxels>& pack) {
+__device__ __forceinline__ void store_elements(const MapRow& row, const Span& span,
+                                               const Pack<T, Span::kVoxels>& pack) {
   if (span.has(0)) pack.store(reinterpret_cast<T*>(row.data) + span.first);
 }
 
@@ -127,7 +128,8 @@ __device__ __forceinline__ int decode_label(const LabelCode& code, uint32_t low,
 
 // T: the bits of an element. kClassesOnly: what is no class is kIgnored, bad or not.
 template <class T, bool kClassesOnly, class Span>
-__device__ __forceinline__ void load_labels_as(const MapRow& map, const LabelCode& code, const Span& span, int (&label)[Span::kVoxels]) {
+__device__ __forceinline__ void load_labels_as(const MapRow& map, const LabelCode& code, const Span& span,
+                                               int (&label)[Span::kVoxels]) {
   T bits[Span::kVoxels];
   load_elements(map, span, bits);
 #pragma unroll
@@ -198,8 +200,7 @@ __device__ __forceinline__ uint32_t load_mask(const MapRow& map, const Span& spa
 }
 
 template <class T, class acc_t, class Span>
-__device__ __forceinline__ void load_values_as(const MapRow& map, const Span& span,
-                                               acc_t (&values)[Span::kVoxels]) {
+__device__ __forceinline__ void load_values_as(const MapRow& map, const Span& span, acc_t (&values)[Span::kVoxels]) {
   T elements[Span::kVoxels];
   load_elements(map, span, elements);
 #pragma unroll
@@ -208,8 +209,7 @@ __device__ __forceinline__ void load_values_as(const MapRow& map, const Span& sp
 
 // Values of any floating dtype; 1 where the map is absent.
 template <class acc_t, class Span>
-__device__ __forceinline__ void load_values(const MapRow& map, const Span& span,
-                                            acc_t (&values)[Span::kVoxels]) {
+__device__ __forceinline__ void load_values(const MapRow& map, const Span& span, acc_t (&values)[Span::kVoxels]) {
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) values[i] = acc_t(1);
   if (!map.data) return;

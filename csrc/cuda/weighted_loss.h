@@ -24,8 +24,8 @@ struct LossInputs {
   Volume logits;    // [B, C, S]
   VoxelMap target;  // [B, S]
   LabelCode label;
-  VoxelMap risk;              // [B, S] or absent: 1
-  VoxelMap foreground;        // [B, S] or absent
+  VoxelMap risk;        // [B, S] or absent: 1
+  VoxelMap foreground;  // [B, S] or absent
   ClassWeight class_weight;
   const uint8_t* membership;  // [R, L], 1 where the label is in the region; nullptr: softmax
   int64_t num_labels;         // L, with a softmax C
@@ -48,8 +48,8 @@ struct LossForward {
   Chunking chunking;
   VoxelMap map;  // reduction none: factor * w c CE of every voxel, else absent
   double map_factor;
-  double* partial;  // [B, columns, chunks], columns as math::LossColumn
-  uint32_t* ticket; // becomes 0, for finish_loss; or nullptr
+  double* partial;   // [B, columns, chunks], columns as math::LossColumn
+  uint32_t* ticket;  // becomes 0, for finish_loss; or nullptr
 };
 
 // Voxels of a chunk of the pass over the labels.
@@ -67,9 +67,9 @@ struct LossInOne {
   math::Normalization normalization;
   math::Reduction reduction;
   double foreground_floor, ce_weight;
-  double* scale;    // [B], scratch
-  double* partial;  // [B, kLossColumns, chunks], scratch
-  uint32_t* ticket; // 0
+  double* scale;     // [B], scratch
+  double* partial;   // [B, kLossColumns, chunks], scratch
+  uint32_t* ticket;  // 0
 };
 
 struct LossBackward {
@@ -102,9 +102,9 @@ struct LossCount {
 struct LossFinish {
   int64_t batch, classes, chunks_per_image;
   bool class_sums;
-  double* partial;                  // [B, columns, chunks]
-  double* sums;                     // [B, columns], scratch
-  uint32_t* ticket;                 // 0; nullptr: there is one chunk, and partial and sums are the same
+  double* partial;   // [B, columns, chunks]
+  double* sums;      // [B, columns], scratch
+  uint32_t* ticket;  // 0; nullptr: there is one chunk, and partial and sums are the same
 
   math::Normalization normalization;
   math::Reduction reduction;

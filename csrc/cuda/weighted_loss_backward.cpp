@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
   check_loss_with_gradient(tensors, options, grad_risk);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
-  const DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false, stream);
+  const DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false,
+                            stream);
   const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
   Tensor loss = empty_on(logits, {}, in.result_dtype());
   GradientTensor gradient(logits);

@@ -112,16 +112,21 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const GradientViews<
     tile.store(args.grad, chunk.image, first, chunk.end, span);
     total.cross_entropy += static_cast<double>(ce_sum + total.cross_entropy_in_float);
     total.cross_entropy_in_float = 0;
-    if (kKind == LossKind::kAny && args.grad_risk.data) store_values(MapRow(args.grad_risk, chunk.image), span, grad_risk);
+    if (kKind == LossKind::kAny && args.grad_risk.data)
+      store_values(MapRow(args.grad_risk, chunk.image), span, grad_risk);
   }
   if (kKind != LossKind::kDice) args.finish(total, chunk);
 }
 
 // Posts: largest logit, sum of the exponentials, label smoothing, slopes. Results: see below.
 template <LossKind kKind, bool kPlanar>
-using BackwardExchange =
-    ManyExchange<kKind == LossKind::kAny ? 4 : kKind == LossKind::kDice ? 3 : 2,
-                 kKind == LossKind::kAny ? 6 : kKind == LossKind::kDice ? 5 : 4, kPlanar>;
+using BackwardExchange = ManyExchange<kKind == LossKind::kAny    ? 4
+                                      : kKind == LossKind::kDice ? 3
+                                                                 : 2,
+                                      kKind == LossKind::kAny    ? 6
+                                      : kKind == LossKind::kDice ? 5
+                                                                 : 4,
+                                      kPlanar>;
 enum Result : int { kLargest, kLabel, kAtLabel, kOfExp, kOfSlope, kScaledRisk };
 
 template <class T, int kSlots, LossKind kKind, bool kPlanar>
@@ -235,8 +240,8 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
 #pragma unroll
       for (int i = 0; i < kTileVoxels; ++i) {
         const float e = kKind == LossKind::kAny ? tile.x[k][i] * scale[i] : tile.x[k][i];
-        tile.x[k][i] = element<kKind>(in, e, of_exp[i], of_slope[i], overall, scaled_risk[i], weights, shape.first + k,
-                                      0.0f);
+        tile.x[k][i] =
+            element<kKind>(in, e, of_exp[i], of_slope[i], overall, scaled_risk[i], weights, shape.first + k, 0.0f);
       }
     }
     tile.store(args.grad, shape, chunk.image, first, span, exchange.stage(), label, at_label);
@@ -306,11 +311,13 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
       const auto views = view_of(args, tile_view_of(logits), tile_view_of(args.grad_logits));
       if constexpr (Kernel::kWay == LossWay::kFew) {
         using Tile = FewTile<T, Kernel::kSlots, Kernel::kPlanar>;
-        launch(few_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads, Tile::shared_bytes(views.logits),
-               stream, views);
+        launch(few_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads,
+               Tile::shared_bytes(views.logits), stream, views);
       } else {
-        launch(many_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, ManyShape::warps_of(logits.classes) * kWarp,
-               BackwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(views.logits, ManyTile<T, 4, false>::stage_bytes(views.logits)),
+        launch(many_backward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks,
+               ManyShape::warps_of(logits.classes) * kWarp,
+               BackwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(
+                   views.logits, ManyTile<T, 4, false>::stage_bytes(views.logits)),
                stream, views);
       }
     }

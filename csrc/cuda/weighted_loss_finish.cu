@@ -67,9 +67,7 @@ struct FinishViews {
   __device__ __forceinline__ double sum(int64_t image, int64_t column) const {
     return __ldcg(args.sums + image * per_image() + column);
   }
-  __device__ __forceinline__ bool bad(int64_t image) const {
-    return sum(image, kBadLabels) + sum(image, kBadRisk) > 0;
-  }
+  __device__ __forceinline__ bool bad(int64_t image) const { return sum(image, kBadLabels) + sum(image, kBadRisk) > 0; }
   // Over the images of a Dice group.
   __device__ __forceinline__ double dice_sum(int64_t image, int which, int64_t c) const {
     const int64_t column = class_column(which, args.classes, c);

@@ -215,13 +215,15 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
     } else if constexpr (Kernel::kWay == LossWay::kFew) {
       using Tile = FewTile<T, Kernel::kSlots, Kernel::kPlanar>;
       const TileVolume view = tile_view_of(logits);
-      launch(few_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads, Tile::shared_bytes(view), stream,
-             view_of(args, view));
+      launch(few_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, kThreads, Tile::shared_bytes(view),
+             stream, view_of(args, view));
     } else {
       const TileVolume view = tile_view_of(logits);
-      launch(many_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks, ManyShape::warps_of(view.classes) * kWarp,
-             ForwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)), stream,
-             view_of(args, view));
+      launch(
+          many_forward<T, Kernel::kSlots, Kernel::kKind, Kernel::kPlanar>, blocks,
+          ManyShape::warps_of(view.classes) * kWarp,
+          ForwardExchange<Kernel::kKind, Kernel::kPlanar>::shared_bytes(view, ManyTile<T, 4, false>::stage_bytes(view)),
+          stream, view_of(args, view));
     }
   });
 }

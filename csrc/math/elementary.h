@@ -47,11 +47,11 @@ RISKMAP_HD To bit_cast(From from) {
 
 #if defined(__CUDA_ARCH__)
 // The hardware's own, in float: results below the smallest normal number are 0.
-#define RISKMAP_APPROXIMATE(name)                                          \
-  __device__ __forceinline__ float name##_approximate(float x) {           \
-    float y;                                                               \
-    asm(#name ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));               \
-    return y;                                                              \
+#define RISKMAP_APPROXIMATE(name)                                \
+  __device__ __forceinline__ float name##_approximate(float x) { \
+    float y;                                                     \
+    asm(#name ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));     \
+    return y;                                                    \
   }
 RISKMAP_APPROXIMATE(ex2)
 RISKMAP_APPROXIMATE(lg2)
