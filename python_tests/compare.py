@@ -23,6 +23,12 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
     return difference / size if size > 0 else float("inf")
 
 
+def assert_relative_l2(found: Tensor, expected: Tensor, limit: float) -> None:
+    """Says by how much, outside pytest too."""
+    error = relative_l2(found, expected)
+    assert error <= limit, f"relative L2 error {error:.1e}, allowed {limit:.1e}"
+
+
 def cosine(found: Tensor, expected: Tensor) -> float:
     """The cosine of the angle between two gradients; 1 where both are all zero."""
     found, expected = found.detach().double().flatten(), expected.detach().double().flatten()
@@ -48,7 +54,7 @@ def assert_gradient_close(
     assert found.shape == expected.shape
     exact = {torch.float64: 1e-12}.get(found.dtype, 1e-6)
     limit = (tolerance or exact) + ROUNDING.get(found.dtype, 0.0)
-    assert relative_l2(found, expected) <= limit
+    assert_relative_l2(found, expected, limit)
     assert cosine(found, expected) >= 1 - 1e-6 - limit**2
     # Small differences of large terms (softmax - 1 at a confident voxel) carry the rounding of
     # the terms, which the largest entry bounds.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import BASE, EVERY_CASE, Case, in_double
-from compare import assert_map_close, relative_l2
+from compare import assert_map_close, assert_relative_l2
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -25,7 +25,7 @@ def test_matches_reference(case: Case, device: torch.device) -> None:
     assert found.device.type == device.type
     # Probabilities are computed in float32 (float64 for float64) and then added in float64.
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-6
-    assert relative_l2(found, expected) <= tolerance
+    assert_relative_l2(found, expected, tolerance)
     assert_map_close(found, expected, rtol=10 * tolerance, atol=1e-12)
 
 
