@@ -1,20 +1,27 @@
 """``python -m benchmarks.gpu``: the ops on a GPU against the same formulas in PyTorch.
 
-Times are medians of CUDA events around single runs; the logits are many times as large as the
-caches. ``share`` is what the least traffic of the work (logits, labels and weights read once,
-gradient or map written once; for the paths that must read the logits twice, twice) would take at
-the speed of a device copy, over the time taken. Every contender is first shown to compute what ours
-computes. Rows are written after each problem: an interrupted run keeps what it has measured.
+Times are medians of CUDA events around single runs, the contenders of a problem and a device copy
+in turns. Before each run the L2 cache is filled with something else, and the device is kept busy
+until the host has sent the run: the time is the device's alone (``wall_ms`` has the whole call,
+with warm caches). ``share`` is the time of a copy of as many bytes as the work must move, over the
+time taken; it must read logits, labels and weights once, with Dice twice, and write the gradient or
+the map once. Each contender is first compared with ours. Rows are written as they come: an
+interrupted run keeps what it has measured.
+
+``--compile N`` fills torch.compile's cache for a later run, in N processes; needs torch alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import datetime
 import gc
+import itertools
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,124 +32,132 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import riskmap_ext
-from benchmarks import peers, results
+from benchmarks import gpu_table, peers
+from benchmarks.gpu_table import CE, CE_DICE, LEEP, RISK, Row
 from benchmarks.problem import COMPILE, EAGER, OURS, RECOMPUTE, Outputs, relative_error
+from benchmarks.shapes import FULL, Shape, make_conditional, make_inputs, shape
 
-CE, CE_DICE, LEEP, RISK = "weighted CE", "weighted CE + Dice", "LEEP statistics", "risk map"
-WORKS = (CE, CE_DICE, LEEP, RISK)
-CLASSES = (2, 4, 16, 105)
-LARGE = (4, 105)  # classes measured on several gigabytes too
+# Half a gigabyte of float32 logits, beside the shapes of the other benchmarks.
+LARGE = (
+    Shape("g", classes=105, batch=2, spatial=(64, 96, 96)),
+    Shape("f", classes=4, batch=2, spatial=(240, 256, 256)),
+)
+# What is trained with most comes first.
+SHAPES = (*(FULL[key] for key in "aed"), *LARGE, *(FULL[key] for key in "bc"))
+TINY = (shape("a", "tiny"), shape("b", "tiny"))
 DTYPES = (torch.float32, torch.bfloat16)
+BLOCK = 12  # voxels a side of one label; fits no tile
 RANGE = (0.5, 3.0)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-
-FIELDS = (
-    *("work", "contender", "classes", "batch", "spatial", "voxels", "dtype", "logits_gb"),
-    *("median_ms", "q25_ms", "q75_ms", "rounds", "moved_bytes", "gb_per_s", "copy_gb_per_s"),
-    *("share", "extra_bytes_per_voxel", "note", "date", "device", "torch", "cuda", "python"),
-    "riskmap_ext",
-)
-Row = dict[str, str]
+EAGER_EVERY = 4  # eager is timed in every fourth round
+CACHE = 2**28  # bytes that are read to empty the L2 cache: several times as large
+SLEEP = 2_000_000  # cycles, about a millisecond: longer than any contender takes to be sent
 
 
 @dataclass(frozen=True)
-class Size:
-    """Logits [2, classes, *spatial] of about so many bytes in float32."""
+class Problem:
+    """``first``: of the formulas that torch.compile gets, the one expected to be the fastest."""
 
-    classes: int
-    bytes: float
+    work: str
+    shape: Shape
+    dtype: torch.dtype
+    first: bool = True
 
-    @property
-    def spatial(self) -> tuple[int, int, int]:
-        side = 128 if self.bytes >= 1e8 else 16
-        return (max(1, round(self.bytes / (4 * 2 * self.classes * side * side))), side, side)
 
-    @property
-    def voxels(self) -> int:
-        depth, height, width = self.spatial
-        return 2 * depth * height * width
+def problems(tiny: bool) -> list[Problem]:
+    """What decides first; other ways to write a formula for torch.compile come last."""
+    shapes = TINY if tiny else SHAPES
+    chosen = [
+        Problem(work, each, dtype)
+        for works in ((CE, CE_DICE), (LEEP, RISK))
+        for dtype, each, work in itertools.product(DTYPES, shapes, works)
+    ]
+    others = itertools.product((CE_DICE, LEEP, RISK), DTYPES, shapes)
+    return chosen + [Problem(work, each, dtype, False) for work, dtype, each in others]
 
 
 class Inputs:
-    """Logits that mostly agree with the labels; half of the voxels are background."""
-
-    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        shape = (2, *size.spatial)
-        self.size = size
-        target = torch.randint(size.classes, shape, generator=generator, device=device)
-        background = torch.rand(shape, generator=generator, device=device) < 0.5
-        self.target = target.masked_fill_(background, 0)
-        del background
-        logits = torch.empty((2, size.classes, *size.spatial), dtype=dtype, device=device)
-        logits.normal_(generator=generator)
-        at = self.target.unsqueeze(1)
-        self.logits = logits.scatter_add_(
-            1, at, torch.full((), 3.0, dtype=dtype, device=device).expand(at.shape)
-        )
-        self.risk = 1 + 9 * torch.rand(shape, generator=generator, device=device)
-        table = 3 * torch.randn(size.classes, size.classes, generator=generator, device=device)
-        self.conditional = torch.softmax(table, dim=0)
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.key = problem.shape, problem.dtype
+        self.classes = problem.shape.classes
+        logits, self.target, self.risk = make_inputs(problem.shape, block=BLOCK, device=device)
+        self.logits = logits.to(problem.dtype)
+        self.conditional = make_conditional(self.classes, self.classes).to(device)
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
     run: Callable[[], Outputs]
-    moved_bytes: int
 
     @property
     def compiled(self) -> bool:
         return self.name.startswith(COMPILE)
 
+    @property
+    def eager(self) -> bool:
+        return self.name.startswith(EAGER)
 
-def contenders(work: str, inputs: Inputs) -> Iterator[Contender]:
-    logits, target, risk = inputs.logits, inputs.target, inputs.risk
-    once = target.nbytes + risk.nbytes
-    if work == CE:
-        ours = partial(riskmap_ext.weighted_loss, normalization="valid")
-        least = 2 * logits.nbytes + once
-        run = partial(_with_gradient, logits, target, risk)
-        yield Contender(OURS, partial(run, ours), least)
-        yield Contender(RECOMPUTE, partial(_recompute, run, ours), least + logits.nbytes + once)
-        yield from _formulas(run, least, {"": peers.weighted_cross_entropy})
-    elif work == CE_DICE:
-        ours = partial(riskmap_ext.weighted_loss, normalization="valid", dice_weight=1.0)
-        least = 3 * logits.nbytes + 2 * once
-        run = partial(_with_gradient, logits, target, risk)
-        yield Contender(OURS, partial(run, ours), least)
-        formulas = {
+
+def least_bytes(work: str, inputs: Inputs) -> int:
+    logits, target, risk = (t.nbytes for t in (inputs.logits, inputs.target, inputs.risk))
+    return {
+        CE: 2 * logits + target + risk,
+        CE_DICE: 3 * logits + 2 * (target + risk),
+        LEEP: logits + target,
+        RISK: logits + target + 4 * inputs.target.numel(),
+    }[work]
+
+
+def contenders(problem: Problem, inputs: Inputs, *, ours: bool = True) -> Iterator[Contender]:
+    work, logits, target = problem.work, inputs.logits, inputs.target
+    if work in (CE, CE_DICE):
+        run = partial(_with_gradient, logits, target, inputs.risk)
+    elif work == LEEP:
+        run = partial(_forward, logits, target, inputs.classes)
+    else:
+        run = partial(_forward, logits, target, inputs.conditional)
+    if ours:
+        yield from _ours(work, run)
+    if work == RISK:
+        run = partial(run, *RANGE)
+    # The first of each is what torch.compile is expected to make most of.
+    by_work: dict[str, dict[str, Callable[..., Tensor]]] = {
+        CE: {"": peers.weighted_cross_entropy},
+        CE_DICE: {
             ", one-hot": peers.weighted_ce_dice_one_hot,
             ", gather": peers.weighted_ce_dice_gather,
-        }
-        yield from _formulas(run, least, formulas)
-    elif work == LEEP:
-        least = logits.nbytes + target.nbytes
-        run = partial(_forward, logits, target, inputs.size.classes)
-        yield Contender(OURS, partial(run, riskmap_ext.leep_statistics), least)
-        formulas = {
+        },
+        LEEP: {
             ", matmul": peers.leep_statistics_matmul,
             ", index_add": peers.leep_statistics_index_add,
-        }
-        yield from _formulas(run, least, formulas)
+        },
+        RISK: {", gather": peers.risk_map, ", matmul": peers.risk_map_matmul},
+    }
+    formulas = by_work[work]
+    for index, (suffix, formula) in enumerate(formulas.items()):
+        if problem.first == (index == 0):
+            compiled = torch.compile(formula, dynamic=False)
+            yield Contender(COMPILE + suffix, partial(run, compiled))
+    if problem.first:
+        for suffix, formula in formulas.items():
+            yield Contender(EAGER + suffix, partial(run, formula))
+
+
+def _ours(work: str, run: Callable[..., Outputs]) -> Iterator[Contender]:
+    import riskmap_ext  # not built yet where --compile runs
+
+    if work in (CE, CE_DICE):
+        loss = partial(riskmap_ext.weighted_loss, normalization="valid")
+        loss = partial(loss, dice_weight=1.0) if work == CE_DICE else loss
+        yield Contender(OURS, partial(run, loss))
+        if work == CE:
+            yield Contender(RECOMPUTE, partial(_recompute, run, loss))
+    elif work == LEEP:
+        yield Contender(OURS, partial(run, riskmap_ext.leep_statistics))
     else:
-        least = logits.nbytes + target.nbytes + 4 * inputs.size.voxels
-        arguments = (logits, target, inputs.conditional)
-        ours = partial(riskmap_ext.risk_map, scheme="exponential", range=RANGE)
-        yield Contender(OURS, partial(_forward, *arguments, ours), least)
-        run = partial(_forward, *arguments, *RANGE)
-        formulas = {", gather": peers.risk_map, ", matmul": peers.risk_map_matmul}
-        yield from _formulas(run, least, formulas)
-
-
-def _formulas(
-    run: Callable[..., Outputs], least: int, formulas: dict[str, Callable[..., Tensor]]
-) -> Iterator[Contender]:
-    for suffix, formula in formulas.items():
-        yield Contender(EAGER + suffix, partial(run, formula), least)
-        compiled = torch.compile(formula, dynamic=False)
-        yield Contender(COMPILE + suffix, partial(run, compiled), least)
+        risk_map = partial(riskmap_ext.risk_map, scheme="exponential", range=RANGE)
+        yield Contender(OURS, partial(run, risk_map))
 
 
 def _with_gradient(
@@ -155,6 +170,8 @@ def _with_gradient(
 
 
 def _recompute(run: Callable[..., Outputs], loss: Callable[..., Tensor]) -> Outputs:
+    import riskmap_ext
+
     with riskmap_ext.gradient_in_forward(False):
         return run(loss)
 
@@ -170,146 +187,237 @@ class Clock:
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
         self.on_gpu = device.type == "cuda"
+        self.other = torch.ones(CACHE // 4 if self.on_gpu else 1, device=device)
 
     def wait(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def times(self, run: Callable[[], object]) -> list[float]:
-        """Seconds of 3 to 30 runs, after two that warm up."""
-        run()
+    def wall(self, run: Callable[[], object]) -> float:
         self.wait()
         begin = time.perf_counter()
-        run()
+        kept = run()
         self.wait()
-        rounds = int(self.seconds / max(time.perf_counter() - begin, 1e-6))
-        rounds = max(3, min(30, rounds))
-        if not self.on_gpu:
-            return [self._wall(run) for _ in range(rounds)]
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
-        for turn in range(rounds):
-            marks[2 * turn].record()
-            run()
-            marks[2 * turn + 1].record()
-        self.wait()
-        pairs = zip(marks[::2], marks[1::2], strict=True)
-        return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+        took = time.perf_counter() - begin
+        del kept
+        return took
 
-    def _wall(self, run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
+    def times(self, runs: dict[str, Callable[[], object]], every: dict[str, int]) -> dict:
+        """Seconds of 9 to 30 rounds, in an order that rotates; all have run before."""
+        once = sum(self.wall(run) / every.get(name, 1) for name, run in runs.items())
+        rounds = max(9, min(30, int(self.seconds * len(runs) / max(once, 1e-6))))
+        names = list(runs)
+        marks: dict[str, list] = {name: [] for name in names}
+        for turn in range(rounds):
+            at = turn % len(names)
+            for name in names[at:] + names[:at]:
+                if turn % every.get(name, 1) == 0:
+                    marks[name].append(self._one(runs[name]))
+        self.wait()
+        if not self.on_gpu:
+            return marks
+        return {
+            name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+            for name, pairs in marks.items()
+        }
+
+    def _one(self, run: Callable[[], object]):
+        if not self.on_gpu:
+            return self.wall(run)
+        # Read, not written: lines that wait to be written back would be paid for by the next run.
+        self.other.sum()
+        torch.cuda._sleep(SLEEP)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         run()
-        return time.perf_counter() - begin
+        end.record()
+        return begin, end
 
     def extra_bytes(self, run: Callable[[], Outputs]) -> int | None:
         """Memory beyond inputs and results at the worst moment of a run."""
         if not self.on_gpu:
             return None
-        gc.collect()
-        torch.cuda.synchronize()
+        self.wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         outputs = run()
         peak = torch.cuda.max_memory_allocated() - before
         return peak - sum(output.nbytes for output in outputs)
 
-    def copy_bytes_per_second(self, nbytes: int) -> float:
-        source = torch.ones(nbytes // 4, device=self.device)
-        into = torch.empty_like(source)
-        return 2 * source.nbytes / statistics.median(self.times(lambda: into.copy_(source)))
+    def copy(self, nbytes: int) -> Callable[[], object]:
+        """Reads and writes so many bytes together."""
+        source = torch.ones(max(nbytes // 8, 1), device=self.device)
+        return partial(torch.empty_like(source).copy_, source)
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device(options.device)
-        self.clock = Clock(self.device, options.seconds)
-        self.path: Path = options.output or _default_path(self.device)
-        self.deadline = time.monotonic() + options.limit
-        self.small = options.gigabytes * 1e9
+    def __init__(self, device: torch.device, seconds: float, path: Path, limit: float) -> None:
+        self.device, self.path = device, path
+        self.clock = Clock(device, seconds)
+        self.deadline = time.monotonic() + limit
         self.rows: list[Row] = []
-        self.copy = self.clock.copy_bytes_per_second(int(min(2e9, 4 * self.small)))
-        self.common = facts(self.device) | {"copy_gb_per_s": f"{self.copy / 1e9:.1f}"}
-        print(f"{self.common['device']}: copy {self.copy / 1e9:.0f} GB/s", flush=True)
+        self.wrong = self.done = 0
+        large = 2**31 if self.clock.on_gpu else 2**20
+        copy = self.clock.copy(large)
+        copy()
+        median = statistics.median(self.clock.times({"copy": copy}, {})["copy"])
+        self.common = facts(device) | {"large_copy_gb_per_s": f"{large / median / 1e9:.0f}"}
+        print(f"{self.common['device']}: copies {self.common['large_copy_gb_per_s']} GB/s")
+        gpu_table.begin(path)
 
-    def run(self) -> None:
-        small = [Size(classes, self.small) for classes in CLASSES]
-        large = [Size(classes, 4 * self.small) for classes in LARGE]
-        for size in small + large:
-            for dtype in DTYPES:
-                self.measure(size, dtype, WORKS, compiled=False)
-        # Compiling takes seconds for each: what matters most first, as far as the time goes.
-        for work, dtype in (
-            *((CE, DTYPES[0]), (CE_DICE, DTYPES[0]), (LEEP, DTYPES[0]), (CE, DTYPES[1])),
-            *((RISK, DTYPES[0]), (CE_DICE, DTYPES[1]), (LEEP, DTYPES[1]), (RISK, DTYPES[1])),
-        ):
-            for size in (small[1], small[3], small[2], small[0]):
-                self.measure(size, dtype, (work,), compiled=True)
+    def run(self, chosen: list[Problem]) -> None:
+        inputs: Inputs | None = None
+        for problem in chosen:
+            if time.monotonic() > self.deadline:
+                break
+            if inputs is None or inputs.key != (problem.shape, problem.dtype):
+                inputs = None  # its memory first
+                inputs = Inputs(problem, self.device)
+            self.measure(problem, inputs)
+            self.done += 1
+            torch.compiler.reset()
+            gc.collect()
 
-    def measure(
-        self, size: Size, dtype: torch.dtype, works: tuple[str, ...], *, compiled: bool
-    ) -> None:
-        if time.monotonic() > self.deadline:
-            return
-        inputs = Inputs(size, dtype, self.device)
-        for work in works:
-            expected: Outputs | None = None
-            for each in contenders(work, inputs):
+    def measure(self, problem: Problem, inputs: Inputs) -> None:
+        least = least_bytes(problem.work, inputs)
+        expected: Outputs | None = None
+        runs: dict[str, Callable[[], object]] = {}
+        rows: dict[str, Row] = {}
+        for each in contenders(problem, inputs):
+            row = rows[each.name] = self._row(problem, each.name, least)
+            try:
+                found = each.run()
                 if each.name == OURS:
-                    expected = each.run()
-                if each.compiled == compiled and time.monotonic() < self.deadline:
-                    self.rows.append(self._row(work, inputs, each, expected))
-            del expected
-        results.write(self.rows, self.path, FIELDS)
+                    expected = found
+                self._compare(row, found, expected, TOLERANCE[problem.dtype])
+                del found
+                each.run()  # torch.compile has chosen its kernels now
+                row["extra_bytes"] = _text(self.clock.extra_bytes(each.run))
+            except Exception as error:  # one contender must not take the others along
+                row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                self.wrong += each.name.startswith(OURS)
+                continue
+            runs[each.name] = each.run
+        del expected
+        try:
+            if len(runs) < len(rows):
+                self._recover()
+            if runs:
+                self._time(rows, runs, least)
+        finally:
+            gpu_table.append(list(rows.values()), self.path)
+            self.rows += rows.values()
+        print(gpu_table.line(list(rows.values())), flush=True)
+
+    def _time(self, rows: dict[str, Row], runs: dict, least: int) -> None:
+        copy = self.clock.copy(least)
+        copy()
+        every = {name: EAGER_EVERY for name in runs if name.startswith(EAGER)}
+        times = self.clock.times({**runs, "copy": copy}, every)
+        copied = statistics.median(times.pop("copy"))
+        ours = statistics.median(times[OURS]) if OURS in times else None
+        for name, taken in times.items():
+            low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
+            walls = [self.clock.wall(runs[name]) for _ in range(2 if name in every else 5)]
+            rows[name] |= {
+                "median_ms": f"{median * 1e3:.4f}",
+                "q25_ms": f"{low * 1e3:.4f}",
+                "q75_ms": f"{high * 1e3:.4f}",
+                "rounds": str(len(taken)),
+                "wall_ms": f"{statistics.median(walls) * 1e3:.4f}",
+                "copy_ms": f"{copied * 1e3:.4f}",
+                "share": f"{copied / median:.3f}",
+                "times_ours": f"{median / ours:.3f}" if ours else "",
+            }
+
+    def _compare(
+        self, row: Row, found: Outputs, expected: Outputs | None, tolerance: float
+    ) -> None:
+        if expected is None:
+            row["note"] = "not compared: ours failed"
+            return
+        error = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
+        row["error"] = f"{error:.1e}"
+        if not error <= tolerance:  # NaN, too
+            row["note"] = f"off by {error:.1e} from ours"
+            self.wrong += 1
+
+    def _recover(self) -> None:
+        """After an error for want of memory; raises where the device does not answer any more."""
+        self.clock.wait()
+        gc.collect()
+        if self.clock.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _row(self, problem: Problem, name: str, least: int) -> Row:
+        shape = problem.shape
+        return {
+            **dict.fromkeys(gpu_table.FIELDS, ""),
+            **self.common,
+            "work": problem.work,
+            "contender": name,
+            "shape": shape.key,
+            "classes": str(shape.classes),
+            "batch": str(shape.batch),
+            "spatial": "x".join(map(str, shape.spatial)),
+            "voxels": str(shape.voxels),
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "least_bytes": str(least),
+        }
+
+
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def fill_cache(options: argparse.Namespace, index: int, count: int) -> None:
+    """Runs every ``count``-th of the compiled formulas once."""
+    device = torch.device(options.device)
+    for problem in problems(tiny=device.type == "cpu")[index::count]:
+        inputs = Inputs(problem, device)
+        for each in contenders(problem, inputs, ours=False):
+            if each.compiled:
+                with contextlib.suppress(Exception):  # the benchmark reports it
+                    each.run()
         torch.compiler.reset()
+        del inputs
         gc.collect()
 
-    def _row(self, work: str, inputs: Inputs, each: Contender, expected: Outputs | None) -> Row:
-        size, logits = inputs.size, inputs.logits
-        row = {
-            **dict.fromkeys(FIELDS, ""),
-            **self.common,
-            "work": work,
-            "contender": each.name,
-            "classes": str(size.classes),
-            "batch": "2",
-            "spatial": "x".join(map(str, size.spatial)),
-            "voxels": str(size.voxels),
-            "dtype": str(logits.dtype).removeprefix("torch."),
-            "logits_gb": f"{logits.nbytes / 1e9:.2f}",
-            "moved_bytes": str(each.moved_bytes),
-        }
-        try:
-            row["note"] = self._disagreement(each, expected, TOLERANCE[logits.dtype])
-            times = self.clock.times(each.run)
-            extra = self.clock.extra_bytes(each.run)
-        except Exception as error:  # one contender must not take the others along
-            row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            return row
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        row |= {
-            "median_ms": f"{median * 1e3:.4f}",
-            "q25_ms": f"{low * 1e3:.4f}",
-            "q75_ms": f"{high * 1e3:.4f}",
-            "rounds": str(len(times)),
-            "gb_per_s": f"{each.moved_bytes / median / 1e9:.1f}",
-            "share": f"{each.moved_bytes / median / self.copy:.3f}",
-        }
-        if extra is not None:
-            row["extra_bytes_per_voxel"] = f"{extra / size.voxels:.2f}"
-        return row
 
-    @staticmethod
-    def _disagreement(each: Contender, expected: Outputs | None, tolerance: float) -> str:
-        if expected is None or each.name == OURS:
-            return ""
-        errors = [relative_error(*pair) for pair in zip(each.run(), expected, strict=True)]
-        return "" if max(errors) <= tolerance else f"off by {max(errors):.1e} from ours"
+def fill_cache_in_processes(options: argparse.Namespace) -> int:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    count = options.compile
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", options.device, "--shard"]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    running = [
+        subprocess.Popen([*command, f"{index}/{count}"], env=environment) for index in range(count)
+    ]
+    deadline = time.monotonic() + options.limit
+    cut = 0
+    for process in running:
+        try:
+            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            cut += 1
+    # What torch.compile chose by timing, it timed beside others: it is to choose again, alone.
+    for choice in Path(cache_dir()).rglob("*.best_config"):
+        choice.unlink()
+    failed = sum(process.returncode != 0 for process in running) - cut
+    print(f"compiled in {count} processes: {failed} failed, {cut} cut off for want of time")
+    return min(failed, 1)
 
 
 def facts(device: torch.device) -> Row:
+    import riskmap_ext
+
     on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "driver": _driver() if on_gpu else "",
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda or ""),
         "python": sys.version.split()[0],
@@ -317,54 +425,13 @@ def facts(device: torch.device) -> Row:
     }
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table(rows: list[Row]) -> str:
-    """One line for each problem: times in ms, in brackets the share of the copy bandwidth."""
-    head = ("work", "C", "dtype", "GB", "ours", "recompute", "eager", "torch.compile", "extra B")
-    lines = [head]
-    problems = dict.fromkeys((r["work"], r["classes"], r["dtype"], r["logits_gb"]) for r in rows)
-    for key in problems:
-        own = [r for r in rows if (r["work"], r["classes"], r["dtype"], r["logits_gb"]) == key]
-        ours = _best(own, lambda name: name == OURS)
-        base = float(ours["median_ms"]) if ours else None
-        lines.append(
-            (
-                *key,
-                _cell(ours, None),
-                _cell(_best(own, lambda name: name == RECOMPUTE), None),
-                _cell(_best(own, lambda name: name.startswith(EAGER)), base),
-                _cell(_best(own, lambda name: name.startswith(COMPILE)), base),
-                ours["extra_bytes_per_voxel"] if ours else "",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines
-    ]
-    notes = [
-        f"{r['work']}, C={r['classes']}, {r['dtype']}, {r['contender']}: {r['note']}"
-        for r in rows
-        if r["note"]
-    ]
-    return "\n".join(line.rstrip() for line in text + notes)
-
-
-def _best(rows: list[Row], wanted: Callable[[str], bool]) -> Row | None:
-    timed = [row for row in rows if wanted(row["contender"]) and row["median_ms"]]
-    return min(timed, key=lambda row: float(row["median_ms"]), default=None)
-
-
-def _cell(row: Row | None, base: float | None) -> str:
-    if row is None:
-        return "-"
-    median = float(row["median_ms"])
-    if base is None:
-        return f"{median:.2f} ({float(row['share']):.0%})"
-    return f"{median:.2f} ({median / base:.1f}x)"
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.stdout else ""
 
 
 def _default_path(device: torch.device) -> Path:
@@ -375,15 +442,30 @@ def _default_path(device: torch.device) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a dry run")
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="float32 logits of a problem")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of timed runs per contender")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of timed runs per contender")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which to stop")
     parser.add_argument("--output", type=Path, metavar="CSV")
-    bench = Bench(parser.parse_args(arguments))
-    bench.run()
-    print(table(bench.rows))
-    print(f"rows: {bench.path}")
-    return 0
+    parser.add_argument("--compile", type=int, metavar="N", help="only fill torch.compile's cache")
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.compile:
+        return fill_cache_in_processes(options)
+    if options.shard:
+        fill_cache(options, *map(int, options.shard.split("/")))
+        return 0
+    device = torch.device(options.device)
+    path = options.output or _default_path(device)
+    bench = Bench(device, options.seconds, path, options.limit)
+    chosen = problems(tiny=device.type == "cpu")
+    bench.run(chosen)
+    print(gpu_table.table(bench.rows))
+    print(f"rows: {path}")
+    missing = sum(not row["median_ms"] for row in bench.rows)
+    print(
+        f"{bench.done} of {len(chosen)} problems; of {len(bench.rows)} rows {missing} without a "
+        f"time, {bench.wrong} wrong"
+    )
+    return 1 if bench.wrong or not bench.done else 0
 
 
 if __name__ == "__main__":
