@@ -372,6 +372,7 @@ def _text(number: int | None) -> str:
 
 def fill_cache(options: argparse.Namespace, index: int, count: int) -> None:
     """Runs every ``count``-th of the compiled formulas once."""
+    os.nice(10)  # whoever builds the library beside it goes first
     device = torch.device(options.device)
     for problem in problems(tiny=device.type == "cpu")[index::count]:
         inputs = Inputs(problem, device)
