@@ -194,6 +194,8 @@ def steps(device: str, build: bool, rows: Path, work: Path) -> list[Step]:
             "correctness",
             [*ops, "check"],
             *((75, 40) if gpu else (30, 15)),
+            # Threads would wait for one that has lost its core to what compiles beside them.
+            environment={"OMP_NUM_THREADS": "1"},
             tail=60,
             ends_itself=("--seconds", 25 if gpu else 5),
         ),
