@@ -68,8 +68,8 @@ def least_or_most(i: Instruction, p: list[Array], a: Array, b: Array) -> Array:
     return np.where(p[0], least(a, b), most(a, b))
 
 
-def words(numbers: Array) -> Array:
-    return numbers.view(U32)
+def least_or_most_of_three(i: Instruction, p: list[Array], a: Array, b: Array, c: Array) -> Array:
+    return least_or_most(i, p, least_or_most(i, p, a, b).view(U32), c)
 
 
 def look_up(table: int, a: Array, b: Array, c: Array) -> Array:
@@ -294,7 +294,7 @@ FUNCTIONS: dict[str, tuple[str, Function]] = {
     "SEL": ("w", select),
     "FSEL": ("f", select),
     "VIMNMX": ("w", least_or_most),
-    "VIMNMX3": ("w", lambda i, p, a, b, c: least_or_most(i, p, words(least_or_most(i, p, a, b)), c)),
+    "VIMNMX3": ("w", least_or_most_of_three),
     "IMNMX": ("w", least_or_most),
     "VIADDMNMX": ("w", lambda i, p, a, b, c: least_or_most(i, p, a + b, c)),
     "FMNMX": ("f", least_or_most),
