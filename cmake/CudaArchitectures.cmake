@@ -2,7 +2,8 @@
 #   -DCMAKE_CUDA_ARCHITECTURES=90            one, with PTX for later GPUs
 #   -DCMAKE_CUDA_ARCHITECTURES=release       all that releases are built for
 # Not given: the GPUs of this machine, or 90 where there is none.
-set(RISKMAP_RELEASE_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+# Code for 80 runs on 86 and 89, too.
+set(RISKMAP_RELEASE_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
 
 if(NOT CMAKE_CUDA_ARCHITECTURES AND DEFINED ENV{CUDAARCHS})
   set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
