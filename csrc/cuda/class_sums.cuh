@@ -117,14 +117,17 @@ struct ManyClassSums {
   uint32_t (*labelled)[kManyClasses];
 
   // To be followed by a barrier.
-  __device__ __forceinline__ ManyClassSums() {
+  __device__ __forceinline__ explicit ManyClassSums(int classes) {
     __shared__ double sums[kOwnerWarps][kManyClasses];
     __shared__ uint32_t counts[kOwnerWarps][kManyClasses];
     intersection = sums;
     labelled = counts;
-    for (int j = static_cast<int>(threadIdx.x); j < kOwnerWarps * kManyClasses; j += static_cast<int>(blockDim.x)) {
-      sums[j / kManyClasses][j % kManyClasses] = 0;
-      counts[j / kManyClasses][j % kManyClasses] = 0;
+    for (int c = static_cast<int>(threadIdx.x); c < classes; c += static_cast<int>(blockDim.x)) {
+#pragma unroll
+      for (int w = 0; w < kOwnerWarps; ++w) {
+        sums[w][c] = 0;
+        counts[w][c] = 0;
+      }
     }
   }
 
@@ -161,6 +164,7 @@ struct ManyClassSums {
 template <int kSlots>
 struct NoClassSums {
   float predicted[kSlots];
+  __device__ __forceinline__ explicit NoClassSums(int) {}
   __device__ __forceinline__ void add_at_labels(int, float) {}
   __device__ __forceinline__ void write(const ManyShape&, const LossViews&, const PartialColumns&) {}
 };

@@ -213,14 +213,14 @@ __device__ __forceinline__ void load_values(const MapRow& map, const Span& span,
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) values[i] = acc_t(1);
   if (!map.data) return;
-  if (map.dtype == Dtype::kFloat) {
+  if (map.size == 4) {  // by size first: the compiler would jump through a table otherwise
     load_values_as<float>(map, span, values);
-  } else if (map.dtype == Dtype::kBFloat16) {
-    load_values_as<BFloat16>(map, span, values);
+  } else if (map.size == 8) {
+    load_values_as<double>(map, span, values);
   } else if (map.dtype == Dtype::kHalf) {
     load_values_as<Half>(map, span, values);
   } else {
-    load_values_as<double>(map, span, values);
+    load_values_as<BFloat16>(map, span, values);
   }
 }
 

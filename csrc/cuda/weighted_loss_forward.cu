@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
   const SharedSmoothingOf<kKind> smoothing(shape, weights);
   const bool class_sums = has_class_sums<kKind>(in);
   ForwardExchange<kKind, kPlanar> exchange(args.logits.channels_last);
-  ManyClassSumsOf<kKind, kSlots> sums;
+  ManyClassSumsOf<kKind, kSlots> sums(in.classes);
   const LossRows rows = args.rows(chunk);
   LossSums total;
   __syncthreads();

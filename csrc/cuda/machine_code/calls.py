@@ -204,6 +204,8 @@ def budget_calls() -> list[Call]:
         for op in ("risk", "risk_image"):
             calls.append(Call(op, 4, large, 2, dtype))
             calls.append(Call(op, 87, small, 1, dtype))
+    for op in ("gradient", "dice", "leep", "risk"):  # 0.5 GB of logits
+        calls += [Call(op, 4, (320,) * 3), Call(op, 105, (108,) * 3)]
     for classes in (3, 4, 5, 16, 87):
         shape = large if classes <= 8 else small
         calls.append(Call("gradient", classes, shape, 1, F32, CHANNELS_LAST))

@@ -19,8 +19,7 @@ from operations import Operations
 from state import WARP, Launch
 
 WITHOUT_EFFECT = (
-    "NOP BSSY BSYNC BREAK WARPSYNC ENDCOLLECTIVE DEPBAR LDGDEPBAR MEMBAR ERRBAR CGAERRBAR YIELD"
-    " CCTL NANOSLEEP"
+    "NOP WARPSYNC ENDCOLLECTIVE DEPBAR LDGDEPBAR MEMBAR ERRBAR CGAERRBAR YIELD CCTL NANOSLEEP"
 )
 # Modifiers that are heeded, or that change neither result nor count. Any other is an error.
 HEEDED = (
@@ -54,6 +53,10 @@ class Grid(Operations):
         self.steps: list[Callable[[Array], None] | None] = [None] * len(self.code)
         self.groups: dict[int, Array] = {}  # lanes that may go on, by the place in the code
         self.waiting, self.resume = np.zeros(self.lanes, bool), np.zeros(self.lanes, I64)
+        # Lanes that may part until they meet: by the name of the meeting the lanes of the warp that
+        # are to come, and by place who waits there.
+        self.meetings: dict[str, Array] = defaultdict(lambda: np.zeros(self.lanes, U32))
+        self.parked: dict[int, tuple[str, Array]] = {}
         self.votes, self.tally = np.zeros(self.lanes, bool), np.zeros(self.lanes, U32)
         self.vote = "OR"
         self.at = 0
@@ -66,10 +69,12 @@ class Grid(Operations):
     def run(self) -> None:
         self.groups = {0: self.alive.copy()}
         with np.errstate(all="ignore"):
-            while self.groups:
+            while self.groups or self.parked:
+                if not self.groups:
+                    self.give_up()
                 self.at = min(self.groups)
                 act = self.groups.pop(self.at)
-                others = bool(self.groups) or self.waiting.any()
+                others = bool(self.groups) or bool(self.parked) or self.waiting.any()
                 self.everyone = act if not others else np.zeros(0, bool)
                 self.walk(act, min(self.groups, default=len(self.code)))
         if self.waiting.any():
@@ -227,8 +232,50 @@ class Grid(Operations):
             return True
         self.alive = self.alive & ~lanes
         self.join(self.at, act & ~lanes)
+        for place in list(self.parked):
+            self.join(place, self.meet(place))
         self.release()
         return False
+
+    def of_warp(self, lanes: Array) -> Array:
+        """A bit for each of these lanes, in all lanes of its warp."""
+        bits = (lanes.reshape(-1, WARP) << np.arange(WARP, dtype=U32)).sum(axis=1)
+        return np.repeat(bits.astype(U32), WARP)
+
+    def control_BSSY(self, i: Instruction, lanes: Array, act: Array) -> bool:
+        np.copyto(self.meetings[i.all[0].name], self.of_warp(lanes), where=lanes)
+        return True
+
+    def control_BREAK(self, i: Instruction, lanes: Array, act: Array) -> bool:
+        meeting = self.meetings[i.all[-1].name]
+        meeting &= ~self.of_warp(lanes)
+        return True
+
+    def control_BSYNC(self, i: Instruction, lanes: Array, act: Array) -> bool:
+        if lanes is self.everyone:
+            return True
+        name, others = i.all[0].name, self.parked.get(self.at)
+        self.parked[self.at] = name, lanes if others is None else lanes | others[1]
+        free = self.meet(self.at)
+        if lanes is act and np.array_equal(free, lanes):
+            return True
+        self.join(self.at, free | act & ~lanes)
+        return False
+
+    def meet(self, place: int) -> Array:
+        """Who waits there no longer: all lanes of the meeting have come, or ended."""
+        name, waiting = self.parked.pop(place)
+        missing = self.meetings[name] & self.of_warp(self.alive) & ~self.of_warp(waiting)
+        free = waiting & (missing == 0)
+        if not np.array_equal(free, waiting):
+            self.parked[place] = name, waiting & ~free
+        return free
+
+    def give_up(self) -> None:
+        """Nobody else can go on: those who wait do so in vain."""
+        for place, (_, waiting) in self.parked.items():
+            self.join(place, waiting)
+        self.parked = {}
 
     def control_BAR(self, i: Instruction, lanes: Array, act: Array) -> bool:
         if i.all and (i.all[0].kind != "immediate" or i.all[0].word):
@@ -274,6 +321,9 @@ CONTROL: dict[str, Callable[..., bool]] = {
     "BRX": Grid.control_BRX,
     "RET": Grid.control_BRX,
     "EXIT": Grid.control_EXIT,
+    "BSSY": Grid.control_BSSY,
+    "BREAK": Grid.control_BREAK,
+    "BSYNC": Grid.control_BSYNC,
     "BAR": Grid.control_BAR,
 }
 
