@@ -104,15 +104,9 @@ struct Warp {
 
 // Allocated anew for every block: ThreadSanitizer forgets what was released to it with the memory.
 struct Block {
-  Block(int threads, size_t shared_bytes)
-      : warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)),
-        shared(static_cast<char*>(std::malloc(shared_bytes)), std::free) {
-    volatile char* bytes = shared.get();  // garbage; by hand, see SharedMemory::fill
-    for (size_t i = 0; i < shared_bytes; ++i) bytes[i] = static_cast<char>(0xff);
-  }
+  explicit Block(int threads) : warps(static_cast<size_t>((threads + kWarp - 1) / kWarp)) {}
 
   std::vector<Warp> warps;
-  std::unique_ptr<char, void (*)(void*)> shared;  // dynamic shared memory, from the allocator that the sanitizers watch
   int at_barrier = 0;
   unsigned phase = 0;
   SyncPoint start, points[2];
@@ -209,10 +203,11 @@ class Runner {
       }
     }
     acquire(grid_done_);  // what the kernel wrote is there for the host
+    shared_.clear();
   }
 
   Fiber& current() { return *current_; }
-  char* shared() { return block_->shared.get(); }
+  char* shared() { return shared_.back().get(); }
 
   // Leaves the running thread in `state`; comes back when it may go on.
   void wait(State state, Site site) {
@@ -286,12 +281,20 @@ class Runner {
     return fiber;
   }
 
+  // From the allocator that the sanitizers watch, full of garbage; by hand, see SharedMemory::fill.
+  void make_dynamic_shared() {
+    shared_.emplace_back(static_cast<char*>(std::malloc(shared_bytes_)), std::free);
+    volatile char* bytes = shared_.back().get();
+    for (size_t i = 0; i < shared_bytes_; ++i) bytes[i] = static_cast<char>(0xff);
+  }
+
   void run_block(Order& order) {
     SharedMemory().fill();
+    make_dynamic_shared();
     if (__tsan_get_current_fiber) host_tsan_ = __tsan_get_current_fiber();
     std::vector<Fiber*> turns;
     for (int i = 0; i < threads_; ++i) turns.push_back(&prepare(i));
-    block_ = std::make_unique<Block>(threads_, shared_bytes_);
+    block_ = std::make_unique<Block>(threads_);
     release(block_->start);
     if (!order.is_random()) order.arrange(turns);
     for (int left = threads_; left > 0;) {
@@ -417,6 +420,8 @@ class Runner {
   Fiber* current_ = nullptr;
   int threads_ = 0;
   size_t shared_bytes_ = 0;
+  std::vector<std::unique_ptr<char, void (*)(void*)>>
+      shared_;  // of all blocks: given up when nobody can use it any more
   void (*body_)(const void*) = nullptr;
   const void* context_ = nullptr;
   Context host_;
