@@ -31,12 +31,13 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const ScaleGradient arg
   }
 }
 
-constexpr int64_t kMostBlocks = 1056;  // with a factor of 1 there is nothing to do
+// With a factor of 1 there is nothing to do.
+int64_t most_blocks() { return 4 * usual_blocks(); }
 
 template <class T, int V>
 void scale_as(const ScaleGradient& args, cudaStream_t stream) {
   const int64_t wanted = (args.count + int64_t(kThreads) * V - 1) / (int64_t(kThreads) * V);
-  launch(scale_kernel<T, V>, wanted < kMostBlocks ? wanted : kMostBlocks, kThreads, 0, stream, args);
+  launch(scale_kernel<T, V>, wanted < most_blocks() ? wanted : most_blocks(), kThreads, 0, stream, args);
 }
 
 }  // namespace
