@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BASE, Case, loss_and_gradients
+from cases import BASE, EVERY_WAY, Case, loss_and_gradients
 from torch import Tensor
 
 import riskmap_ext
@@ -22,10 +22,10 @@ BAD_RISKS = (-1.0, math.nan, math.inf)
 each_path = pytest.mark.parametrize("in_forward", [True, False], ids=["in_forward", "recompute"])
 AT = (0, 1, 2)  # a voxel of the first image
 CASES = [
-    BASE,
-    Case("many_classes", classes=40, spatial=(11, 13), batch=2),
+    *EVERY_WAY,
     Case("bfloat16", dtype=torch.bfloat16, classes=4, spatial=(16, 16), batch=2),
     Case("regions", classes=4, regions=3, spatial=(9, 10), batch=2),
+    Case("few_regions", classes=4, regions=3, spatial=(12, 11), batch=2),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -83,11 +83,14 @@ def test_a_bad_risk_spoils_its_image(
         torch.testing.assert_close(found[1:], expected[1:])
 
 
+@each_case
 @each_path
 @pytest.mark.parametrize("bad", BAD_RISKS)
-def test_a_bad_class_weight_spoils_all(bad: float, in_forward: bool, device: torch.device) -> None:
+def test_a_bad_class_weight_spoils_all(
+    case: Case, bad: float, in_forward: bool, device: torch.device
+) -> None:
     with riskmap_ext.gradient_in_forward(in_forward):
-        loss, *gradients = loss_of(BASE, device, weight=bad)
+        loss, *gradients = loss_of(case, device, weight=bad)
     assert loss.isnan()
     for gradient in gradients:
         assert all(image.isnan().any() for image in gradient)
@@ -102,19 +105,21 @@ def test_a_bad_class_weight_of_dice_spoils_all(bad: float, device: torch.device)
     assert loss.isnan()
 
 
+@each_case
 @each_path
 @pytest.mark.parametrize("bad", BAD_RISKS)
 def test_a_bad_risk_at_an_ignored_voxel_is_none(
-    bad: float, in_forward: bool, device: torch.device
+    case: Case, bad: float, in_forward: bool, device: torch.device
 ) -> None:
     with riskmap_ext.gradient_in_forward(in_forward):
-        found = loss_of(BASE, device, label=BASE.ignore_index, risk=bad)
+        found = loss_of(case, device, label=case.ignore_index, risk=bad)
     assert all(bool(each.isfinite().all()) for each in found)
 
 
-def test_the_map_of_losses_is_spoilt_at_the_voxel(device: torch.device) -> None:
-    for changes in ({"label": BASE.classes}, {"risk": -1.0}):
-        loss, gradient, *_ = loss_of(BASE, device, options={"reduction": "none"}, **changes)
+@each_case
+def test_the_map_of_losses_is_spoilt_at_the_voxel(case: Case, device: torch.device) -> None:
+    for changes in ({"label": case.classes}, {"risk": -1.0}):
+        loss, gradient, *_ = loss_of(case, device, options={"reduction": "none"}, **changes)
         spoilt = loss.isnan()
         assert spoilt.sum() == 1
         assert spoilt[AT[: loss.dim()]].all()

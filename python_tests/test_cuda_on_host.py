@@ -101,6 +101,15 @@ VOLUMES = [
     Case("bfloat16", batch=1, classes=5, spatial=EIGHT, dtype=torch.bfloat16),
     Case("float64", batch=1, classes=3, spatial=EIGHT, dtype=torch.float64, with_weight=True),
     Case("channels_last", batch=1, classes=6, spatial=EIGHT, layout="channels_last"),
+    Case(
+        "many_channels_last",
+        batch=2,
+        classes=11,
+        source_classes=20,
+        spatial=(4, 6, 8),
+        layout="channels_last",
+    ),
+    Case("many_labels", batch=2, classes=50, source_classes=8, spatial=(4, 6, 8), labels="runs"),
     Case("odd_sizes", batch=3, classes=9, source_classes=5, spatial=(3, 5, 7), empty_image=True),
     Case("regions", batch=1, classes=4, regions=3, source_regions=3, spatial=EIGHT),
 ]

@@ -77,7 +77,7 @@ def test_without_a_gradient_for_the_risk(case: Case, device: torch.device) -> No
     assert _made_in_forward(loss) == (case.dtype != torch.float16)
     loss.backward()
     assert torch.equal(loss, expected[0])
-    assert torch.equal(logits.grad, expected[1])
+    assert_gradient_close(logits.grad, expected[1])
     assert risk is None or risk.grad is None
 
 
@@ -155,6 +155,19 @@ def test_small_gradients_survive_a_grad_scaler(dtype: torch.dtype, which: str) -
     expected = loss_and_gradients(in_double(call), reference.weighted_loss, 65536.0)[index]
     assert found.dtype == dtype
     assert relative_l2(found, expected) <= 2 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "shifted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gradients_are_scaled_in_place(
+    dtype: torch.dtype, layout: str, device: torch.device
+) -> None:
+    """Wherever they begin: the op may be given what is no gradient of ours."""
+    gradient = Case("scaled", dtype=dtype, layout=layout).logits(device)
+    for factor in (1.0, -2.5, 0.0):
+        expected = gradient * factor
+        torch.ops.riskmap_ext._scale_gradient_(gradient, torch.tensor(factor, device=device))
+        assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("factor", [-3.0, 0.5, 0.0, 1e-30, 1e30])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import BASE, EVERY_CASE, Case, in_double
+from cases import BASE, EVERY_CASE, EVERY_WAY, Case, in_double, laid_out
 from compare import assert_map_close, assert_relative_l2
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -55,13 +57,14 @@ def test_extreme_logits_give_one_hot_statistics(dtype: torch.dtype, device: torc
     assert torch.equal(joint, expected)
 
 
-def test_source_of_minus_infinity_has_no_mass(device: torch.device) -> None:
-    source, target = BASE.source(device), BASE.target(device)
-    source[:, 2] = -torch.inf
-    joint = riskmap_ext.leep_statistics(source, target, BASE.classes)
-    assert torch.equal(joint[:, 2], torch.zeros_like(joint[:, 2]))
-    without = riskmap_ext.leep_statistics(source[:, [0, 1, 3]], target, BASE.classes)
-    torch.testing.assert_close(joint[:, [0, 1, 3]], without, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+def test_source_of_minus_infinity_has_no_mass(case: Case, device: torch.device) -> None:
+    source, target = case.source(device), case.target(device)
+    source[:, 3:] = -torch.inf
+    joint = riskmap_ext.leep_statistics(source, target, case.classes)
+    assert torch.count_nonzero(joint[:, 3:]) == 0
+    without = riskmap_ext.leep_statistics(source[:, :3], target, case.classes)
+    torch.testing.assert_close(joint[:, :3], without, rtol=1e-6, atol=0)
 
 
 def test_nan_source_is_not_hidden(device: torch.device) -> None:
@@ -95,11 +98,16 @@ def test_values_are_not_read_where_they_are_not_there() -> None:
     assert torch.equal(traced(*args[:2]), riskmap_ext.leep_statistics(*args, **kwargs))
 
 
-def test_nan_at_ignored_voxels_is_not_looked_at(device: torch.device) -> None:
-    source, target = BASE.source(device), BASE.target(device)
-    expected = riskmap_ext.leep_statistics(source, target, BASE.classes)
-    spoiled = source.masked_fill(~BASE.valid(device).unsqueeze(1), torch.nan)
-    found = riskmap_ext.leep_statistics(spoiled, target, BASE.classes)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+def test_nan_at_ignored_voxels_is_not_looked_at(
+    case: Case, bad: float, device: torch.device
+) -> None:
+    case = replace(case, labels="runs")
+    source, target = case.source(device), case.target(device)
+    expected = riskmap_ext.leep_statistics(source, target, case.classes)
+    spoiled = laid_out(source.masked_fill(~case.valid(device).unsqueeze(1), bad), case.layout)
+    found = riskmap_ext.leep_statistics(spoiled, target, case.classes)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import BASE, EVERY_CASE, Case, in_double
+from cases import BASE, EVERY_CASE, EVERY_WAY, Case, in_double, laid_out
 from compare import assert_map_close
 
 import riskmap_ext
@@ -58,16 +58,18 @@ def test_extreme_logits(dtype: torch.dtype, device: torch.device) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_class_of_minus_infinity_has_no_share(device: torch.device) -> None:
-    source, target, given = BASE.map_call(device)[0]
-    source[:, 3] = -torch.inf
+@pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+def test_class_of_minus_infinity_has_no_share(case: Case, device: torch.device) -> None:
+    source, target, given = case.map_call(device)[0]
+    source[:, 3:] = -torch.inf
     found = riskmap_ext.transferability_map(source, target, given)
     expected = riskmap_ext.transferability_map(source[:, :3], target, given[:, :3])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_nan_source_is_not_hidden(device: torch.device) -> None:
-    source, target, given = BASE.map_call(device)[0]
+@pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+def test_nan_source_is_not_hidden(case: Case, device: torch.device) -> None:
+    source, target, given = case.map_call(device)[0]
     target[0, 3, 4] = 1
     source[0, 1, 3, 4] = torch.nan
     found = riskmap_ext.transferability_map(source, target, given)
@@ -75,10 +77,14 @@ def test_nan_source_is_not_hidden(device: torch.device) -> None:
     assert found.isnan().sum() == 1
 
 
-def test_nan_at_ignored_voxels_is_not_looked_at(device: torch.device) -> None:
-    source, target, given = BASE.map_call(device)[0]
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+def test_nan_at_ignored_voxels_is_not_looked_at(
+    case: Case, bad: float, device: torch.device
+) -> None:
+    source, target, given = case.map_call(device)[0]
     expected = riskmap_ext.transferability_map(source, target, given)
-    spoiled = source.masked_fill(~BASE.valid(device).unsqueeze(1), torch.nan)
+    spoiled = laid_out(source.masked_fill(~case.valid(device).unsqueeze(1), bad), case.layout)
     found = riskmap_ext.transferability_map(spoiled, target, given)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 

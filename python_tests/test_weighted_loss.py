@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import BASE, LOSS_CASES, Case, in_double, loss_and_gradients, loss_in_two_steps
+from cases import (
+    BASE,
+    EVERY_WAY,
+    LOSS_CASES,
+    Case,
+    in_double,
+    laid_out,
+    loss_and_gradients,
+    loss_in_two_steps,
+)
 from compare import assert_gradient_close, assert_loss_matches_reference, relative_l2
 
 import riskmap_ext
 from riskmap_ext import reference
+
+every_way = pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
+# Logits that may not be looked at, and a loss that takes every number there is.
+SPOILERS = (torch.nan, -torch.inf)
+WITH_ALL = {"dice_weight": 1.0, "label_smoothing": 0.1, "squared_pred": True}
 
 
 @pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.name)
@@ -63,10 +78,12 @@ def test_gradcheck(options: dict, layout: str, device: torch.device) -> None:
     )
 
 
-def test_map_takes_a_gradient_for_each_voxel(device: torch.device) -> None:
-    case = Case("voxel_gradients", loss_options={"reduction": "none"}, with_weight=True)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "shifted", "images_shifted"])
+@every_way
+def test_map_takes_a_gradient_for_each_voxel(case: Case, layout: str, device: torch.device) -> None:
+    case = replace(case, loss_options={"reduction": "none"}, with_weight=True)
     call = case.loss_call(device)
-    grad_output = torch.randn(case.batch, *case.spatial, device=device)
+    grad_output = laid_out(torch.randn(case.batch, *case.spatial, device=device), layout)
     found = loss_and_gradients(call, riskmap_ext.weighted_loss, grad_output)
     truth = loss_and_gradients(in_double(call), reference.weighted_loss, grad_output)
     assert_gradient_close(found[1], truth[1])
@@ -137,16 +154,20 @@ def test_large_common_offset_costs_no_precision(
     assert_gradient_close(found[2], expected[2])
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
-def test_minus_infinity_elsewhere_than_the_target(dice: float, device: torch.device) -> None:
-    (logits, target, risk), kwargs = BASE.loss_call(device)
+@every_way
+def test_minus_infinity_elsewhere_than_the_target(
+    case: Case, dice: float, weighted: bool, device: torch.device
+) -> None:
+    (logits, target, risk), kwargs = replace(case, with_weight=weighted).loss_call(device)
     target = target.clamp(max=1)
-    logits[:, 2] = -torch.inf
+    logits[:, 2:] = -torch.inf
     call = (logits, target, risk), {**kwargs, "dice_weight": dice}
     found = loss_and_gradients(call)
     assert found[0].isfinite()
     assert found[1].isfinite().all()
-    assert torch.count_nonzero(found[1][:, 2]) == 0
+    assert torch.count_nonzero(found[1][:, 2:]) == 0
     expected = loss_and_gradients(in_double(call), reference.weighted_loss)
     assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     assert_gradient_close(found[1], expected[1])
@@ -164,9 +185,10 @@ def test_minus_infinity_at_the_target_is_an_infinite_loss(device: torch.device) 
 
 @pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_is_not_hidden(bad: float, dice: float, device: torch.device) -> None:
-    for channel in range(BASE.classes):
-        (logits, target, risk), kwargs = BASE.loss_call(device)
+@every_way
+def test_nan_is_not_hidden(case: Case, bad: float, dice: float, device: torch.device) -> None:
+    for channel in range(min(case.classes, 4)):
+        (logits, target, risk), kwargs = case.loss_call(device)
         target[0, 3, 4], risk[0, 3, 4] = 1, 1.0
         logits[0, channel, 3, 4] = bad
         call = (logits, target, risk), {**kwargs, "dice_weight": dice}
@@ -175,31 +197,40 @@ def test_nan_is_not_hidden(bad: float, dice: float, device: torch.device) -> Non
         assert gradient[0, :, 3, 4].isnan().all()
 
 
-@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
-def test_nothing_is_looked_at_in_ignored_voxels(dice: float, device: torch.device) -> None:
-    (logits, target, risk), kwargs = BASE.loss_call(device)
-    kwargs["dice_weight"] = dice
-    expected = loss_and_gradients(((logits, target, risk), kwargs))
-    ignored = ~BASE.valid(device)
-    spoiled = logits.masked_fill(ignored.unsqueeze(1), torch.nan)
-    found = loss_and_gradients(((spoiled, target, risk.masked_fill(ignored, -torch.inf)), kwargs))
+@pytest.mark.parametrize("in_forward", [True, False], ids=["in_forward", "recompute"])
+@pytest.mark.parametrize("bad", SPOILERS)
+@pytest.mark.parametrize("options", [{}, {"dice_weight": 1.0}, WITH_ALL], ids=["", "dice", "all"])
+@every_way
+def test_nothing_is_looked_at_in_ignored_voxels(
+    case: Case, options: dict, bad: float, in_forward: bool, device: torch.device
+) -> None:
+    (logits, target, risk), kwargs = case.loss_call(device)
+    kwargs.update(options)
+    ignored = ~case.valid(device)
+    spoiled = laid_out(logits.masked_fill(ignored.unsqueeze(1), bad), case.layout)
+    with riskmap_ext.gradient_in_forward(in_forward):
+        expected = loss_and_gradients(((logits, target, risk), kwargs))
+        risk = risk.masked_fill(ignored, -torch.inf)
+        found = loss_and_gradients(((spoiled, target, risk), kwargs))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-def test_nothing_is_looked_at_outside_the_region(device: torch.device) -> None:
-    (logits, target, risk), kwargs = BASE.loss_call(device)
+@every_way
+def test_nothing_is_looked_at_outside_the_region(case: Case, device: torch.device) -> None:
+    (logits, target, risk), kwargs = case.loss_call(device)
     kwargs["ce_voxels"] = "foreground"
     expected = loss_and_gradients(((logits, target, risk), kwargs))
-    spoiled = logits.masked_fill((target == 0).unsqueeze(1), torch.nan)
+    spoiled = laid_out(logits.masked_fill((target == 0).unsqueeze(1), torch.nan), case.layout)
     found = loss_and_gradients(((spoiled, target, risk), kwargs))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-def test_part_of_weight_zero_is_switched_off(device: torch.device) -> None:
+@every_way
+def test_part_of_weight_zero_is_switched_off(case: Case, device: torch.device) -> None:
     """An infinite cross-entropy does not spoil the Dice part."""
-    (logits, target, risk), kwargs = BASE.loss_call(device)
+    (logits, target, risk), kwargs = case.loss_call(device)
     target[0, 3, 4], risk[0, 3, 4] = 1, 1.0
     logits[0, 1, 3, 4] = -torch.inf
     kwargs.update(ce_weight=0.0, dice_weight=1.0)
@@ -227,12 +258,14 @@ def test_gradient_is_laid_out_as_the_logits(
     "normalization", ["foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"]
 )
 @pytest.mark.parametrize("ce_voxels", ["valid", "foreground"])
-@pytest.mark.parametrize("labels", ["ignored", "no_voxels", "no_images"])
+@pytest.mark.parametrize("labels", ["ignored", "few", "many", "no_voxels", "no_images"])
 def test_nothing_valid_is_zero(
     labels: str, ce_voxels: str, normalization: str, dice: float, device: torch.device
 ) -> None:
     case = {
         "ignored": Case("nothing", labels="ignored"),
+        "few": Case("nothing", labels="ignored", spatial=(12, 11)),
+        "many": Case("nothing", labels="ignored", spatial=(12, 11), classes=11),
         "no_voxels": Case("nothing", spatial=(0, 3)),
         "no_images": Case("nothing", batch=0),
     }[labels]
@@ -317,6 +350,7 @@ def test_inputs_are_left_alone(device: torch.device) -> None:
     "case",
     [
         Case("two_steps", batch=3, with_weight=True, empty_image=True),
+        Case("two_steps_many", classes=19, spatial=(12, 13), with_weight=True),
         Case("two_steps_double", classes=17, dtype=torch.float64, with_weight=True),
         Case("two_steps_regions", regions=3, classes=4, spatial=(9, 10), with_weight=True),
         Case("two_steps_empty", batch=0, with_weight=True),
