@@ -22,7 +22,7 @@ preload() { # Python itself is not sanitized: the runtime has to be loaded first
 
 case $sanitizer in
   none)
-    "${run[@]}" python_tests/test_cuda_on_host.py python_tests/test_cuda_faults.py "$@"
+    "${run[@]}" python_tests/test_cuda_{on_host,faults,kernel_choice}.py "$@"
     "${run[@]}" --cuda-on-host -k "TestEqualsDiceCELoss or TestOverlappingChannels and not soft and not compile" \
       python_tests/test_monai_loss.py "$@"
     for order in forward random:3; do
