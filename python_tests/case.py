@@ -25,6 +25,7 @@ LAYOUTS = (
     "batch_strided",
     "expanded",
     "channel_expanded",
+    "channels_last_rows_apart",
 )
 
 
@@ -173,7 +174,9 @@ class Case:
         return laid_out(scores.to(self.dtype).to(device), self.layout)
 
     def _voxels(self, voxels: Tensor, device: torch.device) -> Tensor:
-        layout = self.map_layout or self.layout.replace("channels_last", "contiguous")
+        layout = self.map_layout or self.layout
+        if layout.startswith("channels_last"):
+            layout = "contiguous"
         voxels = laid_out(voxels.to(device), layout)
         return voxels.unsqueeze(1) if self.channel else voxels
 
@@ -184,6 +187,9 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
         return tensor.contiguous()
     if layout == "channels_last":
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "channels_last_rows_apart":  # part of a larger image: no stride for all voxels
+        larger = torch.nn.functional.pad(tensor, (0, 1)).movedim(1, -1).contiguous()
+        return larger.movedim(-1, 1)[..., :-1]
     if layout == "transposed":  # the order of all dimensions reversed in memory
         return (
             tensor.permute(*reversed(range(tensor.dim())))

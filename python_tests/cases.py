@@ -160,6 +160,7 @@ _MORE_TILES = [
             ("contiguous", "shifted"),
             ("contiguous", "images_shifted"),
             ("batch_strided", ""),
+            ("channels_last_rows_apart", ""),
             ("expanded", ""),
         )
     ),

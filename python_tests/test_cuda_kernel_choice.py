@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,7 @@ LOSSES: tuple[dict[str, Any], ...] = (
     {"reduction": "none"},
     {"ce_voxels": "foreground"},
 )
-Launched = Callable[[Callable[[], Any]], set[str]]
+Launched = Callable[..., set[str]]
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,13 @@ def launched() -> Launched:
 
     library = launches.HostLibrary(launches.host_library())
 
-    def record(call: Callable[[], Any]) -> set[str]:
+    def record(call: Callable[[], Any], look: Callable[[Any], None] | None = None) -> set[str]:
         names = set[str]()
 
         def listen(launch: Any) -> bool:
             names.add(launch.kernel.split("<")[0])
+            if look is not None:
+                look(launch)
             return False
 
         with library.told(listen):
@@ -149,3 +152,28 @@ def test_few_regions_have_kernels_of_their_own(
     case = Case("regions", classes=5, regions=regions, spatial=(4, 6), layout=layout)
     for options in ({}, {"dice_weight": 1.0}):
         assert not is_general(launched(lambda options=options: loss(case, **options)))
+
+
+def test_gradients_of_a_map_are_read_in_whole_words(launched: Launched) -> None:
+    """A GPU reads 16 bytes at addresses that are multiples of 16 only, in every image."""
+    case = Case("map", classes=3, spatial=(4, 5), loss_options={"reduction": "none"})
+    (logits, target, risk), kwargs = case.loss_call(CPU)
+    gradient = torch.ones(48)
+    first = -gradient.data_ptr() // 4 % 4  # of the storage, that is a multiple of 16 bytes
+    gradient = gradient[first:].as_strided((2, 4, 5), (21, 5, 1))
+    assert gradient.data_ptr() % 16 == 0
+    strides: list[int] = []
+
+    def look(launch: Any) -> None:
+        if GENERAL in launch.kernel or "backward" not in launch.kernel:
+            return
+        at = launch.argument.find(struct.pack("<Q", gradient.data_ptr()))
+        if at >= 0:  # the pointer of a map, and its stride
+            strides.append(struct.unpack_from("<q", launch.argument, at + 8)[0])
+
+    def call() -> None:
+        logits.requires_grad_()
+        riskmap_ext.weighted_loss(logits, target, risk, **kwargs).backward(gradient)
+
+    launched(call, look)
+    assert all(stride % 16 == 0 for stride in strides)

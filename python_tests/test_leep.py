@@ -98,7 +98,7 @@ def test_values_are_not_read_where_they_are_not_there() -> None:
     assert torch.equal(traced(*args[:2]), riskmap_ext.leep_statistics(*args, **kwargs))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
 def test_nan_at_ignored_voxels_is_not_looked_at(
     case: Case, bad: float, device: torch.device

@@ -26,7 +26,7 @@ from riskmap_ext import reference
 
 every_way = pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
 # Logits that may not be looked at, and a loss that takes every number there is.
-SPOILERS = (torch.nan, -torch.inf)
+SPOILERS = (torch.nan, torch.inf, -torch.inf)
 WITH_ALL = {"dice_weight": 1.0, "label_smoothing": 0.1, "squared_pred": True}
 
 

@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
     const bool used[] = {factor[0] != 0, factor[1] != 0, factor[2] != 0, factor[3] != 0};
     clear_unused(tile, used);
 #pragma unroll
-    for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
+    for (int i = 0; i < kTileVoxels; ++i) factor[i] *= used[i] ? math::exp(max[i] - largest[i]) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k)
 #pragma unroll

@@ -165,6 +165,14 @@ GradientViews<Logits> view_of(const LossBackward& args, const Logits& logits, co
           args.grad_logits};
 }
 
+// The gradient must lie as the logits do, and its maps must be read in packs as well.
+inline bool fits_tiles(const LossBackward& args) {
+  const int64_t batch = args.in.logits.batch;
+  return fits_tiles(args.in) && fits_tiles(args.grad_logits) &&
+         (args.grad_logits.stride_voxel == 1) == (args.in.logits.stride_voxel == 1) &&
+         has_packs<kTileVoxels>(args.grad_map, batch) && has_packs<kTileVoxels>(args.grad_risk, batch);
+}
+
 // Whether a voxel has a gradient. Elsewhere not even a NaN may reach it.
 template <LossKind kKind, class acc_t, int V>
 __device__ __forceinline__ bool is_used(const LossViews& in, const VoxelData<acc_t, V>& data, int i, acc_t factor) {

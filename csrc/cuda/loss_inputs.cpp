@@ -63,8 +63,18 @@ LossFinish finish_of(const LossOptions& options, int64_t excluded_class) {
   return finish;
 }
 
-GradientTensor::GradientTensor(const Tensor& logits) : result(torch::stable::empty_like(logits)), written(result) {
-  if (!is_viewable(result)) written = torch::stable::empty_like(torch::stable::contiguous(result));
+namespace {
+
+bool is_planar(const Tensor& tensor) {
+  Tensor keep = tensor;
+  return view_volume(tensor, keep).stride_voxel == 1;
+}
+
+}  // namespace
+
+GradientTensor::GradientTensor(const Tensor& logits, const Tensor& read)
+    : result(torch::stable::empty_like(logits)), written(result) {
+  if (!is_viewable(result) || is_planar(result) != is_planar(read)) written = torch::stable::empty_like(read);
 }
 
 Volume GradientTensor::view() {

@@ -17,6 +17,7 @@ class DeviceLossInputs {
 
   LossInputs args{};
 
+  const Tensor& logits() const { return logits_; }  // as they are read: a copy where they had gaps
   bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
   ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
   Chunking chunking() const { return has_regions_ ? region_chunking(args) : loss_chunking(args); }
@@ -37,12 +38,12 @@ LossFinish finish_of(const LossOptions& options, int64_t excluded_class);
 // As the caller gave them; `keep` holds a copy where they had gaps.
 ClassWeight view_class_weight(const OptionalTensor& weight, Tensor& keep);
 
-// A gradient laid out as `logits`; where that is neither planar nor channels-last, the kernel writes a contiguous
-// tensor first.
+// A gradient laid out as `logits`; where that is not how the kernel reads them (`read`), it writes another tensor
+// first.
 struct GradientTensor {
   Tensor result, written;
 
-  explicit GradientTensor(const Tensor& logits);
+  GradientTensor(const Tensor& logits, const Tensor& read);
   Volume view();
   void finish();  // after the kernels are launched
 };

@@ -47,13 +47,13 @@ void with_tile_kernel(const Volume& logits, const F& f) {
   }
 }
 
-// `usual`: whether a kernel of the usual calls may serve.
+// `fits`: whether the tensors do, see fits_tiles; `usual`: whether a kernel of the usual calls may serve.
 template <class F>
-void with_loss_kernel(const LossInputs& in, bool usual, const F& f) {
+void with_loss_kernel(const LossInputs& in, bool fits, bool usual, const F& f) {
   with_floating(in.logits.dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
-      if (fits_tiles(in)) {
+      if (fits) {
         if (!usual) return with_tile_kernel<T, LossKind::kAny>(in.logits, f);
         if (in.class_sums) return with_tile_kernel<T, LossKind::kDice>(in.logits, f);
         return with_tile_kernel<T, LossKind::kCrossEntropy>(in.logits, f);

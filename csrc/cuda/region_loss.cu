@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
 
 // Calls f with the dtype, and the regions that a thread holds: 0 where they fit no tile.
 template <class F>
-void with_region_kernel(const LossInputs& in, const F& f) {
+void with_region_kernel(const LossInputs& in, bool fits, const F& f) {
   with_floating(in.logits.dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) < sizeof(double)) {
-      if (in.logits.classes <= kFewClasses && in.num_labels <= kMaxLabels && fits_tiles(in))
+      if (in.logits.classes <= kFewClasses && in.num_labels <= kMaxLabels && fits)
         return in.logits.classes <= 4 ? f(T{}, std::integral_constant<int, 4>{})
                                       : f(T{}, std::integral_constant<int, 8>{});
     }
@@ -291,7 +291,7 @@ void launch_region_loss_forward(const LossForward& args, cudaStream_t stream) {
   const Volume& logits = args.in.logits;
   const int64_t blocks = args.chunking.chunks(logits.batch);
   if (blocks == 0) return;
-  with_region_kernel(args.in, [&](auto tag, auto slots) {
+  with_region_kernel(args.in, fits_tiles(args.in), [&](auto tag, auto slots) {
     using T = decltype(tag);
     constexpr int kSlots = decltype(slots)::value;
     if constexpr (kSlots == 0) {
@@ -309,7 +309,7 @@ void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream) 
   const Volume& logits = args.in.logits;
   const int64_t blocks = args.chunking.chunks(logits.batch);
   if (blocks == 0) return;
-  with_region_kernel(args.in, [&](auto tag, auto slots) {
+  with_region_kernel(args.in, fits_tiles(args), [&](auto tag, auto slots) {
     using T = decltype(tag);
     constexpr int kSlots = decltype(slots)::value;
     if constexpr (kSlots == 0) {

@@ -53,7 +53,7 @@ __device__ __forceinline__ T* image_of(const TileVolume& volume, uint32_t image)
 }
 
 // The least that counts as the largest logit of some classes: finite, so that -inf less it is -inf.
-inline constexpr float kNoLogit = -3e38f;
+inline constexpr float kNoLogit = -3.402823466e38f;
 
 // Elements that lie together, from or to an address that is a multiple of 16 bytes, by `threads` threads.
 template <class T>

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
   const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, dice,
                             squared_pred, stream);
 
-  GradientTensor gradient(logits);
+  GradientTensor gradient(logits, in.logits());
   Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient, keep_map = logits;
   const Tensor scales = torch::stable::contiguous(scale), slopes = torch::stable::contiguous(dice_slopes);
   LossBackward args{};
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
                             stream);
   const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
   Tensor loss = empty_on(logits, {}, in.result_dtype());
-  GradientTensor gradient(logits);
+  GradientTensor gradient(logits, in.logits());
   Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient;
 
   // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take more.

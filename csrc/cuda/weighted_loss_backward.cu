@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_backward(const Grad
       label[i] = __float_as_int(label_bits[i]);
       used[i] = label[i] != kIgnored;
       // From here on relative to the voxel's largest logit.
-      scale[i] = math::exp(max[i] - scale[i]);
+      scale[i] = used[i] ? math::exp(max[i] - scale[i]) : 0.0f;
       if (kKind != LossKind::kAny) {
         of_exp[i] *= scale[i];
         of_slope[i] *= scale[i];
@@ -301,7 +301,7 @@ void launch_weighted_loss_backward(const LossBackward& args, cudaStream_t stream
   const int64_t blocks = args.chunking.chunks(logits.batch);
   if (blocks == 0) return;
   const bool usual = is_usual(args.in) && !args.grad_map.data && !args.grad_risk.data;
-  with_loss_kernel(args.in, usual, [&](auto kernel) {
+  with_loss_kernel(args.in, fits_tiles(args), usual, [&](auto kernel) {
     using Kernel = decltype(kernel);
     using T = typename Kernel::T;
     if constexpr (Kernel::kWay == LossWay::kAny) {

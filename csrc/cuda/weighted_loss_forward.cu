@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_forward(const Forwa
     const bool used[] = {factor[0] != 0, factor[1] != 0, factor[2] != 0, factor[3] != 0};
     clear_unused(tile, used);
 #pragma unroll
-    for (int i = 0; i < kTileVoxels; ++i) factor[i] *= math::exp(max[i] - largest[i]);
+    for (int i = 0; i < kTileVoxels; ++i) factor[i] *= used[i] ? math::exp(max[i] - largest[i]) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
 #pragma unroll
@@ -207,7 +207,7 @@ void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) 
   const Volume& logits = args.in.logits;
   const int64_t blocks = args.chunking.chunks(logits.batch);
   if (blocks == 0) return;
-  with_loss_kernel(args.in, is_usual(args.in) && !args.map.data, [&](auto kernel) {
+  with_loss_kernel(args.in, fits_tiles(args.in), is_usual(args.in) && !args.map.data, [&](auto kernel) {
     using Kernel = decltype(kernel);
     using T = typename Kernel::T;
     if constexpr (Kernel::kWay == LossWay::kAny) {
