@@ -96,7 +96,7 @@ class LabelRuns {
 
   __device__ __forceinline__ LabelRuns(float* turned, uint8_t* touched, double* table, const ManyShape& shape,
                                        int classes)
-      : own_(turned + (lane_index() % kManySlots) * kPitch),
+      : own_(turned + (lane_index() % kManySlots) * kPitch + lane_index() / kManySlots * kHalf),
         touched_(touched),
         table_(table + shape.first + lane_index() % kManySlots),
         classes_(classes),
@@ -105,31 +105,20 @@ class LabelRuns {
 
   // Of kWarp voxels with these labels; ignored ones have the probability 0.
   __device__ __forceinline__ void add(const int* labels) {
-    constexpr int kHalf = kWarp / 2;
     const int label = labels[lane_index()];
     uint32_t left = __ballot_sync(kAllLanes, label >= 0);
     if (left == 0) return;
-    float own[kHalf];
-#pragma unroll
-    for (int v = 0; v < kHalf; v += kTileVoxels) {
-      const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + half_ * kHalf + v);
-#pragma unroll
-      for (int i = 0; i < kTileVoxels; ++i) own[v + i] = pack.values[i];
-    }
     // First what goes on, then one label after the other.
     uint32_t same = __ballot_sync(kAllLanes, label == label_) & left;
     if (same == 0) same = next(label, left);
-    const bool one_label = same == left;
-    while (same != left) {
-      add(own, same);
-      left &= ~same;
-      same = next(label, left);
-    }
-    if (one_label) {
-#pragma unroll
-      for (int v = 0; v < kHalf; ++v) run_ += own[v];
+    if (same == left) {
+      add_all();
     } else {
-      add(own, same);
+      add(same);
+      while ((left &= ~same) != 0) {
+        same = next(label, left);
+        add(same);
+      }
     }
     voxels_ += kWarp;
     if (voxels_ == kMostInFloat) flush();
@@ -150,10 +139,23 @@ class LabelRuns {
   }
 
  private:
-  __device__ __forceinline__ void add(const float (&own)[kWarp / 2], uint32_t voxels) {
-    const uint32_t mine = voxels >> (half_ * (kWarp / 2));
+  // Of the lane's half of the voxels all, or those with a bit.
+  __device__ __forceinline__ void add_all() {
 #pragma unroll
-    for (int v = 0; v < kWarp / 2; ++v) run_ += mine >> v & 1 ? own[v] : 0.0f;
+    for (int v = 0; v < kHalf; v += kTileVoxels) {
+      const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + v);
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) run_ += pack.values[i];
+    }
+  }
+  __device__ __forceinline__ void add(uint32_t voxels) {
+    const uint32_t mine = voxels >> (half_ * kHalf);
+#pragma unroll
+    for (int v = 0; v < kHalf; v += kTileVoxels) {
+      const auto pack = Pack<float, kTileVoxels>::load_shared(own_ + v);
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) run_ += mine >> (v + i) & 1 ? pack.values[i] : 0.0f;
+    }
   }
   // Goes over to the first label of these voxels, and says which have it.
   __device__ __forceinline__ uint32_t next(int label, uint32_t left) {
@@ -161,6 +163,8 @@ class LabelRuns {
     label_ = __shfl_sync(kAllLanes, label, __ffs(static_cast<int>(left)) - 1);
     return __ballot_sync(kAllLanes, label == label_);
   }
+
+  static constexpr int kHalf = kWarp / 2;
 
   const float* own_;
   uint8_t* touched_;

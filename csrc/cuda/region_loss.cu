@@ -47,6 +47,15 @@ struct BackwardPass {
   Membership membership;
 };
 
+// What the smoothed labels of a region are.
+struct Smoothed {
+  float outside, inside;
+
+  __device__ __forceinline__ explicit Smoothed(double smoothing)
+      : outside(static_cast<float>(smoothing / 2)), inside(static_cast<float>(1 - smoothing / 2)) {}
+  __device__ __forceinline__ float of(bool hit) const { return hit ? inside : outside; }
+};
+
 template <class acc_t>
 __device__ __forceinline__ acc_t smoothed(const LossViews& in, bool inside) {
   const acc_t smoothing = static_cast<acc_t>(in.label_smoothing), t = inside ? acc_t(1) : acc_t(0);
@@ -77,23 +86,29 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
     VoxelData<float, kTileVoxels> data;
     tile.load(args.of.logits, chunk.image, first, chunk.end, span);
     data.load(in, rows, span);
-    float value[kTileVoxels], ce_sum = 0;
+    float value[kTileVoxels], ce[kTileVoxels] = {}, ce_sum = 0;
+    uint32_t inside[kTileVoxels];
 #pragma unroll
-    for (int i = 0; i < kTileVoxels; ++i) {
-      const uint32_t inside = membership.of(data.label[i]);
-      float ce = 0;
+    for (int i = 0; i < kTileVoxels; ++i) inside[i] = membership.of(data.label[i]);
 #pragma unroll
-      for (int r = 0; r < kSlots; ++r) {
-        if (r >= in.classes) break;
-        const bool hit = (inside >> r & 1) != 0;
-        const auto term = math::region_term(tile.x[r][i], smoothed<float>(in, hit));
-        ce += term.loss * weight_in_mean<float>(in, weights, r);
+    for (int r = 0; r < kSlots; ++r) {
+      if (r >= in.classes) break;
+      const float weight = weight_in_mean<float>(in, weights, r);
+      const Smoothed smoothed(in.label_smoothing);
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) {
+        const bool hit = (inside[i] >> r & 1) != 0;
+        const auto term = math::region_term(tile.x[r][i], smoothed.of(hit));
+        ce[i] += term.loss * weight;
         const float pi = data.valid(i) ? term.pi : 0.0f;
         sums.predicted[r] += in.squared ? pi * pi : pi;
         sums.intersection[r] += hit ? pi : 0.0f;
         sums.labelled[r] += hit;
       }
-      const float weighted = data.counted(in, i) ? data.risk[i] * ce : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const float weighted = data.counted(in, i) ? data.risk[i] * ce[i] : 0.0f;
       value[i] = args.of.value(data, i, weighted);
       ce_sum += weighted;
       total.look(data, i);
@@ -105,6 +120,16 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
   const PartialColumns out = args.of.columns(chunk);
   write_sums(total, true, out);
   if (in.class_sums) sums.write(in, out);
+}
+
+// d loss / d logit of a region, but for what is bad or not used. weight: of its cross-entropy.
+template <class acc_t>
+__device__ __forceinline__ acc_t region_gradient(const LossViews& in, acc_t pi, acc_t t, bool hit, acc_t weight,
+                                                 acc_t overall, acc_t hit_slope) {
+  const acc_t g = math::region_cross_entropy_grad(pi, t, weight), inside = hit ? acc_t(1) : acc_t(0);
+  if (!in.class_sums) return g;
+  return g + (in.squared ? math::region_dice_grad<true>(pi, inside, overall, hit_slope)
+                         : math::region_dice_grad<false>(pi, inside, overall, hit_slope));
 }
 
 // What a region's gradient is made of, for a voxel: the weight of its cross-entropy, and what is added, NaN for what is
@@ -123,15 +148,6 @@ struct RegionGradient {
         scale(factor * grad_map),
         scaled_risk(counted ? scale * data.risk[i] : acc_t(0)) {}
 
-  __device__ __forceinline__ acc_t of_logit(const LossViews& in, acc_t pi, acc_t t, bool hit, acc_t weight,
-                                            acc_t overall, acc_t hit_slope) const {
-    acc_t g = math::region_cross_entropy_grad(pi, t, scaled_risk * weight);
-    const acc_t inside = hit ? acc_t(1) : acc_t(0);
-    if (in.class_sums)
-      g += in.squared ? math::region_dice_grad<true>(pi, inside, overall, hit_slope)
-                      : math::region_dice_grad<false>(pi, inside, overall, hit_slope);
-    return bad ? not_a_number<acc_t>() : used ? g : acc_t(0);
-  }
   __device__ __forceinline__ acc_t of_risk(acc_t ce) const {
     return bad ? not_a_number<acc_t>() : counted ? scale * ce : acc_t(0);
   }
@@ -164,22 +180,41 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
     tile.load(args.of.logits, chunk.image, first, chunk.end, span);
     data.load(in, rows, span);
     args.of.template load_grad_map<LossKind::kAny>(chunk.image, span, grad_map);
+    float ce[kTileVoxels] = {}, scaled_risk[kTileVoxels], poison[kTileVoxels];
+    uint32_t inside[kTileVoxels];
+    bool used[kTileVoxels];
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
-      const uint32_t inside = membership.of(data.label[i]);
       const RegionGradient<float> voxel(args.of, data, i, factor, grad_map[i]);
-      float ce = 0;
+      inside[i] = membership.of(data.label[i]);
+      scaled_risk[i] = voxel.scaled_risk;
+      used[i] = voxel.used;
+      poison[i] = voxel.bad ? not_a_number<float>() : 0.0f;
+    }
 #pragma unroll
-      for (int r = 0; r < kSlots; ++r) {
-        if (r >= in.classes) break;
-        const bool hit = (inside >> r & 1) != 0;
-        const float t = smoothed<float>(in, hit), weight = weight_in_mean<float>(in, weights, r);
-        const auto term = math::region_term(tile.x[r][i], t);
-        ce += term.loss * weight;
-        tile.x[r][i] = voxel.of_logit(in, term.pi, t, hit, weight, overall[r], hit_slope[r]);
+    for (int r = 0; r < kSlots; ++r) {
+      if (r >= in.classes) break;
+      const float weight = weight_in_mean<float>(in, weights, r);
+      const Smoothed smoothed(in.label_smoothing);
+      if (args.of.wants_cross_entropy()) {
+#pragma unroll
+        for (int i = 0; i < kTileVoxels; ++i)
+          ce[i] += math::region_term(tile.x[r][i], smoothed.of((inside[i] >> r & 1) != 0)).loss * weight;
       }
-      grad_risk[i] = voxel.of_risk(ce);
-      ce_sum += voxel.counted ? data.risk[i] * ce : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTileVoxels; ++i) {
+        const bool hit = (inside[i] >> r & 1) != 0;
+        const float t = smoothed.of(hit);
+        const auto term = math::region_term(tile.x[r][i], t);  // the loss is not made twice
+        const float g = region_gradient(in, term.pi, t, hit, scaled_risk[i] * weight, overall[r], hit_slope[r]);
+        tile.x[r][i] = (used[i] ? g : 0.0f) + poison[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTileVoxels; ++i) {
+      const RegionGradient<float> voxel(args.of, data, i, factor, grad_map[i]);
+      grad_risk[i] = voxel.of_risk(ce[i]);
+      ce_sum += voxel.counted ? data.risk[i] * ce[i] : 0.0f;
       total.look(data, i);
     }
     tile.store(args.of.grad, chunk.image, first, chunk.end, span);
@@ -255,7 +290,8 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
       const acc_t hit_slope = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 1, r) : acc_t(0);
       const auto term = math::region_term(x.get(r), t);
       ce += term.loss * weight;
-      out[r * args.of.grad.stride_class] = from_acc<T>(voxel.of_logit(in, term.pi, t, hit, weight, overall, hit_slope));
+      const acc_t g = region_gradient(in, term.pi, t, hit, voxel.scaled_risk * weight, overall, hit_slope);
+      out[r * args.of.grad.stride_class] = from_acc<T>(voxel.bad ? not_a_number<acc_t>() : voxel.used ? g : acc_t(0));
     });
     const acc_t grad_risk[1] = {voxel.of_risk(ce)};
     total.cross_entropy += voxel.counted ? static_cast<double>(data.risk[0] * ce) : 0.0;
