@@ -22,6 +22,7 @@ CAUGHT = [
     ("plain_add", "thread", "forward", "data race"),
     ("missing_fence", "thread", "forward", "data race"),
     ("unset_shared", "none", "forward", "wrong result"),
+    ("unset_dynamic_shared", "none", "forward", "wrong result"),
     ("out_of_bounds", "address", "forward", "heap-buffer-overflow"),
     ("out_of_bounds_shared", "address", "forward", "insufficient space for an object"),
     ("out_of_bounds_dynamic_shared", "address", "forward", "heap-buffer-overflow"),
