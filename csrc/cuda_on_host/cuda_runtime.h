@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "runner.h"
 
@@ -289,8 +290,9 @@ void launch(void (*kernel)(Parameters), dim3 grid, dim3 block, size_t shared_byt
   if (!ran) last_error() = cudaErrorInvalidConfiguration;
 }
 
-// The faults' kernels take several arguments.
-template <class... Parameters, class... Arguments>
+// The faults' kernels take several arguments, or no dynamic shared memory.
+template <class... Parameters, class... Arguments,
+          class = std::enable_if_t<sizeof...(Parameters) == sizeof...(Arguments)>>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments&&... arguments) {
   const auto call = [&] { kernel(arguments...); };
   const bool ran =
