@@ -204,13 +204,6 @@ __device__ __forceinline__ double load_scalar(const void* data, Dtype dtype, int
   }
 }
 
-// Calls f with the flag as a constant; on the host.
-template <class F>
-void with_flag(bool flag, const F& f) {
-  if (flag) return f(std::true_type{});
-  f(std::false_type{});
-}
-
 // Calls f with a value of the C++ type for the dtype of logits; on the host.
 template <class F>
 void with_floating(Dtype dtype, F&& f) {

@@ -39,13 +39,6 @@ inline Chunking chunk_voxels(int64_t batch, int64_t voxels, int64_t tile, int64_
   return {per_chunk * tile, (tiles + per_chunk - 1) / per_chunk};
 }
 
-// Which elements of a volume a thread moves at once.
-enum class Layout : int {
-  kVoxels,   // a class of neighbouring voxels
-  kClasses,  // the classes of a voxel
-  kScalar    // one element
-};
-
 // What makes a label of raw bits, so that no kernel depends on the dtype of labels.
 struct LabelCode {
   uint32_t ignore_low, ignore_high;  // raw bits of ignore_index, or what no element has; for floats its value
