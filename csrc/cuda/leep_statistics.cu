@@ -210,7 +210,6 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
   const SourceViews& in = args.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ManyShape shape(in.classes);
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
   StatisticsExchange<kPlanar> exchange(args.source.channels_last);
   float* const turned = reinterpret_cast<float*>(dynamic_shared()) + warp_index() * LabelRuns::kNumbers;
   uint8_t* const all_touched = reinterpret_cast<uint8_t*>(dynamic_shared() + args.own_at);
@@ -240,8 +239,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_statistics(const St
     exchange.post(1, sum);
     __syncthreads();
     if (shape.is_owner()) {
-      float largest = kNoLogit;
-      for (int w = 0; w < warps; ++w) largest = fmaxf(largest, exchange.posted(0, w, shape.thread));
+      const float largest = exchange.largest(shape.thread);
       labels[shape.thread] = label[0] < 0 ? kIgnored : label[0];
       exchange.result(0, shape.thread) = largest;
       exchange.result(1, shape.thread) = label[0] < 0 ? 0.0f : math::inverse(exchange.sum(1, shape.thread, largest));

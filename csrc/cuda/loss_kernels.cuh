@@ -113,12 +113,4 @@ struct NoSharedSmoothing {
 template <LossKind kKind>
 using SharedSmoothingOf = std::conditional_t<kKind == LossKind::kAny, SharedSmoothing, NoSharedSmoothing>;
 
-// Voxels that a block of the kernels holds at once, and blocks that a GPU has room for.
-inline Chunking loss_chunks(const LossInputs& in) {
-  const int64_t batch = in.logits.batch, classes = in.logits.classes, voxels = in.logits.voxels;
-  if (!fits_tiles(in)) return chunk_voxels(batch, voxels, kThreads, 64);
-  if (classes <= kFewClasses) return chunk_voxels(batch, voxels, kThreads * kTileVoxels, 64);
-  return chunk_voxels(batch, voxels, kWarpVoxels, 256, usual_blocks() * (classes <= 64 ? 2 : 1));
-}
-
 }  // namespace riskmap::cuda

@@ -55,12 +55,17 @@ class ManyExchange {
     }
   }
 
+  // Of a voxel, from the largest logits that the warps posted.
+  __device__ __forceinline__ float largest(uint32_t voxel) const {
+    float max = kNoLogit;
+    for (int w = 0; w < warps_; ++w) max = fmaxf(max, posted(0, w, voxel));
+    return max;
+  }
   // Of a voxel, from what the warps posted: 0 the largest of their logits, 1 the sum of the exponentials relative to
   // it.
   template <class Smoothing>
   __device__ __forceinline__ Softmax<float> softmax(uint32_t voxel, float target, const Smoothing& smoothing) const {
-    Softmax<float> softmax{kNoLogit, 0, 0, 0, 0};
-    for (int w = 0; w < warps_; ++w) softmax.max = fmaxf(softmax.max, posted(0, w, voxel));
+    Softmax<float> softmax{largest(voxel), 0, 0, 0, 0};
     softmax.sum = sum(1, voxel, softmax.max);
     softmax.target = target - softmax.max;
     softmax.at_label = math::exp(softmax.target);

@@ -11,7 +11,6 @@ namespace riskmap::cuda {
 // SourceInputs as the kernels read them.
 struct SourceViews {
   const uint8_t* regions;  // [R, Z] or nullptr
-  int channels;            // Z, or R with regions
   int classes;             // Z
   int num_classes;
   MapView target;
@@ -22,7 +21,6 @@ struct SourceViews {
 
 inline SourceViews view_of(const SourceInputs& in, const Chunking& chunking) {
   return {in.regions,
-          static_cast<int>(in.source.classes),
           static_cast<int>(in.classes),
           static_cast<int>(in.num_classes),
           view_of(in.target),

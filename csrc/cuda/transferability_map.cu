@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1) many_transfer(const Tran
     __syncthreads();
     if (!shape.is_owner()) continue;
     const uint32_t at = shape.thread;
-    float largest = kNoLogit;
-    for (int w = 0; w < exchange.warps(); ++w) largest = fmaxf(largest, exchange.posted(0, w, at));
+    const float largest = exchange.largest(at);
     const float value[1] = {
         map.value(label[0], exchange.sum(2, at, largest) * math::inverse(exchange.sum(1, at, largest)))};
     store_values_as<float>(out, own, value);

@@ -42,8 +42,6 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
   args.chunking = in.chunking();
   if (grad_loss.dim() != 0) {
     args.grad_map = view_map(grad_loss, keep_map);
-    if (reinterpret_cast<uintptr_t>(args.grad_map.data) % 16 != 0)  // the kernels read whole packs
-      args.grad_map = view_map(torch::stable::clone(grad_loss), keep_map);
   } else {
     args.grad_loss = grad_loss.data_ptr();
     args.grad_dtype = dtype_of_view(grad_loss);

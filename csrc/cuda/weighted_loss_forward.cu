@@ -201,7 +201,13 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardViews<An
 
 }  // namespace
 
-Chunking loss_chunking(const LossInputs& in) { return loss_chunks(in); }
+// Voxels that a block of the kernels holds at once, and blocks that a GPU has room for.
+Chunking loss_chunking(const LossInputs& in) {
+  const int64_t batch = in.logits.batch, classes = in.logits.classes, voxels = in.logits.voxels;
+  if (!fits_tiles(in)) return chunk_voxels(batch, voxels, kThreads, 64);
+  if (classes <= kFewClasses) return chunk_voxels(batch, voxels, kThreads * kTileVoxels, 64);
+  return chunk_voxels(batch, voxels, kWarpVoxels, 256, usual_blocks() * (classes <= 64 ? 2 : 1));
+}
 
 void launch_weighted_loss_forward(const LossForward& args, cudaStream_t stream) {
   const Volume& logits = args.in.logits;
