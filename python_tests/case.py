@@ -36,6 +36,7 @@ class Case:
     ``labels``: "random", "runs" of neighbours, "background" (only class 0), or "ignored" (nothing
     valid).
     ``empty_image``: the labels of image 0 are all ignored, those of image 1 all background.
+    ``features``: channels of the features that a head makes logits of.
     ``regions``, ``source_regions``: so many overlapping regions as channels of the logits and of
     the source, made up of ``classes`` and ``source_classes`` labels; 0: a softmax.
     """
@@ -60,6 +61,7 @@ class Case:
     with_weight: bool = False
     regions: int = 0
     source_regions: int = 0
+    features: int = 6
     map_layout: str = ""  # of target, risk and mask, where it is not that of the logits
     risk_options: Mapping[str, Any] = field(default_factory=dict)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +158,27 @@ class Case:
         if self.regions:
             kwargs["regions"] = self.table(self.regions, self.classes, device)
         return args, kwargs
+
+    def head(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, F, *S], weight [C, F] and bias [C] of a head that makes logits."""
+        shape = (self.batch, self.features, *self.spatial)
+        generator = self._generator("head")
+        features = torch.randn(shape, generator=generator, dtype=torch.float64)
+        channels = self.regions or self.classes
+        parameters = torch.randn((channels, self.features + 1), generator=generator)
+        scale = self.magnitude / max(1, self.features) ** 0.5
+        weight, bias = scale * parameters[:, 1:], parameters[:, 0]
+        return (
+            laid_out(features.to(self.dtype).to(device), self.layout),
+            weight.to(self.dtype).to(device),
+            bias.to(self.dtype).to(device),
+        )
+
+    def head_call(self, device: torch.device) -> Call:
+        (_, target, risk), kwargs = self.loss_call(device)
+        if "weight" in kwargs:
+            kwargs["class_weight"] = kwargs.pop("weight")
+        return (*self.head(device), target, risk), kwargs
 
     def _source_options(self, device: torch.device) -> dict[str, Any]:
         options: dict[str, Any] = {"ignore_index": self.ignore_index}

@@ -124,6 +124,15 @@ def _finish_arguments(case: Case, device: torch.device, **options: Any) -> tuple
     )
 
 
+def _with_head(
+    arguments: tuple[Any, ...], case: Case, bias: bool = True, volume: int = 0
+) -> tuple[Any, ...]:
+    """The same with features, weight and bias in the place of the logits, which are ``volume``."""
+    features, weight, of_bias = case.head(arguments[volume].device)
+    head = (features, weight, of_bias if bias else None)
+    return *arguments[:volume], *head, *arguments[volume + 1 :]
+
+
 SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)
 VOLUME = Case("opcheck_3d", spatial=(3, 2, 5), dtype=torch.bfloat16, layout="channels_last")
 EMPTY = Case("opcheck_empty", batch=0)
@@ -185,6 +194,35 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
         lambda d: _finish_arguments(SMALL, d),
         lambda d: _finish_arguments(EMPTY, d),
     ],
+    "linear_weighted_loss": [
+        lambda d: _with_head(_loss_arguments(SMALL, d), SMALL),
+        lambda d: _with_head(_loss_arguments(SMALL, d, dice=1.0), SMALL, bias=False),
+        lambda d: _with_head(_loss_arguments(SMALL, d, reduction=NONE), SMALL),
+        lambda d: _with_head(_loss_arguments(VOLUME, d, dice=0.5, whole=False), VOLUME),
+        lambda d: _with_head(_loss_arguments(EMPTY, d, whole=False), EMPTY),
+        lambda d: _with_head(_loss_arguments(SMALL, d, dice=1.0, regions=True), SMALL),
+    ],
+    "_linear_weighted_loss_backward": [
+        lambda d, f=f, bias=bias: (
+            *_with_head(_backward_arguments(SMALL, d, dice=1.0)[:-1], SMALL, bias, 1),
+            *f,
+        )
+        for f in ((True, True, True), (True, False, False), (False, True, False))
+        for bias in (True, False)
+    ],
+    "_linear_weighted_loss_with_gradient": [
+        lambda d: (*_with_head(_with_gradient_arguments(SMALL, d, True)[:-1], SMALL), *[True] * 3),
+        lambda d: (
+            *_with_head(_with_gradient_arguments(VOLUME, d, False)[:-1], VOLUME, False),
+            True,
+            True,
+            False,
+        ),
+    ],
+    "_linear_weighted_loss_sums": [
+        lambda d: _with_head(_sums_arguments(SMALL, d), SMALL),
+        lambda d: _with_head(_sums_arguments(EMPTY, d, whole=False), EMPTY),
+    ],
     "_scale_gradient_": [
         lambda d, f=f: (SMALL.logits(d), torch.tensor(f, device=d)) for f in (1.0, 0.0, -2.5)
     ],
@@ -202,10 +240,11 @@ def test_opcheck(name: str, index: int, device: torch.device) -> None:
     operator = getattr(torch.ops.riskmap_ext, name).default
     arguments = list(SAMPLES[name][index](device))
     torch.library.opcheck(operator, tuple(arguments))
-    if name == "weighted_loss":
-        arguments[0] = arguments[0].detach().requires_grad_()
-        if arguments[2] is not None:
-            arguments[2] = arguments[2].nan_to_num(1.0).requires_grad_()
+    differentiable = {"weighted_loss": (0, 2), "linear_weighted_loss": (0, 1, 2, 4)}.get(name)
+    if differentiable:
+        for i in differentiable:
+            if arguments[i] is not None:
+                arguments[i] = arguments[i].detach().nan_to_num(1.0).requires_grad_()
         torch.library.opcheck(operator, tuple(arguments))
 
 
@@ -222,6 +261,19 @@ def test_signature_and_docstring(name: str) -> None:
             found = public.parameters[parameter.name]
             assert (found.kind, found.default) == (parameter.kind, parameter.default)
     assert getattr(riskmap_ext, name).__doc__
+
+
+def test_signature_of_the_loss_from_features() -> None:
+    public = inspect.signature(riskmap_ext.linear_weighted_loss).parameters
+    of_logits = inspect.signature(riskmap_ext.weighted_loss).parameters
+    first = ["features", "weight", "bias", "target", "risk", "class_weight"]
+    assert list(public)[: len(first)] == first
+    options = {name: each for name, each in of_logits.items() if each.kind is each.KEYWORD_ONLY}
+    del options["weight"]
+    assert {name: public[name].default for name in options} == {
+        name: each.default for name, each in options.items()
+    }
+    assert len(public) == len(first) + len(options)
 
 
 def _loss(logits: torch.Tensor, target: torch.Tensor, risk: torch.Tensor) -> torch.Tensor:

@@ -128,18 +128,44 @@ def validate_background(background: Any, num_classes: int) -> int | None:
     return None if background is None else integer("background", background, 0, num_classes - 1)
 
 
-def validate_logits(name: str, value: Any) -> Tensor:
+def validate_logits(name: str, value: Any, channels: str = "C") -> Tensor:
     """A plain floating tensor [B, C, *S] with 1 to 3 spatial dimensions and C >= 1."""
     tensor = plain_tensor(name, value)
     _require_dtype(name, tensor, FLOATING_DTYPES, "float64, float32, float16 or bfloat16")
     if not 3 <= tensor.dim() <= 5:
         raise ValueError(
-            f"{name}: expected [B, C, *S] with 1 to 3 spatial dimensions, "
+            f"{name}: expected [B, {channels}, *S] with 1 to 3 spatial dimensions, "
             f"got shape {_shape(tensor)}{_STACK if tensor.dim() == 6 else ''}"
         )
     if tensor.size(1) == 0:
-        raise ValueError(f"{name}: expected at least one class, got shape {_shape(tensor)}")
+        of_what = "class" if channels == "C" else "channel"
+        raise ValueError(f"{name}: expected at least one {of_what}, got shape {_shape(tensor)}")
     return tensor
+
+
+def validate_head(weight: Any, bias: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight [C, F] and bias [C] of a 1x1 convolution, which may have them as [C, F, 1, 1, 1]."""
+    weight = plain_tensor("weight", weight)
+    _require_dtype("weight", weight, FLOATING_DTYPES, "a floating dtype")
+    channels = features.size(1)
+    fits = weight.dim() >= 2 and weight.size(0) > 0 and weight.size(1) == channels
+    if not fits or any(size != 1 for size in weight.shape[2:]):
+        raise ValueError(
+            f"weight: expected [C, {channels}], or as a 1x1 convolution has it "
+            f"[C, {channels}, 1, 1, 1], to go with features {_shape(features)}, "
+            f"got shape {_shape(weight)}"
+        )
+    _require_device("weight", weight, "features", features)
+    if bias is not None:
+        bias = plain_tensor("bias", bias)
+        _require_dtype("bias", bias, FLOATING_DTYPES, "a floating dtype")
+        if tuple(bias.shape) != (weight.size(0),):
+            raise ValueError(
+                f"bias: expected [{weight.size(0)}], one value per row of weight "
+                f"{_shape(weight)}, got shape {_shape(bias)}"
+            )
+        _require_device("bias", bias, "features", features)
+    return weight.flatten(1), bias
 
 
 def validate_labels(name: str, value: Any, logits: Tensor, logits_name: str = "logits") -> Tensor:

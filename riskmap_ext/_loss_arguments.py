@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import (
@@ -13,6 +14,7 @@ from riskmap_ext._arguments import (
     validate_choice,
     validate_class_weight,
     validate_flag,
+    validate_head,
     validate_labels,
     validate_logits,
     validate_mask,
@@ -48,17 +50,49 @@ def loss_tensors(
     foreground: Any,
     regions: Any,
     dice_class_weight: Any,
+    class_weight_name: str = "weight",
 ) -> LossTensors:
     logits = validate_logits("logits", logits)
     return LossTensors(
         logits,
         validate_labels("target", target, logits),
         None if risk is None else validate_voxel_map("risk", risk, logits),
-        validate_class_weight("weight", weight, logits),
+        validate_class_weight(class_weight_name, weight, logits),
         None if foreground is None else validate_mask("foreground", foreground, logits),
         validate_regions(regions, logits),
         validate_class_weight("dice_class_weight", dice_class_weight, logits),
     )
+
+
+class HeadTensors(NamedTuple):
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def head_tensors(features: Any, weight: Any, bias: Any) -> HeadTensors:
+    """Features [B, F, *S], weight [C, F] and bias [C] in one dtype: that of autocast within it."""
+    features = validate_logits("features", features, "F")
+    weight, bias = validate_head(weight, bias, features)
+    kind = features.device.type
+    if torch.is_autocast_enabled(kind) and features.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != features.dtype:
+            raise TypeError(
+                f"{name}: expected {features.dtype} as features have, got {tensor.dtype}; autocast "
+                "casts them all"
+            )
+    return HeadTensors(features, weight, bias)
+
+
+def shape_of_logits(head: HeadTensors) -> Tensor:
+    """Logits that a head would make, to check others beside them: their shape without their
+    memory."""
+    features, weight, _ = head
+    return features.detach()[:, :1].expand(-1, weight.size(0), *features.shape[2:])
 
 
 class LossOptions(NamedTuple):

@@ -24,11 +24,15 @@ class Table {
 // Class weights, 1 where there are none; `name` is told where one is negative or not finite.
 std::vector<double> class_weights(const char* name, const OptionalTensor& weight, int64_t classes);
 
+// As large as the logits that a head makes of `features`, with no data: no kernel reads it in place.
+inline Volume logits_of_head(const Volume& features, int64_t classes) {
+  return {nullptr, features.dtype, features.batch, classes, features.voxels, 0, 0, 0};
+}
+
 // Keeps the copies and tables that args points to.
 class LossInputs {
  public:
-  LossInputs(const LossTensors& tensors, int64_t ignore_index, std::optional<int64_t> background, CeVoxels ce_voxels,
-             double label_smoothing, bool class_sums, bool squared);
+  LossInputs(const LossTensors& tensors, const LossOptions& options, bool class_sums);
   LossInputs(const LossInputs&) = delete;
   LossInputs& operator=(const LossInputs&) = delete;
 
@@ -37,11 +41,11 @@ class LossInputs {
   int64_t chunks() const { return args.logits.batch * args.chunking.chunks_per_image; }
   bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
   ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
-  size_t scratch_bytes() const { return loss_scratch_bytes(args.logits.classes, args.logits.dtype); }
+  size_t scratch_bytes() const { return loss_scratch_bytes(args); }
 
  private:
   Tensor logits_, target_, risk_, foreground_;
-  Table class_weight_, smooth_, membership_;
+  Table class_weight_, smooth_, membership_, head_weight_, head_bias_, zeros_;
 };
 
 // Sums over each image, [B, columns], see math::LossColumn.
@@ -74,12 +78,30 @@ void raise_bad_values(const LossTensors& tensors, const LossSums& sums, int64_t 
 Tensor scalar_tensor(double value, ScalarType dtype);
 Tensor tensor_of(const std::vector<double>& values, std::initializer_list<int64_t> shape);
 
-// Runs the gradient kernel; partial as in LossBackwardArgs.
-struct LossGradients {
-  Tensor logits, risk;  // risk is [0] where it is not wanted
+// Gradients that are not wanted are [0].
+struct WantedGradients {
+  bool risk;
+  bool logits = true;       // with a head, features
+  bool parameters = false;  // of a head
 };
+struct LossGradients {
+  Tensor logits, risk;  // with a head, logits are features
+  Tensor weight, bias;  // of a head
+};
+// Runs the gradient kernel; partial as in LossBackwardArgs.
 LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, const std::vector<double>& factor,
                              const Tensor* grad_map, const std::vector<double>& dice_overall,
-                             const std::vector<double>& dice_hit, bool grad_risk, LossPartial* partial);
+                             const std::vector<double>& dice_hit, WantedGradients wanted, LossPartial* partial);
+
+// The ops, of logits or of a head.
+struct LossResult {
+  Tensor loss, scale, dice_slopes;
+};
+LossResult loss_of(const LossTensors& tensors, const LossOptions& options);
+Tensor loss_sums_of(const LossTensors& tensors, const LossOptions& options);
+LossGradients loss_backward_of(const LossTensors& tensors, const LossOptions& options, const Tensor& grad_loss,
+                               const Tensor& scale, const Tensor& dice_slopes, WantedGradients wanted);
+Tensor loss_with_gradient_of(const LossTensors& tensors, const LossOptions& options, WantedGradients wanted,
+                             LossGradients& gradients);
 
 }  // namespace riskmap::cpu

@@ -32,21 +32,23 @@ Tensor empty_gradient(const Tensor& logits);
 // Chunks of about `elements` logits, a whole number of tiles.
 Chunking chunk_volume(const Volume& volume, int64_t elements = 1 << 17);
 
-// Calls f(chunk, scratch) for every chunk; scratch is 64-byte aligned and not cleared.
+// Calls f(chunk, scratch) for every chunk; scratch is 64-byte aligned and not cleared. One thread takes `together`
+// neighbours, in order.
 template <class F>
-void for_chunks(const Volume& volume, const Chunking& chunking, size_t scratch_bytes, const F& f) {
+void for_chunks(const Volume& volume, const Chunking& chunking, size_t scratch_bytes, const F& f,
+                int64_t together = 1) {
   const int64_t chunks = volume.batch * chunking.chunks_per_image;
-  const int64_t elements = std::min(chunking.voxels_per_chunk, volume.voxels) * volume.classes;
+  const int64_t elements = std::min(chunking.voxels_per_chunk, volume.voxels) * volume.classes * together;
   const int64_t grain = elements < (1 << 15) ? (1 << 15) / (elements + 1) + 1 : 1;
   std::atomic<bool> out_of_memory{false};  // nothing may be thrown across threads
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, (chunks + together - 1) / together, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, (scratch_bytes + 63) / 64 * 64),
                                                               &std::free);
     if (!scratch) {
       out_of_memory = true;
       return;
     }
-    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, scratch.get());
+    for (int64_t chunk = begin * together; chunk < std::min(end * together, chunks); ++chunk) f(chunk, scratch.get());
   });
   if (out_of_memory) throw std::bad_alloc();
 }

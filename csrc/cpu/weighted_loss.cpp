@@ -33,53 +33,60 @@ LossSums forward_pass(const LossTensors& tensors, const LossInputs& in, int64_t 
 
 }  // namespace
 
+LossResult loss_of(const LossTensors& tensors, const LossOptions& options) {
+  check_weighted_loss(tensors, options);
+  const LossInputs in(tensors, options, tensors.needs_class_sums(options));
+  const int64_t batch = in.args.logits.batch, classes = tensors.classes();
+  const bool as_map = options.reduction == Reduction::kNone;
+  Tensor map = as_map ? empty_map(tensors.logits, in.result_dtype()) : empty({0}, in.result_dtype());
+  const LossSums sums = forward_pass(tensors, in, options.ignore_index, as_map ? &map : nullptr, options.ce_weight);
+
+  const std::vector<double> scales = image_scales(options, sums, tensors.class_weight);
+  double total = cross_entropy_total(sums, scales);
+  std::vector<double> slopes;
+  if (options.dice())
+    total += dice_total(options, options.excluded_class(tensors.regions.has_value()), sums, tensors.dice_class_weight,
+                        slopes);
+  return {as_map ? map : scalar_tensor(total, in.result_dtype()), tensor_of(scales, {batch}),
+          options.dice() ? tensor_of(slopes, {batch, 2, classes}) : empty({0}, ScalarType::Double)};
+}
+
+Tensor loss_sums_of(const LossTensors& tensors, const LossOptions& options) {
+  check_loss_sums(tensors, options);
+  const LossInputs in(tensors, options, true);
+  const LossSums sums = forward_pass(tensors, in, options.ignore_index, nullptr, 0);
+  return tensor_of(sums.values, {sums.batch, math::loss_columns(tensors.classes(), true)});
+}
+
 std::tuple<Tensor, Tensor, Tensor> weighted_loss(
     Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
     OptionalTensor regions, OptionalTensor dice_class_weight, int64_t ignore_index, std::optional<int64_t> background,
     double foreground_floor, int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
     double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
     bool squared_pred, bool include_background, bool batch_dice) {
-  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
-  const LossOptions options{ignore_index,
-                            background,
-                            foreground_floor,
-                            static_cast<Normalization>(normalization),
-                            static_cast<CeVoxels>(ce_voxels),
-                            static_cast<Reduction>(reduction),
-                            label_smoothing,
-                            ce_weight,
-                            dice_weight,
-                            {smooth_nr, smooth_dr, alpha, beta},
-                            squared_pred,
-                            include_background,
-                            batch_dice};
-  check_weighted_loss(tensors, options);
-  const LossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing,
-                      tensors.needs_class_sums(options), squared_pred);
-  const int64_t batch = logits.size(0), classes = logits.size(1);
-  const bool as_map = options.reduction == Reduction::kNone;
-  Tensor map = as_map ? empty_map(logits, in.result_dtype()) : empty({0}, in.result_dtype());
-  const LossSums sums = forward_pass(tensors, in, ignore_index, as_map ? &map : nullptr, ce_weight);
-
-  const std::vector<double> scales = image_scales(options, sums, class_weight);
-  double total = cross_entropy_total(sums, scales);
-  std::vector<double> slopes;
-  if (options.dice())
-    total += dice_total(options, options.excluded_class(regions.has_value()), sums, dice_class_weight, slopes);
-  return {as_map ? map : scalar_tensor(total, in.result_dtype()), tensor_of(scales, {batch}),
-          options.dice() ? tensor_of(slopes, {batch, 2, classes}) : empty({0}, ScalarType::Double)};
+  const LossResult result = loss_of({logits, target, risk, class_weight, foreground, regions, dice_class_weight},
+                                    {ignore_index,
+                                     background,
+                                     foreground_floor,
+                                     static_cast<Normalization>(normalization),
+                                     static_cast<CeVoxels>(ce_voxels),
+                                     static_cast<Reduction>(reduction),
+                                     label_smoothing,
+                                     ce_weight,
+                                     dice_weight,
+                                     {smooth_nr, smooth_dr, alpha, beta},
+                                     squared_pred,
+                                     include_background,
+                                     batch_dice});
+  return {result.loss, result.scale, result.dice_slopes};
 }
 
 Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
                           OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
                           std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing,
                           bool squared_pred) {
-  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  check_loss_sums(tensors, ce_voxels, label_smoothing);
-  const LossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,
-                      squared_pred);
-  const LossSums sums = forward_pass(tensors, in, ignore_index, nullptr, 0);
-  return tensor_of(sums.values, {sums.batch, math::loss_columns(logits.size(1), true)});
+  return loss_sums_of({logits, target, risk, class_weight, foreground, regions, {}},
+                      gradient_options(ignore_index, background, ce_voxels, label_smoothing, squared_pred));
 }
 
 }  // namespace riskmap::cpu

@@ -5,6 +5,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/dtypes.h"
+#include "cpu/head.h"
 #include "cpu/loss_inputs.h"
 
 namespace riskmap::cpu {
@@ -16,15 +17,16 @@ constexpr int64_t kStreamedBytes = 16 << 20;  // more than a core's share of the
 
 LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, const std::vector<double>& factor,
                              const Tensor* grad_map, const std::vector<double>& dice_overall,
-                             const std::vector<double>& dice_hit, bool grad_risk, LossPartial* partial) {
+                             const std::vector<double>& dice_hit, WantedGradients wanted, LossPartial* partial) {
   const Tensor& logits = tensors.logits;
   const Table overall(dice_overall, in.is_double()), hit(dice_hit, in.is_double());
-
+  const auto none = [] { return empty({0}, ScalarType::Float); };  // one for each: outputs may not be the same
+  LossGradients result{wanted.logits ? empty_gradient(logits) : none(),
+                       wanted.risk ? empty_map(logits, tensors.risk->scalar_type()) : none(), none(), none()};
   // The result is laid out as logits; where that is neither planar nor channels-last, the kernel writes a
   // contiguous tensor first.
-  LossGradients result{empty_gradient(logits),
-                       grad_risk ? empty_map(logits, tensors.risk->scalar_type()) : empty({0}, ScalarType::Float)};
-  Tensor written = is_viewable(result.logits) ? result.logits : empty_gradient(torch::stable::contiguous(logits));
+  Tensor written =
+      !wanted.logits || is_viewable(result.logits) ? result.logits : empty_gradient(torch::stable::contiguous(logits));
   Tensor keep_written = written, keep_map = logits, keep_risk = result.risk;
 
   LossBackwardArgs args{};
@@ -33,31 +35,37 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
   if (grad_map) args.grad_map = view_map(*grad_map, keep_map);
   args.dice_overall = overall.data();
   args.dice_hit = hit.data();
-  args.grad_logits = view_volume(written, keep_written);
+  if (wanted.logits) args.grad_logits = view_volume(written, keep_written);
   args.streamed = written.numel() * static_cast<int64_t>(written.element_size()) >= kStreamedBytes;
-  if (grad_risk) args.grad_risk = view_map(result.risk, keep_risk);
+  if (wanted.risk) args.grad_risk = view_map(result.risk, keep_risk);
   args.partial = partial;
+  std::optional<ParameterSums> parameters;
+  if (tensors.head) {
+    args.grad_head.features = args.grad_logits;
+    args.grad_logits = args.logits;
+    if (wanted.parameters) args.grad_head = parameters.emplace(in).args(args.grad_head.features);
+  }
   auto* kernel =
       tensors.regions ? RISKMAP_CPU_KERNEL(region_loss_backward) : RISKMAP_CPU_KERNEL(weighted_loss_backward);
-  for_chunks(args.logits, args.chunking, in.scratch_bytes(),
-             [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); });
+  for_chunks(
+      args.logits, args.chunking, in.scratch_bytes(),
+      [&](int64_t chunk, void* scratch) { kernel(args, chunk, scratch); },
+      parameters ? parameters->chunks_per_group() : 1);
   if (written.data_ptr() != result.logits.data_ptr()) torch::stable::copy_(result.logits, written);
+  if (parameters) {
+    result.weight = parameters->weight(logits.scalar_type());
+    if (tensors.head->bias) result.bias = parameters->bias(logits.scalar_type());
+  }
   return result;
 }
 
-std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
-                                                  OptionalTensor class_weight, OptionalTensor foreground,
-                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
-                                                  int64_t ignore_index, std::optional<int64_t> background,
-                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
-                                                  bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
-  const int64_t batch = logits.size(0), classes = logits.size(1);
+LossGradients loss_backward_of(const LossTensors& tensors, const LossOptions& options, const Tensor& grad_loss,
+                               const Tensor& scale, const Tensor& dice_slopes, WantedGradients wanted) {
+  check_loss_backward(tensors, grad_loss, scale, dice_slopes, wanted.risk);
+  const int64_t batch = tensors.logits.size(0), classes = tensors.classes();
   const bool as_map = grad_loss.dim() != 0;
   const bool dice = dice_slopes.numel() != 0;
-  const LossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, dice,
-                      squared_pred);
+  const LossInputs in(tensors, options, dice);
 
   const double grad = as_map ? 1.0 : values_of(grad_loss)[0];
   std::vector<double> factor = values_of(scale);
@@ -71,8 +79,39 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
         hit.push_back(grad * slopes[static_cast<size_t>((2 * b + 1) * classes + c)]);
       }
   }
+  return loss_gradients(tensors, in, factor, as_map ? &grad_loss : nullptr, overall, hit, wanted, nullptr);
+}
+
+Tensor loss_with_gradient_of(const LossTensors& tensors, const LossOptions& options, WantedGradients wanted,
+                             LossGradients& gradients) {
+  check_loss_with_gradient(tensors, options, wanted.risk);
+  const LossInputs in(tensors, options, false);
+
+  // The normaliser first: it needs the labels alone.
+  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
+  auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
+  for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
+             [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
+  const LossSums counts(partials, {}, in, false);
+  raise_bad_values(tensors, counts, options.ignore_index);
+  const std::vector<double> scales = image_scales(options, counts, tensors.class_weight);
+
+  gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, wanted, partials.data());
+  const LossSums sums(partials, {}, in, false);
+  raise_bad_values(tensors, sums, options.ignore_index);
+  return scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype());
+}
+
+std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
+                                                  OptionalTensor class_weight, OptionalTensor foreground,
+                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
+                                                  int64_t ignore_index, std::optional<int64_t> background,
+                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
+                                                  bool grad_risk) {
   const LossGradients gradients =
-      loss_gradients(tensors, in, factor, as_map ? &grad_loss : nullptr, overall, hit, grad_risk, nullptr);
+      loss_backward_of({logits, target, risk, class_weight, foreground, regions, {}},
+                       gradient_options(ignore_index, background, ce_voxels, label_smoothing, squared_pred), grad_loss,
+                       scale, dice_slopes, {grad_risk});
   return {gradients.logits, gradients.risk};
 }
 
@@ -81,36 +120,13 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
     OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
     int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
     bool grad_risk) {
-  const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  const LossOptions options{ignore_index,
-                            background,
-                            foreground_floor,
-                            static_cast<Normalization>(normalization),
-                            static_cast<CeVoxels>(ce_voxels),
-                            static_cast<Reduction>(reduction),
-                            label_smoothing,
-                            ce_weight,
-                            0.0,
-                            {},
-                            false,
-                            false,
-                            false};
-  check_loss_with_gradient(tensors, options, grad_risk);
-  const LossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false);
-
-  // The normaliser first: it needs the labels alone.
-  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
-  auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
-  for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
-             [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
-  const LossSums counts(partials, {}, in, false);
-  raise_bad_values(tensors, counts, ignore_index);
-  const std::vector<double> scales = image_scales(options, counts, class_weight);
-
-  const LossGradients gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, grad_risk, partials.data());
-  const LossSums sums(partials, {}, in, false);
-  raise_bad_values(tensors, sums, ignore_index);
-  return {scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype()), gradients.logits, gradients.risk};
+  LossGradients gradients;
+  const Tensor loss =
+      loss_with_gradient_of({logits, target, risk, class_weight, foreground, regions, {}},
+                            cross_entropy_options(ignore_index, background, foreground_floor, normalization, ce_voxels,
+                                                  reduction, label_smoothing, ce_weight),
+                            {grad_risk}, gradients);
+  return {loss, gradients.logits, gradients.risk};
 }
 
 void scale_gradient(Tensor gradient, Tensor factor) {

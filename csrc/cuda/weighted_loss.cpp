@@ -78,7 +78,7 @@ Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, Opt
                           std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing,
                           bool squared_pred) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  check_loss_sums(tensors, ce_voxels, label_smoothing);
+  check_loss_sums(tensors, gradient_options(ignore_index, background, ce_voxels, label_smoothing, squared_pred));
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,

@@ -60,12 +60,11 @@ void check_labels(const char* op, const char* name, const Tensor& target, const 
   check_voxel_map(op, name, target, logits_name, logits);
 }
 
-void check_regions(const char* op, const Tensor& regions, const char* logits_name, const Tensor& logits) {
+void check_regions(const char* op, const Tensor& regions, int64_t channels, const Tensor& beside) {
   check(regions.scalar_type() == ScalarType::Bool, op, ": regions must be bool, got ", dtype_of(regions));
-  check(regions.dim() == 2 && regions.size(0) == logits.size(1) && regions.size(1) >= 1, op,
-        ": regions must be [R, L] with R = ", logits.size(1), " as in ", logits_name, " of shape ", shape_of(logits),
-        ", got shape ", shape_of(regions));
-  check(regions.device() == logits.device(), op, ": regions must be on the same device as ", logits_name);
+  check(regions.dim() == 2 && regions.size(0) == channels && regions.size(1) >= 1, op,
+        ": regions must be [R, L] with R = ", channels, " as there are channels, got shape ", shape_of(regions));
+  check(regions.device() == beside.device(), op, ": regions must be on the same device as the other tensors");
 }
 
 void check_range(const char* op, const char* name, double value, double low, double high) {

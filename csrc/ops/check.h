@@ -40,8 +40,8 @@ void check_voxel_map(const char* op, const char* name, const Tensor& map, const 
                      const Tensor& logits);
 void check_labels(const char* op, const char* name, const Tensor& target, const char* logits_name,
                   const Tensor& logits);
-// Table [R, L], bool, of the labels that make up each of R overlapping regions, beside logits [B, R, *S].
-void check_regions(const char* op, const Tensor& regions, const char* logits_name, const Tensor& logits);
+// Table [R, L], bool, of the labels that make up each of R overlapping regions, on the device of `beside`.
+void check_regions(const char* op, const Tensor& regions, int64_t channels, const Tensor& beside);
 void check_range(const char* op, const char* name, double value, double low, double high);
 
 // Message for labels that are neither a class nor ignore_index; the first one is looked up.

@@ -43,6 +43,31 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
       "float foreground_floor, int normalization, int reduction, float ce_weight, float dice_weight, float smooth_nr, "
       "float smooth_dr, float alpha, float beta, bool batch_dice, bool as_double) "
       "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
+  // The same for the logits that a head makes of features: weight [C, F] and bias [C] of a 1x1 convolution. Gradients
+  // that are not asked for are [0].
+  m.def(
+      "linear_weighted_loss(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? risk, "
+      "Tensor? class_weight, Tensor? foreground, Tensor? regions, Tensor? dice_class_weight, int ignore_index, "
+      "int? background, float foreground_floor, int normalization, int ce_voxels, int reduction, "
+      "float label_smoothing, float ce_weight, float dice_weight, float smooth_nr, float smooth_dr, float alpha, "
+      "float beta, bool squared_pred, bool include_background, bool batch_dice) "
+      "-> (Tensor loss, Tensor scale, Tensor dice_slopes)");
+  m.def(
+      "_linear_weighted_loss_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor? bias, Tensor target, "
+      "Tensor? risk, Tensor? class_weight, Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, "
+      "int ignore_index, int? background, int ce_voxels, float label_smoothing, bool squared_pred, "
+      "bool grad_features, bool grad_parameters, bool grad_risk) "
+      "-> (Tensor grad_features, Tensor grad_weight, Tensor grad_bias, Tensor grad_risk)");
+  m.def(
+      "_linear_weighted_loss_with_gradient(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? risk, "
+      "Tensor? class_weight, Tensor? foreground, Tensor? regions, int ignore_index, int? background, "
+      "float foreground_floor, int normalization, int ce_voxels, int reduction, float label_smoothing, "
+      "float ce_weight, bool grad_features, bool grad_parameters, bool grad_risk) "
+      "-> (Tensor loss, Tensor grad_features, Tensor grad_weight, Tensor grad_bias, Tensor grad_risk)");
+  m.def(
+      "_linear_weighted_loss_sums(Tensor features, Tensor weight, Tensor? bias, Tensor target, Tensor? risk, "
+      "Tensor? class_weight, Tensor? foreground, Tensor? regions, int ignore_index, int? background, int ce_voxels, "
+      "float label_smoothing, bool squared_pred) -> Tensor");
   // Multiplies a gradient that nobody else can see by a scalar tensor, in place; 0 gives 0 whatever was there. The
   // factor is read on its device: no host waits for it.
   m.def("_scale_gradient_(Tensor(a!) gradient, Tensor factor) -> ()");

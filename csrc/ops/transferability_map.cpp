@@ -6,7 +6,7 @@ void check_transferability_map(const char* op, const Tensor& source, const Tenso
                                const OptionalTensor& regions) {
   check_logits(op, "source", source);
   check_labels(op, "target", target, "source", source);
-  if (regions) check_regions(op, *regions, "source", source);
+  if (regions) check_regions(op, *regions, source.size(1), source);
   check(is_floating(conditional), op, ": conditional must be floating, got ", dtype_of(conditional));
   const int64_t classes = regions ? regions->size(1) : source.size(1);
   check(conditional.dim() == 2 && conditional.size(0) >= 1 && conditional.size(1) == classes, op,

@@ -20,6 +20,23 @@ void check_not_negative(const char* op, const char* name, double value) {
   check(std::isfinite(value) && value >= 0, op, ": ", name, " must be finite and at least 0, got ", value);
 }
 
+void check_head(const char* op, const Head& head, const Tensor& features) {
+  const auto beside = [&](const char* name, const Tensor& tensor) {
+    check(tensor.scalar_type() == features.scalar_type(), op, ": ", name, " must have the dtype of features, ",
+          dtype_of(features), ", got ", dtype_of(tensor));
+    check(tensor.device() == features.device(), op, ": ", name, " must be on the same device as features");
+  };
+  check(head.weight.dim() == 2 && head.weight.size(0) >= 1 && head.weight.size(0) <= INT32_MAX &&
+            head.weight.size(1) == features.size(1),
+        op, ": weight must be [C, F] with F = ", features.size(1), " as in features, got shape ",
+        shape_of(head.weight));
+  beside("weight", head.weight);
+  if (!head.bias) return;
+  check(head.bias->dim() == 1 && head.bias->size(0) == head.weight.size(0), op,
+        ": bias must be [C] with C = ", head.weight.size(0), ", got shape ", shape_of(*head.bias));
+  beside("bias", *head.bias);
+}
+
 // Of what is done with the sums.
 void check_finish_options(const char* op, const LossOptions& options) {
   check_range(op, "foreground_floor", options.foreground_floor, 0, 1);
@@ -37,27 +54,51 @@ void check_finish_options(const char* op, const LossOptions& options) {
 
 }  // namespace
 
+LossOptions gradient_options(int64_t ignore_index, std::optional<int64_t> background, int64_t ce_voxels,
+                             double label_smoothing, bool squared_pred) {
+  LossOptions options{};
+  options.ignore_index = ignore_index;
+  options.background = background;
+  options.ce_voxels = static_cast<CeVoxels>(ce_voxels);
+  options.label_smoothing = label_smoothing;
+  options.squared_pred = squared_pred;
+  return options;
+}
+
+LossOptions cross_entropy_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+                                  int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+                                  double ce_weight) {
+  LossOptions options = gradient_options(ignore_index, background, ce_voxels, label_smoothing, false);
+  options.foreground_floor = foreground_floor;
+  options.normalization = static_cast<Normalization>(normalization);
+  options.reduction = static_cast<Reduction>(reduction);
+  options.ce_weight = ce_weight;
+  return options;
+}
+
 void check_loss_tensors(const char* op, const LossTensors& tensors) {
-  const Tensor& logits = tensors.logits;
-  check_logits(op, "logits", logits);
-  check_labels(op, "target", tensors.target, "logits", logits);
+  const Tensor& input = tensors.logits;
+  const char* name = tensors.head ? "features" : "logits";
+  check_logits(op, name, input);
+  if (tensors.head) check_head(op, *tensors.head, input);
+  const int64_t classes = tensors.classes();
+  check_labels(op, "target", tensors.target, name, input);
   if (tensors.risk) {
     check(is_floating(*tensors.risk), op, ": risk must be floating, got ", dtype_of(*tensors.risk));
-    check_voxel_map(op, "risk", *tensors.risk, "logits", logits);
+    check_voxel_map(op, "risk", *tensors.risk, name, input);
   }
-  check_class_weight(op, "weight", tensors.class_weight, logits.size(1), logits);
-  check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, logits.size(1), logits);
+  check_class_weight(op, tensors.head ? "class_weight" : "weight", tensors.class_weight, classes, input);
+  check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, classes, input);
   if (tensors.foreground) {
     check(is_label_dtype(*tensors.foreground) && !is_floating(*tensors.foreground), op,
           ": foreground must be bool or integer, got ", dtype_of(*tensors.foreground));
-    check_voxel_map(op, "foreground", *tensors.foreground, "logits", logits);
+    check_voxel_map(op, "foreground", *tensors.foreground, name, input);
   }
-  if (tensors.regions) check_regions(op, *tensors.regions, "logits", logits);
+  if (tensors.regions) check_regions(op, *tensors.regions, classes, input);
 }
 
 void check_weighted_loss(const LossTensors& tensors, const LossOptions& options) {
-  const char* op = "weighted_loss";
-  const Tensor& logits = tensors.logits;
+  const char* op = tensors.head ? "linear_weighted_loss" : "weighted_loss";
   check_loss_tensors(op, tensors);
   check(!options.background || (*options.background >= 0 && *options.background < tensors.num_labels()), op,
         ": background must be a class 0 to ", tensors.num_labels() - 1, " or none, got ",
@@ -67,16 +108,15 @@ void check_weighted_loss(const LossTensors& tensors, const LossOptions& options)
   check_finish_options(op, options);
   check(options.normalization != Normalization::kWeighted || !tensors.regions, op,
         ": normalization must not be 4 (weighted) with regions");
-  check(!options.dice() || logits.size(1) > 1 || options.excluded_class(tensors.regions.has_value()) < 0, op,
-        ": dice_weight needs a class besides the background, or include_background; logits have shape ",
-        shape_of(logits));
+  check(!options.dice() || tensors.classes() > 1 || options.excluded_class(tensors.regions.has_value()) < 0, op,
+        ": dice_weight needs a class besides the background, or include_background; there is 1 class");
 }
 
-void check_loss_sums(const LossTensors& tensors, int64_t ce_voxels, double label_smoothing) {
+void check_loss_sums(const LossTensors& tensors, const LossOptions& options) {
   const char* op = "_weighted_loss_sums";
   check_loss_tensors(op, tensors);
-  check_range(op, "label_smoothing", label_smoothing, 0, 1);
-  check_within(op, "ce_voxels", ce_voxels, 1);
+  check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
+  check_within(op, "ce_voxels", static_cast<int64_t>(options.ce_voxels), 1);
 }
 
 void check_loss_finish(const FinishTensors& tensors, const LossOptions& options) {
@@ -102,7 +142,7 @@ void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, co
   check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
   check(scale.numel() == logits.size(0) && scale.scalar_type() == ScalarType::Double, op,
         ": scale must be [B] float64");
-  const int64_t slopes = logits.size(0) * 2 * logits.size(1);
+  const int64_t slopes = logits.size(0) * 2 * tensors.classes();
   check(dice_slopes.numel() == 0 || (dice_slopes.numel() == slopes && dice_slopes.scalar_type() == ScalarType::Double),
         op, ": dice_slopes must be [B, 2, C] or [0], float64");
   for (const Tensor* tensor : {&grad_loss, &scale, &dice_slopes})

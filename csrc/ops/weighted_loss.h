@@ -26,14 +26,30 @@ struct LossOptions {
   int64_t excluded_class(bool regions) const { return regions || include_background ? -1 : background.value_or(-1); }
 };
 
-// The tensors of the loss: logits [B, C, *S]; target [B, *S]; risk [B, *S], class weights [C], foreground [B, *S],
-// // regions [C, L] and class weights of the Dice [C] or none. With regions the C channels are overlapping regions of L
-// labels, and target holds labels.
+// Those that a gradient needs, once scales and slopes are known.
+LossOptions gradient_options(int64_t ignore_index, std::optional<int64_t> background, int64_t ce_voxels,
+                             double label_smoothing, bool squared_pred);
+// Without Dice.
+LossOptions cross_entropy_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+                                  int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+                                  double ce_weight);
+
+// A 1x1 convolution that makes the logits: weight [C, F], bias [C] or none.
+struct Head {
+  Tensor weight;
+  OptionalTensor bias;
+};
+
+// The tensors of the loss: logits [B, C, *S], or with a head the features [B, F, *S] that it makes them of; target
+// [B, *S]; risk [B, *S], class weights [C], foreground [B, *S], regions [C, L] and class weights of the Dice [C] or
+// none. With regions the C channels are overlapping regions of L labels, and target holds labels.
 struct LossTensors {
   Tensor logits, target;
   OptionalTensor risk, class_weight, foreground, regions, dice_class_weight;
+  std::optional<Head> head{};
 
-  int64_t num_labels() const { return regions ? regions->size(1) : logits.size(1); }
+  int64_t classes() const { return head ? head->weight.size(0) : logits.size(1); }
+  int64_t num_labels() const { return regions ? regions->size(1) : classes(); }
   // Whether the sums of the classes are wanted: for Dice, and for a normaliser that is made of them.
   bool needs_class_sums(const LossOptions& options) const {
     return options.dice() || (options.normalization == Normalization::kWeighted && class_weight);
@@ -58,7 +74,7 @@ void check_weighted_loss(const LossTensors& tensors, const LossOptions& options)
 // grad_loss: scalar, or [B, *S] for the map of reduction none; scale and dice_slopes as the op returned them.
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
                          const Tensor& dice_slopes, bool grad_risk);
-void check_loss_sums(const LossTensors& tensors, int64_t ce_voxels, double label_smoothing);
+void check_loss_sums(const LossTensors& tensors, const LossOptions& options);
 void check_loss_finish(const FinishTensors& tensors, const LossOptions& options);
 void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk);
 // gradient: floating, its elements dense in memory; factor: a floating scalar on the same device.

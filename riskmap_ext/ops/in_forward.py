@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import validate_flag
-from riskmap_ext._loss_arguments import LossOptions, LossTensors
+from riskmap_ext._loss_arguments import LossOptions
+from riskmap_ext.ops.loss_ops import LossOps
 
 _NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5, False, False, False)  # as LossOptions.of_dice
 
@@ -47,21 +48,23 @@ def gradient_in_forward(enabled: bool) -> Iterator[None]:
         _state.enabled = before
 
 
-def applies(tensors: LossTensors, options: LossOptions) -> bool:
-    logits, risk = tensors.logits, tensors.risk
+def applies(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> bool:
+    """``tensors``: as the op takes them, but for the class weights of the Dice."""
+    volume, risk, weight = tensors[0], tensors[ops.risk], tensors[ops.risk + 1]
+    assert volume is not None
     # The sum of the class weights is not known before the voxels of each class are.
-    by_class_weight = options.normalization == "weighted" and tensors.weight is not None
+    by_class_weight = options.normalization == "weighted" and weight is not None
     return (
         not torch.compiler.is_compiling()
         and _enabled()
         and options.dice_weight == 0
         and options.reduction != "none"
         and not by_class_weight
-        and logits.dtype != torch.float16
+        and volume.dtype != torch.float16
         and not (risk is not None and risk.dtype == torch.float16 and risk.requires_grad)
-        and logits.requires_grad
+        and any(each is not None and each.requires_grad for each in tensors[: ops.risk - 1])
         and torch.is_grad_enabled()
-        and not _is_traced(logits)
+        and not _is_traced(volume)
     )
 
 
@@ -82,60 +85,51 @@ def _is_batched(grad_loss: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(grad_loss) or functorch.is_batchedtensor(grad_loss)
 
 
-def weighted_loss(*inputs: Any) -> Tensor:
-    """``inputs`` as those of the op, up to and with ce_weight."""
-    return _GradientInForward.apply(*inputs)[0]
+def loss(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> Tensor:
+    return _GradientInForward.apply(ops, *tensors, *options.of_cross_entropy)[0]
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        risk = inputs[2]
-        return torch.ops.riskmap_ext._weighted_loss_with_gradient(
-            *inputs, risk is not None and risk.requires_grad
-        )
+    def forward(ops: LossOps, *inputs: Any) -> tuple[Tensor, ...]:
+        wanted = [each is not None and each.requires_grad for each in inputs[: ops.tensors]]
+        return ops.call("_with_gradient", *inputs, *ops.flags(wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, grad_logits, grad_risk = output
-        ctx.mark_non_differentiable(grad_logits, grad_risk)
+        ops, *inputs_of_op = inputs
+        gradients = output[1:]
+        ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[6:]
-        ctx.save_for_backward(*inputs[:6])
-        ctx.gradients = grad_logits, grad_risk  # given away once, so not among the saved tensors
+        ctx.ops = ops
+        ctx.options = inputs_of_op[ops.tensors :]
+        ctx.save_for_backward(*inputs_of_op[: ops.tensors])
+        ctx.gradients = gradients  # given away once, so not among the saved tensors
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (6 + len(ctx.options))
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Sequence[Tensor | None]:
+        _, *wanted = ctx.needs_input_grad
         if grad_loss is None:
-            return nothing
+            return (None,) * (1 + len(wanted))
         # With retain_graph the first gradient belongs to whoever got it; with create_graph the op's
         # backward pass is there to refuse a second derivative.
         if ctx.gradients is None or torch.is_grad_enabled() or _is_batched(grad_loss):
-            return _again(ctx, grad_loss)
-        grad_logits, grad_risk = ctx.gradients
-        ctx.gradients = None
-        wanted = ctx.needs_input_grad
-        for gradient in (grad_logits, grad_risk):
-            torch.ops.riskmap_ext._scale_gradient_(gradient, grad_loss)
-        return (
-            grad_logits if wanted[0] else None,
-            None,
-            grad_risk if wanted[2] else None,
-            *nothing[3:],
-        )
+            gradients = _again(ctx, grad_loss, wanted)
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+            for gradient in gradients:
+                torch.ops.riskmap_ext._scale_gradient_(gradient, grad_loss)
+        return (None, *ctx.ops.of_inputs(gradients, wanted))
 
 
-def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient from the op that makes it in its backward pass."""
+def _again(ctx: Any, grad_loss: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor]:
+    """The gradients from the op that makes them in its backward pass."""
     inputs = ctx.saved_tensors
     ignore_index, background, _, _, ce_voxels, _, label_smoothing, _ = ctx.options
     with torch.no_grad():
-        _, scale, dice_slopes = torch.ops.riskmap_ext.weighted_loss(
-            *inputs, None, *ctx.options, *_NO_DICE
-        )
-    wanted = ctx.needs_input_grad
-    grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
+        _, scale, dice_slopes = ctx.ops.call("", *inputs, None, *ctx.options, *_NO_DICE)
+    return ctx.ops.call(
+        "_backward",
         grad_loss,
         *inputs,
         scale,
@@ -145,13 +139,7 @@ def _again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         ce_voxels,
         label_smoothing,
         False,
-        wanted[2],
-    )
-    return (
-        grad_logits if wanted[0] else None,
-        None,
-        grad_risk if wanted[2] else None,
-        *(None,) * (3 + len(ctx.options)),
+        *ctx.ops.flags(wanted),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from riskmap_ext._arguments import compute_dtype
-from riskmap_ext._loss_arguments import LossOptions, LossTensors
+from riskmap_ext._loss_arguments import LossOptions
+from riskmap_ext.ops.loss_ops import LossOps
 
 _COLUMNS = 5  # of an image's sums, before those of the classes: see _weighted_loss_sums
 
@@ -25,27 +27,27 @@ def applies(options: LossOptions) -> bool:
 
 
 @torch.compiler.disable  # processes meet within
-def weighted_loss(tensors: LossTensors, options: LossOptions) -> Tensor:
-    return _SyncedDice.apply(*tensors, options)
+def loss(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> Tensor:
+    """``tensors``: as the op takes them."""
+    return _SyncedDice.apply(ops, options, *tensors)
 
 
 class _SyncedDice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, options = inputs
-        logits, weight, regions, dice_class_weight = (tensors[i] for i in (0, 3, 5, 6))
-        ops = torch.ops.riskmap_ext
+    def forward(ctx: Any, ops: LossOps, options: LossOptions, *inputs: Any) -> Tensor:
+        *tensors, dice_class_weight = inputs
+        volume, weight, regions = tensors[0], tensors[ops.risk + 1], tensors[-1]
         ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing, ce = (
             options.of_cross_entropy
         )
         of_gradient = (ignore_index, background, ce_voxels, smoothing, options.squared_pred)
         failed: Exception | None = None
         try:
-            sums = ops._weighted_loss_sums(*tensors[:6], *of_gradient)
+            sums = ops.call("_sums", *tensors, *of_gradient)
             total = sums[:, _COLUMNS:].sum(dim=0)
         except Exception as error:  # the others wait: their loss becomes NaN
             failed = error
-            total = logits.new_full((3 * logits.size(1),), torch.nan, dtype=torch.float64)
+            total = volume.new_full((3 * ops.classes(tensors),), torch.nan, dtype=torch.float64)
         dist.all_reduce(total)
         if failed is not None:
             raise failed
@@ -53,7 +55,7 @@ class _SyncedDice(torch.autograd.Function):
         sums[:, _COLUMNS:] = 0
         sums[:1, _COLUMNS:] = total
         excluded = None if options.include_background or regions is not None else background
-        loss, scale, slopes = ops._weighted_loss_finish(
+        loss, scale, slopes = torch.ops.riskmap_ext._weighted_loss_finish(
             sums,
             weight,
             dice_class_weight,
@@ -68,30 +70,37 @@ class _SyncedDice(torch.autograd.Function):
             options.alpha,
             options.beta,
             True,
-            compute_dtype(logits.dtype) == torch.float64,
+            compute_dtype(volume.dtype) == torch.float64,
         )
+        ctx.ops = ops
         ctx.options = of_gradient
         # Each process has this Dice in its loss.
-        ctx.save_for_backward(*tensors[:6], scale, slopes * dist.get_world_size())
+        ctx.save_for_backward(*tensors, scale, slopes * dist.get_world_size())
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
         saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
-            grad_loss, *saved, *ctx.options, saved[2] is not None and wanted[2]
+        _, _, *wanted = ctx.needs_input_grad
+        gradients = ctx.ops.call(
+            "_backward", grad_loss, *saved, *ctx.options, *ctx.ops.flags(wanted)
         )
-        first = grad_logits if wanted[0] else None
-        third = grad_risk if wanted[2] else None
-        return (first, None, third, *(None,) * 5)
+        return (None, None, *ctx.ops.of_inputs(gradients, wanted))
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_sums")
 def _sums_fake(logits: Tensor, *_: Any) -> Tensor:
-    columns = _COLUMNS + 3 * logits.size(1)
-    return logits.new_empty((logits.size(0), columns), dtype=torch.float64)
+    return _fake_sums(logits, logits.size(1))
+
+
+@torch.library.register_fake("riskmap_ext::_linear_weighted_loss_sums")
+def _head_sums_fake(features: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return _fake_sums(features, weight.size(0))
+
+
+def _fake_sums(volume: Tensor, classes: int) -> Tensor:
+    return volume.new_empty((volume.size(0), _COLUMNS + 3 * classes), dtype=torch.float64)
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_finish")

@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from riskmap_ext._arguments import compute_dtype
-from riskmap_ext._loss_arguments import REDUCTIONS, loss_options, loss_tensors
+from riskmap_ext._loss_arguments import loss_options, loss_tensors
 from riskmap_ext.ops import in_forward, synced_dice
+from riskmap_ext.ops.loss_ops import (
+    OF_LOGITS,
+    fake_grad_risk,
+    fake_loss,
+    register_autograd,
+    require_reverse_mode,
+)
 
 
 def weighted_loss(
@@ -166,34 +172,12 @@ def weighted_loss(
         batch_dice=batch_dice,
         sync_dice=sync_dice,
     )
-    _require_reverse_mode(tensors.logits, tensors.risk)
-    if in_forward.applies(tensors, options):
-        return in_forward.weighted_loss(*tensors[:-1], *options.of_cross_entropy)
+    require_reverse_mode(OF_LOGITS, tensors.logits, tensors.risk)
+    if in_forward.applies(OF_LOGITS, tensors[:-1], options):
+        return in_forward.loss(OF_LOGITS, tensors[:-1], options)
     if synced_dice.applies(options):
-        return synced_dice.weighted_loss(tensors, options)
-    return torch.ops.riskmap_ext.weighted_loss(
-        *tensors, *options.of_cross_entropy, *options.of_dice
-    )[0]
-
-
-def _require_reverse_mode(*tensors: Tensor | None) -> None:
-    """Torch drops the tangents of a custom op in silence, and does not name it in torch.func."""
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        of_torch_func = torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
-        if of_torch_func or unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                "riskmap_ext.weighted_loss is differentiated by backward() and "
-                "torch.autograd.grad only, not by forward-mode derivatives or torch.func (grad, "
-                "vjp, jvp, ...). Use riskmap_ext.reference.weighted_loss for those."
-            )
-
-
-_NUM_INPUTS = 23
-_NONE = REDUCTIONS.index("none")
+        return synced_dice.loss(OF_LOGITS, tensors, options)
+    return OF_LOGITS.call("", *tensors, *options.of_cross_entropy, *options.of_dice)[0]
 
 
 @torch.library.register_fake("riskmap_ext::weighted_loss")
@@ -216,90 +200,22 @@ def _fake(
     dice_weight: float,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes = logits.shape[:2]
-    shape = (batch, *logits.shape[2:]) if reduction == _NONE else ()
-    slopes = (batch, 2, classes) if dice_weight != 0 else (0,)
-    return (
-        logits.new_empty(shape, dtype=compute_dtype(logits.dtype)),
-        logits.new_empty((batch,), dtype=torch.float64),
-        logits.new_empty(slopes, dtype=torch.float64),
-    )
+    return fake_loss(logits, logits.size(1), reduction, dice_weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = (*inputs[7:9], inputs[11], inputs[13], inputs[20])
-    _, scale, dice_slopes = output
-    ctx.mark_non_differentiable(scale, dice_slopes)
-    ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory
-    ctx.save_for_backward(*inputs[:6], scale, dice_slopes)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * _NUM_INPUTS
-    saved = ctx.saved_tensors  # asked for once: checkpointing recomputes at every call
-    grad_logits, grad_risk = torch.ops.riskmap_ext._weighted_loss_backward(
-        grad_loss,
-        *saved,
-        *ctx.options,
-        saved[2] is not None and ctx.needs_input_grad[2],
-    )
-    first = grad_logits if ctx.needs_input_grad[0] else None
-    third = grad_risk if ctx.needs_input_grad[2] else None
-    return (first, None, third) + (None,) * (_NUM_INPUTS - 3)
-
-
-torch.library.register_autograd(
-    "riskmap_ext::weighted_loss", _backward, setup_context=_setup_context
-)
+register_autograd(OF_LOGITS)
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_backward")
 def _backward_fake(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    risk: Tensor | None,
-    class_weight: Tensor | None,
-    foreground: Tensor | None,
-    regions: Tensor | None,
-    scale: Tensor,
-    dice_slopes: Tensor,
-    ignore_index: int,
-    background: int | None,
-    ce_voxels: int,
-    label_smoothing: float,
-    squared_pred: bool,
-    grad_risk: bool,
+    grad_loss: Tensor, logits: Tensor, target: Tensor, risk: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_logits = torch.empty_like(logits)
-    if not grad_risk:
-        return grad_logits, logits.new_empty((0,), dtype=torch.float32)
-    assert risk is not None
-    shape = (logits.size(0), *logits.shape[2:])
-    return grad_logits, logits.new_empty(shape, dtype=risk.dtype)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "riskmap_ext.weighted_loss has no second derivative: its backward pass cannot be "
-        "differentiated (create_graph=True with a later backward, gradient penalties). Use "
-        "riskmap_ext.reference.weighted_loss for that."
-    )
-
-
-torch.library.register_autograd("riskmap_ext::_weighted_loss_backward", _no_second_derivative)
+    return torch.empty_like(logits), fake_grad_risk(logits, risk, options[-1])
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_with_gradient")
 def _with_gradient_fake(
-    logits: Tensor,
-    target: Tensor,
-    risk: Tensor | None,
-    *options: Any,
+    logits: Tensor, target: Tensor, risk: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
-    grad_risk = options[-1]
-    shape = (logits.size(0), *logits.shape[2:]) if grad_risk else (0,)
-    dtype = risk.dtype if risk is not None and grad_risk else torch.float32
-    return loss, torch.empty_like(logits), logits.new_empty(shape, dtype=dtype)
+    return loss, torch.empty_like(logits), fake_grad_risk(logits, risk, options[-1])

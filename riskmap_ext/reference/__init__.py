@@ -7,7 +7,15 @@ voxels; inside ``torch.compile`` these are always skipped.
 """
 
 from riskmap_ext.reference.leep import conditional, leep_statistics, transferability_map
+from riskmap_ext.reference.linear_weighted_loss import linear_weighted_loss
 from riskmap_ext.reference.risk_map import risk_map
 from riskmap_ext.reference.weighted_loss import weighted_loss
 
-__all__ = ["conditional", "leep_statistics", "risk_map", "transferability_map", "weighted_loss"]
+__all__ = [
+    "conditional",
+    "leep_statistics",
+    "linear_weighted_loss",
+    "risk_map",
+    "transferability_map",
+    "weighted_loss",
+]

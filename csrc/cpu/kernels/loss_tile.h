@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/column.h"
+#include "cpu/kernels/head.h"
 #include "cpu/kernels/labels.h"
 #include "cpu/kernels/weighted_loss.h"
 #include "math/weighted_loss.h"
@@ -17,8 +18,9 @@ struct LossTile {
   using I = typename Simd<acc_t>::I;
 
   const LossArgs& args;
-  int64_t image, first, last;  // voxels of the chunk
+  int64_t chunk, image, first, last;  // voxels of the chunk
   int64_t tile, pitch;
+  HeadTile<acc_t> head;
   acc_t* rows;       // [C, pitch]
   acc_t* sums;       // [3, C] vectors
   acc_t* risk;       // [tile]
@@ -26,14 +28,17 @@ struct LossTile {
   int32_t* label;    // [tile], -1: ignored
   int32_t* in_mask;  // [tile]
 
-  LossTile(const LossArgs& args_, int64_t chunk, void* scratch) : args(args_) {
-    image = chunk / args.chunking.chunks_per_image;
-    first = chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk;
-    last = first + args.chunking.voxels_per_chunk;
+  LossTile(const LossArgs& args_, int64_t chunk_, void* scratch)
+      : args(args_),
+        chunk(chunk_),
+        image(chunk / args.chunking.chunks_per_image),
+        first(chunk % args.chunking.chunks_per_image * args.chunking.voxels_per_chunk),
+        last(first + args.chunking.voxels_per_chunk),
+        tile(tile_voxels(args.logits.classes, args.logits.dtype)),
+        pitch(tile_pitch(tile)),
+        head(args, static_cast<acc_t*>(scratch)) {
     if (last > args.logits.voxels) last = args.logits.voxels;
-    tile = tile_voxels(args.logits.classes, args.logits.dtype);
-    pitch = tile_pitch(tile);
-    rows = static_cast<acc_t*>(scratch);
+    rows = static_cast<acc_t*>(scratch) + head_scratch(args);
     sums = rows + args.logits.classes * pitch;
     risk = sums + 3 * args.logits.classes * Simd<acc_t>::kLanes;
     grad = risk + tile;
@@ -52,7 +57,11 @@ struct LossTile {
   }
 
   Rows<acc_t> staged_logits(int64_t begin, int64_t n) {
-    stage_in(args.logits, image, begin, n, rows, pitch);
+    if (args.head.weight) {
+      head.make_logits(image, begin, n, rows);
+    } else {
+      stage_in(args.logits, image, begin, n, rows, pitch);
+    }
     return {rows, pitch};
   }
 
@@ -78,6 +87,7 @@ struct LossTile {
     }
     const Rows<acc_t> in = staged_logits(begin, n);
     body(in, in, false);
+    if (args.head.weight) return head.add_gradients(out.grad_head, chunk, image, begin, n, rows);
     stage_out(rows, pitch, out.grad_logits, image, begin, n, out.streamed);
   }
 

@@ -5,8 +5,27 @@
 
 namespace riskmap::cpu {
 
+// A 1x1 convolution: logits = weight features + bias, made tile by tile and never kept.
+struct HeadArgs {
+  Volume features;     // [B, F, S]
+  const void* weight;  // acc_t[C, F]; nullptr: there is no head
+  const void* bias;    // acc_t[C]
+  const void* zeros;   // acc_t[F]
+};
+
+struct HeadGradients {
+  Volume features;   // or data == nullptr
+  void* parameters;  // acc_t[groups, parameter_sums], zeros at first: the weight's [C, padded F], the bias's [C]
+  int64_t chunks_per_group;
+};
+
+// Features in whole vectors of any instruction set.
+inline int64_t padded_channels(int64_t channels) { return (channels + kMinTile - 1) / kMinTile * kMinTile; }
+inline int64_t parameter_sums(int64_t classes, int64_t channels) { return classes * (padded_channels(channels) + 1); }
+
 struct LossArgs {
-  Volume logits;             // [B, C, S]
+  Volume logits;  // [B, C, S]; with a head no data
+  HeadArgs head;
   VoxelMap target;           // [B, S]
   VoxelMap risk;             // [B, S] or absent: 1
   VoxelMap foreground;       // [B, S] or absent
@@ -42,7 +61,8 @@ struct LossBackwardArgs : LossArgs {
   VoxelMap grad_map;         // reduction none: gradient of every voxel of the map, else absent
   const void* dice_overall;  // acc_t[B, C], see math::DiceTerm
   const void* dice_hit;      // acc_t[B, C]
-  Volume grad_logits;
+  Volume grad_logits;        // with a head no data
+  HeadGradients grad_head;
   bool streamed;         // the gradient is too large for the caches
   VoxelMap grad_risk;    // or absent
   LossPartial* partial;  // [chunks] where the loss is wanted from the same pass, else nullptr; only cross_entropy and
@@ -52,7 +72,12 @@ struct LossBackwardArgs : LossArgs {
 // Counts valid, foreground and bad labels of a chunk: what the normaliser needs before a gradient can be written.
 using LossCountKernel = void(const LossArgs&, LossPartial*, int64_t chunk, void* scratch);
 
-size_t loss_scratch_bytes(int64_t classes, Dtype dtype);
+// Elements of scratch for a tile of features, planar and channels-last; 0 without a head.
+inline int64_t head_scratch(const LossArgs& args) {
+  const int64_t tile = tile_voxels(args.logits.classes, args.logits.dtype);
+  return padded_channels(args.head.features.classes) * (tile_pitch(tile) + tile);
+}
+size_t loss_scratch_bytes(const LossArgs& args);
 
 using LossForwardKernel = void(const LossForwardArgs&, int64_t chunk, void* scratch);
 using LossBackwardKernel = void(const LossBackwardArgs&, int64_t chunk, void* scratch);

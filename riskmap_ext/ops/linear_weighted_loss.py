@@ -1,0 +1,164 @@
+"""The weighted loss from features: a 1x1 convolution and the loss in one, without its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riskmap_ext._arguments import compute_dtype
+from riskmap_ext._loss_arguments import (
+    head_tensors,
+    loss_options,
+    loss_tensors,
+    shape_of_logits,
+)
+from riskmap_ext.ops import in_forward, synced_dice
+from riskmap_ext.ops.loss_ops import (
+    OF_HEAD,
+    fake_grad_risk,
+    fake_loss,
+    register_autograd,
+    require_reverse_mode,
+)
+
+
+def linear_weighted_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    risk: Tensor | None = None,
+    *,
+    class_weight: Tensor | Sequence[float] | None = None,
+    ignore_index: int = -100,
+    background: int | None = 0,
+    foreground: Tensor | None = None,
+    foreground_floor: float = 0.05,
+    normalization: str | None = None,
+    ce_voxels: str = "valid",
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    ce_weight: float = 1.0,
+    dice_weight: float = 0.0,
+    dice_class_weight: Tensor | Sequence[float] | None = None,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    squared_pred: bool = False,
+    include_background: bool = False,
+    batch_dice: bool = False,
+    sync_dice: bool = False,
+    regions: Tensor | None = None,
+) -> Tensor:
+    r"""The weighted loss of a segmentation head, a 1x1 convolution, from its features.
+
+    .. math:: x_p[c] = b[c] + \sum_f W[c, f]\, z_p[f], \qquad
+              \mathrm{loss} = \mathrm{weighted\_loss}(x, \ldots)
+
+    for the features z of every voxel p. The logits x, [B, C, \*S], and their gradient are never in
+    memory: voxels go through in tiles that stay in a cache, on a GPU in chunks of logits that stay
+    in its second-level cache. With a hundred classes these two tensors are most of what a training
+    step takes. Cross-entropy makes logits and gradients in one pass where
+    :func:`riskmap_ext.gradient_in_forward` applies; with Dice the logits are made twice, and kept
+    neither time.
+
+    Args:
+        features: z, [B, F, \*S] with 1 to 3 spatial dimensions, the input of the network's last
+            convolution; float32, float64, float16 or bfloat16; contiguous and channels-last memory
+            is read in place.
+        weight: W, [C, F], or as a convolution has it [C, F, 1, 1, 1]. Under autocast features,
+            weight and bias are cast to its dtype, else they must have the same. Products are
+            summed, and the softmax taken, in float32 or better.
+        bias: b, [C], or None.
+        target, risk: as in :func:`riskmap_ext.weighted_loss`.
+        class_weight: the class weights that :func:`riskmap_ext.weighted_loss` calls ``weight``.
+
+    The other options are those of :func:`riskmap_ext.weighted_loss`, where formula and normalisers
+    are told.
+
+    Returns:
+        A scalar, or the map for reduction="none"; float32 (float64 for float64 features).
+        Differentiable once with respect to ``features``, ``weight``, ``bias`` and ``risk``;
+        bitwise the same from run to run and, on a CPU, for any number of threads.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`riskmap_ext.weighted_loss`.
+    """
+    head = head_tensors(features, weight, bias)
+    _, *others = loss_tensors(
+        shape_of_logits(head), target, risk, class_weight, foreground, regions, dice_class_weight,
+        class_weight_name="class_weight",
+    )  # fmt: skip
+    table = others[-2]
+    options = loss_options(
+        head.weight.size(0) if table is None else table.size(1),
+        has_regions=table is not None,
+        has_foreground=foreground is not None,
+        ignore_index=ignore_index,
+        background=background,
+        foreground_floor=foreground_floor,
+        normalization=normalization,
+        ce_voxels=ce_voxels,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        ce_weight=ce_weight,
+        dice_weight=dice_weight,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        alpha=alpha,
+        beta=beta,
+        squared_pred=squared_pred,
+        include_background=include_background,
+        batch_dice=batch_dice,
+        sync_dice=sync_dice,
+    )
+    tensors = (*head, *others)
+    require_reverse_mode(OF_HEAD, *head, tensors[OF_HEAD.risk])
+    if in_forward.applies(OF_HEAD, tensors[:-1], options):
+        return in_forward.loss(OF_HEAD, tensors[:-1], options)
+    if synced_dice.applies(options):
+        return synced_dice.loss(OF_HEAD, tensors, options)
+    return OF_HEAD.call("", *tensors, *options.of_cross_entropy, *options.of_dice)[0]
+
+
+@torch.library.register_fake("riskmap_ext::linear_weighted_loss")
+def _fake(features: Tensor, weight: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, dice_weight = inputs[12], inputs[15]
+    return fake_loss(features, weight.size(0), reduction, dice_weight)
+
+
+register_autograd(OF_HEAD)
+
+
+@torch.library.register_fake("riskmap_ext::_linear_weighted_loss_backward")
+def _backward_fake(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(*inputs)
+
+
+@torch.library.register_fake("riskmap_ext::_linear_weighted_loss_with_gradient")
+def _with_gradient_fake(features: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    loss = features.new_empty((), dtype=compute_dtype(features.dtype))
+    return (loss, *_fake_gradients(features, *inputs))
+
+
+def _fake_gradients(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    risk: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    grad_features, grad_parameters, grad_risk = options[-3:]
+    nothing = features.new_empty((0,), dtype=torch.float32)
+    with_bias = bias is not None and grad_parameters
+    return (
+        torch.empty_like(features) if grad_features else nothing,
+        weight.new_empty(weight.shape) if grad_parameters else torch.empty_like(nothing),
+        bias.new_empty(bias.shape) if with_bias else torch.empty_like(nothing),  # type: ignore[union-attr]
+        fake_grad_risk(features, risk, grad_risk),
+    )
