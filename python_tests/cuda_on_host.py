@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from riskmap_ext.ops import head_on_cuda
+
 ROOT = Path(__file__).parents[1]
 NAMESPACE = "riskmap_cuda_on_host"
 LIBRARY = "RISKMAP_CUDA_ON_HOST_LIBRARY"  # environment: one that was built already
@@ -82,6 +84,7 @@ def in_place_of_the_cpu_kernels() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         for name, operator in operators().items():
             override.impl(name, operator.default, "CPU", allow_override=True)
+        head_on_cuda.register(override, "CPU")
     try:
         yield
     finally:

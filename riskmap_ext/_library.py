@@ -21,6 +21,10 @@ _CUDA_OPS = (
     "_weighted_loss_finish",
     "_weighted_loss_sums",
     "_weighted_loss_with_gradient",
+    "linear_weighted_loss",
+    "_linear_weighted_loss_backward",
+    "_linear_weighted_loss_sums",
+    "_linear_weighted_loss_with_gradient",
     "_scale_gradient_",
 )
 

@@ -16,7 +16,7 @@ from riskmap_ext._arguments import (
     region_table,
 )
 from riskmap_ext._loss_arguments import loss_options
-from riskmap_ext.ops import weighted_loss
+from riskmap_ext.ops.weighted_loss import weighted_loss
 
 __all__ = ["RiskWeightedLoss"]
 

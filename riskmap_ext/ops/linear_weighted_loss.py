@@ -15,7 +15,7 @@ from riskmap_ext._loss_arguments import (
     loss_tensors,
     shape_of_logits,
 )
-from riskmap_ext.ops import in_forward, synced_dice
+from riskmap_ext.ops import head_on_cuda, in_forward, synced_dice  # noqa: F401
 from riskmap_ext.ops.loss_ops import (
     OF_HEAD,
     fake_grad_risk,
