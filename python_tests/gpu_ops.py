@@ -21,6 +21,7 @@ import torch
 from cases import Case
 from compare import assert_loss_matches_reference
 from test_leep import test_matches_reference as leep_matches
+from test_linear_weighted_loss import assert_matches as head_loss_matches
 from test_risk_map import test_matches_reference as risk_map_matches
 from test_source_regions import test_maps_match_reference as source_region_maps_match
 from test_source_regions import test_statistics_match_reference as source_region_leep_matches
@@ -66,6 +67,10 @@ def _two_steps_match(case: Case, device: torch.device) -> None:
     two_steps_match(case, False, device)
 
 
+def _from_features(case: Case, device: torch.device) -> None:
+    head_loss_matches(case.head_call(device), case.dtype, rounds_logits=True)
+
+
 def _loss(name: str, check: Check, case: Case, **options: Any) -> Work:
     return name, check, replace(case, loss_options=options)
 
@@ -78,11 +83,13 @@ def _of_softmax(case: Case) -> Iterator[Work]:
     yield "risk map", risk_map_matches, replace(case, risk_options=ranged)
     yield "risk map, own range", risk_map_matches, case
     yield "loss recomputed", _recomputed, case
+    yield "loss from features", _from_features, case
     yield _loss("loss map", assert_loss_matches_reference, case, reduction="none")
     if case.classes == 1:
         return
     dice = {"dice_weight": 1.0}
     yield _loss("loss + Dice", assert_loss_matches_reference, case, **dice)
+    yield _loss("loss + Dice from features", _from_features, case, **dice)
     yield _loss("loss + squared", assert_loss_matches_reference, case, **dice, squared_pred=True)
     every = {"batch_dice": True, "label_smoothing": 0.1, "normalization": "batch_foreground"}
     with_all = replace(case, with_weight=True, with_foreground=True)

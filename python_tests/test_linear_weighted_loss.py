@@ -53,7 +53,7 @@ def rounds_logits(request: pytest.FixtureRequest, device: torch.device) -> bool:
     return device.type == "cuda" or bool(request.config.getoption("--cuda-on-host"))
 
 
-def _assert_matches(call: Call, dtype: torch.dtype, rounds_logits: bool) -> None:
+def assert_matches(call: Call, dtype: torch.dtype, rounds_logits: bool) -> None:
     # float16 gradients of a mean over voxels are small, those of the weight sums over voxels; a
     # bfloat16 gradient that was made in the forward pass is rounded again when it is scaled.
     grad_output = {torch.float16: 4.0, torch.bfloat16: 1.0}.get(dtype, 0.75)
@@ -79,7 +79,7 @@ def _assert_matches(call: Call, dtype: torch.dtype, rounds_logits: bool) -> None
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(case: Case, rounds_logits: bool, device: torch.device) -> None:
-    _assert_matches(case.head_call(device), case.dtype, rounds_logits)
+    assert_matches(case.head_call(device), case.dtype, rounds_logits)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
@@ -93,7 +93,7 @@ def test_many_classes_and_features(
     device: torch.device,
 ) -> None:
     case = replace(base, dtype=dtype, loss_options=options, layout="channels_last")
-    _assert_matches(case.head_call(device), dtype, rounds_logits)
+    assert_matches(case.head_call(device), dtype, rounds_logits)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
@@ -352,7 +352,7 @@ def test_several_chunks_of_an_image_on_cuda(
     case = Case("chunks", classes=11, features=9, spatial=(30, 31, 3), with_foreground=True)
     call = replace(case, loss_options=options, ignored=0.4).head_call(device)
     monkeypatch.setattr(head_on_cuda, "CHUNK_BYTES", 1)
-    _assert_matches(call, torch.float32, False)
+    assert_matches(call, torch.float32, False)
     one, other = _gradients(call), _gradients(call)
     assert all(a is None or torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
