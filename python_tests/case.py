@@ -270,6 +270,43 @@ def loss_and_gradients(
     return loss.detach(), logits.grad, None if risk is None else risk.grad
 
 
+class _Output(torch.autograd.Function):
+    """A network's output: its memory is `values`, and its gradient is kept as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, values: Tensor, got: list[Tensor]) -> Tensor:
+        ctx.got = got
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.got.append(gradient)
+        return (None, None, None)
+
+
+def network_output(values: Tensor, got: list[Tensor] | None = None) -> Tensor:
+    return _Output.apply(torch.zeros((), requires_grad=True), values, [] if got is None else got)
+
+
+def overwritten(
+    call: Call, grad_output: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As loss_and_gradients, but the call's logits are lost: the gradient is where they were."""
+    (values, target, risk), kwargs = call
+    got: list[Tensor] = []
+    risk = None if risk is None else risk.detach().requires_grad_()
+    before = values.clone()
+    logits = network_output(values, got)
+    loss = riskmap_ext.weighted_loss(logits, target, risk, **kwargs, overwrite_logits=True)
+    made_in_forward = "GradientInForward" in type(loss.grad_fn).__name__
+    assert made_in_forward or torch.equal(values, before)
+    loss.backward(torch.as_tensor(grad_output, dtype=loss.dtype).to(loss.device).expand_as(loss))
+    (gradient,) = got
+    assert gradient.data_ptr() == values.data_ptr()
+    assert gradient.stride() == values.stride()
+    return loss.detach(), gradient, None if risk is None else risk.grad
+
+
 def loss_in_two_steps(
     case: Case, device: torch.device, batch_dice: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:

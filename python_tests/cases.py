@@ -15,6 +15,8 @@ from case import (  # noqa: F401  (what the tests import from here)
     loss_and_gradients,
     loss_in_two_steps,
     loss_leaves,
+    network_output,
+    overwritten,
 )
 
 BASE = Case("base")

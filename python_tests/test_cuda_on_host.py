@@ -19,6 +19,7 @@ from cases import (
     Case,
     loss_and_gradients,
     loss_in_two_steps,
+    overwritten,
 )
 from compare import assert_loss_matches_reference
 from test_leep import test_matches_reference as leep_matches_reference
@@ -139,7 +140,9 @@ def every_op(case: Case) -> dict[str, Outputs]:
             args, kwargs = case.loss_call(CPU)
             with riskmap_ext.gradient_in_forward(in_forward):
                 outputs = loss_and_gradients((args, {**kwargs, **options}), grad_output=1.5)
+                in_place = overwritten((args, {**kwargs, **options}), grad_output=1.5)
             found[f"loss_{name}_{in_forward}"] = outputs
+            found[f"overwritten_{name}_{in_forward}"] = in_place
     sums, finished, _ = loss_in_two_steps(case, CPU)
     found["sums"], found["finished"] = (sums,), finished
     return found

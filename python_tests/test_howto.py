@@ -60,9 +60,9 @@ def test_example(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_pytorch(tmp_path: Path) -> None:
-    """The loop and the compiled step; the part for several processes is in test_distributed."""
-    loop, other_weights, compiled, processes = blocks("pytorch")
-    losses = re.findall(r"epoch \d: loss ([\d.]+)", run(loop + other_weights + compiled, tmp_path))
+    """The loop and what comes after it; the part for several processes is in test_distributed."""
+    *together, processes = blocks("pytorch")
+    losses = re.findall(r"epoch \d: loss ([\d.]+)", run("".join(together), tmp_path))
     assert len(losses) == 3
     assert float(losses[-1]) < float(losses[0])
     assert "all_reduce" in processes

@@ -184,6 +184,17 @@ SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
         lambda d: _with_gradient_arguments(VOLUME, d, False, reduction=SUM, whole=False),
         lambda d: _with_gradient_arguments(EMPTY, d, False, whole=False),
     ],
+    "_weighted_loss_backward_": [
+        lambda d: (*_backward_arguments(SMALL, d, dice=1.0)[:-1], False),
+        lambda d: _backward_arguments(SMALL, d, reduction=NONE),
+        lambda d: _backward_arguments(VOLUME, d, dice=0.5, whole=False),
+        lambda d: _backward_arguments(EMPTY, d, whole=False),
+    ],
+    "_weighted_loss_with_gradient_": [
+        lambda d: _with_gradient_arguments(SMALL, d, True),
+        lambda d: _with_gradient_arguments(VOLUME, d, False, reduction=SUM, whole=False),
+        lambda d: _with_gradient_arguments(EMPTY, d, False, whole=False),
+    ],
     "_weighted_loss_sums": [
         lambda d: _sums_arguments(SMALL, d),
         lambda d: _sums_arguments(VOLUME, d, whole=False),
@@ -269,7 +280,7 @@ def test_signature_of_the_loss_from_features() -> None:
     first = ["features", "weight", "bias", "target", "risk", "class_weight"]
     assert list(public)[: len(first)] == first
     options = {name: each for name, each in of_logits.items() if each.kind is each.KEYWORD_ONLY}
-    del options["weight"]
+    del options["weight"], options["overwrite_logits"]  # there are no logits
     assert {name: public[name].default for name in options} == {
         name: each.default for name, each in options.items()
     }

@@ -113,6 +113,7 @@ class LossOptions(NamedTuple):
     include_background: bool
     batch_dice: bool
     sync_dice: bool
+    overwrite_logits: bool
 
     @property
     def of_cross_entropy(self) -> tuple[Any, ...]:
@@ -141,6 +142,17 @@ class LossOptions(NamedTuple):
             self.batch_dice,
         )
 
+    @property
+    def of_gradient(self) -> tuple[Any, ...]:
+        """Those that the backward pass takes beside the sums."""
+        return (
+            self.ignore_index,
+            self.background,
+            CE_VOXELS.index(self.ce_voxels),
+            self.label_smoothing,
+            self.squared_pred,
+        )
+
 
 def loss_options(
     num_labels: int,
@@ -164,6 +176,7 @@ def loss_options(
     include_background: Any,
     batch_dice: Any,
     sync_dice: Any,
+    overwrite_logits: Any = False,
 ) -> LossOptions:
     options = LossOptions(
         integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
@@ -183,6 +196,7 @@ def loss_options(
         validate_flag("include_background", include_background),
         validate_flag("batch_dice", batch_dice),
         validate_flag("sync_dice", sync_dice),
+        validate_flag("overwrite_logits", overwrite_logits),
     )
     if options.sync_dice and not options.batch_dice:
         raise ValueError(

@@ -38,6 +38,7 @@ class LossInputs {
 
   LossArgs args{};
 
+  const Tensor& logits() const { return logits_; }  // as they are read: a copy where they had gaps
   int64_t chunks() const { return args.logits.batch * args.chunking.chunks_per_image; }
   bool is_double() const { return args.logits.dtype == Dtype::kDouble; }
   ScalarType result_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
@@ -83,6 +84,7 @@ struct WantedGradients {
   bool risk;
   bool logits = true;       // with a head, features
   bool parameters = false;  // of a head
+  bool overwrites = false;  // that of the logits takes their memory
 };
 struct LossGradients {
   Tensor logits, risk;  // with a head, logits are features

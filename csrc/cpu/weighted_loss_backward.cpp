@@ -21,12 +21,15 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
   const Tensor& logits = tensors.logits;
   const Table overall(dice_overall, in.is_double()), hit(dice_hit, in.is_double());
   const auto none = [] { return empty({0}, ScalarType::Float); };  // one for each: outputs may not be the same
-  LossGradients result{wanted.logits ? empty_gradient(logits) : none(),
+  LossGradients result{!wanted.logits      ? none()
+                       : wanted.overwrites ? logits
+                                           : empty_gradient(logits),
                        wanted.risk ? empty_map(logits, tensors.risk->scalar_type()) : none(), none(), none()};
   // The result is laid out as logits; where that is neither planar nor channels-last, the kernel writes a
   // contiguous tensor first.
-  Tensor written =
-      !wanted.logits || is_viewable(result.logits) ? result.logits : empty_gradient(torch::stable::contiguous(logits));
+  Tensor written = wanted.overwrites                              ? in.logits()
+                   : !wanted.logits || is_viewable(result.logits) ? result.logits
+                                                                  : empty_gradient(in.logits());
   Tensor keep_written = written, keep_map = logits, keep_risk = result.risk;
 
   LossBackwardArgs args{};
@@ -36,7 +39,9 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
   args.dice_overall = overall.data();
   args.dice_hit = hit.data();
   if (wanted.logits) args.grad_logits = view_volume(written, keep_written);
-  args.streamed = written.numel() * static_cast<int64_t>(written.element_size()) >= kStreamedBytes;
+  // What was just read is in the caches.
+  args.streamed =
+      !wanted.overwrites && written.numel() * static_cast<int64_t>(written.element_size()) >= kStreamedBytes;
   if (wanted.risk) args.grad_risk = view_map(result.risk, keep_risk);
   args.partial = partial;
   std::optional<ParameterSums> parameters;
@@ -61,7 +66,7 @@ LossGradients loss_gradients(const LossTensors& tensors, const LossInputs& in, c
 
 LossGradients loss_backward_of(const LossTensors& tensors, const LossOptions& options, const Tensor& grad_loss,
                                const Tensor& scale, const Tensor& dice_slopes, WantedGradients wanted) {
-  check_loss_backward(tensors, grad_loss, scale, dice_slopes, wanted.risk);
+  check_loss_backward(tensors, grad_loss, scale, dice_slopes, wanted.risk, wanted.overwrites);
   const int64_t batch = tensors.logits.size(0), classes = tensors.classes();
   const bool as_map = grad_loss.dim() != 0;
   const bool dice = dice_slopes.numel() != 0;
@@ -84,7 +89,7 @@ LossGradients loss_backward_of(const LossTensors& tensors, const LossOptions& op
 
 Tensor loss_with_gradient_of(const LossTensors& tensors, const LossOptions& options, WantedGradients wanted,
                              LossGradients& gradients) {
-  check_loss_with_gradient(tensors, options, wanted.risk);
+  check_loss_with_gradient(tensors, options, wanted.risk, wanted.overwrites);
   const LossInputs in(tensors, options, false);
 
   // The normaliser first: it needs the labels alone.
@@ -102,31 +107,40 @@ Tensor loss_with_gradient_of(const LossTensors& tensors, const LossOptions& opti
   return scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype());
 }
 
-std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
-                                                  OptionalTensor class_weight, OptionalTensor foreground,
-                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
-                                                  int64_t ignore_index, std::optional<int64_t> background,
-                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
-                                                  bool grad_risk) {
+template <bool kOverwrites>
+std::conditional_t<kOverwrites, Tensor, std::tuple<Tensor, Tensor>> weighted_loss_backward(
+    Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+    OptionalTensor foreground, OptionalTensor regions, Tensor scale, Tensor dice_slopes, int64_t ignore_index,
+    std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing, bool squared_pred, bool grad_risk) {
   const LossGradients gradients =
       loss_backward_of({logits, target, risk, class_weight, foreground, regions, {}},
                        gradient_options(ignore_index, background, ce_voxels, label_smoothing, squared_pred), grad_loss,
-                       scale, dice_slopes, {grad_risk});
-  return {gradients.logits, gradients.risk};
+                       scale, dice_slopes, {grad_risk, true, false, kOverwrites});
+  if constexpr (kOverwrites) {
+    return gradients.risk;
+  } else {
+    return {gradients.logits, gradients.risk};
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
-    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
-    OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
-    int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
-    bool grad_risk) {
+template <bool kOverwrites>
+std::conditional_t<kOverwrites, std::tuple<Tensor, Tensor>, std::tuple<Tensor, Tensor, Tensor>>
+weighted_loss_with_gradient(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+                            OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
+                            std::optional<int64_t> background, double foreground_floor, int64_t normalization,
+                            int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
+                            bool grad_risk) {
   LossGradients gradients;
   const Tensor loss =
       loss_with_gradient_of({logits, target, risk, class_weight, foreground, regions, {}},
                             cross_entropy_options(ignore_index, background, foreground_floor, normalization, ce_voxels,
                                                   reduction, label_smoothing, ce_weight),
-                            {grad_risk}, gradients);
-  return {loss, gradients.logits, gradients.risk};
+                            {grad_risk, true, false, kOverwrites}, gradients);
+  if constexpr (kOverwrites) {
+    return {loss, gradients.risk};
+  } else {
+    return {loss, gradients.logits, gradients.risk};
+  }
 }
 
 void scale_gradient(Tensor gradient, Tensor factor) {
@@ -147,7 +161,9 @@ void scale_gradient(Tensor gradient, Tensor factor) {
 }  // namespace riskmap::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
-  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cpu::weighted_loss_backward));
-  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient));
+  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cpu::weighted_loss_backward<false>));
+  m.impl("_weighted_loss_backward_", TORCH_BOX(&riskmap::cpu::weighted_loss_backward<true>));
+  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient<false>));
+  m.impl("_weighted_loss_with_gradient_", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient<true>));
   m.impl("_scale_gradient_", TORCH_BOX(&riskmap::cpu::scale_gradient));
 }

@@ -72,8 +72,9 @@ bool is_planar(const Tensor& tensor) {
 
 }  // namespace
 
-GradientTensor::GradientTensor(const Tensor& logits, const Tensor& read)
-    : result(torch::stable::empty_like(logits)), written(result) {
+GradientTensor::GradientTensor(const Tensor& logits, const Tensor& read, bool overwrites)
+    : result(overwrites ? logits : torch::stable::empty_like(logits)), written(overwrites ? read : result) {
+  if (overwrites) return;
   if (!is_viewable(result) || is_planar(result) != is_planar(read)) written = torch::stable::empty_like(read);
 }
 

@@ -39,11 +39,11 @@ LossFinish finish_of(const LossOptions& options, int64_t excluded_class);
 ClassWeight view_class_weight(const OptionalTensor& weight, Tensor& keep);
 
 // A gradient laid out as `logits`; where that is not how the kernel reads them (`read`), it writes another tensor
-// first.
+// first. overwrites: it takes the memory of what is read.
 struct GradientTensor {
   Tensor result, written;
 
-  GradientTensor(const Tensor& logits, const Tensor& read);
+  GradientTensor(const Tensor& logits, const Tensor& read, bool overwrites);
   Volume view();
   void finish();  // after the kernels are launched
 };

@@ -1,4 +1,5 @@
 #include <tuple>
+#include <type_traits>
 
 #include "cuda/loss_inputs.h"
 
@@ -20,21 +21,20 @@ Tensor empty_grad_risk(const LossTensors& tensors, bool wanted) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk,
-                                                  OptionalTensor class_weight, OptionalTensor foreground,
-                                                  OptionalTensor regions, Tensor scale, Tensor dice_slopes,
-                                                  int64_t ignore_index, std::optional<int64_t> background,
-                                                  int64_t ce_voxels, double label_smoothing, bool squared_pred,
-                                                  bool grad_risk) {
+template <bool kOverwrites>
+std::conditional_t<kOverwrites, Tensor, std::tuple<Tensor, Tensor>> weighted_loss_backward(
+    Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+    OptionalTensor foreground, OptionalTensor regions, Tensor scale, Tensor dice_slopes, int64_t ignore_index,
+    std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing, bool squared_pred, bool grad_risk) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   const bool dice = dice_slopes.numel() != 0;
-  check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk);
+  check_loss_backward(tensors, grad_loss, scale, dice_slopes, grad_risk, kOverwrites);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, dice,
                             squared_pred, stream);
 
-  GradientTensor gradient(logits, in.logits());
+  GradientTensor gradient(logits, in.logits(), kOverwrites);
   Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient, keep_map = logits;
   const Tensor scales = torch::stable::contiguous(scale), slopes = torch::stable::contiguous(dice_slopes);
   LossBackward args{};
@@ -52,14 +52,20 @@ std::tuple<Tensor, Tensor> weighted_loss_backward(Tensor grad_loss, Tensor logit
   if (grad_risk) args.grad_risk = view_map(risk_gradient, keep_risk);
   launch_gradient(args, stream);
   gradient.finish();
-  return {gradient.result, risk_gradient};
+  if constexpr (kOverwrites) {
+    return risk_gradient;
+  } else {
+    return {gradient.result, risk_gradient};
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
-    Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight, OptionalTensor foreground,
-    OptionalTensor regions, int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
-    int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
-    bool grad_risk) {
+template <bool kOverwrites>
+std::conditional_t<kOverwrites, std::tuple<Tensor, Tensor>, std::tuple<Tensor, Tensor, Tensor>>
+weighted_loss_with_gradient(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
+                            OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
+                            std::optional<int64_t> background, double foreground_floor, int64_t normalization,
+                            int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
+                            bool grad_risk) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
   const LossOptions options{ignore_index,
                             background,
@@ -74,14 +80,14 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
                             false,
                             false,
                             false};
-  check_loss_with_gradient(tensors, options, grad_risk);
+  check_loss_with_gradient(tensors, options, grad_risk, kOverwrites);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const DeviceLossInputs in(tensors, ignore_index, background, options.ce_voxels, label_smoothing, false, false,
                             stream);
   const int64_t batch = logits.size(0), voxels = in.args.logits.voxels;
   Tensor loss = empty_on(logits, {}, in.result_dtype());
-  GradientTensor gradient(logits, in.logits());
+  GradientTensor gradient(logits, in.logits(), kOverwrites);
   Tensor risk_gradient = empty_grad_risk(tensors, grad_risk), keep_risk = risk_gradient;
 
   // The normaliser first: it needs the labels alone. It leaves them in one byte each where they take more.
@@ -117,7 +123,11 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_with_gradient(
   launch_gradient(args, stream);
   if (args.chunking.chunks(batch) == 0) torch::stable::zero_(loss);  // there is nothing to launch
   gradient.finish();
-  return {loss, gradient.result, risk_gradient};
+  if constexpr (kOverwrites) {
+    return {loss, risk_gradient};
+  } else {
+    return {loss, gradient.result, risk_gradient};
+  }
 }
 
 void scale_gradient_in_place(Tensor gradient, Tensor factor) {
@@ -131,7 +141,9 @@ void scale_gradient_in_place(Tensor gradient, Tensor factor) {
 }  // namespace riskmap::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(RISKMAP_NAMESPACE, RISKMAP_CUDA_KEY, m) {
-  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cuda::weighted_loss_backward));
-  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cuda::weighted_loss_with_gradient));
+  m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cuda::weighted_loss_backward<false>));
+  m.impl("_weighted_loss_backward_", TORCH_BOX(&riskmap::cuda::weighted_loss_backward<true>));
+  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cuda::weighted_loss_with_gradient<false>));
+  m.impl("_weighted_loss_with_gradient_", TORCH_BOX(&riskmap::cuda::weighted_loss_with_gradient<true>));
   m.impl("_scale_gradient_", TORCH_BOX(&riskmap::cuda::scale_gradient_in_place));
 }

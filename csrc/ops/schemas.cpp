@@ -26,12 +26,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RISKMAP_NAMESPACE, m) {
       "Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, int ignore_index, int? background, "
       "int ce_voxels, float label_smoothing, bool squared_pred, bool grad_risk) "
       "-> (Tensor grad_logits, Tensor grad_risk)");
+  // The same with the gradient of the logits in their memory.
+  m.def(
+      "_weighted_loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor target, Tensor? risk, "
+      "Tensor? class_weight, Tensor? foreground, Tensor? regions, Tensor scale, Tensor dice_slopes, int ignore_index, "
+      "int? background, int ce_voxels, float label_smoothing, bool squared_pred, bool grad_risk) -> Tensor grad_risk");
   // Cross-entropy only, reduced: loss and gradient for grad_loss = 1 in one pass over the logits.
   m.def(
       "_weighted_loss_with_gradient(Tensor logits, Tensor target, Tensor? risk, Tensor? class_weight, "
       "Tensor? foreground, Tensor? regions, int ignore_index, int? background, float foreground_floor, "
       "int normalization, int ce_voxels, int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
       "-> (Tensor loss, Tensor grad_logits, Tensor grad_risk)");
+  m.def(
+      "_weighted_loss_with_gradient_(Tensor(a!) logits, Tensor target, Tensor? risk, Tensor? class_weight, "
+      "Tensor? foreground, Tensor? regions, int ignore_index, int? background, float foreground_floor, "
+      "int normalization, int ce_voxels, int reduction, float label_smoothing, float ce_weight, bool grad_risk) "
+      "-> (Tensor loss, Tensor grad_risk)");
   // weighted_loss in two steps, for sums that come from several processes: sums [B, 5 + 3 C] as math::LossColumn has
   // them, and what becomes of them.
   m.def(

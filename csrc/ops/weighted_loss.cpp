@@ -1,5 +1,9 @@
 #include "ops/weighted_loss.h"
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 namespace riskmap {
 namespace {
 
@@ -50,6 +54,19 @@ void check_finish_options(const char* op, const LossOptions& options) {
   check_not_negative(op, "beta", options.dice_formula.beta);
   check(!options.dice() || options.reduction != Reduction::kNone, op,
         ": dice_weight must be 0 with reduction none: Dice has no voxel map");
+}
+
+// Every element of its memory once.
+void check_dense(const char* op, const char* name, const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size, the innermost first
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t next = 1;
+  for (const auto& [stride, size] : dims) {
+    check(stride == next || tensor.numel() == 0, op, ": ", name, " must be dense in memory");
+    next *= size;
+  }
 }
 
 }  // namespace
@@ -133,10 +150,11 @@ void check_loss_finish(const FinishTensors& tensors, const LossOptions& options)
 }
 
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
-                         const Tensor& dice_slopes, bool grad_risk) {
+                         const Tensor& dice_slopes, bool grad_risk, bool overwrites) {
   const char* op = "_weighted_loss_backward";
   const Tensor& logits = tensors.logits;
   check_loss_tensors(op, tensors);
+  if (overwrites) check_dense(op, "logits", logits);
   check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
   if (grad_loss.dim() != 0) check_voxel_map(op, "grad_loss", grad_loss, "logits", logits);
   check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
@@ -150,9 +168,10 @@ void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, co
           ": grad_loss, scale and dice_slopes must be on the device of logits");
 }
 
-void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk) {
+void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk, bool overwrites) {
   const char* op = "_weighted_loss_with_gradient";
   check_weighted_loss(tensors, options);
+  if (overwrites) check_dense(op, "logits", tensors.logits);
   check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
   check(!tensors.needs_class_sums(options), op, ": normalization must not be 4 (weighted) with weight");
   check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
@@ -164,9 +183,7 @@ void check_scale_gradient(const Tensor& gradient, const Tensor& factor) {
   check(is_floating(factor) && factor.dim() == 0, op, ": factor must be a floating scalar, got ", dtype_of(factor),
         " of shape ", shape_of(factor));
   check(factor.device() == gradient.device(), op, ": factor must be on the same device as gradient");
-  int64_t last = 0;  // of the elements in memory
-  for (int64_t d = 0; d < gradient.dim(); ++d) last += (gradient.size(d) - 1) * gradient.stride(d);
-  check(gradient.numel() == 0 || last == gradient.numel() - 1, op, ": gradient must be dense in memory");
+  check_dense(op, "gradient", gradient);
 }
 
 }  // namespace riskmap

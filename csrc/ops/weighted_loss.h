@@ -72,11 +72,12 @@ void check_loss_tensors(const char* op, const LossTensors& tensors);
 void check_weighted_loss(const LossTensors& tensors, const LossOptions& options);
 
 // grad_loss: scalar, or [B, *S] for the map of reduction none; scale and dice_slopes as the op returned them.
+// overwrites: the gradient takes the memory of the logits, which must be dense.
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
-                         const Tensor& dice_slopes, bool grad_risk);
+                         const Tensor& dice_slopes, bool grad_risk, bool overwrites);
 void check_loss_sums(const LossTensors& tensors, const LossOptions& options);
 void check_loss_finish(const FinishTensors& tensors, const LossOptions& options);
-void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk);
+void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk, bool overwrites);
 // gradient: floating, its elements dense in memory; factor: a floating scalar on the same device.
 void check_scale_gradient(const Tensor& gradient, const Tensor& factor);
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from riskmap_ext._arguments import validate_flag
 from riskmap_ext._loss_arguments import LossOptions
+from riskmap_ext.ops import overwriting
 from riskmap_ext.ops.loss_ops import LossOps
-
-_NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5, False, False, False)  # as LossOptions.of_dice
+from riskmap_ext.ops.tracing import is_batched, is_traced
 
 _state = threading.local()  # as torch keeps its grad mode
 
@@ -64,82 +64,63 @@ def applies(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions
         and not (risk is not None and risk.dtype == torch.float16 and risk.requires_grad)
         and any(each is not None and each.requires_grad for each in tensors[: ops.risk - 1])
         and torch.is_grad_enabled()
-        and not _is_traced(volume)
+        and not is_traced(volume)
     )
 
 
-def _is_traced(logits: Tensor) -> bool:
-    """Whether the backward pass may not ask for the value of the incoming gradient."""
-    return (
-        logits.is_meta
-        or not (type(logits) is Tensor or isinstance(logits, torch.nn.Parameter))  # FakeTensor
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _is_batched(grad_loss: Tensor) -> bool:
-    """Whether there are many incoming gradients: is_grads_batched=True, or vmap around backward."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad_loss) or functorch.is_batchedtensor(grad_loss)
-
-
-def loss(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> Tensor:
-    return _GradientInForward.apply(ops, *tensors, *options.of_cross_entropy)[0]
+def loss(
+    ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions, overwrites: bool = False
+) -> Tensor:
+    try:
+        return _GradientInForward.apply(ops, options, overwrites, *tensors)
+    finally:
+        if overwrites:
+            overwriting.mark_lost(tensors[0])  # type: ignore[arg-type]
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ops: LossOps, *inputs: Any) -> tuple[Tensor, ...]:
-        wanted = [each is not None and each.requires_grad for each in inputs[: ops.tensors]]
-        return ops.call("_with_gradient", *inputs, *ops.flags(wanted))
+    def forward(
+        ctx: Any, ops: LossOps, options: LossOptions, overwrites: bool, *tensors: Any
+    ) -> Tensor:
+        _, _, _, *wanted = ctx.needs_input_grad
+        ctx.ops, ctx.options, ctx.overwrites = ops, options, overwrites
+        arguments = (*tensors, *options.of_cross_entropy, *ops.flags(wanted))
+        # Gradients are given away once, so they are not among the saved tensors.
+        if overwrites:
+            loss, grad_risk = ops.call("_with_gradient_", *arguments)
+            ctx.gradients = tensors[0].detach(), grad_risk
+            ctx.version = tensors[0]._version + 1  # once they are marked as lost
+        else:
+            loss, *ctx.gradients = ops.call("_with_gradient", *arguments)
+            ctx.save_for_backward(*tensors)
+        return loss
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ops, *inputs_of_op = inputs
-        gradients = output[1:]
-        ctx.mark_non_differentiable(*gradients)
-        ctx.set_materialize_grads(False)
-        ctx.ops = ops
-        ctx.options = inputs_of_op[ops.tensors :]
-        ctx.save_for_backward(*inputs_of_op[: ops.tensors])
-        ctx.gradients = gradients  # given away once, so not among the saved tensors
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Sequence[Tensor | None]:
-        _, *wanted = ctx.needs_input_grad
-        if grad_loss is None:
-            return (None,) * (1 + len(wanted))
+    def backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
+        _, _, _, *wanted = ctx.needs_input_grad
         # With retain_graph the first gradient belongs to whoever got it; with create_graph the op's
         # backward pass is there to refuse a second derivative.
-        if ctx.gradients is None or torch.is_grad_enabled() or _is_batched(grad_loss):
+        again = ctx.gradients is None or torch.is_grad_enabled() or is_batched(grad_loss)
+        if ctx.overwrites:
+            overwriting.require_only_backward(ctx.gradients is None, grad_loss)
+            overwriting.require_unchanged(ctx.gradients[0], ctx.version)
+        if again:
             gradients = _again(ctx, grad_loss, wanted)
         else:
             gradients, ctx.gradients = ctx.gradients, None
             for gradient in gradients:
                 torch.ops.riskmap_ext._scale_gradient_(gradient, grad_loss)
-        return (None, *ctx.ops.of_inputs(gradients, wanted))
+        return (None, None, None, *ctx.ops.of_inputs(gradients, wanted))
 
 
 def _again(ctx: Any, grad_loss: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor]:
     """The gradients from the op that makes them in its backward pass."""
-    inputs = ctx.saved_tensors
-    ignore_index, background, _, _, ce_voxels, _, label_smoothing, _ = ctx.options
+    ops, options, inputs = ctx.ops, ctx.options, ctx.saved_tensors
     with torch.no_grad():
-        _, scale, dice_slopes = ctx.ops.call("", *inputs, None, *ctx.options, *_NO_DICE)
-    return ctx.ops.call(
-        "_backward",
-        grad_loss,
-        *inputs,
-        scale,
-        dice_slopes,
-        ignore_index,
-        background,
-        ce_voxels,
-        label_smoothing,
-        False,
-        *ctx.ops.flags(wanted),
+        _, *factors = ops.call("", *inputs, None, *options.of_cross_entropy, *options.of_dice)
+    return ops.call(
+        "_backward", grad_loss, *inputs, *factors, *options.of_gradient, *ops.flags(wanted)
     )
 
 

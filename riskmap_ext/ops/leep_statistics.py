@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import leep_arguments
-from riskmap_ext.ops.in_forward import _is_traced
+from riskmap_ext.ops.tracing import is_traced
 from riskmap_ext.reference.leep import conditional  # a [C, Z] table: plain torch is enough
 
 __all__ = ["NOT_FINITE", "conditional", "leep_statistics"]
@@ -73,9 +73,7 @@ def leep_statistics(
 
 def _is_at_hand(joint: Tensor) -> bool:
     """Whether reading values waits for nothing: C * Z numbers on the CPU, no trace of them."""
-    return (
-        not torch.compiler.is_compiling() and joint.device.type == "cpu" and not _is_traced(joint)
-    )
+    return not torch.compiler.is_compiling() and joint.device.type == "cpu" and not is_traced(joint)
 
 
 @torch.library.register_fake("riskmap_ext::leep_statistics")

@@ -15,7 +15,12 @@ from riskmap_ext._loss_arguments import (
     loss_tensors,
     shape_of_logits,
 )
-from riskmap_ext.ops import head_on_cuda, in_forward, synced_dice  # noqa: F401
+from riskmap_ext.ops import (
+    head_on_cuda,  # noqa: F401
+    in_backward,
+    in_forward,
+    synced_dice,
+)
 from riskmap_ext.ops.loss_ops import (
     OF_HEAD,
     fake_grad_risk,
@@ -121,7 +126,7 @@ def linear_weighted_loss(
     if in_forward.applies(OF_HEAD, tensors[:-1], options):
         return in_forward.loss(OF_HEAD, tensors[:-1], options)
     if synced_dice.applies(options):
-        return synced_dice.loss(OF_HEAD, tensors, options)
+        return in_backward.loss(OF_HEAD, tensors, options)
     return OF_HEAD.call("", *tensors, *options.of_cross_entropy, *options.of_dice)[0]
 
 

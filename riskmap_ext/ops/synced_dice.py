@@ -1,4 +1,4 @@
-"""The weighted loss with one Dice over the batches of all processes."""
+"""The sums of the weighted loss with one Dice over the batches of all processes."""
 
 from __future__ import annotations
 
@@ -26,67 +26,45 @@ def applies(options: LossOptions) -> bool:
     )
 
 
-@torch.compiler.disable  # processes meet within
-def loss(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> Tensor:
-    """``tensors``: as the op takes them."""
-    return _SyncedDice.apply(ops, options, *tensors)
-
-
-class _SyncedDice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ops: LossOps, options: LossOptions, *inputs: Any) -> Tensor:
-        *tensors, dice_class_weight = inputs
-        volume, weight, regions = tensors[0], tensors[ops.risk + 1], tensors[-1]
-        ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing, ce = (
-            options.of_cross_entropy
-        )
-        of_gradient = (ignore_index, background, ce_voxels, smoothing, options.squared_pred)
-        failed: Exception | None = None
-        try:
-            sums = ops.call("_sums", *tensors, *of_gradient)
-            total = sums[:, _COLUMNS:].sum(dim=0)
-        except Exception as error:  # the others wait: their loss becomes NaN
-            failed = error
-            total = volume.new_full((3 * ops.classes(tensors),), torch.nan, dtype=torch.float64)
-        dist.all_reduce(total)
-        if failed is not None:
-            raise failed
-        # Image by image only their total counts, so the first one gets all of it.
-        sums[:, _COLUMNS:] = 0
-        sums[:1, _COLUMNS:] = total
-        excluded = None if options.include_background or regions is not None else background
-        loss, scale, slopes = torch.ops.riskmap_ext._weighted_loss_finish(
-            sums,
-            weight,
-            dice_class_weight,
-            excluded,
-            floor,
-            normalization,
-            reduction,
-            ce,
-            options.dice_weight,
-            options.smooth_nr,
-            options.smooth_dr,
-            options.alpha,
-            options.beta,
-            True,
-            compute_dtype(volume.dtype) == torch.float64,
-        )
-        ctx.ops = ops
-        ctx.options = of_gradient
-        # Each process has this Dice in its loss.
-        ctx.save_for_backward(*tensors, scale, slopes * dist.get_world_size())
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
-        saved = ctx.saved_tensors
-        _, _, *wanted = ctx.needs_input_grad
-        gradients = ctx.ops.call(
-            "_backward", grad_loss, *saved, *ctx.options, *ctx.ops.flags(wanted)
-        )
-        return (None, None, *ctx.ops.of_inputs(gradients, wanted))
+def sums(
+    ops: LossOps, tensors: Sequence[Any], options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, scale and slopes, as the op has them; ``tensors``: as it takes them."""
+    *tensors, dice_class_weight = tensors
+    volume, weight, regions = tensors[0], tensors[ops.risk + 1], tensors[-1]
+    failed: Exception | None = None
+    try:
+        sums = ops.call("_sums", *tensors, *options.of_gradient)
+        total = sums[:, _COLUMNS:].sum(dim=0)
+    except Exception as error:  # the others wait: their loss becomes NaN
+        failed = error
+        total = volume.new_full((3 * ops.classes(tensors),), torch.nan, dtype=torch.float64)
+    dist.all_reduce(total)
+    if failed is not None:
+        raise failed
+    # Image by image only their total counts, so the first one gets all of it.
+    sums[:, _COLUMNS:] = 0
+    sums[:1, _COLUMNS:] = total
+    _, background, floor, normalization, _, reduction, _, ce_weight = options.of_cross_entropy
+    loss, scale, slopes = torch.ops.riskmap_ext._weighted_loss_finish(
+        sums,
+        weight,
+        dice_class_weight,
+        None if options.include_background or regions is not None else background,
+        floor,
+        normalization,
+        reduction,
+        ce_weight,
+        options.dice_weight,
+        options.smooth_nr,
+        options.smooth_dr,
+        options.alpha,
+        options.beta,
+        True,
+        compute_dtype(volume.dtype) == torch.float64,
+    )
+    # Each process has this Dice in its loss.
+    return loss, scale, slopes * dist.get_world_size()
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_sums")

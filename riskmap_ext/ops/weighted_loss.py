@@ -10,7 +10,7 @@ from torch import Tensor
 
 from riskmap_ext._arguments import compute_dtype
 from riskmap_ext._loss_arguments import loss_options, loss_tensors
-from riskmap_ext.ops import in_forward, synced_dice
+from riskmap_ext.ops import in_backward, in_forward, overwriting, synced_dice
 from riskmap_ext.ops.loss_ops import (
     OF_LOGITS,
     fake_grad_risk,
@@ -46,6 +46,7 @@ def weighted_loss(
     batch_dice: bool = False,
     sync_dice: bool = False,
     regions: Tensor | None = None,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
 
@@ -131,6 +132,14 @@ def weighted_loss(
             torch.compile.
         regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
             ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).
+        overwrite_logits: whether the gradient takes the memory of ``logits``, which are lost: by
+            the forward pass where it makes the gradient (:func:`riskmap_ext.gradient_in_forward`),
+            else by the backward pass. Everything else that reads them, such as a metric, has to
+            come before. One backward pass is possible. For logits that a network has returned:
+            not for a leaf, a part of a larger tensor, or memory with gaps. Where something else
+            needs them for its own backward pass, that raises torch's error about an inplace
+            operation. Nothing is overwritten where the logits need no gradient, and within
+            torch.compile, which plans memory itself.
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 logits).
@@ -143,7 +152,8 @@ def weighted_loss(
             weight that is negative or not finite. On a GPU an error for values would have to wait
             for the device: there the loss is NaN (for reduction="none", that of the voxel), and
             with it the gradient of the image.
-        RuntimeError: on a second derivative, a forward-mode derivative, or one of torch.func.
+        RuntimeError: on a second derivative, a forward-mode derivative, or one of torch.func; on
+            a second backward pass with ``overwrite_logits``.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
@@ -171,12 +181,14 @@ def weighted_loss(
         include_background=include_background,
         batch_dice=batch_dice,
         sync_dice=sync_dice,
+        overwrite_logits=overwrite_logits,
     )
     require_reverse_mode(OF_LOGITS, tensors.logits, tensors.risk)
+    overwrites = overwriting.applies(tensors.logits, options)
     if in_forward.applies(OF_LOGITS, tensors[:-1], options):
-        return in_forward.loss(OF_LOGITS, tensors[:-1], options)
-    if synced_dice.applies(options):
-        return synced_dice.loss(OF_LOGITS, tensors, options)
+        return in_forward.loss(OF_LOGITS, tensors[:-1], options, overwrites)
+    if overwrites or synced_dice.applies(options):
+        return in_backward.loss(OF_LOGITS, tensors, options, overwrites)
     return OF_LOGITS.call("", *tensors, *options.of_cross_entropy, *options.of_dice)[0]
 
 
@@ -213,9 +225,20 @@ def _backward_fake(
     return torch.empty_like(logits), fake_grad_risk(logits, risk, options[-1])
 
 
+@torch.library.register_fake("riskmap_ext::_weighted_loss_backward_")
+def _backward_in_place_fake(*inputs: Any) -> Tensor:
+    return _backward_fake(*inputs)[1]
+
+
 @torch.library.register_fake("riskmap_ext::_weighted_loss_with_gradient")
 def _with_gradient_fake(
     logits: Tensor, target: Tensor, risk: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = logits.new_empty((), dtype=compute_dtype(logits.dtype))
     return loss, torch.empty_like(logits), fake_grad_risk(logits, risk, options[-1])
+
+
+@torch.library.register_fake("riskmap_ext::_weighted_loss_with_gradient_")
+def _with_gradient_in_place_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    loss, _, grad_risk = _with_gradient_fake(*inputs)
+    return loss, grad_risk

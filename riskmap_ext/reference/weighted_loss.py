@@ -40,9 +40,13 @@ def weighted_loss(
     batch_dice: bool = False,
     sync_dice: bool = False,
     regions: Tensor | None = None,
+    overwrite_logits: bool = False,
     _check_values: bool = True,
 ) -> Tensor:
-    """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none"."""
+    """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none".
+
+    ``overwrite_logits`` changes nothing here: a formula of PyTorch needs its logits.
+    """
     tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
     logits, target, risk, weight, foreground, regions, dice_class_weight = tensors
     options = loss_options(
@@ -66,6 +70,7 @@ def weighted_loss(
         include_background=include_background,
         batch_dice=batch_dice,
         sync_dice=sync_dice,
+        overwrite_logits=overwrite_logits,
     )
     if options.sync_dice:
         raise ValueError("sync_dice: expected False in the reference, which knows one process")
