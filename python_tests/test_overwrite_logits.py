@@ -6,7 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -434,3 +434,71 @@ def test_deep_supervision() -> None:
         return _gradients(network, RiskWeightedLoss(**options)(scales, target, risk))
 
     assert_same_bits(gradients(overwrite_logits=True), gradients())
+
+
+def test_monai() -> None:
+    monai = pytest.importorskip("monai", reason="needs MONAI")
+    from riskmap_ext.integrations.monai import RiskMapDiceCELoss
+
+    network, (image, target, _) = _network(), _batch()
+    target = target.clamp(0).unsqueeze(1)
+    image = monai.data.MetaTensor(image)
+
+    def gradients(**more: Any) -> list[Tensor]:
+        loss = RiskMapDiceCELoss(softmax=True, to_onehot_y=True, **more)(network(image), target)
+        return [each.as_subclass(Tensor) for each in _gradients(network, loss)]
+
+    for options in ({}, {"lambda_dice": 0.0}):
+        assert_same_bits(gradients(**options, overwrite_logits=True), gradients(**options))
+
+
+def test_monai_with_many_sigmoids() -> None:
+    """More channels than one label can stand for are given to the loss in parts."""
+    pytest.importorskip("monai", reason="needs MONAI")
+    from riskmap_ext.integrations.monai import RiskMapDiceCELoss
+
+    network, (image, *_) = _network(9), _batch()
+    target = torch.rand(len(image), 9, *image.shape[2:]).round()
+    loss = RiskMapDiceCELoss(sigmoid=True, overwrite_logits=True)
+    with pytest.raises(ValueError, match=f"{GONE}: .*9 channels"):
+        loss(network(image), target)
+    eight = RiskMapDiceCELoss(sigmoid=True, overwrite_logits=True)
+    eight(_network(8)(image), target[:, :8]).backward()
+
+
+def test_nnunet() -> None:
+    pytest.importorskip("nnunetv2", reason="needs nnU-Net")
+    from test_nnunet_losses import batch, loss_of, nnUNetTrainerVoxelWeights
+
+    class Overwriting(nnUNetTrainerVoxelWeights):
+        loss_options: ClassVar[dict[str, Any]] = {
+            **nnUNetTrainerVoxelWeights.loss_options,
+            "overwrite_logits": True,
+        }
+
+    found = []
+    for trainer in (Overwriting, nnUNetTrainerVoxelWeights):
+        leaves, targets = batch("classes")
+        loss, got = loss_of("classes", True, trainer), []
+        with loss.weighted_by(torch.ones_like(targets[0], dtype=torch.float32)):
+            loss(
+                [network_output(each.detach().clone(), got) for each in leaves], targets
+            ).backward()
+        found.append(sorted(got, key=Tensor.numel))
+    assert len(found[0]) == 2  # the coarsest scale has no weight
+    assert_same_bits(tuple(found[0]), tuple(found[1]))
+
+
+def test_driver(root: Any, tmp_path: Any, one_thread: None) -> None:
+    pytest.importorskip("monai", reason="needs the extra 'finetune'")
+    from finetune_data import configuration
+
+    from riskmap_ext.finetune import finetune
+
+    losses = []
+    for overwrites in (False, True):
+        options = {"overwrite_logits": overwrites}
+        output_folder = tmp_path / str(overwrites)
+        result = finetune(configuration(root, output_folder, loss=options), progress=False)
+        losses.append([row["train_loss"] for row in result.history])
+    assert losses[0] == losses[1]

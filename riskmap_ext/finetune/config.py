@@ -318,6 +318,9 @@ class LossConfig(_Section):
     """What is added to the numerator of the Dice."""
     smooth_dr: NonNegative = 1e-5
     """What is added to the denominator of the Dice."""
+    overwrite_logits: bool = False
+    """Let the gradient take the memory of the logits, for many classes. Not for networks with a
+    stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> LossConfig:

@@ -62,6 +62,7 @@ class RiskMapDiceCELoss(_Loss):
             "foreground" where the call brings the image's own foreground, but not with ``weight``
             or ``reduction="sum"``.
         background, foreground_floor, ce_voxels, sync_dice: see :func:`riskmap_ext.weighted_loss`.
+        overwrite_logits: see there; not for a multi-hot target of more than 8 channels.
 
     It holds no state: class weights stay out of its state_dict. Where the number of channels counts
     (several sigmoids, ``reduction="sum"``) and neither ``weight`` nor ``regions`` tells it, a first
@@ -104,6 +105,7 @@ class RiskMapDiceCELoss(_Loss):
         foreground_floor: float = 0.05,
         ce_voxels: str = "valid",
         sync_dice: bool = False,
+        overwrite_logits: bool = False,
     ) -> None:
         super().__init__()
         flags = {
@@ -115,6 +117,7 @@ class RiskMapDiceCELoss(_Loss):
             "jaccard": jaccard,
             "batch": batch,
             "sync_dice": sync_dice,
+            "overwrite_logits": overwrite_logits,
         }
         for name, value in flags.items():
             validate_flag(name, value)
@@ -163,6 +166,7 @@ class RiskMapDiceCELoss(_Loss):
             "squared_pred": squared_pred,
             "batch_dice": batch,
             "sync_dice": sync_dice,
+            "overwrite_logits": overwrite_logits,
         }
         self.losses = nn.ModuleDict()  # by number of channels, where it counts
         # Built now where the number is known: for torch.compile, and to tell what is wrong here.
@@ -312,6 +316,11 @@ class _MultiHotLoss(nn.Module):
                 f"got {self.ignore_index}"
             )
         self.apart = channels > _BITS
+        if self.apart and options["overwrite_logits"]:
+            raise ValueError(
+                f"overwrite_logits: expected False with a multi-hot target of {channels} channels, "
+                f"whose logits are taken in parts beyond {_BITS}, got True"
+            )
         size = _BITS - 1 if self.apart else channels
         starts = range(0, channels, size)
         self.slices = [slice(start, min(start + size, channels)) for start in starts]
