@@ -13,6 +13,7 @@ from benchmarks.shapes import Shape
 
 OURS = "riskmap_ext"
 RECOMPUTE = "riskmap_ext, recompute"
+OVERWRITE = "riskmap_ext, overwrite_logits"
 EAGER = "eager"
 COMPILE = "torch.compile"
 MONAI = "MONAI DiceCELoss"

@@ -29,8 +29,8 @@ class Ratios(NamedTuple):
     @property
     def label(self) -> str:
         shape = f"{self.row['shape']} C={self.row['classes']} {spatial(self.row)}"
-        path = " (recompute)" if self.row["contender"] == RECOMPUTE else ""
-        return f"{self.row['work']}{path}, {shape}"
+        _, _, path = self.row["contender"].partition(", ")
+        return f"{self.row['work']}{f' ({path})' if path else ''}, {shape}"
 
 
 class Limit(NamedTuple):

@@ -101,6 +101,13 @@ def test_resolved_configuration_loads_again(tmp_path):
         ({"data": {"classes": ["background"]}}, ["data.classes", "two or more"]),
         ({"loss": {"ce_weight": 0, "dice_weight": 0}}, ["loss", "above 0"]),
         ({"network": None}, ["network", "or a source"]),
+        (
+            {
+                "network": {"name": "DynUNet", "args": {"deep_supervision": True}},
+                "loss": {"overwrite_logits": True},
+            },
+            ["loss.overwrite_logits: expected false with network.args.deep_supervision"],
+        ),
         ({"network": {"args": {}}}, ["network.name: missing"]),
         ({"device": "gpu"}, ["device: expected auto, cpu, cuda or cuda:N", "'gpu'"]),
         ({"device": "mps"}, ["device: expected auto, cpu, cuda or cuda:N", "'mps'"]),

@@ -470,6 +470,12 @@ class Config(_Section):
             )
         if self.source is None and self.risk.use and "use" in self.risk.model_fields_set:
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
+        given = {} if self.network is None else self.network.args
+        if self.loss.overwrite_logits and given.get("deep_supervision"):
+            raise ValueError(
+                "loss.overwrite_logits: expected false with network.args.deep_supervision, which "
+                "stacks the logits with other outputs; got true"
+            )
         return self
 
     @property
