@@ -27,6 +27,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "batch": {"dice_weight": 0.5, "batch_dice": True, "include_background": True},
     "none": {"reduction": "none"},
     "regions": {"dice_weight": 1.0},
+    "overwritten": {"overwrite_logits": True},
+    "overwritten dice": {"dice_weight": 1.0, "overwrite_logits": True},
 }
 WITH_CLASS_WEIGHTS = ("squared", "smooth")
 WITH_MASK = ("squared", "smooth")
@@ -113,7 +115,8 @@ class Call:
         if self.op == "risk_image":  # the range is that of the image
             return [package.risk_map(**inputs)]
         logits = inputs["logits"].detach().requires_grad_()
-        loss = package.weighted_loss(**{**inputs, "logits": logits})
+        given = logits.clone() if "overwrite_logits" in inputs else logits
+        loss = package.weighted_loss(**{**inputs, "logits": given})
         (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
         return [loss.detach(), gradient]
 
@@ -180,6 +183,12 @@ def correctness_calls() -> list[Call]:
             calls += [Call("regions", c, _odd(c), 2, dtype, layout) for c in (3, 7)]
     for op in (*LOSS_OPS, *SOURCE_OPS, "regions", "batch", "none"):
         calls.append(Call(op, 4, (16, 16, 24), 2))  # whole vectors
+    for op in ("overwritten", "overwritten dice"):
+        for classes in (4, 5, 87, 300):
+            for layout in (PLANAR, CHANNELS_LAST):
+                calls.append(Call(op, classes, _odd(classes), 2, F32, layout))
+            calls.append(Call(op, classes, _odd(classes), 2, BF16))
+        calls.append(Call(op, 4, (16, 16, 24), 2))
     calls += [Call(op, 2, _odd(2), 3) for op in (*LOSS_OPS, *SOURCE_OPS)]
     calls += [Call(op, 5, _odd(5), 1, BF16) for op in (*LOSS_OPS, *SOURCE_OPS)]
     return calls
