@@ -378,4 +378,4 @@ def test_cuda_needs_no_memory_for_logits(device: torch.device) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         used = torch.cuda.max_memory_allocated() - before
-        assert used <= gradients[0].nbytes + 5 * head_on_cuda.CHUNK_BYTES < logits
+        assert used <= gradients[0].nbytes + 3 * head_on_cuda.CHUNK_BYTES < logits

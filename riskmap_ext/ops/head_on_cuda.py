@@ -25,7 +25,7 @@ _NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5)
 class _Chunk(NamedTuple):
     image: int
     voxels: slice
-    logits: Tensor  # [1, C, n], overwritten by the next chunk
+    logits: Tensor  # [1, C, n], then their gradient, then the next chunk's
 
 
 class _Head:
@@ -77,8 +77,9 @@ class _Gradients:
         if of_risk and risk is not None:
             self.risk = risk.new_empty((head.batch, head.voxels))
 
-    def add(self, chunk: _Chunk, grad_logits: Tensor, grad_risk: Tensor) -> None:
-        grad = grad_logits[0]
+    def add(self, chunk: _Chunk, grad_risk: Tensor) -> None:
+        """The chunk's logits hold their gradient."""
+        grad = chunk.logits[0]
         if self.features is not None:
             out = self.features[chunk.image, :, chunk.voxels]
             torch.mm(self.head.weight.t(), grad, out=out)
@@ -200,7 +201,7 @@ def linear_weighted_loss_backward(
     gradients = _Gradients(head, risk, (grad_features, grad_parameters, grad_risk))
     for chunk in head.chunks():
         image = slice(chunk.image, chunk.image + 1)
-        found = torch.ops.riskmap_ext._weighted_loss_backward(
+        of_risk = torch.ops.riskmap_ext._weighted_loss_backward_(
             grad_loss if grad_loss.dim() == 0 else _of_chunk(grad_loss, chunk),
             chunk.logits,
             _of_chunk(target, chunk),
@@ -213,7 +214,7 @@ def linear_weighted_loss_backward(
             *of_gradient,
             grad_risk,
         )
-        gradients.add(chunk, *found)
+        gradients.add(chunk, of_risk)
     return gradients.results()
 
 
@@ -227,7 +228,7 @@ def linear_weighted_loss_with_gradient(
     gradients = _Gradients(head, risk, inputs[-3:])
     losses = []
     for chunk in head.chunks():
-        loss, *found = torch.ops.riskmap_ext._weighted_loss_with_gradient(
+        loss, of_risk = torch.ops.riskmap_ext._weighted_loss_with_gradient_(
             chunk.logits,
             _of_chunk(target, chunk),
             _of_chunk(risk, chunk),
@@ -245,7 +246,7 @@ def linear_weighted_loss_with_gradient(
             grad_risk,
         )
         losses.append(loss)
-        gradients.add(chunk, *found)
+        gradients.add(chunk, of_risk)
 
     columns = _FIRST_CLASS_SUM + 3 * head.classes
     sums = features.new_zeros((head.batch, columns), dtype=torch.float64)
