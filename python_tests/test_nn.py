@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import riskmap_ext
-from riskmap_ext.nn import _ELSEWHERE, RiskWeightedLoss
+from riskmap_ext.nn import _ELSEWHERE, DeferredLogits, RiskWeightedLoss
 
 CPU = torch.device("cpu")
 LOGITS = torch.zeros(2, 3, 8, 8)
@@ -364,3 +364,54 @@ def test_regions_move_along_but_are_not_saved() -> None:
     assert module.regions.dtype == torch.bool
     assert module.half().regions.dtype == torch.bool
     assert module.to("meta").regions.is_meta
+
+
+# ---- logits that have not been made --------------------------------------------------------------
+
+
+def _deferred(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> list[DeferredLogits]:
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+    return [DeferredLogits(random(2, 4, *size), random(3, 4), random(3)) for size in sizes]
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["lists", "tensors"])
+@pytest.mark.parametrize("regions", [None, [[0, 1, 1, 0, 1], [0, 0, 1, 0, 1], [1, 0, 0, 1, 1]]])
+def test_deferred_logits_at_every_scale(regions: Any, single: bool, device: torch.device) -> None:
+    """As logits: the weights of the classes, the map, its gradient, and sampled targets."""
+    _, targets, risks, foregrounds = _scales(device=device)
+    if single:
+        targets, risks, foregrounds = targets[0], risks[0].nan_to_num(1.0), foregrounds[0]
+    options = {"dice_weight": 0.5, "label_smoothing": 0.1, "dice_class_weight": [1.0, 0.5, 2.0]}
+    module = RiskWeightedLoss([1.0, 2.0, 0.5], regions=regions, **options).to(device)
+    results = []
+    for made in (False, True):
+        deferred = _deferred(SIZES, device)
+        maps = risks if single else list(risks)
+        leaves = [part for each in deferred for part in each]
+        wanted = [maps] if single else maps
+        for each in wanted:
+            each.requires_grad_().grad = None
+        given = [each.logits() for each in deferred] if made else deferred
+        loss = module(given, targets, maps, foregrounds)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in (*leaves, *wanted))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for each in wanted:
+        each.requires_grad_(False)
+
+
+def test_deferred_logits_of_one_scale_and_beside_logits() -> None:
+    logits, targets, risks, _ = _scales()
+    module = RiskWeightedLoss(dice_weight=1.0)
+    deferred = _deferred(SIZES, CPU)
+    found = module(deferred[0], targets[0], risks[0])
+    torch.testing.assert_close(found, module(deferred[0].logits(), targets[0], risks[0]))
+    mixed = module([deferred[0], *logits[1:]], targets, risks)
+    torch.testing.assert_close(mixed, module([deferred[0].logits(), *logits[1:]], targets, risks))
+    with pytest.raises(ValueError, match="target: expected 3 tensors, one for each scale"):
+        module(deferred, targets[:2])

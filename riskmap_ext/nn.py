@@ -1,4 +1,4 @@
-"""Thin modules over the functional API."""
+"""Thin modules over the functional API, and the fused head of a network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from riskmap_ext._arguments import (
     plain_tensor,
     region_table,
 )
+from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext._head import FusedHead, fuse_head, unfuse_head
 from riskmap_ext._loss_arguments import loss_options
+from riskmap_ext.ops.linear_weighted_loss import linear_weighted_loss
 from riskmap_ext.ops.weighted_loss import weighted_loss
 
-__all__ = ["RiskWeightedLoss"]
+__all__ = ["DeferredLogits", "FusedHead", "RiskWeightedLoss", "fuse_head", "unfuse_head"]
 
+Logits = Tensor | DeferredLogits
 Scales = Tensor | Sequence[Tensor]
 
 _OF_FORWARD = ("weight", "dice_class_weight", "foreground", "regions")  # tensors
@@ -60,8 +64,8 @@ class RiskWeightedLoss(torch.nn.Module):
     ``weight``, ``dice_class_weight`` and ``regions`` are buffers that move with the module and stay
     out of its state_dict.
 
-    Shapes: input [B, C, \*S] logits or a list of them; target, risk and foreground [B, \*S] or
-    [B, 1, \*S].
+    Shapes: input [B, C, \*S] logits or :class:`DeferredLogits`, or a list of them; target, risk and
+    foreground [B, \*S] or [B, 1, \*S].
     """
 
     weight: Tensor | None
@@ -109,18 +113,21 @@ class RiskWeightedLoss(torch.nn.Module):
 
     def forward(
         self,
-        input: Scales,  # torch's name for it
+        input: Logits | Sequence[Logits],  # torch's name for it
         target: Scales,
         risk: Scales | None = None,
         foreground: Scales | None = None,
     ) -> Tensor:
-        if isinstance(input, torch.Tensor):
+        if isinstance(input, (torch.Tensor, DeferredLogits)):
             return self._one_scale(input, target, risk, foreground)
         if not isinstance(input, (list, tuple)):
             raise TypeError(
                 f"input: expected a torch.Tensor or a list of them, got {type(input).__name__}"
             )
-        logits = [plain_tensor("input", each) for each in input]
+        logits = [
+            each if isinstance(each, DeferredLogits) else plain_tensor("input", each)
+            for each in input
+        ]
         scale_weights = self._weights_of(len(logits))
         targets = _for_scales("target", target, logits)
         risks = _for_scales("risk", risk, logits)
@@ -135,16 +142,18 @@ class RiskWeightedLoss(torch.nn.Module):
         return total
 
     def _one_scale(self, logits: Any, target: Any, risk: Any, foreground: Any) -> Tensor:
-        return weighted_loss(
-            logits,
-            target,
-            risk,
-            weight=self.weight,
-            dice_class_weight=self.dice_class_weight,
-            foreground=foreground,
-            regions=self.regions,
+        options = {
+            "dice_class_weight": self.dice_class_weight,
+            "foreground": foreground,
+            "regions": self.regions,
             **self.options,
-        )
+        }
+        if isinstance(logits, DeferredLogits):
+            features, weight, bias = logits
+            return linear_weighted_loss(
+                features, weight, bias, target, risk, class_weight=self.weight, **options
+            )
+        return weighted_loss(logits, target, risk, weight=self.weight, **options)
 
     def _weights_of(self, scales: int) -> Sequence[float]:
         if scales == 0:
@@ -190,7 +199,7 @@ def _scale_weights(value: Any) -> tuple[float, ...]:
 
 
 def _for_scales(
-    name: str, value: Scales | None, logits: Sequence[Tensor]
+    name: str, value: Scales | None, logits: Sequence[Logits]
 ) -> Sequence[Tensor] | Sequence[None]:
     """``value`` for each scale; one tensor is sampled at the nearest voxel."""
     if value is None:
@@ -203,7 +212,7 @@ def _for_scales(
             )
         return value
     tensor = plain_tensor(name, value)
-    if tensor.dim() == logits[0].dim() and tensor.size(1) == 1:
+    if tensor.dim() == len(logits[0].shape) and tensor.size(1) == 1:
         tensor = tensor.squeeze(1)
     return [_nearest(name, tensor, each.shape[2:]) for each in logits]
 

@@ -1,0 +1,96 @@
+"""Logits that have not been made: what a fused head gives in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
+}
+_HELP = (
+    "riskmap_ext.nn.RiskWeightedLoss and the losses of riskmap_ext.integrations take them as they "
+    "are; for anything else .logits() makes them, and riskmap_ext.nn.unfuse_head(network) brings "
+    "the convolution back"
+)
+
+
+class DeferredLogits(NamedTuple):
+    r"""Logits [B, C, \*S] that have not been made: a 1x1 convolution and what goes into it.
+
+    :class:`riskmap_ext.nn.FusedHead` gives them; :class:`riskmap_ext.nn.RiskWeightedLoss`, the
+    losses of ``riskmap_ext.integrations``, and the functions of a source model
+    (:func:`riskmap_ext.leep_statistics`, :func:`riskmap_ext.risk_map`, ...) take them in the place
+    of logits. As a NamedTuple they pass through DistributedDataParallel, torch.compile,
+    checkpointing and hooks.
+
+    features: [B, F, \*S]. weight: [C, F] or [C, F, 1(, 1, 1)]. bias: [C] or None.
+
+    Torch's functions, operators, indices and attributes of a tensor raise TypeError or
+    AttributeError that say what to do: nothing takes the features for logits.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits: [B, C, *S]."""
+        features = self.features.shape
+        return torch.Size((features[0], self.weight.shape[0], *features[2:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    def logits(self) -> Tensor:
+        """Makes them, as the convolution does."""
+        kernel = (1,) * (self.features.dim() - 2)
+        weight = self.weight.reshape(*self.weight.shape[:2], *kernel)
+        return convolved(self.features, weight, self.bias)
+
+    def channels(self, mine: slice) -> DeferredLogits:
+        """Of these channels: ``logits[:, mine]``."""
+        bias = None if self.bias is None else self.bias[mine]
+        return DeferredLogits(self.features, self.weight[mine], bias)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:
+        name = getattr(function, "__name__", str(function))
+        raise TypeError(f"{name}: got DeferredLogits, logits that have not been made; {_HELP}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = "" if name.startswith("_") else f", since they have not been made; {_HELP}"
+        raise AttributeError(f"DeferredLogits have no {name!r}{hint}")
+
+    # A tuple has these: its first item would pass for the finest of several logits.
+    def __getitem__(self, index: Any) -> NoReturn:  # type: ignore[override]
+        raise TypeError(f"DeferredLogits have no items, since they have not been made; {_HELP}")
+
+    def __add__(self, other: Any) -> NoReturn:
+        raise TypeError(f"DeferredLogits do not add up or multiply before they are made; {_HELP}")
+
+    def __radd__(self, other: Any) -> NoReturn:
+        self.__add__(other)
+
+    def __mul__(self, other: Any) -> NoReturn:
+        self.__add__(other)
+
+    def __rmul__(self, other: Any) -> NoReturn:
+        self.__add__(other)
+
+
+def convolved(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight: [C, F, 1(, 1, 1)]."""
+    return _CONVOLUTIONS[features.dim() - 2](features, weight, bias)

@@ -1,0 +1,359 @@
+"""The last 1x1 convolution of a network, handed to the loss instead of carried out."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from riskmap_ext._arguments import validate_choice
+from riskmap_ext._deferred import DeferredLogits, convolved
+
+WHEN = ("training", "always")
+WORTH_FUSING = 16  # output channels from which on a fused head is taken where nobody says
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # what an output may come from, to be named
+_SETTINGS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    "padding_mode",
+)
+
+
+class _Known(NamedTuple):
+    """heads: names of the 1x1 convolutions. unless: (attribute, value, why) that rules them out."""
+
+    heads: str
+    unless: tuple[str, bool, str] | None = None
+
+
+# By package and class that the network's forward() is of: what it gives is what its heads give.
+_STACKS = ("deep_supervision", True, "in training it resizes and stacks what its heads give")
+_KNOWN = {
+    ("monai", "AttentionUnet"): _Known("model.2.conv"),
+    ("monai", "BasicUNet"): _Known("final_conv"),
+    ("monai", "DynUNet"): _Known("output_block.conv.conv", _STACKS),
+    ("monai", "SegResNet"): _Known(
+        "conv_final.2.conv", ("use_conv_final", False, "it was built with use_conv_final=False")
+    ),
+    ("monai", "SegResNetDS"): _Known("up_layers.*.head"),
+    ("monai", "SwinUNETR"): _Known("out.conv.conv"),
+    ("monai", "UNETR"): _Known("out.conv.conv"),
+    ("dynamic_network_architectures", "PlainConvUNet"): _Known("decoder.seg_layers.*"),
+    ("dynamic_network_architectures", "ResidualEncoderUNet"): _Known("decoder.seg_layers.*"),
+    ("dynamic_network_architectures", "ResidualUNet"): _Known("decoder.seg_layers.*"),
+}
+
+
+class FusedHead(nn.Module):
+    r"""A 1x1 convolution whose logits the loss makes, voxel by voxel, and never keeps.
+
+    In training mode it gives :class:`DeferredLogits`, in eval mode real logits, bit by bit those
+    of the convolution. :func:`fuse_head` puts it into a network.
+
+    Parameters, their names, and the attributes (``in_channels``, ``kernel_size``, ...) are the
+    convolution's own: state_dicts and optimizers do not change. Under autocast features and
+    parameters are cast as the convolution would cast them. Replicas of ``torch.nn.DataParallel``
+    give logits, since it would join the parameters of several; FSDP is not supported, as it frees
+    the parameters before the loss is computed.
+
+    Args:
+        convolution: Conv1d, Conv2d or Conv3d with kernel 1, stride 1, padding 0 and groups 1.
+        when: "training", or "always": in eval mode too, for a frozen source model.
+
+    Raises:
+        TypeError, ValueError: another module; hooks or a parametrization on it, which would not be
+            carried out.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+
+    def __init__(self, convolution: nn.Module, *, when: str = "training") -> None:
+        super().__init__()
+        if not isinstance(convolution, nn.Module):
+            raise TypeError(
+                f"convolution: expected a torch.nn.Module, got {type(convolution).__name__}"
+            )
+        found = _hindrance(convolution)
+        if found is not None:
+            raise ValueError(
+                "convolution: expected torch.nn.Conv1d, Conv2d or Conv3d with kernel 1, stride 1, "
+                f"padding 0 and groups 1, got {found}"
+            )
+        self.when = validate_choice("when", when, WHEN)
+        for name in _SETTINGS:
+            setattr(self, name, getattr(convolution, name))
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(convolution, name))
+        self.train(convolution.training)
+
+    def forward(self, features: Tensor) -> Tensor | DeferredLogits:
+        replica = getattr(self, "_is_replica", False)  # of DataParallel
+        if replica or not (self.training or self.when == "always"):
+            return convolved(features, self.weight, self.bias)
+        # Views: DistributedDataParallel finds the parameters behind the outputs of a network by
+        # their graph, which a parameter itself does not have.
+        weight = self.weight.flatten(1)
+        bias = None if self.bias is None else self.bias.view(-1)
+        kind = features.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        if autocast and features.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+            features, weight = features.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return DeferredLogits(features, weight, bias)
+
+    def extra_repr(self) -> str:
+        bias = "" if self.bias is not None else ", bias=False"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}{bias}, "
+            f"when={self.when!r}"
+        )
+
+
+def fuse_head(
+    network: nn.Module, when: str = "training", *, example_input: Tensor | None = None
+) -> list[str]:
+    """Replaces the last 1x1 convolutions of a network by :class:`FusedHead`, in place.
+
+    In training the network then gives :class:`DeferredLogits` (deep supervision: a list of them)
+    for :class:`RiskWeightedLoss` and the losses of ``riskmap_ext.integrations``; in eval mode real
+    logits as before. Do it before torch.compile and DistributedDataParallel; optimizers, state
+    dicts and the modes of the network do not matter.
+
+    Known by name are AttentionUnet, BasicUNet, DynUNet, SegResNet, SegResNetDS, SwinUNETR and UNETR
+    of MONAI, and PlainConvUNet, ResidualEncoderUNet and ResidualUNet of nnU-Net, with all heads of
+    their deep supervision. For any other network a trial with ``example_input`` tells whether what
+    it gives is what a 1x1 convolution gave. No such head have MONAI's UNet (its last layer is a
+    residual unit or a transposed convolution) and FlexibleUNet (kernel 3), nor DynUNet with
+    deep_supervision=True, which resizes and stacks its heads in training.
+
+    Args:
+        network: in its place; whether it is in training or eval mode does not matter.
+        when: "training", or "always" for a frozen source model, see :class:`FusedHead`.
+        example_input: an image [B, channels, *S] that the network takes, for a trial: a copy of the
+            network runs on the meta device, where nothing is computed. Only its shape and dtype
+            count, and B >= 2 where there is batch normalization.
+
+    Returns:
+        The names of the replaced modules, those of an earlier call included.
+
+    Raises:
+        TypeError: not a network.
+        ValueError: no such head; it names what was found in its place. The network is then as it
+            was before.
+    """
+    _require_bare(network)
+    when = validate_choice("when", when, WHEN)
+    if example_input is None:
+        names = _known_heads(network, when)
+    else:
+        names = _tried_heads(network, when, example_input)
+    _put(network, names, when)
+    return names
+
+
+def unfuse_head(network: nn.Module) -> list[str]:
+    """Brings the convolutions back that :func:`fuse_head` has replaced, with their parameters.
+
+    Returns: the names of the modules; an empty list where there is no fused head.
+    """
+    _require_bare(network)
+    heads = {name: m for name, m in network.named_modules() if isinstance(m, FusedHead)}
+    for head in heads.values():
+        _replace(network, head, _as_convolution(head))
+    return list(heads)
+
+
+def _require_bare(network: Any) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: expected a torch.nn.Module, got {type(network).__name__}")
+    wrapped = isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if wrapped or hasattr(network, "_orig_mod"):
+        raise ValueError(
+            "network: expected the network itself, before torch.compile and "
+            f"DistributedDataParallel, got {type(network).__name__}"
+        )
+    if isinstance(network, (*_KINDS, FusedHead)):
+        raise ValueError(
+            f"network: expected a network with a head in it, got {type(network).__name__} itself; "
+            "FusedHead(convolution) makes one of it"
+        )
+
+
+def _known_heads(network: nn.Module, when: str) -> list[str]:
+    forward = type(network).forward
+    package, owner = forward.__module__.partition(".")[0], forward.__qualname__.partition(".")[0]
+    known = _KNOWN.get((package, owner))
+    kind = type(network).__name__
+    if known is None:
+        raise ValueError(
+            f"network: where the head of {kind} is, is not known ({_last_layer(network)}); "
+            "example_input=torch.zeros(2, channels, *patch) finds it by a trial"
+        )
+    if known.unless is not None:
+        name, value, why = known.unless
+        # A frozen source model, in eval mode, does not do what it does in training.
+        matters = known.unless is not _STACKS or when == "training"
+        if matters and getattr(network, name, None) == value:
+            raise ValueError(f"network: {kind} gives no output of a 1x1 convolution: {why}")
+    modules = {n: m for n, m in network.named_modules() if isinstance(m, (*_KINDS, FusedHead))}
+    names = fnmatch.filter(modules, known.heads)
+    if not names:
+        raise ValueError(
+            f"network: expected the head of {kind} as {known.heads}, found none; "
+            f"{_last_layer(network)}"
+        )
+    return names
+
+
+class _Ran(NamedTuple):
+    name: str
+    features: Tensor
+    version: int
+    output: Any
+
+
+def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[str]:
+    """The modules whose outputs the network gives, by a run on the meta device."""
+    if not isinstance(example_input, Tensor):
+        raise TypeError(
+            f"example_input: expected a torch.Tensor, got {type(example_input).__name__}"
+        )
+    kind, shape = type(network).__name__, list(example_input.shape)
+    tried = copy.deepcopy(network).to("meta").train(when == "training")
+    unfuse_head(tried)
+    ran: list[_Ran] = []
+    modules = dict(tried.named_modules())
+
+    def note(name: str) -> Any:
+        return lambda _, inputs, output: ran.append(
+            _Ran(name, inputs[0], inputs[0]._version, output)
+        )
+
+    layers = {name: module for name, module in modules.items() if isinstance(module, _LAYERS)}
+    hooks = [module.register_forward_hook(note(name)) for name, module in layers.items()]
+    blank = example_input.detach().to("meta")
+    try:
+        with torch.no_grad():
+            given = tried(blank)
+    except Exception as error:  # whatever the network's layers raise
+        raise ValueError(
+            f"example_input: {shape} does not go through {kind} on the meta device: "
+            f"{_one_line(error)}"
+        ) from None
+    for hook in hooks:
+        hook.remove()
+    outputs = {id(leaf) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
+    heads = [each for each in ran if id(each.output) in outputs]
+    if not heads:
+        last = f"{ran[-1].name}, {_described(modules[ran[-1].name])}" if ran else "none"
+        raise ValueError(
+            f"network: what {kind} gives is not the untouched output of a 1x1 convolution; the "
+            f"last layer that ran is {last}"
+        )
+    for each in heads:
+        if each.features._version != each.version:
+            raise ValueError(
+                f"network: {kind} changes the input of {each.name} in place after it ran, before "
+                "the loss would see it"
+            )
+    names = list(dict.fromkeys(each.name for each in heads))
+    _put(tried, names, when)
+    try:
+        with torch.no_grad():
+            tried(blank)
+    except (TypeError, AttributeError) as error:  # of DeferredLogits
+        raise ValueError(
+            f"network: {kind} gives what {', '.join(names)} gives, and does something else with "
+            f"it, too: {_one_line(error)}"
+        ) from None
+    return names
+
+
+def _put(network: nn.Module, names: list[str], when: str) -> None:
+    modules = dict(network.named_modules())
+    _check(names, modules)
+    for name in names:
+        head = modules[name]
+        if isinstance(head, FusedHead):
+            head.when = when
+        else:
+            _replace(network, head, FusedHead(head, when=when))
+
+
+def _check(names: list[str], modules: dict[str, nn.Module]) -> None:
+    for name in names:
+        module, parent = modules[name], modules[name.rpartition(".")[0]]
+        found = None if isinstance(module, FusedHead) else _hindrance(module)
+        if found is None and isinstance(parent, nn.Sequential):
+            last = list(parent)[-1]
+            if last is not module:
+                found = f"a convolution that {type(last).__name__} comes after"
+        if found is not None:
+            raise ValueError(
+                "network: expected a head with kernel 1, stride 1, padding 0 and groups 1 as its "
+                f"last layer, got {name}: {found}"
+            )
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever it is: a module may have several names."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def _hindrance(module: nn.Module) -> str | None:
+    """What keeps a module from being a head, in words."""
+    if type(module) not in _KINDS:  # a subclass may do something else: LoRA, quantization
+        parametrized = nn.utils.parametrize.is_parametrized(module)
+        return "a parametrization of its weights" if parametrized else _described(module)
+    plain: dict[str, set[Any]] = {
+        "kernel_size": {1},
+        "stride": {1},
+        "groups": {1},
+        "padding": {0, "valid", "same"},
+    }
+    for name, allowed in plain.items():
+        value = getattr(module, name)
+        if not set(value if isinstance(value, tuple) else (value,)) <= allowed:
+            return _described(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks):
+        return f"{type(module).__name__} with hooks (weight normalization and pruning have them)"
+    return None
+
+
+def _described(module: nn.Module) -> str:
+    """Such as `Conv3d(32, 3, kernel_size=(3, 3, 3), stride=(1, 1, 1))`."""
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _last_layer(network: nn.Module) -> str:
+    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, _LAYERS)]
+    if not layers:
+        return "it has no convolution"
+    name, module = layers[-1]
+    return f"the last layer it lists is {name}, {_described(module)}"
+
+
+def _as_convolution(head: FusedHead) -> nn.Module:
+    kind = _KINDS[head.weight.dim() - 3]
+    settings: dict[str, Any] = {name: getattr(head, name) for name in _SETTINGS}
+    made = kind(**settings, bias=head.bias is not None, device="meta")
+    made.weight, made.bias = head.weight, head.bias
+    return made.train(head.training)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
