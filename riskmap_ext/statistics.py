@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from riskmap_ext._arguments import integer, number_sequence, plain_tensor, region_table
+from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext.ops import conditional, leep_statistics, transferability_map
+from riskmap_ext.ops.deferred import as_checked
 from riskmap_ext.ops.leep_statistics import NOT_FINITE
 
 # A score this close to that of the class frequencies alone: the source tells nothing.
@@ -59,8 +61,11 @@ class TransferStatistics:
         self._joint_is_global = False
         self._range_is_global = False
 
-    def update(self, source: Tensor, target: Tensor) -> None:
+    def update(self, source: Tensor | DeferredLogits, target: Tensor) -> None:
         """First pass: adds a batch of source logits [B, Z, *S] and labels [B, *S].
+
+        The logits may be :class:`riskmap_ext.nn.DeferredLogits`: they are made in chunks and never
+        kept.
 
         Raises ValueError for logits that are not finite and for labels out of range, on any device:
         what was seen before stays as it is. So does :meth:`update_range`.
@@ -82,14 +87,14 @@ class TransferStatistics:
         self._joint = joint if self._joint is None else self._add_joint(joint, "source")
         self._voxels += int(self._valid(plain_tensor("target", target)).sum())
 
-    def update_range(self, source: Tensor, target: Tensor) -> None:
+    def update_range(self, source: Tensor | DeferredLogits, target: Tensor) -> None:
         """Second pass over the same data: adds to the score and to the hardness range."""
         self._require_first_pass("update_range")
         target = plain_tensor("target", target)
         transferability = transferability_map(
             source,
             target,
-            self.conditional.to(plain_tensor("source", source).device),
+            self.conditional.to(plain_tensor("source", as_checked(source)).device),
             ignore_index=self.ignore_index,
             regions=self.regions,
         )
@@ -274,7 +279,7 @@ class TransferStatistics:
         self._joint_is_global = bool(state["joint_is_global"])
         self._range_is_global = bool(state["range_is_global"])
 
-    def _not_finite(self, source: Tensor) -> str:
+    def _not_finite(self, source: Tensor | DeferredLogits) -> str:
         if source.device.type == "cpu":
             return NOT_FINITE
         return f"{NOT_FINITE}; or target: a label outside 0 .. {self.num_classes - 1}"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import leep_arguments
+from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext.ops.deferred import as_checked, in_chunks
 from riskmap_ext.ops.tracing import is_traced
 from riskmap_ext.reference.leep import conditional  # a [C, Z] table: plain torch is enough
 
@@ -17,7 +19,7 @@ NOT_FINITE = "source: expected finite logits at valid voxels, got NaN or infinit
 
 
 def leep_statistics(
-    source: Tensor,
+    source: Tensor | DeferredLogits,
     target: Tensor,
     num_classes: int,
     *,
@@ -34,7 +36,8 @@ def leep_statistics(
     Args:
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
             float32, float64, float16 or bfloat16. Contiguous and channels-last memory is read in
-            place, other strides are copied first. No gradient flows to it.
+            place, other strides are copied first. No gradient flows to it. Or
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
         target: labels 0 .. num_classes - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any
             integer dtype, bool, or integral floats.
         num_classes: number of target classes C.
@@ -58,14 +61,16 @@ def leep_statistics(
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
     Representations", ICML 2020.
     """
-    arguments = leep_arguments(source, target, num_classes, ignore_index, regions)
-    joint = torch.ops.riskmap_ext.leep_statistics(
-        arguments.source.detach(),
-        arguments.target,
-        arguments.regions,
-        arguments.num_classes,
-        arguments.ignore_index,
+    source_logits, target, *options = leep_arguments(
+        as_checked(source), target, num_classes, ignore_index, regions
     )
+    op = torch.ops.riskmap_ext.leep_statistics
+    if isinstance(source, DeferredLogits):
+        joint = op(source_logits[:0], target[:0], *options)
+        for _, _, logits, labels in in_chunks(source, target):
+            joint += op(logits, labels, *options)
+    else:
+        joint = op(source_logits.detach(), target, *options)
     if _is_at_hand(joint) and not math.isfinite(joint.sum().item()):
         raise ValueError(NOT_FINITE)
     return joint

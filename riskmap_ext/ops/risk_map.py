@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import SCHEMES, map_arguments, risk_options
+from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext.ops.deferred import as_checked, voxel_map
+from riskmap_ext.ops.transferability_map import transferability_map
+from riskmap_ext.reference.risk_map import voxel_weight  # of a map: plain torch is enough
 
 
 def risk_map(
-    source: Tensor,
+    source: Tensor | DeferredLogits,
     target: Tensor,
     conditional: Tensor,
     *,
@@ -37,7 +41,8 @@ def risk_map(
 
     Args:
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
-            float32, float64, float16 or bfloat16. No gradient flows to it.
+            float32, float64, float16 or bfloat16. No gradient flows to it. Or
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
         target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
@@ -66,25 +71,37 @@ def risk_map(
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340).
     """
-    arguments = map_arguments(source, target, conditional, ignore_index, regions)
-    options = risk_options(
-        scheme, base, alpha, scale, range, background, arguments.conditional.size(0)
+    source_logits, labels, table, regions, ignore_index = map_arguments(
+        as_checked(source), target, conditional, ignore_index, regions
     )
+    options = risk_options(scheme, base, alpha, scale, range, background, table.size(0))
+    if isinstance(source, DeferredLogits) and options.range is None and scheme != "power":
+        hardness = -transferability_map(
+            source, labels, table, ignore_index=ignore_index, regions=regions
+        )
+        return voxel_weight(hardness, labels, options, ignore_index)
     low, high = options.range if options.range is not None else (None, None)
-    return torch.ops.riskmap_ext.risk_map(
-        arguments.source.detach(),
-        arguments.target,
-        arguments.conditional.detach(),
-        arguments.regions,
-        SCHEMES.index(options.scheme),
-        options.base,
-        options.alpha,
-        options.scale,
-        low,
-        high,
-        options.background,
-        arguments.ignore_index,
-    )
+    table = table.detach()
+
+    def weight(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.ops.riskmap_ext.risk_map(
+            logits,
+            labels,
+            table,
+            regions,
+            SCHEMES.index(options.scheme),
+            options.base,
+            options.alpha,
+            options.scale,
+            low,
+            high,
+            options.background,
+            ignore_index,
+        )
+
+    if isinstance(source, DeferredLogits):
+        return voxel_map(source, labels, weight)
+    return weight(source_logits.detach(), labels)
 
 
 @torch.library.register_fake("riskmap_ext::risk_map")

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import map_arguments
+from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext.ops.deferred import as_checked, voxel_map
 
 
 def transferability_map(
-    source: Tensor,
+    source: Tensor | DeferredLogits,
     target: Tensor,
     conditional: Tensor,
     *,
@@ -27,7 +29,8 @@ def transferability_map(
 
     Args:
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
-            float32, float64, float16 or bfloat16. No gradient flows to it.
+            float32, float64, float16 or bfloat16. No gradient flows to it. Or
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
         target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
@@ -47,14 +50,14 @@ def transferability_map(
     Source: C. V. Nguyen et al., ICML 2020 (LEEP); S. Duan et al., "Transfer Risk Map: Mitigating
     Pixel-level Negative Transfer in Medical Segmentation", ICASSP 2025 (arXiv 2502.02340).
     """
-    arguments = map_arguments(source, target, conditional, ignore_index, regions)
-    return torch.ops.riskmap_ext.transferability_map(
-        arguments.source.detach(),
-        arguments.target,
-        arguments.conditional.detach(),
-        arguments.regions,
-        arguments.ignore_index,
+    source_logits, target, conditional, *options = map_arguments(
+        as_checked(source), target, conditional, ignore_index, regions
     )
+    conditional = conditional.detach()
+    op = torch.ops.riskmap_ext.transferability_map
+    if isinstance(source, DeferredLogits):
+        return voxel_map(source, target, lambda x, y: op(x, y, conditional, *options))
+    return op(source_logits.detach(), target, conditional, *options)
 
 
 @torch.library.register_fake("riskmap_ext::transferability_map")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import map_arguments, risk_options
+from riskmap_ext._arguments import RiskOptions, map_arguments, risk_options
 from riskmap_ext.reference._check_values import check_labels, check_weights, wanted
 from riskmap_ext.reference.leep import voxel_likelihood
 
@@ -38,10 +38,16 @@ def risk_map(
     if wanted(_check_values, target):
         check_labels(target, num_classes, ignore_index)
         check_weights("conditional", conditional)
+    hardness = -voxel_likelihood(source, target, conditional, regions, ignore_index).log()
+    return voxel_weight(hardness, target, options, ignore_index)
+
+
+def voxel_weight(
+    hardness: Tensor, target: Tensor, options: RiskOptions, ignore_index: int
+) -> Tensor:
+    """Voxel weights [B, *S] float32 of the hardness [B, *S]."""
     labels = target.to(torch.int64)
     valid = labels != ignore_index
-    hardness = -voxel_likelihood(source, target, conditional, regions, ignore_index).log()
-
     if options.scheme == "power":
         weight = torch.exp(options.alpha * hardness)
     elif hardness.numel() == 0:
