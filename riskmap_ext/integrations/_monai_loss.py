@@ -20,6 +20,7 @@ from riskmap_ext._arguments import (
     validate_flag,
     validate_logits,
 )
+from riskmap_ext._deferred import DeferredLogits
 
 _ROUNDING = 1e-3
 _INSIDE = [[0, 1]]  # one channel of logits for labels 0 and 1
@@ -68,8 +69,9 @@ class RiskMapDiceCELoss(_Loss):
     (several sigmoids, ``reduction="sum"``) and neither ``weight`` nor ``regions`` tells it, a first
     call makes what it needs: call it once before ``torch.compile(fullgraph=True)``.
 
-    Shapes: input [B, C, \*S], or a list of them; target as above, or a mapping with the keys
-    "label", and "risk" and "foreground" where there are any, as
+    Shapes: input [B, C, \*S], or a list of them; logits, or for every option the
+    :class:`riskmap_ext.nn.DeferredLogits` of a fused head; target as above, or a mapping with the
+    keys "label", and "risk" and "foreground" where there are any, as
     :class:`riskmap_ext.integrations.monai.PrepareBatchRiskMap` makes it; risk and foreground
     [B, \*S] or [B, 1, \*S]. Labels that resampling has left within 1e-3 of a whole number are
     rounded. The result is a scalar, float32 (float64 for float64 logits).
@@ -175,7 +177,7 @@ class RiskMapDiceCELoss(_Loss):
 
     def forward(
         self,
-        input: Tensor | Sequence[Tensor],
+        input: Tensor | DeferredLogits | Sequence[Tensor | DeferredLogits],
         target: Tensor | Sequence[Tensor] | Mapping[str, Any],
         risk: Tensor | Sequence[Tensor] | None = None,
         foreground: Tensor | Sequence[Tensor] | None = None,
@@ -186,11 +188,12 @@ class RiskMapDiceCELoss(_Loss):
             risk = target.get("risk") if risk is None else risk
             foreground = target.get("foreground") if foreground is None else foreground
             target = target["label"]
-        if isinstance(input, (list, tuple)) and not input:
+        several = isinstance(input, (list, tuple)) and not isinstance(input, DeferredLogits)
+        if several and not input:
             raise ValueError("input: expected at least one scale, got an empty list")
-        first = input[0] if isinstance(input, (list, tuple)) else input
-        finest = validate_logits("input", first)
-        channels = finest.size(1)
+        first: Any = input[0] if several else input
+        finest = first if isinstance(first, DeferredLogits) else validate_logits("input", first)
+        channels = finest.shape[1]
         if channels == 1 and self.softmax:
             raise ValueError(
                 "input: expected several channels with softmax=True, got one; sigmoid=True is for "
@@ -456,13 +459,13 @@ def _heavier_inside(target: Any, risk: Any, weight: float, dtype: torch.dtype) -
 
 def _for_each(value: Any, function: Callable[..., Any], *options: Any) -> Any:
     """Of a tensor, or of each in a list of them (deep supervision)."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, DeferredLogits):
         return [function(each, *options) for each in value]
     return function(value, *options)
 
 
-def _channels(value: Tensor, mine: slice) -> Tensor:
-    return value[:, mine]
+def _channels(value: Tensor | DeferredLogits, mine: slice) -> Tensor | DeferredLogits:
+    return value.channels(mine) if isinstance(value, DeferredLogits) else value[:, mine]
 
 
 def _item(values: Tensor, index: int) -> Tensor:

@@ -10,6 +10,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from riskmap_ext._arguments import plain_tensor
+from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext._files import digest
 
 Inferer = Callable[..., Any]
@@ -44,7 +45,7 @@ class FrozenSource:
         self.device = torch.device("cpu" if device is None else device)
         self._digest: tuple[Any, str] | None = None
 
-    def __call__(self, image: Any) -> Tensor:
+    def __call__(self, image: Any) -> Tensor | DeferredLogits:
         inputs = as_plain(image)[None].to(self.device, self.dtype)
         module = self.source if isinstance(self.source, torch.nn.Module) else None
         training = module is not None and module.training
@@ -55,19 +56,26 @@ class FrozenSource:
                 if self.inferer is None:
                     logits = self.source(inputs)
                 else:
-                    logits = self.inferer(inputs=inputs, network=self.source)
+                    logits = self.inferer(inputs=inputs, network=self._of_window)
         finally:
             if training and module is not None:
                 module.train()
-        if isinstance(logits, (list, tuple)):
+        if isinstance(logits, (list, tuple)) and not isinstance(logits, DeferredLogits):
             logits = logits[0]
-        logits = plain_tensor("logits of the source", logits)
-        if logits.dim() == inputs.dim() and logits.size(1) == 1 and not self.has_regions:
+        if not isinstance(logits, DeferredLogits):
+            logits = plain_tensor("logits of the source", logits)
+        shape = logits.shape
+        if len(shape) == inputs.dim() and shape[1] == 1 and not self.has_regions:
             raise ValueError(
                 "source: gives one channel of logits, which tells nothing as a softmax; "
                 "regions=[[0, 1]] says that it is a sigmoid"
             )
         return logits
+
+    def _of_window(self, *inputs: Any, **options: Any) -> Any:
+        """Windows are added up as logits."""
+        logits = self.source(*inputs, **options)
+        return logits.logits() if isinstance(logits, DeferredLogits) else logits
 
     @property
     def is_known(self) -> bool:

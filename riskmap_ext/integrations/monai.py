@@ -84,7 +84,9 @@ class RiskMapd(MapTransform):
     Args:
         keys: the keys of image [channels, *S] and label [1, *S], in this order.
         source: the frozen source model, image [1, channels, *S] to logits [1, Z, *S]; a Module is
-            put into eval mode. Where it gives a list (deep supervision), the first counts.
+            put into eval mode. Where it gives a list (deep supervision), the first counts. With
+            many classes, ``riskmap_ext.nn.fuse_head(source, "always")`` spares their memory; not
+            with an inferer, which adds windows up.
         statistics: :class:`riskmap_ext.TransferStatistics` of the training set after both passes,
             see :func:`transfer_statistics`.
         risk_key: key of the map, [1, *S] float32, with the meta data of the label.
