@@ -29,13 +29,14 @@ from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints
 from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
     entry_point_move_plans_between_datasets,
 )
-from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
 from nnunetv2.model_sharing.entry_points import install_from_zip_entry_point
 from nnunetv2.run.run_training import maybe_load_checkpoint, run_training_entry
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 import riskmap_ext
-from riskmap_ext.integrations import nnunet
+from riskmap_ext.integrations import _nnunet_source, nnunet
+from riskmap_ext.nn import FusedHead
 from riskmap_ext.statistics import sqrt_inverse_frequency
 
 pytestmark = pytest.mark.slow
@@ -330,6 +331,121 @@ def test_settings_of_the_page(folders: Path) -> None:
     loss = float(bright.train_step(batch)["loss"])
     with torch.no_grad(), bright.loss.weighted_by(torch.exp(batch["data"][:, :1].clamp(-2, 2))):
         assert loss == pytest.approx(float(bright.loss(network(batch["data"]), batch["target"])))
+
+
+class Fused(nnunet.nnUNetTrainerVoxelWeights):
+    fused_head = True
+
+
+class NotFused(nnunet.nnUNetTrainerVoxelWeights):
+    fused_head = False
+
+
+def heads_of(network: Any) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, FusedHead)]
+
+
+@pytest.mark.parametrize("kind", ["parts", "ignored", "regions"])
+def test_a_fused_head_takes_the_same_steps(kind: str, folders: Path) -> None:
+    trainers = []
+    for make in (Fused, NotFused):
+        torch.manual_seed(0)
+        trainer = trainer_of(kind, make)
+        trainer.on_train_start()
+        trainers.append(trainer)
+    mine, plain = trainers
+    scales = len(plain.network.decoder.seg_layers)
+    assert heads_of(mine.network) == [f"decoder.seg_layers.{i}" for i in range(scales)]
+    assert heads_of(plain.network) == []
+    batch, tested = next(plain.dataloader_train), next(plain.dataloader_val)
+    for _ in range(2):
+        found, expected = (float(each.train_step(batch)["loss"]) for each in trainers)
+        assert found == pytest.approx(expected, rel=1e-4)
+    keys = list(plain.network.state_dict())
+    assert list(mine.network.state_dict()) == keys
+    for key, value in plain.network.state_dict().items():
+        torch.testing.assert_close(mine.network.state_dict()[key], value, rtol=1e-3, atol=1e-5)
+
+    mine.network.load_state_dict(plain.network.state_dict())
+    results = []
+    for each in trainers:  # nnU-Net's own loss and Dice, of real logits
+        each.on_validation_epoch_start()
+        with torch.no_grad():
+            results.append(each.validation_step(copy.deepcopy(tested)))
+    for name, value in results[1].items():
+        np.testing.assert_array_equal(results[0][name], value)
+
+
+def test_a_fused_head_in_checkpoints_and_predictions(folders: Path) -> None:
+    trainer = trainer_of("parts", Fused)
+    trainer.run_training()
+    path = Path(trainer.output_folder) / "checkpoint_final.pth"
+    plain = trainer_of("parts", NotFused)
+    plain.load_checkpoint(str(path))
+    again = trainer_of("parts", Fused)
+    again.load_checkpoint(str(path))
+    image = torch.randn(1, 40, 40, 40)
+    volumes = []
+    for each in (plain, again):
+        each.set_deep_supervision_enabled(False)
+        predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False)
+        managers = (each.plans_manager, each.configuration_manager)
+        predictor.manual_initialization(
+            each.network, *managers, None, each.dataset_json, type(each).__name__, None
+        )
+        volumes.append(predictor.predict_sliding_window_return_logits(image))
+    assert torch.equal(*volumes)
+    predictor.network = plain.build_network_architecture(
+        plain.plans_manager, plain.configuration_manager, 1, 3, False
+    )
+    predictor.network.load_state_dict(again.network.state_dict())
+    assert torch.equal(predictor.predict_sliding_window_return_logits(image), volumes[0])
+
+
+class WithoutAHead(nnunet.nnUNetTrainerVoxelWeights):
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, *_
+    ):
+        return torch.nn.Conv3d(num_input_channels, num_output_channels, 3, padding=1)
+
+
+def test_when_a_head_is_fused(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = trainer_of("parts", nnunet.nnUNetTrainerVoxelWeights)
+    few.initialize()
+    assert heads_of(few.network) == []
+    monkeypatch.setattr(nnunet, "WORTH_FUSING", 3)
+    enough = trainer_of("parts", nnunet.nnUNetTrainerVoxelWeights)
+    enough.initialize()
+    assert heads_of(enough.network)
+    assert "fused with the loss: decoder.seg_layers.0" in capsys.readouterr().out
+    none = trainer_of("parts", WithoutAHead)
+    none.initialize()
+    assert "the head is not fused with the loss" in capsys.readouterr().out
+    for wanted, told in ((True, "expected a network with a 1x1 head"), ("no", "got 'no'")):
+        monkeypatch.setattr(WithoutAHead, "fused_head", wanted)
+        with pytest.raises(ValueError, match=f"^fused_head: .*{told}"):
+            trainer_of("parts", WithoutAHead).initialize()
+
+
+def test_a_source_of_many_classes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are not made: neither for the statistics nor for the map of a batch."""
+    found, batch = [], None
+    for enough in (16, 2):
+        monkeypatch.setattr(_nnunet_source, "WORTH_FUSING", enough)
+        torch.manual_seed(0)
+        trainer = trainer_of("parts")
+        trainer.output_folder = str(Path(trainer.output_folder) / str(enough))
+        Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+        trainer.on_train_start()
+        assert bool(heads_of(trainer.source.network)) == (enough == 2)
+        batch = batch or next(trainer.dataloader_train)
+        weights = trainer.voxel_weights(batch["data"], batch["target"][0])
+        found.append((trainer.statistics.joint, trainer.statistics.score, weights))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_somebody_elses_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from riskmap_ext._checkpoints import load_plain
 from riskmap_ext._files import digest
+from riskmap_ext._head import WORTH_FUSING
+from riskmap_ext.nn import DeferredLogits, fuse_head
 
 
 class SourceNetwork:
@@ -22,7 +25,8 @@ class SourceNetwork:
 
     The file is read with ``weights_only``: one that wants to run code is refused.
 
-    network: image [B, channels, *S] to logits [B, Z, *S], without deep supervision.
+    network: image [B, channels, *S] to logits [B, Z, *S], without deep supervision; from 16 of them
+    on to :class:`riskmap_ext.nn.DeferredLogits`, where it has a 1x1 head.
     regions: the table [R, Z] of a model trained on regions, else None.
     digest: of the weights.
 
@@ -54,10 +58,14 @@ class SourceNetwork:
             raise RuntimeError(f"{path}: its weights do not fit its own plans: {error}") from None
         self.path = Path(path)
         self.network = network.to(device).eval().requires_grad_(False)
+        if labels.num_segmentation_heads >= WORTH_FUSING:
+            image = torch.zeros(1, channels, *configuration.patch_size, device="meta")
+            with suppress(ValueError):  # a network of another kind gives logits
+                fuse_head(self.network, "always", example_input=image)
         self.regions = region_table(labels)
         self.digest = digest(*(part for key in sorted(state) for part in (key, state[key])))
 
-    def logits(self, image: Tensor) -> Tensor:
+    def logits(self, image: Tensor) -> Tensor | DeferredLogits:
         with torch.no_grad():
             return self.network(image)
 

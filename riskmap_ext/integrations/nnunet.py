@@ -35,8 +35,9 @@ except ImportError as error:
 import riskmap_ext
 from riskmap_ext._arguments import class_weights
 from riskmap_ext._files import digest, read_torch, write_torch
+from riskmap_ext._head import WORTH_FUSING
 from riskmap_ext.integrations._nnunet_source import SourceNetwork, region_table, tile
-from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.nn import RiskWeightedLoss, fuse_head
 from riskmap_ext.statistics import sqrt_inverse_frequency
 
 __all__ = [
@@ -69,9 +70,36 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
     Settings are attributes, to be changed in a subclass:
         loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="batch_valid"`` leaves
             cross-entropy and Dice on the scale they have in nnU-Net's own loss.
+        fused_head: whether the loss carries out the network's last 1x1 convolutions, so that no
+            logits are kept in training (:func:`riskmap_ext.nn.fuse_head`). "auto": from 16 classes
+            or regions on, where the network has such heads; True: ValueError where it has none.
+            Validation, checkpoints and prediction are those of the network without it.
     """
 
     loss_options: ClassVar[dict[str, Any]] = {"dice_weight": 1.0, "normalization": "batch_valid"}
+    fused_head: ClassVar[bool | str] = "auto"
+
+    def initialize(self) -> None:
+        super().initialize()
+        wanted = self.fused_head
+        if wanted not in (True, False, "auto"):
+            raise ValueError(f"fused_head: expected True, False or 'auto', got {wanted!r}")
+        enough = self.label_manager.num_segmentation_heads >= WORTH_FUSING
+        if wanted is False or (wanted == "auto" and not enough):
+            return
+        patch = self.configuration_manager.patch_size
+        image = torch.zeros(2, self.num_input_channels, *patch, device="meta")
+        try:
+            # Not traced yet, and with the parameters that optimizer and processes know.
+            heads = fuse_head(_bare(self.network), example_input=image)
+        except ValueError as error:
+            if wanted is True:
+                raise ValueError(
+                    f"fused_head: expected a network with a 1x1 head: {error}"
+                ) from None
+            self.print_to_log_file(f"the head is not fused with the loss: {error}")
+            return
+        self.print_to_log_file(f"fused with the loss: {', '.join(heads)}")
 
     def voxel_weights(self, data: Tensor, target: Tensor) -> Tensor | None:
         """Of a training batch [B, channels, *S] and its labels [B, 1, *S], both augmented.
@@ -352,6 +380,12 @@ class _SwitchedLoss(nn.Module):
         if not self._on:
             return self.plain(output, target)
         return self.weighted(output, target, self._risk)
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    """Without what nnU-Net wraps it in for several processes and for torch.compile."""
+    network = getattr(network, "module", network)
+    return getattr(network, "_orig_mod", network)
 
 
 def _option(name: str, arguments: Sequence[str]) -> str | None:
