@@ -139,9 +139,9 @@ def fuse_head(
     Args:
         network: in its place; whether it is in training or eval mode does not matter.
         when: "training", or "always" for a frozen source model, see :class:`FusedHead`.
-        example_input: an image [B, channels, *S] that the network takes, for a trial: a copy of the
-            network runs on the meta device, where nothing is computed. Only its shape and dtype
-            count, and B >= 2 where there is batch normalization.
+        example_input: an image [B, channels, *S] that the network's forward() takes, for a trial: a
+            copy of the network runs on the meta device, where nothing is computed. Only its shape
+            and dtype count, and B >= 2 where there is batch normalization.
 
     Returns:
         The names of the replaced modules, those of an earlier call included.
@@ -231,6 +231,9 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     kind, shape = type(network).__name__, list(example_input.shape)
     tried = copy.deepcopy(network).to("meta").train(when == "training")
     unfuse_head(tried)
+    # What the network's own hooks make of image and output is no part of it.
+    tried._forward_pre_hooks.clear()
+    tried._forward_hooks.clear()
     ran: list[_Ran] = []
     modules = dict(tried.named_modules())
 

@@ -321,6 +321,10 @@ class LossConfig(_Section):
     overwrite_logits: bool = False
     """Let the gradient take the memory of the logits, for many classes. Not for networks with a
     stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
+    fused_head: Literal["auto"] | bool = "auto"
+    """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits:
+    with many classes they are most of its memory. `auto` does so from 16 outputs on where the
+    network ends in one; `true` refuses a network that does not."""
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> LossConfig:

@@ -190,6 +190,7 @@ def _table(config: Config, listing: Listing, models: Models, result: DryRun, dev
         else str(models.source.path),
         "weights": "" if result.keys is None else result.keys.summary(),
         "loss": loss_in_words(config),
+        "fused with the loss": ", ".join(models.fused),
     }
     for name, value in rows.items():
         if value:

@@ -13,9 +13,11 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from riskmap_ext._arguments import near_names
+from riskmap_ext._head import WORTH_FUSING
 from riskmap_ext.finetune.config import Config, InferenceConfig, NetworkConfig
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.nnunet_networks import NAMES, nnunet_args, nnunet_class, nnunet_dims
+from riskmap_ext.nn import DeferredLogits, fuse_head
 
 _IN_ARGUMENTS = ("in_channels", "input_channels")
 _OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
@@ -172,9 +174,31 @@ def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -
         ) from None
 
 
-def first_output(out: Any, image: Tensor) -> Tensor:
+def fused_heads(
+    network: nn.Module, wanted: bool | str, num_outputs: int, image_shape: Sequence[int]
+) -> list[str]:
+    """Fuses the heads of `network` with the loss as loss.fused_head says; their names.
+
+    image_shape: [B, M, *S] as the network's own forward() sees it. Raises: ConfigError.
+    """
+    if not wanted or (wanted == "auto" and num_outputs < WORTH_FUSING):
+        return []
+    try:
+        return fuse_head(network, example_input=torch.zeros(tuple(image_shape), device="meta"))
+    except ValueError as error:
+        if wanted == "auto":
+            return []
+        raise ConfigError(
+            f"loss.fused_head: true needs a network that ends in a 1x1 convolution: {error}"
+        ) from None
+
+
+def first_output(out: Any, image: Tensor) -> Tensor | DeferredLogits:
     """The full-resolution logits of networks that return several outputs of an image."""
-    out = out[0] if isinstance(out, (list, tuple)) else out
+    if isinstance(out, DeferredLogits):
+        return out
+    if isinstance(out, (list, tuple)):
+        return first_output(out[0], image)
     # DynUNet stacks its heads of deep supervision along an axis of their own.
     return out[:, 0] if out.dim() == image.dim() + 1 else out
 
@@ -222,5 +246,5 @@ class Predictor:
         finally:
             self._network.train(training)
 
-    def _forward(self, window: Tensor) -> Tensor:
+    def _forward(self, window: Tensor) -> Any:
         return first_output(self._network(window), window)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext.finetune.errors import ConfigError
 
 T = TypeVar("T")
@@ -88,12 +89,14 @@ class _Turn:
         return self._flip(image.permute(self._order)).contiguous(), *others
 
     def back(self, _: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, (list, tuple)):
-            return type(output)(self._returned(each) for each in output)
         return self._returned(output)
 
-    def _returned(self, logits: Tensor) -> Tensor:
-        return self._flip(logits).permute(self._inverse)
+    def _returned(self, output: Any) -> Any:
+        if isinstance(output, DeferredLogits):
+            return output._replace(features=self._returned(output.features))
+        if isinstance(output, (list, tuple)):
+            return type(output)(self._returned(each) for each in output)
+        return self._flip(output).permute(self._inverse)
 
     def _flip(self, image: Tensor) -> Tensor:
         return image.flip(self._flips) if self._flips else image

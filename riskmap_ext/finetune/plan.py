@@ -22,6 +22,7 @@ from riskmap_ext.finetune.network import (
     build_network,
     check_forward,
     check_single_crops,
+    fused_heads,
     patch_size,
     spatial_dims,
     without_channels,
@@ -51,6 +52,7 @@ class Models:
     dims: int
     patch: list[int]
     keys: KeyReport | None
+    fused: list[str]  # heads that the loss carries out
 
 
 @dataclass
@@ -168,10 +170,14 @@ def build_models(
         check_single_crops(network, patch, len(channels))
     predictor = Predictor(network, dims, patch, config.inference)
     check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
+    theirs = patch
+    if wanted.orientation is not None:
+        theirs = arranged(patch, PREPARED[config.data.slice_axis][:dims], wanted.orientation)
+    fused = fused_heads(network, config.loss.fused_head, count, [2, len(channels), *theirs])
     keys = None
     if source is not None and config.source is not None and config.source.initialize:
         keys = start_from_source(network, wanted, structures, source, config.source.head)
-    return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys)
+    return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys, fused)
 
 
 def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
@@ -342,6 +348,8 @@ def tell_plan(plan: Plan) -> None:
     )
     name = models.config.name
     log(f"{name}, {parameters:,} parameters, patches of {models.patch}, on {where}")
+    if models.fused:
+        log(f"No logits are kept in training: {', '.join(models.fused)} is fused with the loss")
     if models.source is not None:
         check_preprocessing(config, models.source, cases.spacings, log)
     if models.keys is not None and models.source is not None:

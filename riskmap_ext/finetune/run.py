@@ -137,6 +137,8 @@ def _finetune(
 ) -> FinetuneResult:
     started = time.perf_counter()
     check_threads(config)
+    if loss is not None:
+        config = _with_logits(config)
     resumed = group.together(lambda: unfinished_run(config)) if resume else None
     if resume and resumed is None:  # nothing that would be lost
         config = config.model_copy(update={"overwrite": True})
@@ -175,6 +177,13 @@ def _finetune(
         seconds,
         trained.step_seconds,
     )
+
+
+def _with_logits(config: Config) -> Config:
+    """For a loss of the caller's own, which takes them."""
+    if config.loss.fused_head is True:
+        raise ConfigError("loss.fused_head: true is for the configuration's loss, got another one")
+    return config.model_copy(update={"loss": config.loss.model_copy(update={"fused_head": False})})
 
 
 def _begin(

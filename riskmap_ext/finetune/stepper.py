@@ -17,11 +17,11 @@ from riskmap_ext.finetune.network import first_output
 from riskmap_ext.finetune.processes import Processes
 from riskmap_ext.finetune.report import Log
 from riskmap_ext.finetune.sampling import Batch
-from riskmap_ext.nn import RiskWeightedLoss
+from riskmap_ext.nn import DeferredLogits, RiskWeightedLoss
 from riskmap_ext.statistics import sqrt_inverse_frequency
 
 # (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
-LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+LossFunction = Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
 
 
 # About that of one voxel in ten thousand, where the others are background.
@@ -53,7 +53,7 @@ class Stepper:
         blank = torch.zeros(2, len(cases.channels), *patch, device=device)
         self._model = _distributed(network, blank, device, group)
         self._forward: Any = torch.compile(self._model) if train.compile else self._model
-        options = config.loss.model_dump(exclude={"class_weights"})
+        options = config.loss.model_dump(exclude={"class_weights", "fused_head"})
         self._loss: LossFunction = loss or RiskWeightedLoss(
             weight=class_weights(config, cases, device, log),
             ignore_index=IGNORE_INDEX,
@@ -125,7 +125,9 @@ def _distributed(
 def _has_unused(network: nn.Module, image: Tensor) -> bool:
     """Whether there are layers that the loss does not see, such as heads of deep supervision."""
     tried = copy.deepcopy(network).train()
-    first_output(tried(image), image).sum().backward()
+    output = first_output(tried(image), image)
+    logits = output.logits() if isinstance(output, DeferredLogits) else output
+    logits.sum().backward()
     return any(p.grad is None for p in tried.parameters() if p.requires_grad)
 
 
