@@ -216,17 +216,17 @@ def test_bad_values_are_told_as_of_logits() -> None:
         (
             {"weight": torch.zeros(SOURCE_CLASSES, 4)},
             ValueError,
-            r"^source\.weight: expected \[19, 5\] to go with source\.features .*, got .*\[19, 4\]",
+            r"^weight: expected \[C, 5\], .* to go with features .*, got shape \[19, 4\]",
         ),
-        ({"weight": torch.zeros(19, 5, 3)}, ValueError, r"^source\.weight: .*\[19, 5, 3\]"),
-        ({"bias": torch.zeros(4)}, ValueError, r"^source\.bias: expected \[19\] .*\[4\]"),
+        ({"weight": torch.zeros(19, 5, 3)}, ValueError, r"^weight: .*\[19, 5, 3\]"),
+        ({"bias": torch.zeros(4)}, ValueError, r"^bias: expected \[19\].*\[4\]"),
         (
             {"bias": torch.zeros(19, dtype=torch.float64)},
             TypeError,
-            r"^source\.bias: expected torch.float32 on cpu .*torch.float64",
+            r"^bias: expected torch.float32 as features have, got torch.float64",
         ),
-        ({"features": None}, TypeError, r"^source\.features: expected a torch.Tensor"),
-        ({"features": torch.zeros(2, 5)}, ValueError, r"^source\.features: expected \[B, C"),
+        ({"features": None}, TypeError, r"^features: expected a torch.Tensor"),
+        ({"features": torch.zeros(2, 5)}, ValueError, r"^features: expected \[B, F"),
     ],
     ids=range(6),
 )

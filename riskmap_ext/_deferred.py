@@ -94,3 +94,17 @@ class DeferredLogits(NamedTuple):
 def convolved(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """weight: [C, F, 1(, 1, 1)]."""
     return _CONVOLUTIONS[features.dim() - 2](features, weight, bias)
+
+
+def cast_by_autocast(
+    features: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As a convolution is cast; what is in float64 stays."""
+    kind = features.device.type
+    # There is no autocast on the meta device.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if not autocast or features.dtype == torch.float64:
+        return features, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    bias = None if bias is None else bias.to(dtype)
+    return features.to(dtype), weight.to(dtype), bias

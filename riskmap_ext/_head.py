@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from riskmap_ext._arguments import validate_choice
-from riskmap_ext._deferred import DeferredLogits, convolved
+from riskmap_ext._deferred import DeferredLogits, cast_by_autocast, convolved
 
 WHEN = ("training", "always")
 WORTH_FUSING = 16  # output channels from which on a fused head is taken where nobody says
@@ -103,13 +103,7 @@ class FusedHead(nn.Module):
         # their graph, which a parameter itself does not have.
         weight = self.weight.flatten(1)
         bias = None if self.bias is None else self.bias.view(-1)
-        kind = features.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        if autocast and features.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
-            features, weight = features.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return DeferredLogits(features, weight, bias)
+        return DeferredLogits(*cast_by_autocast(features, weight, bias))
 
     def extra_repr(self) -> str:
         bias = "" if self.bias is not None else ", bias=False"

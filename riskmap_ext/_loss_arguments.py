@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import (
@@ -21,6 +20,7 @@ from riskmap_ext._arguments import (
     validate_regions,
     validate_voxel_map,
 )
+from riskmap_ext._deferred import cast_by_autocast
 
 # In the order of the numbers in the schemas.
 NORMALIZATIONS = ("foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none")
@@ -70,15 +70,12 @@ class HeadTensors(NamedTuple):
     bias: Tensor | None
 
 
-def head_tensors(features: Any, weight: Any, bias: Any) -> HeadTensors:
+def head_tensors(features: Any, weight: Any, bias: Any, *, autocast: bool = True) -> HeadTensors:
     """Features [B, F, *S], weight [C, F] and bias [C] in one dtype: that of autocast within it."""
     features = validate_logits("features", features, "F")
     weight, bias = validate_head(weight, bias, features)
-    kind = features.device.type
-    if torch.is_autocast_enabled(kind) and features.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        features, weight = features.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if autocast:
+        features, weight, bias = cast_by_autocast(features, weight, bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != features.dtype:
             raise TypeError(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from riskmap_ext._arguments import plain_tensor, validate_logits
 from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext._loss_arguments import head_tensors, shape_of_logits
 
 # Of logits at once: what stays in a cache, or fills a GPU.
 _CPU_BYTES, _CUDA_BYTES = 2**22, 2**25
@@ -22,28 +22,7 @@ def as_checked(source: Any) -> Any:
     shape that takes no memory."""
     if not isinstance(source, DeferredLogits):
         return source
-    features = validate_logits("source.features", source.features)
-    weight = plain_tensor("source.weight", source.weight)
-    tensors = {"weight": weight}
-    if source.bias is not None:
-        tensors["bias"] = plain_tensor("source.bias", source.bias)
-    for name, tensor in tensors.items():
-        expected = (features.dtype, features.device)
-        if (tensor.dtype, tensor.device) != expected:
-            raise TypeError(
-                f"source.{name}: expected {expected[0]} on {expected[1]} as source.features, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    classes = weight.size(0) if weight.dim() else 0
-    for name, tensor in tensors.items():
-        row = [classes, features.size(1)] if name == "weight" else [classes]
-        ones = tensor.shape[len(row) :]
-        if list(tensor.shape[: len(row)]) != row or any(size != 1 for size in ones):
-            raise ValueError(
-                f"source.{name}: expected {row} to go with source.features "
-                f"{list(features.shape)}, got shape {list(tensor.shape)}"
-            )
-    return features.new_zeros(()).expand(features.size(0), classes, *features.shape[2:])
+    return shape_of_logits(head_tensors(*source, autocast=False))
 
 
 def in_chunks(
@@ -53,12 +32,10 @@ def in_chunks(
 
     Chunks depend on shapes alone. The memory of the logits is used again for the next ones.
     """
-    features, weight, bias = (
-        None if each is None else plain_tensor("source", each).detach() for each in source
-    )
+    head = head_tensors(*source, autocast=False)
+    features, weight, bias = (None if each is None else each.detach() for each in head)
     assert features is not None
     assert weight is not None
-    weight = weight.flatten(1)
     classes, voxels = weight.size(0), math.prod(features.shape[2:])
     limit = _CUDA_BYTES if features.device.type == "cuda" else _CPU_BYTES
     size = max(1, limit // (classes * features.element_size()))
