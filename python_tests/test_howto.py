@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_pytorch(tmp_path: Path) -> None:
     assert "all_reduce" in processes
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LEEP score")
+def test_many_classes(tmp_path: Path) -> None:
+    _require("monai")
+    trainer, *examples = blocks("many_classes")
+    assert re.search(r"\['2'\]\nloss \d\.\d\d", run("".join(examples), tmp_path))
+    if importlib.util.find_spec("nnunetv2") is not None:
+        names: dict[str, Any] = {}
+        exec(trainer, names)
+        assert names["nnUNetTrainerManyClasses"].fused_head is True
+
+
 def test_readme_weights() -> None:
     """The README's boundary and class weights, on labels with a hole at an edge of the image."""
     _, code = re.findall(
@@ -88,4 +101,9 @@ def test_readme_weights() -> None:
 
 def test_every_page_is_tried() -> None:
     """nnU-Net's is tried by test_nnunet."""
-    assert {page.stem for page in HOWTO.glob("*.md")} == {*NEEDS, "nnunet", "README"}
+    assert {page.stem for page in HOWTO.glob("*.md")} == {
+        *NEEDS,
+        "many_classes",
+        "nnunet",
+        "README",
+    }
