@@ -354,6 +354,26 @@ def test_a_head_that_is_not_the_end() -> None:
         fuse_head(_ChangesFeatures(), example_input=image)
 
 
+def test_a_trial_leaves_the_network_as_it_was() -> None:
+    network, (image, _) = net(), data()
+    network.norm = nn.BatchNorm2d(6)
+    network.body.append(network.norm)
+    network.body.append(nn.Dropout(0.5))
+    before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    fuse_head(network.eval(), example_input=image)
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not any(each.training for each in network.modules())
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    network, (image, _) = net(), data()
+    network.kept = network(image)
+    with pytest.raises(ValueError, match=r"^network: Net cannot be copied: Only Tensors"):
+        fuse_head(network, example_input=image)
+
+
 def test_a_module_with_several_names() -> None:
     network = net()
     network.again = nn.ModuleList([network.head])
@@ -452,6 +472,15 @@ def test_float64_stays_under_autocast() -> None:
     assert {part.dtype for part in given} == {torch.float64}
 
 
+def test_fused_between_compile_and_the_first_call() -> None:
+    """nnU-Net wraps first."""
+    image, _ = data()
+    network = net().train()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    fuse_head(compiled._orig_mod, example_input=image)
+    assert isinstance(compiled(image), DeferredLogits)
+
+
 @pytest.mark.parametrize("together", [True, False], ids=["one graph", "two graphs"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled(backend: str, together: bool) -> None:
@@ -539,8 +568,10 @@ def _process(rank: int, folder: str) -> None:
     for name, build, options in _DISTRIBUTED:
         torch.manual_seed(0)
         network = build()
-        fuse_head(network, example_input=image)
+        if name != "fused afterwards":
+            fuse_head(network, example_input=image)
         model = DistributedDataParallel(network, **options)
+        fuse_head(model.module, example_input=image)
         found[name] = _steps(network, model, image[mine], label[mine])
         del model
     torch.save(found, f"{folder}/{rank}.pt")
@@ -550,6 +581,7 @@ def _process(rank: int, folder: str) -> None:
 
 _DISTRIBUTED: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = [
     ("plain", Net, {}),
+    ("fused afterwards", Net, {}),  # nnU-Net wraps first
     ("unused", _Two, {"find_unused_parameters": True}),
     ("static", Net, {"static_graph": True}),
 ]

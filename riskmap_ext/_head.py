@@ -223,7 +223,10 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
             f"example_input: expected a torch.Tensor, got {type(example_input).__name__}"
         )
     kind, shape = type(network).__name__, list(example_input.shape)
-    tried = copy.deepcopy(network).to("meta").train(when == "training")
+    try:
+        tried = _on_meta(network).train(when == "training")
+    except Exception as error:  # a tensor of a graph that a module keeps, for one
+        raise ValueError(f"network: {kind} cannot be copied: {_one_line(error)}") from None
     unfuse_head(tried)
     # What the network's own hooks make of image and output is no part of it.
     tried._forward_pre_hooks.clear()
@@ -268,12 +271,23 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     try:
         with torch.no_grad():
             tried(blank)
-    except (TypeError, AttributeError) as error:  # of DeferredLogits
+    except Exception as error:  # DeferredLogits refuse in several ways
         raise ValueError(
             f"network: {kind} gives what {', '.join(names)} gives, and does something else with "
             f"it, too: {_one_line(error)}"
         ) from None
     return names
+
+
+def _on_meta(network: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers take no memory, not even while it is made."""
+    memo: dict[int, Any] = {}
+    for each in network.parameters():
+        empty = torch.empty_like(each, device="meta")
+        memo[id(each)] = nn.Parameter(empty, requires_grad=each.requires_grad)
+    for buffer in network.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(network, memo)
 
 
 def _put(network: nn.Module, names: list[str], when: str) -> None:
