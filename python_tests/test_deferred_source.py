@@ -191,6 +191,23 @@ def test_autocast_does_not_change_them() -> None:
     assert torch.equal(found, expected)
 
 
+def test_compiled() -> None:
+    given, conditional = source((9, 10)), table()
+    target = labels(given)
+
+    def maps(x: DeferredLogits, y: Tensor) -> tuple[Tensor, ...]:
+        return (
+            riskmap_ext.leep_statistics(x, y, CLASSES, ignore_index=77),
+            riskmap_ext.risk_map(x, y, conditional, ignore_index=77),
+            riskmap_ext.risk_map(x, y, conditional, ignore_index=77, range=(0.5, 3.0)),
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(maps, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(given, target), maps(given, target), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_no_gradient_flows() -> None:
     given = DeferredLogits(*(each.requires_grad_() for each in source()))
     found = riskmap_ext.risk_map(given, labels(given), table(), ignore_index=77)
