@@ -18,9 +18,9 @@ CLASSES, SOURCE_CLASSES, FEATURES = 3, 19, 5
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[None, 1100, 7], ids=["one chunk", "chunks", "small chunks"])
+@pytest.fixture(params=[None, 1100], ids=["one chunk", "chunks"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many voxels of float32 logits in a chunk; in small ones no step is kept."""
+    """So many voxels of float32 logits in a chunk, rounded to a tile of the kernels."""
     if request.param is not None:
         monkeypatch.setattr(deferred, "_CPU_BYTES", request.param * SOURCE_CLASSES * 4)
 

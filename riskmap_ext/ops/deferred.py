@@ -11,10 +11,9 @@ from torch import Tensor
 
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext._loss_arguments import head_tensors, shape_of_logits
+from riskmap_ext.ops.head_on_cuda import CHUNK_BYTES, Head
 
-# Of logits at once: what stays in a cache, or fills a GPU.
-_CPU_BYTES, _CUDA_BYTES = 2**22, 2**25
-_STEP = 1024  # voxels that a chunk has a multiple of, for aligned rows
+_CPU_BYTES = 2**22  # of logits at once: they stay in a cache
 
 
 def as_checked(source: Any) -> Any:
@@ -32,28 +31,21 @@ def in_chunks(
 
     Chunks depend on shapes alone. The memory of the logits is used again for the next ones.
     """
-    head = head_tensors(*source, autocast=False)
-    features, weight, bias = (None if each is None else each.detach() for each in head)
-    assert features is not None
-    assert weight is not None
-    classes, voxels = weight.size(0), math.prod(features.shape[2:])
-    limit = _CUDA_BYTES if features.device.type == "cuda" else _CPU_BYTES
-    size = max(1, limit // (classes * features.element_size()))
-    size = size - size % _STEP if size > _STEP else size
-    size = max(1, min(voxels, size))
-    memory = features.new_empty(classes * size)
-    for image in range(features.size(0)):
-        rows, labels = features[image].flatten(1), target[image].reshape(-1)
-        for start in range(0, voxels, size):
-            mine = slice(start, min(start + size, voxels))
-            logits = memory[: classes * (mine.stop - start)].view(classes, -1)
-            # Their dtype is that of their parts, even where autocast would have another one now.
-            with torch.autocast(features.device.type, enabled=False):
-                if bias is None:
-                    torch.mm(weight, rows[:, mine], out=logits)
-                else:
-                    torch.addmm(bias.unsqueeze(1), weight, rows[:, mine], out=logits)
-            yield image, mine, logits.unsqueeze(0), labels[mine].unsqueeze(0)
+    head = Head(*(_detached(each) for each in head_tensors(*source, autocast=False)))
+    kind = head.features.device.type
+    chunks = head.chunks(CHUNK_BYTES if kind == "cuda" else _CPU_BYTES)
+    while True:
+        # Their dtype is that of their parts, even where autocast would have another one now.
+        with torch.autocast(kind, enabled=False):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        labels = target[chunk.image].reshape(-1)[chunk.voxels]
+        yield chunk.image, chunk.voxels, chunk.logits, labels.unsqueeze(0)
+
+
+def _detached(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach()
 
 
 def voxel_map(

@@ -28,7 +28,7 @@ class _Chunk(NamedTuple):
     logits: Tensor  # [1, C, n], then their gradient, then the next chunk's
 
 
-class _Head:
+class Head:
     """Chunks of logits, and what becomes of their gradients."""
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -37,10 +37,10 @@ class _Head:
         self.batch, _, self.voxels = self.flat.shape
         self.classes = weight.size(0)
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """Depend on the shapes alone."""
+    def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[_Chunk]:
+        """Depend on the shapes alone. limit: bytes of logits."""
         row = self.classes * self.features.element_size()
-        step = max(CHUNK_BYTES // row // _TILE, 1) * _TILE
+        step = max(limit // row // _TILE, 1) * _TILE
         buffer = self.features.new_empty(self.classes * min(step, self.voxels))
         for image in range(self.batch):
             for begin in range(0, self.voxels, step):
@@ -65,7 +65,7 @@ def _of_chunk(voxel_map: Tensor | None, chunk: _Chunk) -> Tensor | None:
 class _Gradients:
     """Those of a head and of the risk, chunk by chunk; what is not wanted is [0]."""
 
-    def __init__(self, head: _Head, risk: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, head: Head, risk: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
         self.head = head
         self.of_features, self.of_parameters, of_risk = wanted
         self.features = torch.empty_like(head.flat) if self.of_features else None
@@ -118,7 +118,7 @@ class _Gradients:
         return found[0], found[1], found[2], found[3]
 
 
-def _sums(head: _Head, maps: tuple[Any, ...], of_gradient: tuple[Any, ...]) -> Tensor:
+def _sums(head: Head, maps: tuple[Any, ...], of_gradient: tuple[Any, ...]) -> Tensor:
     """[B, 5 + 3 C], see _weighted_loss_sums."""
     target, risk, class_weight, foreground, regions = maps
     parts: list[Tensor] = [
@@ -142,7 +142,7 @@ def _sums(head: _Head, maps: tuple[Any, ...], of_gradient: tuple[Any, ...]) -> T
 def linear_weighted_loss_sums(
     features: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> Tensor:
-    return _sums(_Head(features, weight, bias), inputs[:5], inputs[5:])
+    return _sums(Head(features, weight, bias), inputs[:5], inputs[5:])
 
 
 def linear_weighted_loss(
@@ -152,7 +152,7 @@ def linear_weighted_loss(
     class_weight, regions = maps[2], maps[4]
     ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing = options[:7]
     ce, dice, *formula, squared_pred, include_background, batch_dice = options[7:]
-    head = _Head(features, weight, bias)
+    head = Head(features, weight, bias)
     if reduction == NONE:
         return _loss_map(head, inputs)
     sums = _sums(head, maps, (ignore_index, background, ce_voxels, smoothing, squared_pred))
@@ -173,7 +173,7 @@ def linear_weighted_loss(
     return loss, scale, slopes if dice != 0 else slopes.new_empty(0)
 
 
-def _loss_map(head: _Head, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_map(head: Head, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     target, risk, class_weight, foreground, *rest = inputs
     dtype = torch.float64 if head.features.dtype == torch.float64 else torch.float32
     loss = head.features.new_empty((head.batch, head.voxels), dtype=dtype)
@@ -197,7 +197,7 @@ def linear_weighted_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     target, risk, class_weight, foreground, regions, scale, slopes, *options = inputs
     *of_gradient, grad_features, grad_parameters, grad_risk = options
-    head = _Head(features, weight, bias)
+    head = Head(features, weight, bias)
     gradients = _Gradients(head, risk, (grad_features, grad_parameters, grad_risk))
     for chunk in head.chunks():
         image = slice(chunk.image, chunk.image + 1)
@@ -224,7 +224,7 @@ def linear_weighted_loss_with_gradient(
     """One pass: the gradient of a sum, then multiplied by what the labels say of each image."""
     target, risk, class_weight, foreground, regions, *options, _, _, grad_risk = inputs
     ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing, ce = options
-    head = _Head(features, weight, bias)
+    head = Head(features, weight, bias)
     gradients = _Gradients(head, risk, inputs[-3:])
     losses = []
     for chunk in head.chunks():
