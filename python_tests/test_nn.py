@@ -415,3 +415,5 @@ def test_deferred_logits_of_one_scale_and_beside_logits() -> None:
     torch.testing.assert_close(mixed, module([deferred[0].logits(), *logits[1:]], targets, risks))
     with pytest.raises(ValueError, match="target: expected 3 tensors, one for each scale"):
         module(deferred, targets[:2])
+    overwriting = RiskWeightedLoss(dice_weight=1.0, overwrite_logits=True)
+    assert torch.equal(overwriting(deferred[0], targets[0], risks[0]), found)

@@ -149,6 +149,7 @@ class RiskWeightedLoss(torch.nn.Module):
             **self.options,
         }
         if isinstance(logits, DeferredLogits):
+            options.pop("overwrite_logits", None)  # there are none
             features, weight, bias = logits
             return linear_weighted_loss(
                 features, weight, bias, target, risk, class_weight=self.weight, **options
