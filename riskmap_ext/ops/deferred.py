@@ -11,7 +11,7 @@ from torch import Tensor
 
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext._loss_arguments import head_tensors, shape_of_logits
-from riskmap_ext.ops.head_on_cuda import CHUNK_BYTES, Head
+from riskmap_ext.ops.head_on_cuda import Head
 
 _CPU_BYTES = 2**22  # of logits at once: they stay in a cache
 
@@ -33,7 +33,7 @@ def in_chunks(
     """
     head = Head(*(_detached(each) for each in head_tensors(*source, autocast=False)))
     kind = head.features.device.type
-    chunks = head.chunks(CHUNK_BYTES if kind == "cuda" else _CPU_BYTES)
+    chunks = head.chunks(None if kind == "cuda" else _CPU_BYTES)
     while True:
         # Their dtype is that of their parts, even where autocast would have another one now.
         with torch.autocast(kind, enabled=False):

@@ -37,8 +37,9 @@ class Head:
         self.batch, _, self.voxels = self.flat.shape
         self.classes = weight.size(0)
 
-    def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[_Chunk]:
-        """Depend on the shapes alone. limit: bytes of logits."""
+    def chunks(self, limit: int | None = None) -> Iterator[_Chunk]:
+        """Depend on the shapes alone. limit: bytes of logits; None: CHUNK_BYTES."""
+        limit = CHUNK_BYTES if limit is None else limit
         row = self.classes * self.features.element_size()
         step = max(limit // row // _TILE, 1) * _TILE
         buffer = self.features.new_empty(self.classes * min(step, self.voxels))
