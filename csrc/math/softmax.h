@@ -18,7 +18,7 @@ template <class V, class Column>
 RISKMAP_HD V exp_in_place(Column& x, V max) {
   V sum{};
   x.each([&](int c) RISKMAP_LAMBDA {
-    const V e = exp(V(x.get(c) - max));
+    const V e = exp_of_negative(V(x.get(c) - max));
     x.set(c, e);
     sum += e;
   });
@@ -29,7 +29,7 @@ RISKMAP_HD V exp_in_place(Column& x, V max) {
 template <class V, class Column>
 RISKMAP_HD V sum_exp(const Column& x, V max) {
   V sum{};
-  x.each([&](int c) RISKMAP_LAMBDA { sum += exp(V(x.get(c) - max)); });
+  x.each([&](int c) RISKMAP_LAMBDA { sum += exp_of_negative(V(x.get(c) - max)); });
   return sum;
 }
 

@@ -42,7 +42,7 @@ RISKMAP_HD RegionTerm<V> region_term(V x, V t) {
   const V one = V{} + Element(1);
   const auto negative = x < zero;
   const V size = select(negative, V(-x), x);  // a NaN stays
-  const V e = exp(V(-size));
+  const V e = exp_of_negative(V(-size));
   const V inverse = math::inverse(V(one + e));
   const V wrong = select(negative, t, V(one - t));
   const V linear = select(wrong == zero, zero, V(size * wrong));  // an infinite logit that is right costs nothing

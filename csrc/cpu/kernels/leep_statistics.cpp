@@ -96,7 +96,7 @@ struct Statistics {
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = load_labels<acc_t>(label + v);
       Column x(in, v, source_classes);
-      const F inverse = acc_t(1) / math::exp_in_place(x, math::max_logit<F>(x));
+      const F inverse = math::inverse(math::exp_in_place(x, math::max_logit<F>(x)));
       x.each([&](int z) RISKMAP_LAMBDA { x.set(z, x.get(z) * inverse); });
       for (int64_t c = 0; c < classes; ++c) {
         const I labelled = y == static_cast<typename math::Traits<acc_t>::Bits>(c);
@@ -113,7 +113,7 @@ struct Statistics {
     for (int64_t v = 0; v < n; v += kLanes) {
       ScratchColumn<acc_t> x(in, v, source_classes);
       const F sum = math::exp_in_place(x, math::max_logit<F>(x));
-      const F inverse = acc_t(1) / sum;
+      const F inverse = math::inverse(sum);
       for (int64_t z = 0; z < source_classes; z += kLanes) {
         F block[kLanes];
 #pragma GCC unroll 16

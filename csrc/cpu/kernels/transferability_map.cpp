@@ -88,7 +88,7 @@ void transfer_chunk(const TransferArgs& args, int64_t chunk, void* scratch) {
         Column x(in, v, args.classes);
         const F max = math::max_logit<F>(x);
         const F sum = math::exp_in_place(x, max);
-        store(result + v, F(weigh<acc_t>(args, x, label + v, I(y & valid)) / sum));
+        store(result + v, F(weigh<acc_t>(args, x, label + v, I(y & valid)) * math::inverse(sum)));
       }
       // A loop of its own: one long chain of operations for each voxel would leave the processor waiting.
       for (int64_t v = 0; v < n; v += kLanes) {

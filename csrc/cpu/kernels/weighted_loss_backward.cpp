@@ -52,7 +52,7 @@ struct Backward : LossTile<acc_t> {
       Column x(in, v, args.logits.classes);
       const Terms<acc_t, Column> terms(args, x, I(y & valid));
       const F sum = math::exp_in_place(x, terms.max);
-      const F inverse = acc_t(1) / sum;
+      const F inverse = math::inverse(sum);
 
       F scale = F{} + factor;
       if (out.grad_map.data) scale *= load<F>(this->grad + v);

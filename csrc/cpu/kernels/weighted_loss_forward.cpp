@@ -69,7 +69,7 @@ struct Forward : LossTile<acc_t> {
 
   // x holds exp(logit - max) and sum their sum.
   RISKMAP_MEMBER void add_dice(const Column& x, F sum, I y, I valid) {
-    const F inverse = acc_t(1) / sum;
+    const F inverse = math::inverse(sum);
     const int64_t row = args.logits.classes * kLanes;
     x.each([&](int c) RISKMAP_LAMBDA {
       acc_t* at = this->sums + c * kLanes;
