@@ -34,14 +34,16 @@ Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor
   const int64_t background_class = background.value_or(-1);
   if (options.one_pass()) {
     const math::RiskCurve curve = options.curve(low.value_or(0), high.value_or(0));
-    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, &curve).map;
+    return transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, &curve,
+                         false)
+        .map;
   }
   TransferPass pass =
-      transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, nullptr);
+      transfer_pass("risk_map", source, target, conditional, regions, ignore_index, background_class, nullptr, true);
   const int64_t voxels = pass.map.numel() / std::max<int64_t>(1, source.size(0));
   for (int64_t image = 0; image < source.size(0); ++image) {
     const math::RiskCurve curve = curve_of_image(options, pass, image);
-    finish_map(pass.map, image * voxels, voxels, &curve);
+    weigh_map(pass.map, image * voxels, voxels, curve);
   }
   return pass.map;
 }

@@ -24,12 +24,12 @@ struct TransferPass {
   Chunking chunking;
 };
 
-// curve: nullptr leaves T with ignored voxels marked, see TransferArgs.
+// curve and wants_range: as in TransferArgs.
 TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
                            const OptionalTensor& regions, int64_t ignore_index, int64_t background,
-                           const math::RiskCurve* curve);
+                           const math::RiskCurve* curve, bool wants_range);
 
-// Turns the marked T of `count` voxels from `begin` on into weights, or only clears the marks.
-void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve* curve);
+// Turns the marked T of `count` voxels from `begin` on into weights.
+void weigh_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve& curve);
 
 }  // namespace riskmap::cpu

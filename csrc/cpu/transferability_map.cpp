@@ -25,13 +25,13 @@ struct ConditionalTables {
 
   ConditionalTables(const std::vector<double>& values, TransferArgs& args) {
     const int64_t classes = args.num_classes, source_classes = args.classes;
-    const int64_t source_pitch = table_pitch(classes), label_pitch = padded_classes(args);
-    by_source.resize(static_cast<size_t>(source_classes * source_pitch));
+    const int64_t label_pitch = padded_classes(args);
+    by_source.resize(static_cast<size_t>(source_classes * kMinTile));
     by_label.resize(static_cast<size_t>(classes * label_pitch));
     for (int64_t y = 0; y < classes; ++y)
       for (int64_t z = 0; z < source_classes; ++z) {
         const acc_t p = static_cast<acc_t>(values[static_cast<size_t>(y * source_classes + z)]);
-        by_source[static_cast<size_t>(z * source_pitch + y)] = p;
+        if (classes <= kMinTile) by_source[static_cast<size_t>(z * kMinTile + y)] = p;
         by_label[static_cast<size_t>(y * label_pitch + z)] = p;
       }
     args.by_source = by_source.data();
@@ -64,7 +64,7 @@ SourceArgs SourceTables::args(const Tensor& source, const Tensor& target, Tensor
 
 TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
                            const OptionalTensor& regions, int64_t ignore_index, int64_t background,
-                           const math::RiskCurve* curve) {
+                           const math::RiskCurve* curve, bool wants_range) {
   Tensor keep_source = source, keep_target = target;
   const SourceTables tables(source, regions);
   TransferArgs args{};
@@ -74,6 +74,7 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   args.background = background;
   args.chunking = chunk_volume(args.source);
   args.curve = curve;
+  args.wants_range = wants_range;
 
   const std::vector<double> values = values_of(conditional);
   check_probabilities(op, values, args.classes);
@@ -99,9 +100,9 @@ TransferPass transfer_pass(const char* op, const Tensor& source, const Tensor& t
   return pass;
 }
 
-void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve* curve) {
+void weigh_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve& curve) {
   float* values = static_cast<float*>(map.data_ptr()) + begin;
-  auto* kernel = RISKMAP_CPU_KERNEL(finish_map);
+  auto* kernel = RISKMAP_CPU_KERNEL(weigh_map);
   constexpr int64_t kBlock = 1 << 14;
   torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, 4, [&](int64_t first, int64_t last) {
     const int64_t end = std::min(count, last * kBlock);
@@ -112,10 +113,8 @@ void finish_map(Tensor& map, int64_t begin, int64_t count, const math::RiskCurve
 Tensor transferability_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor regions,
                            int64_t ignore_index) {
   check_transferability_map("transferability_map", source, target, conditional, regions);
-  TransferPass pass =
-      transfer_pass("transferability_map", source, target, conditional, regions, ignore_index, -1, nullptr);
-  finish_map(pass.map, 0, pass.map.numel(), nullptr);
-  return pass.map;
+  return transfer_pass("transferability_map", source, target, conditional, regions, ignore_index, -1, nullptr, false)
+      .map;
 }
 
 }  // namespace riskmap::cpu

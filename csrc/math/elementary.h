@@ -114,10 +114,10 @@ struct Constants<float> {
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 #endif
   static constexpr float kExpMin = -87.3365f, kExpMax = 88.0f;
-  static constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
+  static constexpr int32_t kLogFirstBits = 0x3f400000;  // 3/4
   static constexpr float kExp[] = {1.0f, 1.0f, 0.49999231f, 0.16667115f, 0.041890332f, 0.0083125023f};
-  static constexpr float kLog[] = {-0.49999992f, 0.3333395f,  -0.25001755f, 0.19962073f,
-                                   -0.16570507f, 0.14917961f, -0.14307519f, 0.087348693f};
+  static constexpr float kLog[] = {-0.50000061f, 0.33333549f, -0.24993442f, 0.19977079f,
+                                   -0.16822817f, 0.149839f,   -0.12067305f, 0.054131942f};
   static constexpr float kLog1p[] = {1.0f,        -0.49999493f, 0.33319097f,   -0.24842982f, 0.19106008f,
                                      -0.1366325f, 0.078226017f, -0.029505286f, 0.0052327076f};
 };
@@ -130,7 +130,7 @@ struct Constants<double> {
   static constexpr int64_t kBias = 1023;
   static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpMin = -708.39, kExpMax = 709.0;
-  static constexpr int64_t kSqrtHalfBits = 0x3fe6a09e667f3bcd;
+  static constexpr int64_t kLogFirstBits = 0x3fe6a09e667f3bcd;  // sqrt(1/2)
   // 1 / n!, the Taylor series of exp on [-ln 2 / 2, ln 2 / 2].
   static constexpr double kExp[] = {
       1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
@@ -187,18 +187,11 @@ RISKMAP_HD V exp(V x) {
   return exp_of_negative(minimum(V(V{} + Constants<typename Traits<V>::Element>::kExpMax), x));
 }
 
-// Natural logarithm of a normal positive number.
+// log of 2^e (1 + f).
 template <class V>
-RISKMAP_HD V log(V x) {
+RISKMAP_HD V log_of_parts(V e, V f) {
   using Element = typename Traits<V>::Element;
-  using Bits = typename Traits<V>::Bits;
   using K = Constants<Element>;
-  const Bits bits = bit_cast<Bits>(x);
-  const Bits exponent = (bits - K::kSqrtHalfBits) >> K::kMantissa;
-  const V mantissa = bit_cast<V>(bits - (exponent << K::kMantissa));  // in [sqrt(1/2), sqrt(2))
-  // The integer as a float without a conversion instruction: it sits in the low bits of kRound.
-  const V e = bit_cast<V>(exponent + K::kRoundBits) - K::kRound;
-  const V f = mantissa - Element(1);
   V low;
   if constexpr (sizeof(Element) == 4) {
     low = f + f * f * polynomial(f, K::kLog);
@@ -206,7 +199,28 @@ RISKMAP_HD V log(V x) {
     low = twice_artanh<K::kLogTerms>(V(f / (f + Element(2))));
   }
   if constexpr (K::kLn2Low != 0) low = low + e * K::kLn2Low;
-  return select(x == x, V(e * K::kLn2High + low), x);
+  return e * K::kLn2High + low;
+}
+
+// Natural logarithm of a normal positive number.
+template <class V>
+RISKMAP_HD V log(V x) {
+  using Element = typename Traits<V>::Element;
+  using Bits = typename Traits<V>::Bits;
+  using K = Constants<Element>;
+#if defined(__AVX512F__)
+  // The same with its instructions for exponent and mantissa.
+  if constexpr (sizeof(V) == 64 && sizeof(Element) == 4) {
+    const V mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    return log_of_parts(V(V(_mm512_getexp_ps(x)) - V(_mm512_getexp_ps(mantissa))), V(mantissa - Element(1)));
+  }
+#endif
+  const Bits bits = bit_cast<Bits>(x);
+  const Bits exponent = (bits - K::kLogFirstBits) >> K::kMantissa;
+  const V mantissa = bit_cast<V>(bits - (exponent << K::kMantissa));  // in [first, 2 first)
+  // The integer as a float without a conversion instruction: it sits in the low bits of kRound.
+  const V e = bit_cast<V>(exponent + K::kRoundBits) - K::kRound;
+  return select(x == x, log_of_parts(e, V(mantissa - Element(1))), x);
 }
 
 // log(1 + x) for x in [0, 1], with full relative precision near 0.

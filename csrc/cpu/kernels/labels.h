@@ -13,17 +13,25 @@ static int64_t stage_long_labels(const int64_t* in, int64_t n, int64_t classes, 
   using I = typename Simd<double>::I;
   constexpr int kLanes = Simd<double>::kLanes;
   typedef int32_t narrow_t __attribute__((vector_size(kVectorBytes / 2)));
+  const int64_t whole = n / kLanes * kLanes;
+  // Mostly every label is a class that counts; one sign bit tells where one is not.
+  I outside = I{} - (ignore_index >= 0 && ignore_index < classes);
+  for (int64_t v = 0; v < whole; v += kLanes) {
+    const I y = load<I>(in + v);
+    outside |= y | (classes - 1 - y);
+    store(out + v, __builtin_convertvector(y, narrow_t));
+  }
+  if (!any_negative(outside)) return whole;
   I bad{};
-  int64_t v = 0;
-  for (; v + kLanes <= n; v += kLanes) {
+  for (int64_t v = 0; v < whole; v += kLanes) {
     const I y = load<I>(in + v);
     const I ignored = y == ignore_index;
     const I inside = (y >= 0) & (y < classes);
     bad -= ~ignored & ~inside;
     store(out + v, __builtin_convertvector(y | ~inside | ignored, narrow_t));  // all bits: -1
   }
-  *bad_count += static_cast<int64_t>(horizontal_sum(bad));
-  return v;
+  *bad_count += horizontal_count(bad);
+  return whole;
 }
 
 // Returns how many labels are neither a class nor ignore_index; those become -1 too.

@@ -29,21 +29,22 @@ struct StatisticsArgs : SourceArgs {
 
 struct TransferPartial {
   int64_t bad_labels, foreground;
-  double low, high;  // smallest and largest hardness of the chunk's valid voxels
+  double low, high;  // smallest and largest hardness of the chunk's valid voxels; these and foreground if wants_range
 };
 
 inline constexpr float kIgnoredMark = 1.0f;  // no transferability is above 0
 
 struct TransferArgs : SourceArgs {
-  const void* by_source;  // acc_t[Z, table_pitch(C)], P(y|z) with a row for each source class
+  const void* by_source;  // acc_t[Z, kMinTile], P(y|z) with a row for each source class; of up to kMinTile labels
   const void* by_label;   // acc_t[C, padded_classes], the same with a row for each label, 0 beyond Z
   int64_t num_classes;
   int64_t ignore_index;
   int64_t background;  // -1: every valid voxel is foreground
   Chunking chunking;
   float* out;                    // [B, S]
-  const math::RiskCurve* curve;  // nullptr: T is written, and kIgnoredMark where the voxel is ignored
-  TransferPartial* partial;      // [chunks]
+  const math::RiskCurve* curve;  // nullptr: T is written
+  bool wants_range;          // without a curve: the range of the hardness, and kIgnoredMark where a voxel is ignored
+  TransferPartial* partial;  // [chunks]
 };
 
 // Up to this many (y, z) pairs, a masked vector sum for each pair is quicker than adding rows.
@@ -65,23 +66,23 @@ size_t transfer_scratch_bytes(const TransferArgs& args);
 
 using StatisticsKernel = void(const StatisticsArgs&, int64_t chunk, void* scratch);
 using TransferKernel = void(const TransferArgs&, int64_t chunk, void* scratch);
-// T in place to weights of a curve, or marks to 0 where curve is nullptr.
-using FinishKernel = void(float* values, int64_t n, const math::RiskCurve* curve);
+// Marked T in place to weights.
+using WeighMapKernel = void(float* values, int64_t n, const math::RiskCurve& curve);
 
 namespace baseline {
 StatisticsKernel leep_statistics;
 TransferKernel transferability_map;
-FinishKernel finish_map;
+WeighMapKernel weigh_map;
 }  // namespace baseline
 namespace avx2 {
 StatisticsKernel leep_statistics;
 TransferKernel transferability_map;
-FinishKernel finish_map;
+WeighMapKernel weigh_map;
 }  // namespace avx2
 namespace avx512 {
 StatisticsKernel leep_statistics;
 TransferKernel transferability_map;
-FinishKernel finish_map;
+WeighMapKernel weigh_map;
 }  // namespace avx512
 
 }  // namespace riskmap::cpu

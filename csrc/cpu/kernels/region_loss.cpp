@@ -91,9 +91,9 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
     }
     if (args.map.data) unstage_map(tile.grad, args.map, tile.image, begin, n);
     tile.total.cross_entropy += horizontal_sum(ce_sum);
-    tile.total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
-    tile.total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
-    tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    tile.total.valid += horizontal_count(valid_count);
+    tile.total.foreground += horizontal_count(foreground_count);
+    tile.total.bad_risk += horizontal_count(bad_risk);
     for (int64_t i = 0; args.class_sums && i < 3 * regions; ++i)
       dice[i] += horizontal_sum(load<F>(tile.sums + i * kLanes));
   };
@@ -144,7 +144,7 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
       bad_risk -= valid & tile.bad_risk(w);
     }
     tile.total.cross_entropy += horizontal_sum(ce_sum);
-    tile.total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    tile.total.bad_risk += horizontal_count(bad_risk);
   };
   tile.for_tiles([&](int64_t begin, int64_t n) {
     if (args.grad_map.data) stage_map(args.grad_map, tile.image, begin, n, tile.grad);

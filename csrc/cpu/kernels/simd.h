@@ -23,9 +23,9 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class T>
+template <class T, int kBytes = kVectorBytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T type __attribute__((vector_size(kBytes)));
 };
 
 // acc_t: float or double. F: lanes of acc_t; I: integers of the same width, masks among them.
@@ -129,20 +129,70 @@ RISKMAP_HD typename Simd<acc_t>::I load_labels(const int32_t* p) {
   }
 }
 
+// The lower and the upper half of a vector.
 template <class V>
-RISKMAP_HD double horizontal_sum(V v) {
-  double sum = 0;
-  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) sum += static_cast<double>(v[i]);
-  return sum;
+struct Halves {
+  typename VectorOf<typename math::Traits<V>::Element, sizeof(V) / 2>::type low, high;
+  RISKMAP_MEMBER explicit Halves(V v) { std::memcpy(this, &v, sizeof(v)); }
+};
+
+// The sum of the lanes, by halves: one after the other, they would be waited for.
+template <class V>
+RISKMAP_HD auto sum_of_lanes(V v) {
+  if constexpr (sizeof(V) == 2 * sizeof(v[0])) {
+    return v[0] + v[1];
+  } else {
+    const Halves<V> halves(v);
+    return sum_of_lanes(halves.low + halves.high);
+  }
 }
 
-// table[index] lane by lane; 0 <= index < length. A short table, padded to kMinTile elements, is looked up in a
-// register.
+RISKMAP_HD double horizontal_sum(Simd<double>::F v) { return sum_of_lanes(v); }
+RISKMAP_HD double horizontal_sum(Simd<float>::F v) {
+  const Halves<Simd<float>::F> halves(v);
+  using Wide = Simd<double>::F;
+  return sum_of_lanes(__builtin_convertvector(halves.low, Wide) + __builtin_convertvector(halves.high, Wide));
+}
+RISKMAP_HD int64_t horizontal_count(Simd<float>::I v) { return sum_of_lanes(v); }
+RISKMAP_HD int64_t horizontal_count(Simd<double>::I v) { return sum_of_lanes(v); }
+
+// Whether the highest bit of a lane is set.
+template <class I>
+RISKMAP_HD bool any_negative(I v) {
+  return horizontal_count(v < 0) != 0;
+}
+
+// sum, with value added where the mask is set: one masked instruction, or two without a blend.
+template <class I, class V>
+RISKMAP_HD V add_where(I mask, V sum, V value) {
+#if defined(__AVX512F__)
+  return math::select(mask, V(sum + value), sum);
+#else
+  return sum + math::select(mask, value, V{});
+#endif
+}
+
+// count + 1 where the mask is set.
+template <class I>
+RISKMAP_HD I count_where(I mask, I count) {
+#if defined(__AVX512F__)
+  return math::select(mask, I(count + 1), count);
+#else
+  return count - mask;
+#endif
+}
+
+// table[index modulo kLanes] lane by lane: a short table, padded to kMinTile elements, fits a register.
+template <class acc_t>
+RISKMAP_HD typename Simd<acc_t>::F lookup_short(const acc_t* table, typename Simd<acc_t>::I index) {
+  return __builtin_shuffle(load<typename Simd<acc_t>::F>(table), index);
+}
+
+// table[index] lane by lane; 0 <= index < length. Padded as above.
 template <class acc_t>
 RISKMAP_HD typename Simd<acc_t>::F lookup(const acc_t* table, int64_t length, typename Simd<acc_t>::I index) {
-  using F = typename Simd<acc_t>::F;
-  if (length <= Simd<acc_t>::kLanes) return __builtin_shuffle(load<F>(table), index);
-  F v{};
+  if (length <= Simd<acc_t>::kLanes) return lookup_short(table, index);
+  typename Simd<acc_t>::F v{};
   for (int i = 0; i < Simd<acc_t>::kLanes; ++i) v[i] = table[index[i]];
   return v;
 }

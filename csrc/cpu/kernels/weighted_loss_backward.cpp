@@ -81,7 +81,7 @@ struct Backward : LossTile<acc_t> {
       });
     }
     total.cross_entropy += horizontal_sum(ce_sum);
-    total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    total.bad_risk += horizontal_count(bad_risk);
   }
 
   template <class T>

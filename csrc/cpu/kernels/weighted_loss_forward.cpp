@@ -62,9 +62,9 @@ struct Forward : LossTile<acc_t> {
     }
     if (out.map.data) unstage_map(this->grad, out.map, this->image, begin, n);
     total.cross_entropy += horizontal_sum(ce_sum);
-    total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
-    total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
-    total.bad_risk += static_cast<int64_t>(horizontal_sum(bad_risk));
+    total.valid += horizontal_count(valid_count);
+    total.foreground += horizontal_count(foreground_count);
+    total.bad_risk += horizontal_count(bad_risk);
   }
 
   // x holds exp(logit - max) and sum their sum.
@@ -119,8 +119,8 @@ void weighted_loss_count(const LossArgs& args, LossPartial* partial, int64_t chu
       valid_count -= valid;
       foreground_count -= tile.foreground(v, y, valid);
     }
-    total.valid += static_cast<int64_t>(horizontal_sum(valid_count));
-    total.foreground += static_cast<int64_t>(horizontal_sum(foreground_count));
+    total.valid += horizontal_count(valid_count);
+    total.foreground += horizontal_count(foreground_count);
   }
   partial[chunk] = total;
 }
