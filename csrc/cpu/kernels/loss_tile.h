@@ -46,11 +46,14 @@ struct LossTile {
     in_mask = label + tile;
   }
 
-  // Both return the number of bad labels.
-  int64_t stage(int64_t begin, int64_t n) {
-    if (args.risk.data) stage_map(args.risk, image, begin, n, risk);
-    return stage_labels_only(begin, n);
+  // What is wrong with them is added to total.
+  void stage(int64_t begin, int64_t n, LossPartial& total) {
+    total.bad_labels += stage_labels_only(begin, n);
+    if (!args.risk.data) return;
+    stage_map(args.risk, image, begin, n, risk);
+    total.bad_risk += bad_risks(n);
   }
+  // Returns the number of bad labels.
   int64_t stage_labels_only(int64_t begin, int64_t n) {
     if (args.foreground.data) stage_mask(args.foreground, image, begin, n, in_mask);
     return stage_labels(args.target, image, begin, n, args.num_labels, args.ignore_index, label);
@@ -111,11 +114,34 @@ struct LossTile {
   // A factor of 0 switches the part off, infinite values included.
   RISKMAP_MEMBER static F scaled(F value, acc_t factor) { return factor == 0 ? F{} : F(value * factor); }
 
-  // Lanes whose risk no caller may give: negative, NaN or infinite.
-  RISKMAP_MEMBER static I bad_risk(F w) { return ~((w >= acc_t(0)) & (w - w == acc_t(0))); }
+  // Voxels whose risk no caller may give: negative, NaN or infinite. Mostly there are none, and one sign bit tells.
+  int64_t bad_risks(int64_t n) const {
+    constexpr int kLanes = Simd<acc_t>::kLanes;
+    const I infinite = math::bit_cast<I>(F{} + acc_t(__builtin_inf()));
+    I odd{};
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const I bits = load<I>(risk + v);
+      odd |= bits | (infinite - 1 - bits);
+    }
+    if (!any_negative(odd)) return 0;
+    I bad{};
+    for (int64_t v = 0; v < n; v += kLanes) {
+      const F w = load<F>(risk + v);
+      bad = count_where(I((labels(v) >= 0) & ~((w >= acc_t(0)) & (w - w == acc_t(0)))), bad);
+    }
+    return horizontal_count(bad);
+  }
 
   RISKMAP_MEMBER F risk_at(int64_t v) const { return args.risk.data ? load<F>(risk + v) : F{} + acc_t(1); }
 };
+
+template <class T, class F>
+RISKMAP_HD void store_gradient(T* p, F g, bool streamed) {
+  if constexpr (__is_same(T, float)) {
+    if (streamed) return stream(p, g);
+  }
+  store_values(p, g);
+}
 
 // Cross-entropy terms of one vector of voxels, with logits relative to the voxel's largest: a large common offset
 // costs no digits.

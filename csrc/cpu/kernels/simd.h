@@ -48,6 +48,12 @@ RISKMAP_HD void store(void* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// All lanes the same. 0 + x would be an addition, for the sake of -0.
+template <class acc_t>
+RISKMAP_HD typename Simd<acc_t>::F broadcast(acc_t x) {
+  return x - typename Simd<acc_t>::F{};
+}
+
 // One vector of values as the kernels compute with them, from memory of a dtype that is read in place, and back.
 RISKMAP_HD Simd<float>::F load_values(const float* p) { return load<Simd<float>::F>(p); }
 RISKMAP_HD Simd<double>::F load_values(const double* p) { return load<Simd<double>::F>(p); }

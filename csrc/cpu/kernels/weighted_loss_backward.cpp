@@ -29,7 +29,7 @@ struct Backward : LossTile<acc_t> {
   void run() {
     for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
-      total.bad_labels += this->stage(begin, n);
+      this->stage(begin, n, total);
       if (out.grad_map.data) stage_map(out.grad_map, this->image, begin, n, this->grad);
       this->template for_gradient_rows<Column::kInRegisters>(
           out, begin, n, [&](auto in, auto grads, bool streamed) { tile_gradient(in, grads, n, streamed); });
@@ -43,7 +43,6 @@ struct Backward : LossTile<acc_t> {
     const acc_t smooth_total = static_cast<acc_t>(args.smooth_total);
     const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
     F ce_sum{};
-    I bad_risk{};
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = this->labels(v);
       const I valid = y >= 0;
@@ -62,7 +61,6 @@ struct Backward : LossTile<acc_t> {
         const F ce = terms.cross_entropy(args, sum);
         if (out.grad_risk.data) store(this->risk + v, math::select(counted, F(scale * ce), F{}));
         ce_sum += math::select(counted, F(w * ce), F{});
-        bad_risk -= valid & this->bad_risk(w);
       }
 
       const F hot = scaled_risk * terms.hot;
@@ -81,15 +79,6 @@ struct Backward : LossTile<acc_t> {
       });
     }
     total.cross_entropy += horizontal_sum(ce_sum);
-    total.bad_risk += horizontal_count(bad_risk);
-  }
-
-  template <class T>
-  RISKMAP_MEMBER static void store_gradient(T* p, F g, bool streamed) {
-    if constexpr (__is_same(T, float)) {
-      if (streamed) return stream(p, g);
-    }
-    store_values(p, g);
   }
 
   RISKMAP_MEMBER F dice_slope(int c, I y, F pi) const {

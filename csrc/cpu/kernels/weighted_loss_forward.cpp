@@ -28,7 +28,7 @@ struct Forward : LossTile<acc_t> {
   void run() {
     for (int64_t begin = this->first; begin < this->last; begin += this->tile) {
       const int64_t n = begin + this->tile < this->last ? this->tile : this->last - begin;
-      total.bad_labels += this->stage(begin, n);
+      this->stage(begin, n, total);
       this->template for_rows<Column::kInRegisters>(begin, n, [&](auto in) { tile_sums(in, begin, n); });
       if (args.class_sums) flush_dice();
     }
@@ -39,7 +39,7 @@ struct Forward : LossTile<acc_t> {
     const int64_t classes = args.logits.classes;
     if (args.class_sums) std::memset(this->sums, 0, sizeof(acc_t) * 3 * classes * kLanes);
     F ce_sum{};
-    I valid_count{}, foreground_count{}, bad_risk{};
+    I valid_count{}, foreground_count{};
     for (int64_t v = 0; v < n; v += kLanes) {
       const I y = this->labels(v);
       const I valid = y >= 0;
@@ -54,7 +54,6 @@ struct Forward : LossTile<acc_t> {
       const F sum = args.class_sums ? math::exp_in_place(x, terms.max) : math::sum_exp(x, terms.max);
       const F ce = terms.cross_entropy(args, sum);
       const F w = this->risk_at(v);
-      bad_risk -= valid & this->bad_risk(w);
       const F value = math::select(counted, F(w * ce), F{});
       ce_sum += value;
       if (out.map.data) store(this->grad + v, this->scaled(value, static_cast<acc_t>(out.map_factor)));
@@ -64,7 +63,6 @@ struct Forward : LossTile<acc_t> {
     total.cross_entropy += horizontal_sum(ce_sum);
     total.valid += horizontal_count(valid_count);
     total.foreground += horizontal_count(foreground_count);
-    total.bad_risk += horizontal_count(bad_risk);
   }
 
   // x holds exp(logit - max) and sum their sum.
