@@ -8,10 +8,7 @@
 
 namespace riskmap::cuda {
 
-// What a kernel was compiled for. The first two, the usual calls, know no class weights, label smoothing, maps of
-// losses or of gradients, gradient of the risk, or cross-entropy of the foreground alone; kAny asks for everything when
-// it runs.
-enum class LossKind : int { kCrossEntropy, kDice, kAny };
+using math::LossKind;
 
 // LossInputs as the kernels read them.
 struct LossViews {

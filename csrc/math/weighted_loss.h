@@ -14,10 +14,32 @@ RISKMAP_HD V cross_entropy(V lse, V x_target, V hot, V smooth_total, V smooth_do
   return hot * (lse - x_target) + (smooth_total * lse - smooth_dot);
 }
 
-// d CE / d x_k = pi_k (hot + smooth_total) - hot 1[k = y] - (eps / C) c[k]; hot_here is hot where k = y, else 0.
+// What a kernel is compiled for. The first two, the usual calls, know no class weights, label smoothing, squared
+// probabilities, maps of losses or of gradients, gradient of the risk, or cross-entropy of the foreground alone; kAny
+// asks for everything when it runs.
+enum class LossKind : int { kCrossEntropy, kDice, kAny };
+
+// The gradient of one voxel. Of class k it is
+//   e_k (of_exp + of_slope overall_k [e_k where P is squared]) - scaled_risk (eps / C) c[k] + (k = y ? at_label : 0)
+// with e_k = exp(x_k - max); overall and hit as in DiceTerm.
 template <class V>
-RISKMAP_HD V cross_entropy_grad(V pi, V hot_plus_total, V hot_here, V smooth_k) {
-  return pi * hot_plus_total - hot_here - smooth_k;
+struct VoxelGradient {
+  V of_exp, of_slope, at_label;
+};
+
+// hot: the risk times what CE has at the label; total: what it has of every class's share. inverse: 1 / sum_k e_k.
+template <class V>
+RISKMAP_HD VoxelGradient<V> cross_entropy_gradient(V inverse, V hot, V total) {
+  return {V(inverse * (hot + total)), V{}, V(-hot)};
+}
+
+// Adds the Dice: slope_sum = sum_k e_k overall_k [e_k where P is squared], hit_sum = e_y hit_y.
+template <class V>
+RISKMAP_HD void add_dice_gradient(VoxelGradient<V>& voxel, V inverse, V slope_sum, V hit_sum, bool squared) {
+  voxel.of_slope = squared ? V((inverse + inverse) * inverse) : inverse;
+  const V of_hit = hit_sum * inverse;
+  voxel.of_exp = voxel.of_exp - inverse * (voxel.of_slope * slope_sum + of_hit);
+  voxel.at_label = voxel.at_label + of_hit;
 }
 
 // d P / d pi times d loss / d P, see DiceTerm.
@@ -87,12 +109,6 @@ RISKMAP_HD DiceTerm dice_term(double intersection, double predicted, double labe
   const double score = (2 * intersection + formula.smooth_nr) / denominator;
   const double by_sum = clamped ? 0 : 2 * score / denominator;
   return {1 - score, formula.alpha * by_sum, of_both * by_sum - 2 / denominator};
-}
-
-// d (sum_k pi_k g_k) / d x_k with the softmax's Jacobian: pi_k (g_k - sum_j pi_j g_j).
-template <class V>
-RISKMAP_HD V dice_grad(V pi, V slope, V mean_slope) {
-  return pi * (slope - mean_slope);
 }
 
 }  // namespace riskmap::math

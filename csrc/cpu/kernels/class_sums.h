@@ -51,6 +51,19 @@ struct ClassSums<acc_t, 0> {
     store(at + row, all);
     store(at + 2 * row, labelled);
   }
+  RISKMAP_MEMBER void add_to_all(int c, F value) {
+    acc_t* at = sums + (classes + c) * kLanes;
+    store(at, F(load<F>(at) + value));
+  }
+  // Of the class of every voxel alone: its pi, and that it is inside. A voxel has one class of many.
+  RISKMAP_MEMBER void add_labelled(typename Simd<acc_t>::I label, F pi) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (label[i] < 0) continue;
+      acc_t* at = sums + label[i] * kLanes + i;
+      at[0] += pi[i];
+      at[2 * classes * kLanes] += 1;
+    }
+  }
   void flush(double* into) const {
     for (int64_t i = 0; i < 3 * classes; ++i) into[i] += horizontal_sum(load<F>(sums + i * kLanes));
   }

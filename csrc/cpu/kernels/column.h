@@ -21,6 +21,7 @@ struct Rows {
 template <class acc_t, int kClasses>
 struct RegisterColumn {
   static constexpr bool kInRegisters = true;
+  static constexpr int kCount = kClasses;
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   F x[kClasses];
@@ -40,10 +41,12 @@ struct RegisterColumn {
   }
   RISKMAP_MEMBER F get(int c) const { return x[c]; }
   RISKMAP_MEMBER void set(int c, F v) { x[c] = v; }
-  // The value of class `index`, lane by lane.
+  // The value of class `index`, lane by lane; that of class 0 where index is none.
   RISKMAP_MEMBER F pick(I index) const {
     F v = x[0];
-    each([&](int c) RISKMAP_LAMBDA { v = math::select(index == c, x[c], v); });
+    each([&](int c) RISKMAP_LAMBDA {
+      if (c > 0) v = math::select(index == c, x[c], v);
+    });
     return v;
   }
 };
@@ -51,6 +54,7 @@ struct RegisterColumn {
 template <class acc_t>
 struct ScratchColumn {
   static constexpr bool kInRegisters = false;
+  static constexpr int kCount = 0;
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   acc_t* base;

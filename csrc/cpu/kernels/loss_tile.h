@@ -12,6 +12,8 @@
 namespace riskmap::cpu {
 namespace {
 
+using math::LossKind;
+
 template <class acc_t>
 struct LossTile {
   using F = typename Simd<acc_t>::F;
@@ -145,18 +147,21 @@ RISKMAP_HD void store_gradient(T* p, F g, bool streamed) {
 
 // Cross-entropy terms of one vector of voxels, with logits relative to the voxel's largest: a large common offset
 // costs no digits.
-template <class acc_t, class Column>
+template <class acc_t, class Column, LossKind kKind>
 struct Terms {
   using F = typename Simd<acc_t>::F;
+  using I = typename Simd<acc_t>::I;
   F max, x_target, hot, smooth_dot;
 
-  RISKMAP_MEMBER Terms(const LossArgs& args, const Column& x, typename Simd<acc_t>::I safe_label)
+  RISKMAP_MEMBER Terms(const LossArgs& args, const Column& x, I label, I valid)
       : max(math::max_logit<F>(x)),
-        x_target(x.pick(safe_label) - max),
-        hot(F{} + static_cast<acc_t>(1 - args.label_smoothing)),
+        x_target(x.pick(Column::kInRegisters ? label : I(label & valid)) - max),
+        hot(broadcast(acc_t(1))),
         smooth_dot() {
+    if (kKind != LossKind::kAny) return;
+    hot *= static_cast<acc_t>(1 - args.label_smoothing);
     if (args.class_weight) {
-      hot *= lookup(static_cast<const acc_t*>(args.class_weight), args.logits.classes, safe_label);
+      hot *= lookup(static_cast<const acc_t*>(args.class_weight), args.logits.classes, I(label & valid));
     }
     if (args.smooth) {
       const acc_t* smooth = static_cast<const acc_t*>(args.smooth);
@@ -166,10 +171,28 @@ struct Terms {
 
   // sum: sum_c exp(x_c - max).
   RISKMAP_MEMBER F cross_entropy(const LossArgs& args, F sum) const {
-    return math::cross_entropy(math::log(sum), x_target, hot, F(F{} + static_cast<acc_t>(args.smooth_total)),
+    if (kKind != LossKind::kAny) return math::log(sum) - x_target;
+    return math::cross_entropy(math::log(sum), x_target, hot, broadcast(static_cast<acc_t>(args.smooth_total)),
                                smooth_dot);
   }
 };
+
+// Whether a call is one of the usual ones, as far as forward and backward share it.
+[[maybe_unused]] static bool is_usual(const LossArgs& args) {
+  return !args.class_weight && !args.smooth && !args.ce_in_foreground && !(args.class_sums && args.squared);
+}
+
+// Calls body(acc_t{}, column, kind) with what a kernel is compiled for; column: a null pointer.
+template <class Body>
+static void with_loss_kind(const LossArgs& args, bool usual, const Body& body) {
+  using Any = std::integral_constant<LossKind, LossKind::kAny>;
+  if (args.logits.dtype == Dtype::kDouble) return body(double{}, static_cast<ScratchColumn<double>*>(nullptr), Any{});
+  with_column<float>(args.logits.classes, [&](auto* column) {
+    if (!usual) return body(float{}, column, Any{});
+    if (args.class_sums) return body(float{}, column, std::integral_constant<LossKind, LossKind::kDice>{});
+    body(float{}, column, std::integral_constant<LossKind, LossKind::kCrossEntropy>{});
+  });
+}
 
 }  // namespace
 }  // namespace riskmap::cpu
