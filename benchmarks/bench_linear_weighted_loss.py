@@ -18,7 +18,7 @@ from benchmarks import head
 )
 def test_linear_weighted_loss(benchmark, work: str, name: str) -> None:
     size = (head.SHORT if benchmark.enabled else head.TINY)[0]
-    runs = head.contenders(head.make_inputs(size), work, compiled=False)
+    runs = head.contenders(head.make_inputs(size), work, others=False)
     head.check(runs)
     benchmark.group = f"{size}: {work}"
     benchmark.pedantic(runs[name], rounds=5, warmup_rounds=2)

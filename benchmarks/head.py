@@ -87,8 +87,11 @@ def _product(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return logits.unflatten(2, features.shape[2:])
 
 
-def contenders(inputs: Inputs, work: str, compiled: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """The loss and the gradients of features, weight and bias, by name."""
+def contenders(
+    inputs: Inputs, work: str, *, others: bool = True, compiled: bool = False
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """The loss and the gradients of features, weight and bias, by name. ``others``: losses of
+    PyTorch, MONAI and nnU-Net, too."""
     dice = work == CE_DICE
     target, risk = inputs.target, inputs.risk
     options = {"normalization": "valid", "dice_weight": float(dice)}
@@ -124,6 +127,8 @@ def contenders(inputs: Inputs, work: str, compiled: bool) -> dict[str, Callable[
         run = torch.compile(partial(with_head, _convolution, loss), dynamic=False)
         found[f"{CONVOLUTION} + {name}, {COMPILE}"] = partial(gradients, run, plus)
 
+    if not others:
+        return found
     if not dice:
         losses: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
             (f"{EAGER} cross_entropy", lambda x: peers.weighted_cross_entropy(x, target, risk), 0.0)
@@ -195,9 +200,10 @@ def check(runs: dict[str, Callable[[], list[Tensor]]]) -> None:
             assert error <= limit, f"{name}: off by {error:.1e} (relative)"
 
 
-def time_size(size: Size, work: str, compiled: bool, seconds: float, common: Row) -> Iterator[Row]:
+def time_size(size: Size, work: str, full: bool, seconds: float, common: Row) -> Iterator[Row]:
     inputs = make_inputs(size)
-    runs = contenders(inputs, work, compiled)
+    decides = size in SHORT  # the other losses take half a minute a round
+    runs = contenders(inputs, work, others=decides, compiled=full and decides)
     check(runs)
     of_bound, counted = bound(inputs, work)
     timings = timing.interleaved({**runs, **of_bound}, seconds=seconds, min_rounds=5)
@@ -243,7 +249,7 @@ def _peak_here(task: str) -> None:
     *numbers, work, name, threads = json.loads(task)
     torch.set_num_threads(threads)
     inputs = make_inputs(Size(*numbers))
-    run = contenders(inputs, work, COMPILE in name)[name]
+    run = contenders(inputs, work, compiled=COMPILE in name)[name]
     found = timing.peak_extra_bytes(run)
     gradients = sum(each.nbytes for each in inputs[:3])
     print(json.dumps(None if found is None else max(0, found - gradients)))
@@ -285,8 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         for work in (CE, CE_DICE):
             print(f"{size}: {work}", file=sys.stderr, flush=True)
             torch.compiler.reset()
-            compiled = options.full and size in SHORT  # compiling takes its time
-            rows += time_size(size, work, compiled, options.seconds, common)
+            rows += time_size(size, work, options.full, options.seconds, common)
             gc.collect()
     for row in rows:
         size = next(each for each in FULL if str(each) == row["case"])
