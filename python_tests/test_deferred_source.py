@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_images_without_foreground_or_spread() -> None:
     target = labels(given)
     target[0] = 0
     for features in (given.features, torch.zeros_like(given.features)):
-        alike = given._replace(features=features)
+        alike = replace(given, features=features)
         found = riskmap_ext.risk_map(alike, target, table(), ignore_index=77)
         expected = riskmap_ext.risk_map(alike.logits(), target, table(), ignore_index=77)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -175,7 +176,7 @@ def test_no_logits_of_a_whole_image() -> None:
 @pytest.mark.parametrize("batch", [0, 2])
 def test_nothing_to_see(batch: int) -> None:
     given = source((0, 4) if batch else (3, 4))
-    given = given._replace(features=given.features[:batch])
+    given = replace(given, features=given.features[:batch])
     target = labels(given)[:batch]
     joint = riskmap_ext.leep_statistics(given, target, CLASSES)
     assert joint.shape == (CLASSES, SOURCE_CLASSES)
@@ -209,7 +210,7 @@ def test_compiled() -> None:
 
 
 def test_no_gradient_flows() -> None:
-    given = DeferredLogits(*(each.requires_grad_() for each in source()))
+    given = DeferredLogits(*(each.requires_grad_() for each in source().parts))
     found = riskmap_ext.risk_map(given, labels(given), table(), ignore_index=77)
     assert not found.requires_grad
 
@@ -251,7 +252,7 @@ def test_parts_that_do_not_fit(change: dict, error: type[Exception], message: st
     given = source()
     target = labels(given)
     with pytest.raises(error, match=message):
-        riskmap_ext.leep_statistics(given._replace(**change), target, CLASSES)
+        riskmap_ext.leep_statistics(replace(given, **change), target, CLASSES)
 
 
 def test_target_that_does_not_fit() -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from riskmap_ext.nn import DeferredLogits, FusedHead, RiskWeightedLoss, fuse_head, unfuse_head
@@ -253,7 +257,7 @@ def test_module(dims: int, bias: bool) -> None:
     assert isinstance(head(features), DeferredLogits)
     for copied in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert torch.equal(copied(features).logits(), convolution(features))
-    alike = pickle.loads(pickle.dumps(DeferredLogits(*map(_detached, given))))
+    alike = pickle.loads(pickle.dumps(DeferredLogits(*map(_detached, given.parts))))
     assert torch.equal(alike.logits(), convolution(features))
 
 
@@ -411,8 +415,25 @@ def test_tied_weights_stay_tied() -> None:
         lambda given, label: given * 2,
         lambda given, label: label + given,
         lambda given, label: sum([given, given]),
+        lambda given, label: given - 1,
+        lambda given, label: 1 / given,
+        lambda given, label: -given,
+        lambda given, label: given < given,
+        lambda given, label: given == label,
+        lambda given, label: given != 0,
+        lambda given, label: list(given),
+        lambda given, label: next(iter(given)),
+        lambda given, label: next(given),
+        lambda given, label: [*given],
+        lambda given, label: [F.cross_entropy(*each) for each in zip(given, [label], strict=True)],
+        lambda given, label: len(given),
+        lambda given, label: label in given,
+        lambda given, label: np.asarray(given),
+        lambda given, label: np.argmax(given, 1),
+        lambda given, label: np.ones(3) * given,
+        lambda given, label: float(given),
     ],
-    ids=range(13),
+    ids=range(30),
 )
 def test_what_takes_them_for_a_tensor_is_told(use: Callable[..., Any]) -> None:
     image, label = data()
@@ -420,6 +441,26 @@ def test_what_takes_them_for_a_tensor_is_told(use: Callable[..., Any]) -> None:
     told = r"^\w*:? ?.*DeferredLogits.*RiskWeightedLoss.*\.logits\(\).*unfuse_head\(network\)"
     with pytest.raises((TypeError, AttributeError), match=told):
         use(given, label)
+
+
+def test_they_are_no_tuple() -> None:
+    """Their three tensors would pass for three scales of deep supervision."""
+    given = fused(net(), data()[0]).train()(data()[0])
+    assert not isinstance(given, (tuple, list))
+    leaves, tree = pytree.tree_flatten([given])
+    assert [leaf is part for leaf, part in zip(leaves, given.parts, strict=True)] == [True] * 3
+    (again,) = pytree.tree_unflatten(leaves, tree)
+    assert isinstance(again, DeferredLogits)
+    assert dataclasses.replace(given, bias=None).parts == (given.features, given.weight, None)
+    with pytest.raises(AttributeError, match="cannot assign"):
+        given.features = given.weight
+
+
+def test_traced_by_make_fx() -> None:
+    image, _ = data()
+    network = fused(net(), image).train()
+    traced = make_fx(network)(image)(image)
+    torch.testing.assert_close(traced.logits(), network(image).logits())
 
 
 def test_monais_loss_is_told() -> None:
@@ -456,7 +497,7 @@ def test_autocast(inside: bool) -> None:
             given = each(image)
             loss = LOSS(given, label) if inside else None
         if each is mine:
-            assert {part.dtype for part in given} == {torch.bfloat16}
+            assert {part.dtype for part in given.parts} == {torch.bfloat16}
         loss = LOSS(given, label) if loss is None else loss
         loss.backward()
         assert each.head.weight.grad.dtype == torch.float32
@@ -469,7 +510,7 @@ def test_float64_stays_under_autocast() -> None:
     head = FusedHead(nn.Conv2d(6, CLASSES, 1).double())
     with torch.autocast("cpu", torch.bfloat16):
         given = head(torch.randn(1, 6, 4, 4, dtype=torch.float64))
-    assert {part.dtype for part in given} == {torch.float64}
+    assert {part.dtype for part in given.parts} == {torch.float64}
 
 
 def test_fused_between_compile_and_the_first_call() -> None:
@@ -515,16 +556,16 @@ def test_checkpointing() -> None:
         torch.testing.assert_close(gradients(mine)[name], expected)
 
 
-def test_hooks_of_the_network_pass_them_on() -> None:
+def test_hooks_of_the_network() -> None:
+    """Forward hooks see what it gives; backward hooks need a tensor, as torch itself says."""
     image, label = data()
     network = fused(net(), image).train()
-    seen = []
+    seen: list[Any] = []
     network.register_forward_hook(lambda _, __, output: seen.append(output))
-    network.register_full_backward_hook(lambda _, __, outputs: seen.append(outputs))
-    given = network(image)
-    assert isinstance(given, DeferredLogits)
-    LOSS(given, label).backward()
-    assert isinstance(seen[0], DeferredLogits)
+    assert network(image) is seen[0]
+    network.register_full_backward_hook(lambda *given: seen.append(given))
+    with pytest.warns(UserWarning, match=r"backward hooks .* received .*DeferredLogits"):
+        LOSS(network(image), label).backward()
     assert len(seen) == 2
 
 

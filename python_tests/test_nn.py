@@ -391,7 +391,7 @@ def test_deferred_logits_at_every_scale(regions: Any, single: bool, device: torc
     for made in (False, True):
         deferred = _deferred(SIZES, device)
         maps = risks if single else list(risks)
-        leaves = [part for each in deferred for part in each]
+        leaves = [part for each in deferred for part in each.parts]
         wanted = [maps] if single else maps
         for each in wanted:
             each.requires_grad_().grad = None

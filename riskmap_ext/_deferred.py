@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
     1: functional.conv1d,
@@ -21,24 +23,30 @@ _HELP = (
 )
 
 
-class DeferredLogits(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DeferredLogits:
     r"""Logits [B, C, \*S] that have not been made: a 1x1 convolution and what goes into it.
 
     :class:`riskmap_ext.nn.FusedHead` gives them; :class:`riskmap_ext.nn.RiskWeightedLoss`, the
     losses of ``riskmap_ext.integrations``, and the functions of a source model
     (:func:`riskmap_ext.leep_statistics`, :func:`riskmap_ext.risk_map`, ...) take them in the place
-    of logits. As a NamedTuple they pass through DistributedDataParallel, torch.compile,
-    checkpointing and hooks.
+    of logits. They pass through DistributedDataParallel, torch.compile, forward hooks and
+    checkpointing with ``use_reentrant=False``.
 
     features: [B, F, \*S]. weight: [C, F] or [C, F, 1(, 1, 1)]. bias: [C] or None.
 
-    Torch's functions, operators, indices and attributes of a tensor raise TypeError or
-    AttributeError that say what to do: nothing takes the features for logits.
+    Torch's and numpy's functions, operators, indices, iteration and attributes of a tensor raise
+    TypeError or AttributeError that say what to do: nothing takes the features for logits.
     """
 
     features: Tensor
     weight: Tensor
     bias: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features, weight and bias."""
+        return self.features, self.weight, self.bias
 
     @property
     def shape(self) -> torch.Size:
@@ -74,21 +82,33 @@ class DeferredLogits(NamedTuple):
         hint = "" if name.startswith("_") else f", since they have not been made; {_HELP}"
         raise AttributeError(f"DeferredLogits have no {name!r}{hint}")
 
-    # A tuple has these: its first item would pass for the finest of several logits.
-    def __getitem__(self, index: Any) -> NoReturn:  # type: ignore[override]
-        raise TypeError(f"DeferredLogits have no items, since they have not been made; {_HELP}")
 
-    def __add__(self, other: Any) -> NoReturn:
-        raise TypeError(f"DeferredLogits do not add up or multiply before they are made; {_HELP}")
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: DeferredLogits, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{name}: DeferredLogits have not been made; {_HELP}")
 
-    def __radd__(self, other: Any) -> NoReturn:
-        self.__add__(other)
+    return refuse
 
-    def __mul__(self, other: Any) -> NoReturn:
-        self.__add__(other)
 
-    def __rmul__(self, other: Any) -> NoReturn:
-        self.__add__(other)
+_OPERATORS = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_REFUSED = (
+    # Whoever indexes or unpacks them would get the features as the first of several outputs.
+    *("getitem", "iter", "next", "reversed", "len", "contains"),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
+    *_OPERATORS,
+    *(f"r{name}" for name in _OPERATORS),
+    *("neg", "pos", "abs", "invert", "float"),
+    *("array", "array_ufunc", "array_function", "dlpack"),
+)
+for _name in _REFUSED:
+    setattr(DeferredLogits, f"__{_name}__", _refusal(f"__{_name}__"))
+
+pytree.register_pytree_node(
+    DeferredLogits, lambda given: (list(given.parts), None), lambda parts, _: DeferredLogits(*parts)
+)
 
 
 def convolved(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -150,7 +150,7 @@ class RiskWeightedLoss(torch.nn.Module):
         }
         if isinstance(logits, DeferredLogits):
             options.pop("overwrite_logits", None)  # there are none
-            features, weight, bias = logits
+            features, weight, bias = logits.parts
             return linear_weighted_loss(
                 features, weight, bias, target, risk, class_weight=self.weight, **options
             )

@@ -93,7 +93,7 @@ class _Turn:
 
     def _returned(self, output: Any) -> Any:
         if isinstance(output, DeferredLogits):
-            return output._replace(features=self._returned(output.features))
+            return DeferredLogits(self._returned(output.features), output.weight, output.bias)
         if isinstance(output, (list, tuple)):
             return type(output)(self._returned(each) for each in output)
         return self._flip(output).permute(self._inverse)

@@ -188,10 +188,9 @@ class RiskMapDiceCELoss(_Loss):
             risk = target.get("risk") if risk is None else risk
             foreground = target.get("foreground") if foreground is None else foreground
             target = target["label"]
-        several = isinstance(input, (list, tuple)) and not isinstance(input, DeferredLogits)
-        if several and not input:
+        if isinstance(input, (list, tuple)) and not input:
             raise ValueError("input: expected at least one scale, got an empty list")
-        first: Any = input[0] if several else input
+        first: Any = input[0] if isinstance(input, (list, tuple)) else input
         finest = first if isinstance(first, DeferredLogits) else validate_logits("input", first)
         channels = finest.shape[1]
         if channels == 1 and self.softmax:
@@ -459,7 +458,7 @@ def _heavier_inside(target: Any, risk: Any, weight: float, dtype: torch.dtype) -
 
 def _for_each(value: Any, function: Callable[..., Any], *options: Any) -> Any:
     """Of a tensor, or of each in a list of them (deep supervision)."""
-    if isinstance(value, (list, tuple)) and not isinstance(value, DeferredLogits):
+    if isinstance(value, (list, tuple)):
         return [function(each, *options) for each in value]
     return function(value, *options)
 

@@ -60,7 +60,7 @@ class FrozenSource:
         finally:
             if training and module is not None:
                 module.train()
-        if isinstance(logits, (list, tuple)) and not isinstance(logits, DeferredLogits):
+        if isinstance(logits, (list, tuple)):
             logits = logits[0]
         if not isinstance(logits, DeferredLogits):
             logits = plain_tensor("logits of the source", logits)

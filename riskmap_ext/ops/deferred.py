@@ -21,7 +21,7 @@ def as_checked(source: Any) -> Any:
     shape that takes no memory."""
     if not isinstance(source, DeferredLogits):
         return source
-    return shape_of_logits(head_tensors(*source, autocast=False))
+    return shape_of_logits(head_tensors(*source.parts, autocast=False))
 
 
 def in_chunks(
@@ -31,7 +31,7 @@ def in_chunks(
 
     Chunks depend on shapes alone. The memory of the logits is used again for the next ones.
     """
-    head = Head(*(_detached(each) for each in head_tensors(*source, autocast=False)))
+    head = Head(*(_detached(each) for each in head_tensors(*source.parts, autocast=False)))
     kind = head.features.device.type
     chunks = head.chunks(None if kind == "cuda" else _CPU_BYTES)
     while True:
