@@ -556,6 +556,21 @@ def test_checkpointing() -> None:
         torch.testing.assert_close(gradients(mine)[name], expected)
 
 
+def test_reentrant_checkpointing_is_no_silent_stop() -> None:
+    """It runs the network without gradients and finds no tensor to hang its own on."""
+    image, label = data()
+    network = fused(net(), image).train()
+    given = checkpoint(network, image.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        LOSS(given, label).backward()
+
+
+def test_traced_in_training() -> None:
+    image, _ = data()
+    with pytest.raises(RuntimeError, match="DeferredLogits.*not made"):
+        torch.jit.trace(fused(net(), image).train(), image)
+
+
 def test_hooks_of_the_network() -> None:
     """Forward hooks see what it gives; backward hooks need a tensor, as torch itself says."""
     image, label = data()

@@ -23,7 +23,7 @@ _HELP = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DeferredLogits:
     r"""Logits [B, C, \*S] that have not been made: a 1x1 convolution and what goes into it.
 
@@ -72,6 +72,9 @@ class DeferredLogits:
         """Of these channels: ``logits[:, mine]``."""
         bias = None if self.bias is None else self.bias[mine]
         return DeferredLogits(self.features, self.weight[mine], bias)
+
+    def __repr__(self) -> str:
+        return f"DeferredLogits(shape={list(self.shape)}, not made: .logits() makes them)"
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:

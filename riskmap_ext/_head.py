@@ -103,6 +103,10 @@ class FusedHead(nn.Module):
         # their graph, which a parameter itself does not have.
         weight = self.weight.flatten(1)
         bias = None if self.bias is None else self.bias.view(-1)
+        if not torch.is_grad_enabled():
+            # Without their graph they would be leaves, and a loss of them would seem to train: a
+            # reentrant checkpoint runs the network so.
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         return DeferredLogits(*cast_by_autocast(features, weight, bias))
 
     def extra_repr(self) -> str:
