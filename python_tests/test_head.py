@@ -261,6 +261,18 @@ def test_module(dims: int, bias: bool) -> None:
     assert torch.equal(alike.logits(), convolution(features))
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_features_without_a_batch(dims: int) -> None:
+    convolution = CONVOLUTIONS[dims - 1](6, CLASSES, 1)
+    head, features = FusedHead(convolution), torch.randn(6, *(4, 5, 3)[:dims])
+    told = (
+        rf"^FusedHead: expected features \[B, 6{', D, H, W'[9 - 3 * dims :]}\], .*got shape \[6, 4"
+    )
+    with pytest.raises(ValueError, match=told):
+        head(features)
+    assert torch.equal(head.eval()(features), convolution(features))
+
+
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 

@@ -115,8 +115,8 @@ pytree.register_pytree_node(
 
 
 def convolved(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """weight: [C, F, 1(, 1, 1)]."""
-    return _CONVOLUTIONS[features.dim() - 2](features, weight, bias)
+    """weight: [C, F, 1(, 1, 1)]. features without a batch are taken as the convolution does."""
+    return _CONVOLUTIONS[weight.dim() - 2](features, weight, bias)
 
 
 def cast_by_autocast(

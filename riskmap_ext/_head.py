@@ -99,6 +99,12 @@ class FusedHead(nn.Module):
         replica = getattr(self, "_is_replica", False)  # of DataParallel
         if replica or not (self.training or self.when == "always"):
             return convolved(features, self.weight, self.bias)
+        if features.dim() != self.weight.dim():
+            expected = ", ".join(("B", str(self.in_channels), *"DHW"[5 - self.weight.dim() :]))
+            raise ValueError(
+                f"FusedHead: expected features [{expected}], with a batch, for a loss to take; "
+                f"got shape {list(features.shape)}"
+            )
         # Views: DistributedDataParallel finds the parameters behind the outputs of a network by
         # their graph, which a parameter itself does not have.
         weight = self.weight.flatten(1)
