@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -370,6 +371,46 @@ def test_a_head_that_is_not_the_end() -> None:
         fuse_head(_ChangesFeatures(), example_input=image)
 
 
+class _Parts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [self.body, self.head]
+
+    def forward(self, image: Tensor) -> Any:
+        for part in self.parts:
+            image = part(image)
+        return image
+
+
+def test_a_head_that_a_plain_list_keeps() -> None:
+    with pytest.raises(ValueError, match="does not run head by that name"):
+        fuse_head(_Parts(), example_input=data()[0])
+
+
+def test_scripted_networks_are_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1)))
+    for options in ({}, {"example_input": data()[0]}):
+        with pytest.raises(ValueError, match="not scripted or traced"):
+            fuse_head(scripted, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda head: head.register_forward_hook(lambda *_: None), "hooks"),
+        (nn.utils.parametrizations.weight_norm, "a parametrization"),
+        (lambda head: prune.l1_unstructured(head, "weight", 0.5), "hooks"),
+    ],
+    ids=["hook", "parametrized", "pruned"],
+)
+def test_a_head_changed_afterwards_stays(change: Callable[..., Any], told: str) -> None:
+    network = fused(net(), data()[0])
+    change(network.head)
+    with pytest.raises(ValueError, match=f"got head with {told}"):
+        unfuse_head(network)
+    assert isinstance(network.head, FusedHead)
+
+
 def test_a_trial_leaves_the_network_as_it_was() -> None:
     network, (image, _) = net(), data()
     network.norm = nn.BatchNorm2d(6)
@@ -579,7 +620,7 @@ def test_reentrant_checkpointing_is_no_silent_stop() -> None:
 
 def test_traced_in_training() -> None:
     image, _ = data()
-    with pytest.raises(RuntimeError, match="DeferredLogits.*not made"):
+    with pytest.raises(RuntimeError, match=r"DeferredLogits.*not made"):
         torch.jit.trace(fused(net(), image).train(), image)
 
 

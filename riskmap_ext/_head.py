@@ -169,9 +169,15 @@ def unfuse_head(network: nn.Module) -> list[str]:
     """Brings the convolutions back that :func:`fuse_head` has replaced, with their parameters.
 
     Returns: the names of the modules; an empty list where there is no fused head.
+
+    Raises:
+        ValueError: a head with hooks or a parametrization, which would be lost; it names the head.
+            The network is then as it was before.
     """
     _require_bare(network)
     heads = {name: m for name, m in network.named_modules() if isinstance(m, FusedHead)}
+    for name, head in heads.items():
+        _check_unchanged(name, head)
     for head in heads.values():
         _replace(network, head, _as_convolution(head))
     return list(heads)
@@ -185,6 +191,11 @@ def _require_bare(network: Any) -> None:
         raise ValueError(
             "network: expected the network itself, before torch.compile and "
             f"DistributedDataParallel, got {type(network).__name__}"
+        )
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(
+            "network: expected one that is not scripted or traced, as nothing in such a one can be "
+            f"replaced, got {type(network).__name__}; fuse the network that it was made of"
         )
     if isinstance(network, (*_KINDS, FusedHead)):
         raise ValueError(
@@ -280,12 +291,18 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     _put(tried, names, when)
     try:
         with torch.no_grad():
-            tried(blank)
+            given = tried(blank)
     except Exception as error:  # DeferredLogits refuse in several ways
         raise ValueError(
             f"network: {kind} gives what {', '.join(names)} gives, and does something else with "
             f"it, too: {_one_line(error)}"
         ) from None
+    nodes = pytree.tree_leaves(given, is_leaf=lambda each: isinstance(each, DeferredLogits))
+    if sum(isinstance(each, DeferredLogits) for each in nodes) < len(names):
+        raise ValueError(
+            f"network: {kind} does not run {', '.join(names)} by that name, but keeps the "
+            "convolution elsewhere, too (a plain list, a function), where nothing can replace it"
+        )
     return names
 
 
@@ -349,10 +366,24 @@ def _hindrance(module: nn.Module) -> str | None:
         value = getattr(module, name)
         if not set(value if isinstance(value, tuple) else (value,)) <= allowed:
             return _described(module)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks):
+    if _has_hooks(module):
         return f"{type(module).__name__} with hooks (weight normalization and pruning have them)"
     return None
+
+
+def _check_unchanged(name: str, head: FusedHead) -> None:
+    parametrized = nn.utils.parametrize.is_parametrized(head)
+    if parametrized or _has_hooks(head) or "weight" not in head._parameters:
+        found = "a parametrization of its weights" if parametrized else "hooks (pruning has them)"
+        raise ValueError(
+            f"network: expected a fused head as fuse_head made it, got {name} with {found}, which "
+            "the convolution would lose; remove it first"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
 
 
 def _described(module: nn.Module) -> str:
