@@ -23,6 +23,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+import riskmap_ext
 from riskmap_ext.nn import DeferredLogits, FusedHead, RiskWeightedLoss, fuse_head, unfuse_head
 
 CLASSES = 5
@@ -494,6 +495,21 @@ def test_what_takes_them_for_a_tensor_is_told(use: Callable[..., Any]) -> None:
     told = r"^\w*:? ?.*DeferredLogits.*RiskWeightedLoss.*\.logits\(\).*unfuse_head\(network\)"
     with pytest.raises((TypeError, AttributeError), match=told):
         use(given, label)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda given, label: riskmap_ext.weighted_loss(given, label),
+        lambda given, label: riskmap_ext.linear_weighted_loss(given, *given.parts[1:], label),
+        lambda given, label: riskmap_ext.reference.weighted_loss(given, label),
+    ],
+    ids=["weighted_loss", "linear_weighted_loss", "reference"],
+)
+def test_functions_of_tensors_say_who_takes_them(use: Callable[..., Any]) -> None:
+    image, label = data()
+    with pytest.raises(TypeError, match=r"DeferredLogits .*RiskWeightedLoss takes.*\.logits\(\)"):
+        use(fused(net(), image).train()(image), label)
 
 
 def test_they_are_no_tuple() -> None:

@@ -23,6 +23,7 @@ _STACK = (
     "; is it a stack [B, heads, C, *S] of deep supervision, as MONAI's DynUNet gives it in "
     "training? torch.unbind(output, 1) takes it apart, finest first"
 )
+_DEFERRED = " of a fused head: riskmap_ext.nn.RiskWeightedLoss takes them; .logits() makes them"
 MAX_WEIGHT = 1e38  # voxel weights are float32
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +49,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def plain_tensor(name: str, value: Any) -> Tensor:
     """``value`` as a plain tensor: MONAI MetaTensors and the like are unwrapped, without a copy."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        # By its name: its module would import this one.
+        hint = _DEFERRED if type(value).__name__ == "DeferredLogits" else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if value.layout is not _DENSE:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.is_nested:

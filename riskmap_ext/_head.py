@@ -58,8 +58,7 @@ class FusedHead(nn.Module):
     Parameters, their names, and the attributes (``in_channels``, ``kernel_size``, ...) are the
     convolution's own: state_dicts and optimizers do not change. Under autocast features and
     parameters are cast as the convolution would cast them. Replicas of ``torch.nn.DataParallel``
-    give logits, since it would join the parameters of several; FSDP is not supported, as it frees
-    the parameters before the loss is computed.
+    give logits, since it would join the parameters of several; FSDP is not tested.
 
     Args:
         convolution: Conv1d, Conv2d or Conv3d with kernel 1, stride 1, padding 0 and groups 1.
