@@ -260,3 +260,16 @@ def test_target_that_does_not_fit() -> None:
     told = r"^target: .* to go with source \[2, 19, 13, 11, 12\], got \[2, 3\]"
     with pytest.raises(ValueError, match=told):
         riskmap_ext.risk_map(given, torch.zeros(2, 3), table())
+
+
+@every_chunk
+def test_a_bad_label_is_found_again() -> None:
+    given = source()
+    target = labels(given)
+    target[1, 3, 5, 7] = 9
+    for call in (
+        lambda: riskmap_ext.leep_statistics(given, target, CLASSES, ignore_index=77),
+        lambda: riskmap_ext.transferability_map(given, target, table(), ignore_index=77),
+    ):
+        with pytest.raises(ValueError, match=r"it is 9 at .* of voxels 0 to .* of image 1"):
+            call()

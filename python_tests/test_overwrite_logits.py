@@ -263,6 +263,15 @@ def test_one_backward_pass(options: dict[str, Any]) -> None:
 
 
 @paths
+def test_another_loss_after_the_backward_pass(options: dict[str, Any]) -> None:
+    _, logits, target, risk = _inputs()
+    overwriting_loss(logits, target, risk, **options).backward(retain_graph=True)
+    other = torch.nn.functional.cross_entropy(logits, target.clamp(min=0))
+    with pytest.raises(RuntimeError, match=f"used again .*{GONE}"):
+        other.backward()
+
+
+@paths
 def test_no_second_derivative(options: dict[str, Any]) -> None:
     leaf, logits, target, risk = _inputs()
     loss = overwriting_loss(logits, target, risk, **options)

@@ -6,7 +6,8 @@ namespace riskmap::cpu {
 namespace {
 
 std::vector<double> scaled_class_weights(const LossTensors& tensors, double factor) {
-  std::vector<double> values = class_weights("weight", tensors.class_weight, tensors.classes());
+  std::vector<double> values =
+      class_weights(tensors.op(), tensors.weight_name(), tensors.class_weight, tensors.classes());
   for (double& each : values) each *= factor;
   return values;
 }
@@ -24,12 +25,12 @@ bool wants_double(const LossTensors& tensors) { return tensors.logits.scalar_typ
 
 }  // namespace
 
-std::vector<double> class_weights(const char* name, const OptionalTensor& weight, int64_t classes) {
+std::vector<double> class_weights(const char* op, const char* name, const OptionalTensor& weight, int64_t classes) {
   if (!weight) return std::vector<double>(static_cast<size_t>(classes), 1.0);
   const std::vector<double> values = values_of(*weight);
   for (size_t c = 0; c < values.size(); ++c)
-    check(std::isfinite(values[c]) && values[c] >= 0, "weighted_loss: ", name, " must be finite and at least 0, got ",
-          values[c], " for class ", c);
+    check(std::isfinite(values[c]) && values[c] >= 0, op, ": ", name, " must be finite and at least 0, got ", values[c],
+          " for class ", c);
   return values;
 }
 

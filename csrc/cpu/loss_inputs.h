@@ -21,8 +21,8 @@ class Table {
   std::vector<double> wide_;
 };
 
-// Class weights, 1 where there are none; `name` is told where one is negative or not finite.
-std::vector<double> class_weights(const char* name, const OptionalTensor& weight, int64_t classes);
+// Class weights, 1 where there are none; op and name are told where one is negative or not finite.
+std::vector<double> class_weights(const char* op, const char* name, const OptionalTensor& weight, int64_t classes);
 
 // As large as the logits that a head makes of `features`, with no data: no kernel reads it in place.
 inline Volume logits_of_head(const Volume& features, int64_t classes) {

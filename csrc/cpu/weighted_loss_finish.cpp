@@ -50,7 +50,7 @@ std::vector<double> image_scales(const LossOptions& options, const LossSums& sum
                           static_cast<int64_t>(sums.total(math::kForegroundVoxels)), sums.total(math::kValid)};
   if (options.normalization == Normalization::kWeighted && class_weight) {
     const int64_t classes = classes_of(sums);
-    const std::vector<double> weights = class_weights("weight", class_weight, classes);
+    const std::vector<double> weights = class_weights("weighted_loss", "weight", class_weight, classes);
     whole.class_weight = 0;
     for (int64_t c = 0; c < classes; ++c)
       whole.class_weight += weights[static_cast<size_t>(c)] * sums.total(column_of(classes, 2, c));
@@ -76,7 +76,7 @@ double cross_entropy_total(const LossSums& sums, const std::vector<double>& scal
 double dice_total(const LossOptions& options, int64_t excluded_class, const LossSums& sums,
                   const OptionalTensor& dice_class_weight, std::vector<double>& slopes) {
   const int64_t classes = classes_of(sums);
-  const std::vector<double> weights = class_weights("dice_class_weight", dice_class_weight, classes);
+  const std::vector<double> weights = class_weights("weighted_loss", "dice_class_weight", dice_class_weight, classes);
   const int64_t groups = options.batch_dice ? std::min<int64_t>(sums.batch, 1) : sums.batch;
   const double share =
       math::dice_share(options.reduction, options.dice_weight, classes - (excluded_class >= 0 ? 1 : 0), groups);
@@ -104,9 +104,9 @@ double dice_total(const LossOptions& options, int64_t excluded_class, const Loss
 
 void raise_bad_values(const LossTensors& tensors, const LossSums& sums, int64_t ignore_index) {
   if (const int64_t bad = static_cast<int64_t>(sums.total(math::kBadLabels)))
-    raise_bad_labels("weighted_loss", tensors.target, bad, tensors.num_labels(), ignore_index);
+    raise_bad_labels(tensors.op(), tensors.target, bad, tensors.num_labels(), ignore_index);
   const int64_t bad = static_cast<int64_t>(sums.total(math::kBadRisk));
-  check(bad == 0, "weighted_loss: risk must be finite and at least 0, but ", bad,
+  check(bad == 0, tensors.op(), ": risk must be finite and at least 0, but ", bad,
         bad == 1 ? " valid voxel is not" : " valid voxels are not");
 }
 

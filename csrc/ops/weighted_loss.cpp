@@ -104,7 +104,7 @@ void check_loss_tensors(const char* op, const LossTensors& tensors) {
     check(is_floating(*tensors.risk), op, ": risk must be floating, got ", dtype_of(*tensors.risk));
     check_voxel_map(op, "risk", *tensors.risk, name, input);
   }
-  check_class_weight(op, tensors.head ? "class_weight" : "weight", tensors.class_weight, classes, input);
+  check_class_weight(op, tensors.weight_name(), tensors.class_weight, classes, input);
   check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, classes, input);
   if (tensors.foreground) {
     check(is_label_dtype(*tensors.foreground) && !is_floating(*tensors.foreground), op,
@@ -115,7 +115,7 @@ void check_loss_tensors(const char* op, const LossTensors& tensors) {
 }
 
 void check_weighted_loss(const LossTensors& tensors, const LossOptions& options) {
-  const char* op = tensors.head ? "linear_weighted_loss" : "weighted_loss";
+  const char* op = tensors.op();
   check_loss_tensors(op, tensors);
   check(!options.background || (*options.background >= 0 && *options.background < tensors.num_labels()), op,
         ": background must be a class 0 to ", tensors.num_labels() - 1, " or none, got ",

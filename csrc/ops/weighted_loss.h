@@ -48,6 +48,9 @@ struct LossTensors {
   OptionalTensor risk, class_weight, foreground, regions, dice_class_weight;
   std::optional<Head> head{};
 
+  // Of the public op, for messages.
+  const char* op() const { return head ? "linear_weighted_loss" : "weighted_loss"; }
+  const char* weight_name() const { return head ? "class_weight" : "weight"; }
   int64_t classes() const { return head ? head->weight.size(0) : logits.size(1); }
   int64_t num_labels() const { return regions ? regions->size(1) : classes(); }
   // Whether the sums of the classes are wanted: for Dice, and for a normaliser that is made of them.

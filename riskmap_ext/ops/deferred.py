@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def _detached(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach()
 
 
+@contextmanager
+def place(image: int, voxels: slice) -> Iterator[None]:
+    """An error of a chunk says which it is: it counts voxels and positions of the chunk alone."""
+    try:
+        yield
+    except ValueError as error:
+        where = f"of voxels {voxels.start} to {voxels.stop - 1} of image {image}, row by row"
+        raise ValueError(f"{error} {where}") from None
+
+
 def voxel_map(
     source: DeferredLogits, target: Tensor, of_logits: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
@@ -55,5 +66,6 @@ def voxel_map(
     found = torch.empty(target.shape, dtype=torch.float32, device=target.device)
     images = found.view(target.size(0), math.prod(target.shape[1:]))
     for image, mine, logits, labels in in_chunks(source, target):
-        images[image, mine] = of_logits(logits, labels)[0]
+        with place(image, mine):
+            images[image, mine] = of_logits(logits, labels)[0]
     return found

@@ -46,8 +46,9 @@ class _GradientInBackward(torch.autograd.Function):
         saved = ctx.saved_tensors
         arguments = (grad_loss, *saved, *ctx.options, *ops.flags(wanted))
         if ctx.overwrites:
-            torch.autograd.graph.increment_version(saved[0])
             gradients = saved[0].detach(), ops.call("_backward_", *arguments)
+            with torch.enable_grad():
+                overwriting.mark_lost(saved[0])
         else:
             gradients = ops.call("_backward", *arguments)
         return (None, None, None, *ops.of_inputs(gradients, wanted))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from riskmap_ext._arguments import leep_arguments
 from riskmap_ext._deferred import DeferredLogits
-from riskmap_ext.ops.deferred import as_checked, in_chunks
+from riskmap_ext.ops.deferred import as_checked, in_chunks, place
 from riskmap_ext.ops.tracing import is_traced
 from riskmap_ext.reference.leep import conditional  # a [C, Z] table: plain torch is enough
 
@@ -67,8 +67,9 @@ def leep_statistics(
     op = torch.ops.riskmap_ext.leep_statistics
     if isinstance(source, DeferredLogits):
         joint = op(source_logits[:0], target[:0], *options)
-        for _, _, logits, labels in in_chunks(source, target):
-            joint += op(logits, labels, *options)
+        for image, voxels, logits, labels in in_chunks(source, target):
+            with place(image, voxels):
+                joint += op(logits, labels, *options)
     else:
         joint = op(source_logits.detach(), target, *options)
     if _is_at_hand(joint) and not math.isfinite(joint.sum().item()):

@@ -82,6 +82,9 @@ def linear_weighted_loss(
         target, risk: as in :func:`riskmap_ext.weighted_loss`.
         class_weight: the class weights that :func:`riskmap_ext.weighted_loss` calls ``weight``.
 
+    As with a convolution, a feature that is NaN or infinite makes the gradient of its column of the
+    weight NaN, at an ignored voxel, too; everything else takes no notice of ignored voxels.
+
     The other options are those of :func:`riskmap_ext.weighted_loss`, where formula and normalisers
     are told.
 
