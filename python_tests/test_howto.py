@@ -81,11 +81,26 @@ def test_many_classes(tmp_path: Path) -> None:
         assert names["nnUNetTrainerManyClasses"].fused_head is True
 
 
+def _readme_code() -> list[str]:
+    text = README.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_readme_many_classes() -> None:
+    from monai.networks.nets import BasicUNet
+
+    _, code, _ = _readme_code()
+    model = BasicUNet(in_channels=1, out_channels=20, features=(4, 4, 4, 4, 4, 4))
+    names = {"riskmap_ext": riskmap_ext, "model": model, "image": torch.randn(1, 1, 32, 32, 32)}
+    names["label"] = torch.randint(20, (1, 32, 32, 32))
+    exec(code, names)
+    assert model.final_conv.weight.grad.abs().sum() > 0
+    assert isinstance(model(names["image"]), riskmap_ext.nn.DeferredLogits)
+
+
 def test_readme_weights() -> None:
     """The README's boundary and class weights, on labels with a hole at an edge of the image."""
-    _, code = re.findall(
-        r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    _, _, code = _readme_code()
     label = torch.zeros(1, 6, 6, 6, dtype=torch.int64)
     label[:, :2] = 1
     label[:, :, 4:] = 2

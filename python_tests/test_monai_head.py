@@ -143,6 +143,7 @@ def test_a_step_of_the_trainer() -> None:
             optimizer=torch.optim.SGD(mine.parameters(), 0.1),
             loss_function=RiskMapDiceCELoss(softmax=True, to_onehot_y=True),
             prepare_batch=PrepareBatchRiskMap(),
+            decollate=not fuse,
         )
         trainer.run()
         weights.append(mine.state_dict())
