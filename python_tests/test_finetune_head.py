@@ -137,17 +137,21 @@ def test_auto_is_for_many_outputs(
         finetune(configuration(root, tmp_path / name, network=network), progress=False)
         return (tmp_path / name / "log.txt").read_text()
 
-    assert "No logits" not in log_of("few", DYNUNET_2D)
+    few = log_of("few", DYNUNET_2D)
+    assert "No logits" not in few
+    assert "fused_head" not in few
     monkeypatch.setattr(networks, "WORTH_FUSING", 3)
     assert "output_block.conv.conv is fused with the loss" in log_of("enough", DYNUNET_2D)
     for name, network in (("UNet", NETWORK_2D), ("stacked", STACKED)):
-        assert "No logits" not in log_of(name, network)
+        log = log_of(name, network)
+        assert "No logits" not in log
+        assert "loss.fused_head does not apply: network: " in log
 
 
 @pytest.mark.parametrize("network", [NETWORK_2D, STACKED], ids=["UNet", "stacked"])
 def test_true_needs_a_head(root: Path, tmp_path: Path, network: dict) -> None:
     config = configuration(root, tmp_path / "out", network=network, loss={"fused_head": True})
-    told = r"^loss\.fused_head: true needs a network that ends in a 1x1 .*last layer"
+    told = r"^loss\.fused_head: true needs a network that ends .*(last layer|resizes and stacks)"
     with pytest.raises(ConfigError, match=told):
         finetune(config, progress=False)
     assert not config.output.exists()

@@ -143,12 +143,19 @@ def test_a_step_of_the_trainer() -> None:
             optimizer=torch.optim.SGD(mine.parameters(), 0.1),
             loss_function=RiskMapDiceCELoss(softmax=True, to_onehot_y=True),
             prepare_batch=PrepareBatchRiskMap(),
-            decollate=not fuse,
+            decollate=False,
         )
         trainer.run()
         weights.append(mine.state_dict())
     for key, expected in weights[0].items():
         torch.testing.assert_close(weights[1][key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_decollating_is_told() -> None:
+    """It would hand features on as the images of a batch."""
+    data = pytest.importorskip("monai.data")
+    with pytest.raises(TypeError, match=r"\.logits\(\) makes them"):
+        data.decollate_batch({"pred": deferred(5), "image": torch.zeros(2, 1, *SHAPE)})
 
 
 def test_meta_tensors_go_through_a_network() -> None:

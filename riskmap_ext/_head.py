@@ -203,10 +203,15 @@ def _require_bare(network: Any) -> None:
         )
 
 
-def _known_heads(network: nn.Module, when: str) -> list[str]:
+def known_network(network: nn.Module) -> _Known | None:
+    """Where its heads are, if fuse_head knows it by name."""
     forward = type(network).forward
     package, owner = forward.__module__.partition(".")[0], forward.__qualname__.partition(".")[0]
-    known = _KNOWN.get((package, owner))
+    return _KNOWN.get((package, owner))
+
+
+def _known_heads(network: nn.Module, when: str) -> list[str]:
+    known = known_network(network)
     kind = type(network).__name__
     if known is None:
         raise ValueError(

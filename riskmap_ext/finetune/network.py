@@ -13,7 +13,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from riskmap_ext._arguments import near_names
-from riskmap_ext._head import WORTH_FUSING
+from riskmap_ext._head import WORTH_FUSING, known_network
 from riskmap_ext.finetune.config import Config, InferenceConfig, NetworkConfig
 from riskmap_ext.finetune.errors import ConfigError
 from riskmap_ext.finetune.nnunet_networks import NAMES, nnunet_args, nnunet_class, nnunet_dims
@@ -176,18 +176,21 @@ def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -
 
 def fused_heads(
     network: nn.Module, wanted: bool | str, num_outputs: int, image_shape: Sequence[int]
-) -> list[str]:
-    """Fuses the heads of `network` with the loss as loss.fused_head says; their names.
+) -> tuple[list[str], str | None]:
+    """Fuses the heads of `network` with the loss as loss.fused_head says.
+
+    Returns: their names, and why there are none where "auto" would have fused them.
 
     image_shape: [B, M, *S] as the network's own forward() sees it. Raises: ConfigError.
     """
     if not wanted or (wanted == "auto" and num_outputs < WORTH_FUSING):
-        return []
+        return [], None
+    blank = None if known_network(network) else torch.zeros(tuple(image_shape), device="meta")
     try:
-        return fuse_head(network, example_input=torch.zeros(tuple(image_shape), device="meta"))
+        return fuse_head(network, example_input=blank), None
     except ValueError as error:
         if wanted == "auto":
-            return []
+            return [], str(error)
         raise ConfigError(
             f"loss.fused_head: true needs a network that ends in a 1x1 convolution: {error}"
         ) from None

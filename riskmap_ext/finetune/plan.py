@@ -53,6 +53,7 @@ class Models:
     patch: list[int]
     keys: KeyReport | None
     fused: list[str]  # heads that the loss carries out
+    not_fused: str | None  # why there are none with many outputs
 
 
 @dataclass
@@ -173,11 +174,15 @@ def build_models(
     theirs = patch
     if wanted.orientation is not None:
         theirs = arranged(patch, PREPARED[config.data.slice_axis][:dims], wanted.orientation)
-    fused = fused_heads(network, config.loss.fused_head, count, [2, len(channels), *theirs])
+    fused, not_fused = fused_heads(
+        network, config.loss.fused_head, count, [2, len(channels), *theirs]
+    )
     keys = None
     if source is not None and config.source is not None and config.source.initialize:
         keys = start_from_source(network, wanted, structures, source, config.source.head)
-    return Models(source, source_predictor, network, wanted, predictor, dims, patch, keys, fused)
+    return Models(
+        source, source_predictor, network, wanted, predictor, dims, patch, keys, fused, not_fused
+    )
 
 
 def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
@@ -350,6 +355,8 @@ def tell_plan(plan: Plan) -> None:
     log(f"{name}, {parameters:,} parameters, patches of {models.patch}, on {where}")
     if models.fused:
         log(f"No logits are kept in training: {', '.join(models.fused)} is fused with the loss")
+    if models.not_fused is not None:
+        log(f"The loss takes whole logits, loss.fused_head does not apply: {models.not_fused}")
     if models.source is not None:
         check_preprocessing(config, models.source, cases.spacings, log)
     if models.keys is not None and models.source is not None:
