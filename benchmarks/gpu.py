@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_table, peers
-from benchmarks.gpu_table import CE, CE_DICE, LEEP, RISK, Row
+from benchmarks import gpu_head, gpu_table, peers
+from benchmarks.gpu_table import CE, CE_DICE, HEAD_CE, HEAD_CE_DICE, LEEP, RISK, Row
 from benchmarks.problem import COMPILE, EAGER, OURS, RECOMPUTE, Outputs, relative_error
 from benchmarks.shapes import FULL, Shape, make_conditional, make_inputs, shape
 
@@ -44,6 +44,8 @@ LARGE = (
 )
 # What is trained with most comes first.
 SHAPES = (*(FULL[key] for key in "aed"), *LARGE, *(FULL[key] for key in "bc"))
+HEADS = (FULL["d"], FULL["e"], LARGE[0])
+FEATURES = 32  # of a head
 TINY = (shape("a", "tiny"), shape("b", "tiny"))
 DTYPES = (torch.float32, torch.bfloat16)
 BLOCK = 12  # voxels a side of one label; fits no tile
@@ -72,6 +74,8 @@ def problems(tiny: bool) -> list[Problem]:
         for works in ((CE, CE_DICE), (LEEP, RISK))
         for dtype, each, work in itertools.product(DTYPES, shapes, works)
     ]
+    heads = itertools.product((HEAD_CE, HEAD_CE_DICE), DTYPES, TINY[1:] if tiny else HEADS)
+    chosen += [Problem(work, each, dtype) for work, dtype, each in heads]
     others = itertools.product((CE_DICE, LEEP, RISK), DTYPES, shapes)
     return chosen + [Problem(work, each, dtype, False) for work, dtype, each in others]
 
@@ -83,6 +87,12 @@ class Inputs:
         logits, self.target, self.risk = make_inputs(problem.shape, block=BLOCK, device=device)
         self.logits = logits.to(problem.dtype)
         self.conditional = make_conditional(self.classes, self.classes).to(device)
+
+    def head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, weight and bias of a head that makes such logits."""
+        batch, classes, *spatial = self.logits.shape
+        make = partial(torch.randn, dtype=self.logits.dtype, device=self.logits.device)
+        return make(batch, FEATURES, *spatial), make(classes, FEATURES) / 6, make(classes)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,10 @@ class Contender:
 
 def least_bytes(work: str, inputs: Inputs) -> int:
     logits, target, risk = (t.nbytes for t in (inputs.logits, inputs.target, inputs.risk))
+    features = logits // inputs.classes * FEATURES
     return {
+        HEAD_CE: 2 * features + target + risk,
+        HEAD_CE_DICE: 3 * features + 2 * (target + risk),
         CE: 2 * logits + target + risk,
         CE_DICE: 3 * logits + 2 * (target + risk),
         LEEP: logits + target,
@@ -111,6 +124,11 @@ def least_bytes(work: str, inputs: Inputs) -> int:
 
 def contenders(problem: Problem, inputs: Inputs, *, ours: bool = True) -> Iterator[Contender]:
     work, logits, target = problem.work, inputs.logits, inputs.target
+    if work in (HEAD_CE, HEAD_CE_DICE):
+        head, maps = inputs.head(), (target, inputs.risk)
+        for name, run in gpu_head.runs(work == HEAD_CE_DICE, head, maps, ours):
+            yield Contender(name, run)
+        return
     if work in (CE, CE_DICE):
         run = partial(_with_gradient, logits, target, inputs.risk)
     elif work == LEEP:
@@ -449,6 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", type=int, metavar="N", help="only fill torch.compile's cache")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    torch.backends.cudnn.allow_tf32 = False  # float32 for everyone: convolutions have it by default
     if options.compile:
         return fill_cache_in_processes(options)
     if options.shard:
