@@ -153,7 +153,7 @@ def test_chunks_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     given = source()
     monkeypatch.setattr(deferred, "_CPU_BYTES", 1100 * SOURCE_CLASSES * 4)
     found = [
-        (image, mine.start, mine.stop)
+        (image.start, mine.start, mine.stop)
         for image, mine, _, _ in deferred.in_chunks(given, labels(given))
     ]
     assert found == [(image, *part) for image in (0, 1) for part in ((0, 1024), (1024, 1716))]
@@ -271,5 +271,27 @@ def test_a_bad_label_is_found_again() -> None:
         lambda: riskmap_ext.leep_statistics(given, target, CLASSES, ignore_index=77),
         lambda: riskmap_ext.transferability_map(given, target, table(), ignore_index=77),
     ):
-        with pytest.raises(ValueError, match=r"it is 9 at .* of voxels 0 to .* of image 1"):
+        with pytest.raises(
+            ValueError, match=r"it is 9 at .* of voxels 0 to .* of (image|images 0 to) 1$"
+        ):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_small_images(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them are a chunk."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(23, FEATURES, 6, 7, generator=generator).to(dtype)
+    weight = torch.randn(SOURCE_CLASSES, FEATURES, generator=generator).to(dtype)
+    given = DeferredLogits(features, weight, weight[:, 0].clone() if bias else None)
+    target = torch.randint(CLASSES, (23, 6, 7), generator=generator)
+    monkeypatch.setattr(deferred, "_CPU_BYTES", 5 * SOURCE_CLASSES * 42 * features.itemsize)
+    chunks = [(images.start, images.stop) for images, *_ in deferred.in_chunks(given, target)]
+    assert chunks == [(0, 5), (5, 10), (10, 15), (15, 20), (20, 23)]
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    for call in (
+        lambda logits: riskmap_ext.leep_statistics(logits, target, CLASSES),
+        lambda logits: riskmap_ext.transferability_map(logits, target, table()),
+    ):
+        torch.testing.assert_close(call(given), call(given.logits()), rtol=limit, atol=limit)

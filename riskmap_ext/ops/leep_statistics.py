@@ -67,8 +67,8 @@ def leep_statistics(
     op = torch.ops.riskmap_ext.leep_statistics
     if isinstance(source, DeferredLogits):
         joint = op(source_logits[:0], target[:0], *options)
-        for image, voxels, logits, labels in in_chunks(source, target):
-            with place(image, voxels):
+        for images, voxels, logits, labels in in_chunks(source, target):
+            with place(images, voxels):
                 joint += op(logits, labels, *options)
     else:
         joint = op(source_logits.detach(), target, *options)
