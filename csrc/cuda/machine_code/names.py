@@ -12,6 +12,8 @@ def readable(mangled: Sequence[str]) -> list[str]:
     names = subprocess.run(
         ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
     ).stdout
-    names = re.sub(r"riskmap::(?:cuda|math)::|\(anonymous namespace\)::|_GLOBAL__N_\w*::", "", names)
+    names = re.sub(
+        r"riskmap::(?:cuda|math)::|\(anonymous namespace\)::|_GLOBAL__N_\w*::", "", names
+    )
     names = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", names)
     return [re.sub(r"^void |\(.*", "", name).strip() for name in names.splitlines()]
