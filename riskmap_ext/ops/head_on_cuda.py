@@ -3,20 +3,20 @@ cache. The products are torch's (cuBLAS), what is between them our kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from riskmap_ext._arguments import compute_dtype
 from riskmap_ext._library import no_cuda_reason
 from riskmap_ext._loss_arguments import NORMALIZATIONS, REDUCTIONS
-from riskmap_ext.ops.loss_ops import NONE
+from riskmap_ext.ops.loss_ops import IMAGE_COLUMNS, NONE
 
 CHUNK_BYTES = 24 << 20  # of logits: half of an H100's second-level cache
 _TILE = 1024  # voxels: chunks begin where the kernels can read whole tiles
 _CE, _VALID, _FOREGROUND, _BAD_LABELS = range(4)  # columns of the sums, see _weighted_loss_sums
-_FIRST_CLASS_SUM = 5
 _NOT_NORMALIZED = NORMALIZATIONS.index("none")
 _SUM = REDUCTIONS.index("sum")
 _NO_DICE = (0.0, 0.0, 0.0, 0.5, 0.5)
@@ -63,6 +63,14 @@ def _of_chunk(voxel_map: Tensor | None, chunk: _Chunk) -> Tensor | None:
     return voxel_map[chunk.image].reshape(-1)[chunk.voxels].unsqueeze(0)
 
 
+def _tensors(chunk: _Chunk, maps: Sequence[Any]) -> tuple[Any, ...]:
+    """What the ops of logits take first; ``maps``: target, risk, class weights, foreground and
+    regions of the batch."""
+    target, risk, class_weight, foreground, regions = maps
+    voxel_maps = [_of_chunk(each, chunk) for each in (target, risk, foreground)]
+    return chunk.logits, *voxel_maps[:2], class_weight, voxel_maps[2], regions
+
+
 class _Gradients:
     """Those of a head and of the risk, chunk by chunk; what is not wanted is [0]."""
 
@@ -71,7 +79,7 @@ class _Gradients:
         self.of_features, self.of_parameters, of_risk = wanted
         self.features = torch.empty_like(head.flat) if self.of_features else None
         shape = (head.batch, head.classes, head.weight.size(1) + 1)
-        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(head.weight.dtype)
         # Of each image, the bias behind the weight.
         self.parameters = head.weight.new_zeros(shape if self.of_parameters else (0,), dtype=dtype)
         self.risk = None
@@ -96,8 +104,7 @@ class _Gradients:
         """By a factor for each image."""
         for each in (self.features, self.parameters, self.risk):
             if each is not None and each.numel() > 0:
-                dtype = torch.float64 if each.dtype == torch.float64 else torch.float32
-                each *= scale.to(dtype).view(-1, *(1,) * (each.dim() - 1))
+                each *= scale.to(compute_dtype(each.dtype)).view(-1, *(1,) * (each.dim() - 1))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of features, weight, bias and risk."""
@@ -121,20 +128,14 @@ class _Gradients:
 
 def _sums(head: Head, maps: tuple[Any, ...], of_gradient: tuple[Any, ...]) -> Tensor:
     """[B, 5 + 3 C], see _weighted_loss_sums."""
-    target, risk, class_weight, foreground, regions = maps
     parts: list[Tensor] = [
         torch.ops.riskmap_ext._weighted_loss_sums(
-            chunk.logits,
-            _of_chunk(target, chunk),
-            _of_chunk(risk, chunk),
-            class_weight,
-            _of_chunk(foreground, chunk),
-            regions,
+            *_tensors(chunk, maps),
             *of_gradient,
         )
         for chunk in head.chunks()
     ]
-    columns = _FIRST_CLASS_SUM + 3 * head.classes
+    columns = IMAGE_COLUMNS + 3 * head.classes
     if not parts:
         return head.features.new_zeros((head.batch, columns), dtype=torch.float64)
     return torch.cat(parts).view(head.batch, -1, columns).sum(dim=1)
@@ -175,17 +176,12 @@ def linear_weighted_loss(
 
 
 def _loss_map(head: Head, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    target, risk, class_weight, foreground, *rest = inputs
-    dtype = torch.float64 if head.features.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(head.features.dtype)
     loss = head.features.new_empty((head.batch, head.voxels), dtype=dtype)
     for chunk in head.chunks():
         part, _, _ = torch.ops.riskmap_ext.weighted_loss(
-            chunk.logits,
-            _of_chunk(target, chunk),
-            _of_chunk(risk, chunk),
-            class_weight,
-            _of_chunk(foreground, chunk),
-            *rest,
+            *_tensors(chunk, inputs[:5]),
+            *inputs[5:],
         )
         loss[chunk.image, chunk.voxels] = part[0]
     ce_weight = inputs[6 + 7]
@@ -196,20 +192,15 @@ def _loss_map(head: Head, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tens
 def linear_weighted_loss_backward(
     grad_loss: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    target, risk, class_weight, foreground, regions, scale, slopes, *options = inputs
-    *of_gradient, grad_features, grad_parameters, grad_risk = options
+    maps, (scale, slopes), options = inputs[:5], inputs[5:7], inputs[7:]
+    *of_gradient, _, _, grad_risk = options
     head = Head(features, weight, bias)
-    gradients = _Gradients(head, risk, (grad_features, grad_parameters, grad_risk))
+    gradients = _Gradients(head, maps[1], options[-3:])
     for chunk in head.chunks():
         image = slice(chunk.image, chunk.image + 1)
         of_risk = torch.ops.riskmap_ext._weighted_loss_backward_(
             grad_loss if grad_loss.dim() == 0 else _of_chunk(grad_loss, chunk),
-            chunk.logits,
-            _of_chunk(target, chunk),
-            _of_chunk(risk, chunk),
-            class_weight,
-            _of_chunk(foreground, chunk),
-            regions,
+            *_tensors(chunk, maps),
             scale[image],
             slopes[image] if slopes.numel() > 0 else slopes,
             *of_gradient,
@@ -223,19 +214,15 @@ def linear_weighted_loss_with_gradient(
     features: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One pass: the gradient of a sum, then multiplied by what the labels say of each image."""
-    target, risk, class_weight, foreground, regions, *options, _, _, grad_risk = inputs
+    maps, (*options, _, _, grad_risk) = inputs[:5], inputs[5:]
+    target, risk, _, foreground, _ = maps
     ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing, ce = options
     head = Head(features, weight, bias)
     gradients = _Gradients(head, risk, inputs[-3:])
     losses = []
     for chunk in head.chunks():
         loss, of_risk = torch.ops.riskmap_ext._weighted_loss_with_gradient_(
-            chunk.logits,
-            _of_chunk(target, chunk),
-            _of_chunk(risk, chunk),
-            class_weight,
-            _of_chunk(foreground, chunk),
-            regions,
+            *_tensors(chunk, maps),
             ignore_index,
             background,
             floor,
@@ -249,7 +236,7 @@ def linear_weighted_loss_with_gradient(
         losses.append(loss)
         gradients.add(chunk, of_risk)
 
-    columns = _FIRST_CLASS_SUM + 3 * head.classes
+    columns = IMAGE_COLUMNS + 3 * head.classes
     sums = features.new_zeros((head.batch, columns), dtype=torch.float64)
     if losses:
         of_images = torch.stack(losses).double().view(head.batch, -1).sum(dim=1)

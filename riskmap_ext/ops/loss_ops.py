@@ -56,6 +56,7 @@ OF_LOGITS = LossOps("weighted_loss", 6, (0, 2), ((2,),))
 OF_HEAD = LossOps("linear_weighted_loss", 8, (0, 1, 2, 4), ((0,), (1, 2), (4,)))
 
 NONE = REDUCTIONS.index("none")
+IMAGE_COLUMNS = 5  # of an image's sums, before those of the classes: see _weighted_loss_sums
 
 
 def require_reverse_mode(ops: LossOps, *tensors: Tensor | None) -> None:

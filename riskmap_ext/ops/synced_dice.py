@@ -11,9 +11,7 @@ from torch import Tensor
 
 from riskmap_ext._arguments import compute_dtype
 from riskmap_ext._loss_arguments import LossOptions
-from riskmap_ext.ops.loss_ops import LossOps
-
-_COLUMNS = 5  # of an image's sums, before those of the classes: see _weighted_loss_sums
+from riskmap_ext.ops.loss_ops import IMAGE_COLUMNS, LossOps
 
 
 def applies(options: LossOptions) -> bool:
@@ -35,7 +33,7 @@ def sums(
     failed: Exception | None = None
     try:
         sums = ops.call("_sums", *tensors, *options.of_gradient)
-        total = sums[:, _COLUMNS:].sum(dim=0)
+        total = sums[:, IMAGE_COLUMNS:].sum(dim=0)
     except Exception as error:  # the others wait: their loss becomes NaN
         failed = error
         total = volume.new_full((3 * ops.classes(tensors),), torch.nan, dtype=torch.float64)
@@ -43,8 +41,8 @@ def sums(
     if failed is not None:
         raise failed
     # Image by image only their total counts, so the first one gets all of it.
-    sums[:, _COLUMNS:] = 0
-    sums[:1, _COLUMNS:] = total
+    sums[:, IMAGE_COLUMNS:] = 0
+    sums[:1, IMAGE_COLUMNS:] = total
     _, background, floor, normalization, _, reduction, _, ce_weight = options.of_cross_entropy
     loss, scale, slopes = torch.ops.riskmap_ext._weighted_loss_finish(
         sums,
@@ -78,12 +76,12 @@ def _head_sums_fake(features: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_sums(volume: Tensor, classes: int) -> Tensor:
-    return volume.new_empty((volume.size(0), _COLUMNS + 3 * classes), dtype=torch.float64)
+    return volume.new_empty((volume.size(0), IMAGE_COLUMNS + 3 * classes), dtype=torch.float64)
 
 
 @torch.library.register_fake("riskmap_ext::_weighted_loss_finish")
 def _finish_fake(sums: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes = sums.size(0), (sums.size(1) - _COLUMNS) // 3
+    batch, classes = sums.size(0), (sums.size(1) - IMAGE_COLUMNS) // 3
     return (
         sums.new_empty((), dtype=torch.float64 if options[-1] else torch.float32),
         sums.new_empty((batch,)),
