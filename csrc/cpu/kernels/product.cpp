@@ -15,11 +15,6 @@ constexpr int kBlockRows = 12;
 constexpr int kBlockRows = 6;
 #endif
 
-template <class acc_t>
-RISKMAP_HD typename Simd<acc_t>::F splat(acc_t value) {
-  return value - typename Simd<acc_t>::F{};
-}
-
 template <class acc_t, int kRows, int kVectors>
 void multiply_block(const Product<acc_t>& p, int64_t row, int64_t column) {
   using F = typename Simd<acc_t>::F;
@@ -30,7 +25,7 @@ void multiply_block(const Product<acc_t>& p, int64_t row, int64_t column) {
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j)
-      sum[i][j] = p.start ? splat(p.start[row + i]) : load<F>(out + i * p.out_pitch + j * kLanes);
+      sum[i][j] = p.start ? broadcast(p.start[row + i]) : load<F>(out + i * p.out_pitch + j * kLanes);
   }
   const acc_t* left = p.a.data + row * p.a.row;
   const acc_t* right = p.b + column;
@@ -40,7 +35,7 @@ void multiply_block(const Product<acc_t>& p, int64_t row, int64_t column) {
     for (int j = 0; j < kVectors; ++j) other[j] = load<F>(right + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const F one = splat(left[i * p.a.row]);
+      const F one = broadcast(left[i * p.a.row]);
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] += one * other[j];
     }
