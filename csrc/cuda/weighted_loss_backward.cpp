@@ -67,19 +67,8 @@ weighted_loss_with_gradient(Tensor logits, Tensor target, OptionalTensor risk, O
                             int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
                             bool grad_risk) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  const LossOptions options{ignore_index,
-                            background,
-                            foreground_floor,
-                            static_cast<Normalization>(normalization),
-                            static_cast<CeVoxels>(ce_voxels),
-                            static_cast<Reduction>(reduction),
-                            label_smoothing,
-                            ce_weight,
-                            0.0,
-                            {},
-                            false,
-                            false,
-                            false};
+  const LossOptions options = cross_entropy_options(ignore_index, background, foreground_floor, normalization,
+                                                    ce_voxels, reduction, label_smoothing, ce_weight);
   check_loss_with_gradient(tensors, options, grad_risk, kOverwrites);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
