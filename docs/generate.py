@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from typer.models import ArgumentInfo, OptionInfo
 
 from riskmap_ext.finetune.cli import EXAMPLES, build_app
-from riskmap_ext.finetune.config import Config
+from riskmap_ext.finetune.config.schema import Config
 
 FOLDER = Path(__file__).parent / "reference"
 RENEW = "make docs-reference"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from riskmap_ext.finetune import Config, parse_config
-from riskmap_ext.finetune.sampling import CropSampler
+from riskmap_ext.finetune.data.sampling import CropSampler
 
 NETWORK_2D = {
     "name": "UNet",

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from riskmap_ext.finetune import CheckpointError, ConfigError
-from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.config import SourceConfig
+from riskmap_ext.finetune.config.schema import SourceConfig
+from riskmap_ext.finetune.source.checkpoint import load_source
 
 LABELS = {"background": 0, "box": 1, "crate": 2}
 

@@ -16,8 +16,9 @@ for _package in ("monai", "nibabel", "nilearn", "matplotlib", "pydantic", "rich"
 from html_page import Page  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from riskmap_ext.finetune import demo, demo_page  # noqa: E402
-from riskmap_ext.finetune.errors import ConfigError  # noqa: E402
+from riskmap_ext.demo import page as demo_page  # noqa: E402
+from riskmap_ext.demo import run as demo  # noqa: E402
+from riskmap_ext.finetune.base.errors import ConfigError  # noqa: E402
 
 CLASSES = ["caudate", "putamen", "thalamus", "hippocampus", "ventricles"]
 TINY = demo.Settings(

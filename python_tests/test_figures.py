@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="needs the extra finetune")
 from matplotlib import get_backend, rcParams
 from matplotlib.image import imread
 
-from riskmap_ext.finetune import figures
+from riskmap_ext.finetune.pictures import figures
 
 SHAPE = (20, 24, 12)
 

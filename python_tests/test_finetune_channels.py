@@ -30,17 +30,17 @@ from riskmap_ext.finetune import (  # noqa: E402
     predict_images,
     prepare_cases,
 )
-from riskmap_ext.finetune.checkpoint import load_source  # noqa: E402
-from riskmap_ext.finetune.config import IGNORE_INDEX, SourceConfig  # noqa: E402
-from riskmap_ext.finetune.datalist import list_cases  # noqa: E402
-from riskmap_ext.finetune.evaluate import dice_per_structure  # noqa: E402
-from riskmap_ext.finetune.memory import memory_need  # noqa: E402
-from riskmap_ext.finetune.network import build_network  # noqa: E402
-from riskmap_ext.finetune.processes import Processes  # noqa: E402
-from riskmap_ext.finetune.report import Log  # noqa: E402
-from riskmap_ext.finetune.sampling import Batch, CropSampler  # noqa: E402
-from riskmap_ext.finetune.stepper import Stepper  # noqa: E402
-from riskmap_ext.finetune.structures import structures_of  # noqa: E402
+from riskmap_ext.finetune.base.processes import Processes  # noqa: E402
+from riskmap_ext.finetune.base.structures import structures_of  # noqa: E402
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, SourceConfig  # noqa: E402
+from riskmap_ext.finetune.data.datalist import list_cases  # noqa: E402
+from riskmap_ext.finetune.data.memory import memory_need  # noqa: E402
+from riskmap_ext.finetune.data.sampling import Batch, CropSampler  # noqa: E402
+from riskmap_ext.finetune.metrics.dice import dice_per_structure  # noqa: E402
+from riskmap_ext.finetune.report.log import Log  # noqa: E402
+from riskmap_ext.finetune.source.checkpoint import load_source  # noqa: E402
+from riskmap_ext.finetune.source.network import build_network  # noqa: E402
+from riskmap_ext.finetune.train.step import Stepper  # noqa: E402
 
 REGIONS = {"whole": ["box", "crate"], "core": "crate"}
 TRAIN = {"steps": 2, "validate_every": 1}
@@ -431,7 +431,7 @@ def test_too_little_memory(tmp_path, monkeypatch):
     need = memory_need(plain, list_cases(plain.data), outputs=3)
 
     def run(available: int, **data: Any):
-        monkeypatch.setattr("riskmap_ext.finetune.memory.available_memory", lambda: available)
+        monkeypatch.setattr("riskmap_ext.finetune.data.memory.available_memory", lambda: available)
         config = configuration(tmp_path / "data", tmp_path / "run", data=data, train=TRAIN)
         return finetune(config, progress=False)
 

@@ -14,10 +14,10 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import MERGED, NETWORK_2D, configuration, phantom, save, write_cases
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, FinetuneResult, finetune
-from riskmap_ext.finetune.checkpoint import load_source, save_checkpoint, start_from_source
-from riskmap_ext.finetune.config import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.network import build_network, head_keys
-from riskmap_ext.finetune.structures import Structures
+from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.source.checkpoint import load_source, save_checkpoint, start_from_source
+from riskmap_ext.finetune.source.network import build_network, head_keys
 
 NETWORK = NetworkConfig(**NETWORK_2D)
 NAMES = ["background", "a", "b"]

@@ -214,7 +214,7 @@ def test_warnings_of_libraries_show_no_source_lines(riskmap, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
-    from riskmap_ext.finetune.stepper import Stepper
+    from riskmap_ext.finetune.train.step import Stepper
 
     plain, calls = Stepper.__call__, []
 
@@ -250,7 +250,7 @@ def test_info(riskmap):
 
 
 def test_demo_gets_its_options(riskmap, monkeypatch, tmp_path):
-    from riskmap_ext.finetune import demo
+    from riskmap_ext.demo import run as demo
 
     seen = {}
     monkeypatch.setattr(demo, "run", lambda **options: seen.update(options))

@@ -12,9 +12,9 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import NETWORK_2D, settings
 
 from riskmap_ext.finetune import ConfigError, load_config, parse_config
-from riskmap_ext.finetune.config import AugmentConfig, LossConfig
-from riskmap_ext.finetune.network import build_network, head_keys, spatial_dims
-from riskmap_ext.finetune.yaml_text import read_yaml
+from riskmap_ext.finetune.config.schema import AugmentConfig, LossConfig
+from riskmap_ext.finetune.config.yaml_text import read_yaml
+from riskmap_ext.finetune.source.network import build_network, head_keys, spatial_dims
 from riskmap_ext.nn import RiskWeightedLoss
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
 from finetune_data import rows_of
 
-from riskmap_ext.finetune import svg
-from riskmap_ext.finetune.losses import LossCurve
+from riskmap_ext.finetune.folder.loss_curve import LossCurve
+from riskmap_ext.finetune.report import svg
 
 
 class TestLosses:

@@ -16,8 +16,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import RAS, SHAPE, configuration, phantom, real_data, save, settings, write_cases
 
 from riskmap_ext.finetune import ConfigError, DataError, parse_config, prepare_cases
-from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.resample import available_memory
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.data.resample import available_memory
 
 ORIENTATIONS = [
     "".join(codes)
@@ -227,11 +227,11 @@ def test_absurd_spacing(root, spacing, told):
 
 
 def test_spacing_that_memory_does_not_hold(root, monkeypatch):
-    monkeypatch.setattr("riskmap_ext.finetune.resample.available_memory", lambda: 2**20)
+    monkeypatch.setattr("riskmap_ext.finetune.data.resample.available_memory", lambda: 2**20)
     told = problem(root, spacing=[0.5, 0.5, 0.5])
     assert "makes 39 x 47 x 23" in told
     assert "takes about 0.00251 GiB; expected no more than half of the 0.000977 GiB" in told
-    monkeypatch.setattr("riskmap_ext.finetune.resample.available_memory", lambda: None)
+    monkeypatch.setattr("riskmap_ext.finetune.data.resample.available_memory", lambda: None)
     assert read(root, spacing=[0.5, 0.5, 0.5]).train[0].image.shape == (1, 39, 47, 23)
 
 

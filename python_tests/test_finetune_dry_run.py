@@ -15,8 +15,8 @@ from finetune_data import RAS, configuration, phantom, save, settings, stop_at, 
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, DataError, check_run, finetune
 from riskmap_ext.finetune.cli import main
-from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.workspace import claimed_output
+from riskmap_ext.finetune.folder.workspace import claimed_output
+from riskmap_ext.finetune.report.log import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

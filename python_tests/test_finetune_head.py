@@ -16,8 +16,8 @@ from finetune_data import DYNUNET_2D, NETWORK_2D, configuration, settings, stop_
 from test_finetune_processes import numbers, torchrun, write
 
 from riskmap_ext.finetune import ConfigError, finetune
-from riskmap_ext.finetune import network as networks
-from riskmap_ext.finetune.orientation import orient
+from riskmap_ext.finetune.base.orientation import orient
+from riskmap_ext.finetune.source import network as networks
 from riskmap_ext.nn import DeferredLogits, FusedHead, RiskWeightedLoss, fuse_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")

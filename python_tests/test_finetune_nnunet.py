@@ -17,9 +17,9 @@ pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
 from riskmap_ext.finetune import finetune
-from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.config import SourceConfig
+from riskmap_ext.finetune.config.schema import SourceConfig
 from riskmap_ext.finetune.predict import predict_images
+from riskmap_ext.finetune.source.checkpoint import load_source
 
 pytestmark = pytest.mark.slow
 NAME, CASES = "Dataset411_Parts", 5

@@ -14,11 +14,11 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import MERGED, NETWORK_2D, configuration, train_source
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, rank_sources
-from riskmap_ext.finetune.checkpoint import save_checkpoint
-from riskmap_ext.finetune.config import NetworkConfig
-from riskmap_ext.finetune.network import build_network
+from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.config.schema import NetworkConfig
 from riskmap_ext.finetune.rank import write_ranking
-from riskmap_ext.finetune.structures import Structures
+from riskmap_ext.finetune.source.checkpoint import save_checkpoint
+from riskmap_ext.finetune.source.network import build_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

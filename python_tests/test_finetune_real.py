@@ -15,7 +15,7 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import real_data
 
 from riskmap_ext.finetune import finetune, load_config, parse_config
-from riskmap_ext.finetune.checkpoint import load_source
+from riskmap_ext.finetune.source.checkpoint import load_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,13 +24,13 @@ from html_page import Page
 
 import riskmap_ext
 from riskmap_ext.finetune import finetune, make_maps
-from riskmap_ext.finetune.errors import InputError
-from riskmap_ext.finetune.leep_table import leep_section
-from riskmap_ext.finetune.run_cases import CaseResults, read_results
-from riskmap_ext.finetune.run_files import Leep, read_run
-from riskmap_ext.finetune.run_page import run_page
-from riskmap_ext.finetune.run_report import write_report
-from riskmap_ext.finetune.scores import score_files
+from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext.finetune.metrics.scores import score_files
+from riskmap_ext.finetune.report.build import run_page
+from riskmap_ext.finetune.report.cases import CaseResults, read_results
+from riskmap_ext.finetune.report.leep import leep_section
+from riskmap_ext.finetune.report.read import Leep, read_run
+from riskmap_ext.finetune.report.write import write_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -295,7 +295,7 @@ class TestFinished:
         def fail(*_: Any) -> None:
             raise RuntimeError("no such luck")
 
-        monkeypatch.setattr("riskmap_ext.finetune.run_report.run_page", fail)
+        monkeypatch.setattr("riskmap_ext.finetune.report.write.run_page", fail)
         assert finetune(config(root, tmp_path / "run", None), progress=False).history
         log = (tmp_path / "run" / "log.txt").read_text()
         assert "report.html was not written (RuntimeError: no such luck)" in log

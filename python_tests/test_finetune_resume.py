@@ -21,7 +21,7 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import configuration, stop_at, train_source
 
 from riskmap_ext.finetune import finetune
-from riskmap_ext.finetune.errors import CheckpointError, ConfigError
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +124,7 @@ def test_cut_off_after_the_last_step(
 ) -> None:
     run = config(root, tmp_path / "run", source)
     with monkeypatch.context() as patch:
-        patch.setattr("riskmap_ext.finetune.run.write_dice", _interrupt)
+        patch.setattr("riskmap_ext.finetune.train.finetune.write_dice", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(run, progress=False)
     finetune(run, progress=False, resume=True)
@@ -136,7 +136,7 @@ def test_cut_off_while_overlays_are_drawn_and_moved(
 ) -> None:
     write = {"overlays": True, "tensorboard": False}
     with monkeypatch.context() as patch:
-        patch.setattr("riskmap_ext.finetune.run.write_overlay", _interrupt)
+        patch.setattr("riskmap_ext.finetune.train.finetune.write_overlay", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(config(root, tmp_path / "run", source, write=write), progress=False)
     assert (tmp_path / "run" / "dice.csv").exists()
@@ -151,7 +151,7 @@ def test_cut_off_while_the_report_of_a_run_without_validation_is_written(
 ) -> None:
     run = config(root, tmp_path / "run", source, data={"validation": 0})
     with monkeypatch.context() as patch:
-        patch.setattr("riskmap_ext.finetune.run.report_at_end", _interrupt)
+        patch.setattr("riskmap_ext.finetune.train.finetune.report_at_end", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(run, progress=False)
     with pytest.raises(ConfigError, match="holds a finished run"):
@@ -275,7 +275,7 @@ class TestRefuses:
         output = self.stopped(root, source, tmp_path, monkeypatch)
         before = (output / "resume.pt").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr("riskmap_ext.finetune.checkpoint.write_torch", full)
+            patch.setattr("riskmap_ext.finetune.source.checkpoint.write_torch", full)
             with pytest.raises(CheckpointError, match=r"last\.pt: cannot be written"):
                 finetune(config(root, output, source), progress=False, resume=True)
         assert (output / "resume.pt").read_bytes() == before

@@ -22,10 +22,10 @@ from riskmap_ext.finetune import (
     make_maps,
     prepare_cases,
 )
-from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.evaluate import dice_per_structure
-from riskmap_ext.finetune.network import Predictor
-from riskmap_ext.finetune.structures import Structures
+from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.metrics.dice import dice_per_structure
+from riskmap_ext.finetune.source.checkpoint import load_source
+from riskmap_ext.finetune.source.network import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,7 +233,7 @@ def test_second_run_takes_the_maps_from_the_cache(run, monkeypatch):
     def refuse(*_):
         raise AssertionError("the source model ran although its maps were cached")
 
-    monkeypatch.setattr("riskmap_ext.finetune.maps.SourceMapper._source_logits", refuse)
+    monkeypatch.setattr("riskmap_ext.finetune.train.maps.SourceMapper._source_logits", refuse)
     again = finetune(config.model_copy(update={"overwrite": True}), progress=False)
     assert again.leep == first.leep
     assert again.dice == pytest.approx(first.dice)
@@ -278,7 +278,7 @@ def test_same_seed_same_result(root, source, tmp_path):
 def test_prepared_cases_are_shared(root, source, tmp_path, monkeypatch):
     config = configuration(root, tmp_path / "out", source={"checkpoint": str(source)})
     cases = prepare_cases(config)
-    monkeypatch.setattr("riskmap_ext.finetune.plan.prepare_cases", None)
+    monkeypatch.setattr("riskmap_ext.finetune.train.plan.prepare_cases", None)
     assert finetune(config, cases=cases, progress=False).history
 
 

@@ -19,8 +19,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import NETWORK_2D, configuration, phantom, save, write_cases
 
 from riskmap_ext.finetune import ConfigError, DataError, InputError, finetune, make_maps
-from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.workspace import claimed_output, run_device
+from riskmap_ext.finetune.folder.workspace import claimed_output, run_device
+from riskmap_ext.finetune.report.log import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,7 +176,7 @@ def test_logits_that_are_no_numbers(root, source, tmp_path, monkeypatch, work):
     config = configuration(
         root, tmp_path / "out", source={"checkpoint": str(tmp_path / "large.pt")}
     )
-    monkeypatch.setattr("riskmap_ext.finetune.run.train_network", None)
+    monkeypatch.setattr("riskmap_ext.finetune.train.finetune.train_network", None)
     with pytest.raises(InputError, match="logits of case case00 are NaN or infinite") as caught:
         work(config, progress=False)
     assert str(root / "images" / "case00.nii.gz") in str(caught.value)
@@ -277,7 +277,7 @@ def test_two_runs_in_one_folder(root, tmp_path):
 def test_a_killed_run_leaves_no_lock(root, tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from riskmap_ext.finetune.lock import locked\n"
+        "from riskmap_ext.finetune.base.lock import locked\n"
         "from pathlib import Path\n"
         "with locked(Path(sys.argv[1])):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

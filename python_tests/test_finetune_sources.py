@@ -26,13 +26,13 @@ from source_data import (
 )
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, load_config, parse_config
-from riskmap_ext.finetune.config import InferenceConfig, NetworkConfig, SourceConfig
-from riskmap_ext.finetune.data import read_image
-from riskmap_ext.finetune.network import build_network
-from riskmap_ext.finetune.plan import predictor_of_source
+from riskmap_ext.finetune.config.schema import InferenceConfig, NetworkConfig, SourceConfig
+from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.predict import predict_images
 from riskmap_ext.finetune.rank import rank_sources
-from riskmap_ext.finetune.run import make_maps
+from riskmap_ext.finetune.source.network import build_network
+from riskmap_ext.finetune.train.finetune import make_maps
+from riskmap_ext.finetune.train.plan import predictor_of_source
 
 RUN = {"train": {"steps": 2, "patch_size": 8, "validate_every": 0}, "network": None}
 

@@ -11,9 +11,9 @@ nibabel = pytest.importorskip("nibabel", reason="needs the extra demo")
 pytest.importorskip("nilearn", reason="needs the extra demo")
 pytest.importorskip("pydantic", reason="needs the extra demo")
 
-from riskmap_ext.finetune import simulate  # noqa: E402
-from riskmap_ext.finetune.config_file import parse_config  # noqa: E402
-from riskmap_ext.finetune.data import prepare_cases  # noqa: E402
+from riskmap_ext.demo import simulate  # noqa: E402
+from riskmap_ext.finetune.config.load import parse_config  # noqa: E402
+from riskmap_ext.finetune.data.prepare import prepare_cases  # noqa: E402
 
 CSF, GREY, WHITE = 1, 2, 3
 

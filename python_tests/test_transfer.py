@@ -25,8 +25,8 @@ from benchmarks.transfer.scenario import load_scenarios, split
 from benchmarks.transfer.store import Store
 from riskmap_ext import weighted_loss
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.sampling import CropSampler
-from riskmap_ext.finetune.stepper import Stepper
+from riskmap_ext.finetune.data.sampling import CropSampler
+from riskmap_ext.finetune.train.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

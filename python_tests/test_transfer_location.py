@@ -22,9 +22,9 @@ from benchmarks.transfer.arms import ARMS, PLACED, WEIGHTS
 from benchmarks.transfer.noise import mislabelled
 from benchmarks.transfer.scenario import Noise, load_scenarios
 from benchmarks.transfer.sources import Sources
-from riskmap_ext.finetune.data import class_voxels
-from riskmap_ext.finetune.run import finetune
-from riskmap_ext.finetune.stepper import sqrt_inverse_frequency
+from riskmap_ext.finetune.data.prepare import class_voxels
+from riskmap_ext.finetune.train.finetune import finetune
+from riskmap_ext.finetune.train.step import sqrt_inverse_frequency
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

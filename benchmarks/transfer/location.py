@@ -14,9 +14,9 @@ from torch import Tensor
 
 import riskmap_ext
 from benchmarks.transfer.sources import Sources
-from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.data import Case, class_voxels
-from riskmap_ext.finetune.maps import SourceMaps
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.data.prepare import Case, class_voxels
+from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.nn import RiskWeightedLoss
 from riskmap_ext.statistics import sqrt_inverse_frequency
 

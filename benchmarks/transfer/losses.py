@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from riskmap_ext import weighted_loss
-from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.data import Case
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.nn import RiskWeightedLoss
 
 GAMMA = 2.0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.transfer.scenario import Noise
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.config import IGNORE_INDEX
-from riskmap_ext.finetune.data import Case, Cases
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.data.prepare import Case, Cases
 
 _WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 

@@ -23,7 +23,7 @@ from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
 from benchmarks.transfer.stats import Interval
 from benchmarks.transfer.store import Rows, Store
 from benchmarks.transfer.work import TUNING
-from riskmap_ext.finetune.files import write_text
+from riskmap_ext.finetune.base.files import write_text
 
 HOW = Path(__file__).with_name("how.md")
 # What the map and what class weights are held against, in the order of the summary.

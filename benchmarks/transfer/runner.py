@@ -12,7 +12,7 @@ from benchmarks.transfer.arms import ARMS
 from benchmarks.transfer.scenario import Scenario
 from benchmarks.transfer.store import Row, keys
 from benchmarks.transfer.work import BUSY, FINAL, TUNING, Done, Place, Task, do, key_of, setup_of
-from riskmap_ext.finetune.workers import start_worker
+from riskmap_ext.demo.workers import start_worker
 
 Say = Callable[[str], None]
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import riskmap_ext
-from riskmap_ext.finetune.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.config import IGNORE_INDEX, Config
-from riskmap_ext.finetune.data import Case
-from riskmap_ext.finetune.network import Predictor, patch_size
-from riskmap_ext.finetune.plan import predictor_of_source
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
+from riskmap_ext.finetune.data.prepare import Case
+from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
+from riskmap_ext.finetune.source.network import Predictor, patch_size
+from riskmap_ext.finetune.train.plan import predictor_of_source
 
 
 class Sources:

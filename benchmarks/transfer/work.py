@@ -25,16 +25,16 @@ from benchmarks.transfer.scenario import Noise, Scenario, data_root, load_scenar
 from benchmarks.transfer.sources import Sources
 from benchmarks.transfer.store import Store, claimed, keys
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.config import Config
-from riskmap_ext.finetune.config_file import parse_config
-from riskmap_ext.finetune.data import Case, Cases, prepare_cases
-from riskmap_ext.finetune.errors import InputError
-from riskmap_ext.finetune.records import LEEP_FILE
-from riskmap_ext.finetune.run import FinetuneResult, WeightFunction, finetune
-from riskmap_ext.finetune.scores import FOUND, MISSED, score_masks
-from riskmap_ext.finetune.simulate import write_cohort
-from riskmap_ext.finetune.stepper import LossFunction
-from riskmap_ext.finetune.workspace import NONFINITE_FILE
+from riskmap_ext.demo.simulate import write_cohort
+from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext.finetune.config.load import parse_config
+from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
+from riskmap_ext.finetune.folder.records import LEEP_FILE
+from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE
+from riskmap_ext.finetune.metrics.scores import FOUND, MISSED, score_masks
+from riskmap_ext.finetune.train.finetune import FinetuneResult, WeightFunction, finetune
+from riskmap_ext.finetune.train.step import LossFunction
 
 TUNING, FINAL = "tuning", "final"
 BUSY = "another process is at it"

@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from riskmap_ext.finetune.config import Config
-    from riskmap_ext.finetune.config_file import load_config, parse_config
-    from riskmap_ext.finetune.data import Case, Cases, prepare_cases
+    from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, InputError
+    from riskmap_ext.finetune.config.load import load_config, parse_config
+    from riskmap_ext.finetune.config.schema import Config
+    from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
     from riskmap_ext.finetune.dry_run import DryRun, check_run
-    from riskmap_ext.finetune.errors import CheckpointError, ConfigError, DataError, InputError
+    from riskmap_ext.finetune.metrics.scores import Score, score_files
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
-    from riskmap_ext.finetune.run import FinetuneResult, finetune, make_maps
-    from riskmap_ext.finetune.run_report import write_report
-    from riskmap_ext.finetune.scores import Score, score_files
+    from riskmap_ext.finetune.report.write import write_report
+    from riskmap_ext.finetune.train.finetune import FinetuneResult, finetune, make_maps
 
 __all__ = [
     "Case",
@@ -45,16 +45,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "config": ("Config",),
-    "config_file": ("load_config", "parse_config"),
-    "data": ("Case", "Cases", "prepare_cases"),
+    "config.schema": ("Config",),
+    "config.load": ("load_config", "parse_config"),
+    "data.prepare": ("Case", "Cases", "prepare_cases"),
     "dry_run": ("DryRun", "check_run"),
-    "errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
+    "base.errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
     "predict": ("predict_images",),
     "rank": ("RankedSource", "rank_sources"),
-    "run_report": ("write_report",),
-    "run": ("FinetuneResult", "finetune", "make_maps"),
-    "scores": ("Score", "score_files"),
+    "report.write": ("write_report",),
+    "train.finetune": ("FinetuneResult", "finetune", "make_maps"),
+    "metrics.scores": ("Score", "score_files"),
 }
 
 

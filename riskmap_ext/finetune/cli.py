@@ -76,9 +76,9 @@ def _finetune(
     model is made.
     """
     with _stoppable():
-        from riskmap_ext.finetune.config_file import load_config, located
+        from riskmap_ext.finetune.config.load import load_config, located
         from riskmap_ext.finetune.dry_run import check_run
-        from riskmap_ext.finetune.run import finetune
+        from riskmap_ext.finetune.train.finetune import finetune
 
         settings = load_config(config, overrides or [])
         with located(config, overrides or []):
@@ -98,7 +98,7 @@ def _report(
     It needs no other file and no network. The run may be unfinished.
     """
     with _stoppable(alone="report"):
-        from riskmap_ext.finetune.run_report import write_report
+        from riskmap_ext.finetune.report.write import write_report
 
         _check_file(output)
         path = write_report(run, output)
@@ -131,9 +131,9 @@ def _map(
     files, in the same order. The LEEP statistics come from these images.
     """
     with _stoppable(alone="map"):
-        from riskmap_ext.finetune.config_file import apply_overrides, parse_config
-        from riskmap_ext.finetune.errors import InputError
-        from riskmap_ext.finetune.run import make_maps
+        from riskmap_ext.finetune.base.errors import InputError
+        from riskmap_ext.finetune.config.load import apply_overrides, parse_config
+        from riskmap_ext.finetune.train.finetune import make_maps
 
         data = _map_files(image, label)
         if classes is not None:
@@ -172,7 +172,7 @@ def _rank(
     what it gains over the class frequencies alone.
     """
     with _stoppable(alone="rank"):
-        from riskmap_ext.finetune.config_file import load_config, located
+        from riskmap_ext.finetune.config.load import load_config, located
         from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
         _check_file(output)
@@ -223,8 +223,8 @@ def _predict(
     numbers, 0 for the background.
     """
     with _stoppable(alone="predict"):
-        from riskmap_ext.finetune.config import InferenceConfig
-        from riskmap_ext.finetune.errors import InputError
+        from riskmap_ext.finetune.base.errors import InputError
+        from riskmap_ext.finetune.config.schema import InferenceConfig
         from riskmap_ext.finetune.predict import predict_images
 
         sizes = None
@@ -273,7 +273,7 @@ def _evaluate(
     that neither has is left out, one that only the prediction has is counted as extra.
     """
     with _stoppable(alone="evaluate"):
-        from riskmap_ext.finetune.scores import score_files, write_scores
+        from riskmap_ext.finetune.metrics.scores import score_files, write_scores
 
         _check_file(output)
         scores = score_files(
@@ -290,8 +290,8 @@ def _evaluate(
 
 def _check_file(output: Path | None) -> None:
     """That a file can be written there is known before hours of work."""
-    from riskmap_ext.finetune.errors import InputError
-    from riskmap_ext.finetune.workspace import check_folder
+    from riskmap_ext.finetune.base.errors import InputError
+    from riskmap_ext.finetune.folder.workspace import check_folder
 
     if output is None:
         return
@@ -301,7 +301,7 @@ def _check_file(output: Path | None) -> None:
 
 
 def _structures(given: list[str]) -> dict[str, list[int]] | None:
-    from riskmap_ext.finetune.errors import InputError
+    from riskmap_ext.finetune.base.errors import InputError
 
     found: dict[str, list[int]] = {}
     for text in given:
@@ -319,7 +319,7 @@ def _structures(given: list[str]) -> dict[str, list[int]] | None:
 
 def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
     """The `data` section of --image and --label."""
-    from riskmap_ext.finetune.errors import InputError
+    from riskmap_ext.finetune.base.errors import InputError
 
     for key, paths in (("image", image), ("label", label)):
         if missing := [path for path in paths if not path.exists()]:
@@ -352,7 +352,7 @@ def _demo(
 ) -> None:
     """Compare losses on simulated brains: offline, a few minutes on two cores."""
     with _stoppable():
-        from riskmap_ext.finetune import demo
+        from riskmap_ext.demo import run as demo
 
         demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
 
@@ -370,7 +370,7 @@ def _stoppable(alone: str | None = None) -> Iterator[None]:
 
     alone: the command, where several processes would each do, and write, the same.
     """
-    from riskmap_ext.finetune.errors import ConfigError, Terminated
+    from riskmap_ext.finetune.base.errors import ConfigError, Terminated
 
     if alone and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"torchrun: riskmap {alone} is one process; start it without torchrun")
@@ -427,7 +427,7 @@ def main() -> None:
             raise
         _fail(f"the package {error.name} is missing; install it with: {_EXTRA}")
     except ValueError as error:
-        from riskmap_ext.finetune.errors import InputError, ToldElsewhere
+        from riskmap_ext.finetune.base.errors import InputError, ToldElsewhere
 
         if not isinstance(error, InputError):
             raise

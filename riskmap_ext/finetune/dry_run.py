@@ -9,15 +9,28 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from riskmap_ext.finetune.checkpoint import KeyReport
-from riskmap_ext.finetune.config import Config
-from riskmap_ext.finetune.data import class_voxels, read_case
-from riskmap_ext.finetune.datalist import CaseFiles, Listing, list_cases
-from riskmap_ext.finetune.errors import DataError
-from riskmap_ext.finetune.label_table import plain_label_map
-from riskmap_ext.finetune.lock import check_free
-from riskmap_ext.finetune.memory import MemoryNeed, described, memory_need, volume_store
-from riskmap_ext.finetune.plan import (
+from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.lock import check_free
+from riskmap_ext.finetune.base.processes import started
+from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
+from riskmap_ext.finetune.data.label_table import plain_label_map
+from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
+from riskmap_ext.finetune.data.prepare import class_voxels, read_case
+from riskmap_ext.finetune.data.sampling import flip_axes
+from riskmap_ext.finetune.data.storage import TensorStore
+from riskmap_ext.finetune.data.volumes import grid_problems, read_header
+from riskmap_ext.finetune.folder.workspace import (
+    check_output,
+    check_same_run,
+    check_threads,
+    run_device,
+    torch_state,
+    unfinished_run,
+)
+from riskmap_ext.finetune.report.log import Log
+from riskmap_ext.finetune.source.checkpoint import KeyReport
+from riskmap_ext.finetune.train.plan import (
     Models,
     build_models,
     check_inputs,
@@ -27,20 +40,7 @@ from riskmap_ext.finetune.plan import (
     most_outputs,
     resolved,
 )
-from riskmap_ext.finetune.processes import started
-from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.sampling import flip_axes
-from riskmap_ext.finetune.stepper import loss_in_words
-from riskmap_ext.finetune.storage import TensorStore
-from riskmap_ext.finetune.volumes import grid_problems, read_header
-from riskmap_ext.finetune.workspace import (
-    check_output,
-    check_same_run,
-    check_threads,
-    run_device,
-    torch_state,
-    unfinished_run,
-)
+from riskmap_ext.finetune.train.step import loss_in_words
 
 # For reading whole volumes; of further ones the headers are enough.
 _SECONDS = 30.0

@@ -10,15 +10,20 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from riskmap_ext.finetune.checkpoint import load_source
-from riskmap_ext.finetune.config import Config, SourceConfig
-from riskmap_ext.finetune.data import Cases
-from riskmap_ext.finetune.errors import ConfigError
-from riskmap_ext.finetune.files import write_csv
-from riskmap_ext.finetune.plan import check_preprocessing, predictor_of_source, read_cases
-from riskmap_ext.finetune.report import Log
-from riskmap_ext.finetune.run import mapper_of
-from riskmap_ext.finetune.workspace import check_folder, check_threads, run_device, torch_state
+from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.config.schema import Config, SourceConfig
+from riskmap_ext.finetune.data.prepare import Cases
+from riskmap_ext.finetune.folder.workspace import (
+    check_folder,
+    check_threads,
+    run_device,
+    torch_state,
+)
+from riskmap_ext.finetune.report.log import Log
+from riskmap_ext.finetune.source.checkpoint import load_source
+from riskmap_ext.finetune.train.finetune import mapper_of
+from riskmap_ext.finetune.train.plan import check_preprocessing, predictor_of_source, read_cases
 
 
 @dataclass(frozen=True)

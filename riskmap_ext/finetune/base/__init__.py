@@ -1,0 +1,1 @@
+"""What all rooms of the driver stand on."""

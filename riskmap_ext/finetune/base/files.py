@@ -1,0 +1,56 @@
+"""Files written beside and then renamed, so that none is ever half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from riskmap_ext._files import written_beside
+from riskmap_ext.finetune.base.errors import InputError
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Raises: InputError naming the file, which is then as it was before."""
+    try:
+        with written_beside(path) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    with _written(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    with _written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_nifti(
+    path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple[int, int] = (0, 2)
+) -> None:
+    """A NIfTI-1 file with `affine` in sform and qform; `codes` are (qform_code, sform_code)."""
+    image = nib.Nifti1Image(volume, affine)
+    qform_code, sform_code = codes
+    image.set_qform(affine, code=qform_code)
+    image.set_sform(affine, code=sform_code)
+    image.header.set_xyzt_units("mm")
+    with _written(path) as partial:
+        nib.save(image, partial)

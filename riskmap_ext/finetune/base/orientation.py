@@ -1,0 +1,102 @@
+"""The order in which a network sees the axes of a volume, and the way there and back.
+
+Orders are letters, as nibabel's axis codes: "RAS" grows to the right, the front and the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from riskmap_ext._deferred import DeferredLogits
+from riskmap_ext.finetune.base.errors import ConfigError
+
+T = TypeVar("T")
+# Volumes are prepared with the slice axis last; "RAS" is nibabel's canonical order.
+PREPARED: Mapping[str, str] = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
+_AXES = ("RL", "AP", "SI")
+_PLANES = {"RL": "sagittal", "AP": "coronal", "SI": "axial"}
+
+
+def axis_of(letter: str) -> str:
+    """The two directions of the letter's axis."""
+    return next(axis for axis in _AXES if letter in axis)
+
+
+def check_orientation(letters: Any) -> Any:
+    """Upper-case letters; ValueError where they do not name different axes."""
+    if letters is None:
+        return None
+    known = [axis for letter in str(letters).upper() for axis in _AXES if letter in axis]
+    if not (len(known) == len(set(known)) == len(str(letters)) and len(known) in (2, 3)):
+        raise ValueError(
+            "expected a letter of R or L, one of A or P and one of S or I, in the order of the "
+            f"axes, such as RAS or LPS, got {letters!r}"
+        )
+    return str(letters).upper()
+
+
+def slice_axis_of(letter: str) -> str:
+    """The plane that is perpendicular to an axis, as `data.slice_axis` names it."""
+    return _PLANES[axis_of(letter)]
+
+
+def arranged(values: Sequence[T], have: str, wanted: str) -> list[T]:
+    """Values of the axes `have` (sizes, spacings) in the order of `wanted`."""
+    by_axis = {axis_of(letter): value for letter, value in zip(have, values, strict=True)}
+    return [by_axis[axis_of(letter)] for letter in wanted]
+
+
+def orient(network: nn.Module, wanted: str | None, slice_axis: str, dims: int) -> None:
+    """Lets `network` see prepared images [B, M, *S] in the order `wanted`; None: as they are.
+
+    What it gives comes back in the prepared order. Names of its weights stay.
+
+    Raises: ConfigError where a 2-D network is of other slices than those of `slice_axis`.
+    """
+    if wanted is None:
+        return
+    have = PREPARED[slice_axis][:dims]
+    if len(wanted) != dims:
+        raise ConfigError(
+            f"network.orientation: expected {dims} letters for a {dims}-D network, got {wanted!r}"
+        )
+    missing = [letter for letter in wanted if not set(axis_of(letter)) & set(have)]
+    if missing:
+        left = next(axis for axis in _AXES if not set(axis) & set(wanted))
+        raise ConfigError(
+            f"data.slice_axis: the network sees {_PLANES[left]} slices (its axes are {wanted}), "
+            f"got {slice_axis}; set data.slice_axis={_PLANES[left]}"
+        )
+    if wanted != have:
+        steps = _Turn(have, wanted)
+        network.register_forward_pre_hook(steps.there)
+        network.register_forward_hook(steps.back)
+
+
+class _Turn:
+    def __init__(self, have: str, wanted: str) -> None:
+        from_axes = [axis_of(letter) for letter in have]
+        order = [from_axes.index(axis_of(letter)) for letter in wanted]
+        self._flips = [2 + i for i, letter in enumerate(wanted) if letter not in have]
+        self._order = [0, 1, *(2 + place for place in order)]
+        self._inverse = [0, 1, *(2 + order.index(place) for place in range(len(order)))]
+
+    def there(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        image, *others = inputs
+        return self._flip(image.permute(self._order)).contiguous(), *others
+
+    def back(self, _: nn.Module, __: Any, output: Any) -> Any:
+        return self._returned(output)
+
+    def _returned(self, output: Any) -> Any:
+        if isinstance(output, DeferredLogits):
+            return DeferredLogits(self._returned(output.features), output.weight, output.bias)
+        if isinstance(output, (list, tuple)):
+            return type(output)(self._returned(each) for each in output)
+        return self._flip(output).permute(self._inverse)
+
+    def _flip(self, image: Tensor) -> Tensor:
+        return image.flip(self._flips) if self._flips else image

@@ -1,0 +1,510 @@
+"""The keys of a fine-tuning run: their types, defaults, meaning and checks.
+
+The text below a key is its description; docs/generate.py makes the reference of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from riskmap_ext.finetune.base.orientation import check_orientation
+
+IGNORE_INDEX = -100
+_UNIONS = (Union, UnionType, Annotated)
+
+
+def _against_base(value: Any, info: ValidationInfo) -> Any:
+    """Relative paths of a config file start from the file's folder."""
+    if not isinstance(value, (str, Path)):
+        return value
+    if not str(value).strip():
+        raise ValueError("expected a path, got an empty text")
+    base = (info.context or {}).get("base") or Path.cwd()
+    return Path(os.path.normpath(Path(base) / Path(value).expanduser()))
+
+
+def check_names(names: Any) -> Any:
+    """Class names as they are; ValueError for empty ones and for the same name twice."""
+    if isinstance(names, list):
+        empty = [place for place, name in enumerate(names) if not name.strip()]
+        if empty:
+            raise ValueError(f"expected a name for each class, got none for class {empty[0]}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected distinct names, got {', '.join(twice)} more than once")
+    return names
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a value may have, of a union each."""
+    if isinstance(annotation, type):
+        return {annotation}
+    parts = get_args(annotation)
+    # What is in an Annotated beside the type, and in a list or dict, are no types of the value.
+    parts = parts[:1] if get_origin(annotation) is Annotated else parts
+    return set().union(*map(_kinds, parts)) if get_origin(annotation) in _UNIONS else set()
+
+
+def _one_or_many(value: Any) -> Any:
+    return value if value is None or isinstance(value, (list, tuple)) else [value]
+
+
+FilePath = Annotated[Path, BeforeValidator(_against_base)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sizes = Annotated[list[PositiveInt], BeforeValidator(_one_or_many)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(check_names)]
+Orientation = Annotated[str, AfterValidator(check_orientation)]
+Axis = Literal["sagittal", "coronal", "axial"]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+class CaseConfig(_Section):
+    """One image (a file for each channel, or one for all) with its label."""
+
+    image: FilePath | Annotated[list[FilePath], Field(min_length=1)]
+    """Image file; or a list with one for each channel, all on one grid. A 4-D file holds all
+    channels in its last axis."""
+    label: FilePath
+    """Its label file, on the same grid."""
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
+    """Name of the case. Left out, the image's file name is taken; where several images share it,
+    with the folders above: `s1/mri/T1.mgz` and `s2/mri/T1.mgz` become `s1_mri_T1` and `s2_mri_T1`.
+    """
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        return tuple(self.image) if isinstance(self.image, list) else (self.image,)
+
+
+class DataConfig(_Section):
+    """Which files are read, and how labels and intensities are prepared."""
+
+    root: FilePath | None = None
+    """Folder with `dataset.json`, or with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`).
+    Where it is set, relative `datalist`, `images` and `labels` start from it."""
+    datalist: Path | None = None
+    """`dataset.json` of the Decathlon, of MONAI, or of nnU-Net."""
+    images: Path | None = None
+    """Folder of images, paired with `labels` by file name."""
+    labels: Path | None = None
+    """Folder of labels, paired with `images` by file name."""
+    cases: list[CaseConfig] | None = None
+    """Images with their labels, one by one."""
+    channels: PositiveInt | Names | None = None
+    """How many channels an image has, or their names. Left out, as the data set says
+    (`channel_names`, `modality`), or the number of files of a case."""
+    image_suffix: str | Names = ""
+    """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
+    passed over, so a suffix also chooses the contrast. A list, such as `[_T1w, _FLAIR]`, has one
+    for each channel."""
+    label_suffix: str = ""
+    """What follows the case's name in the label's file name, such as `_seg`."""
+    train: Annotated[int, Field(ge=1)] | list[str] | None = None
+    """Training cases: how many, in the order of the list (by name for folders), or their names.
+    Left out, all that are not for validation."""
+    validation: Annotated[int, Field(ge=0)] | list[str] | None = None
+    """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
+    out), or their names. Left out, those of the datalist, or none."""
+    classes: list[str] | None = None
+    """Distinct class names, background first. Left out, from the datalist or the names in
+    `label_map`."""
+    label_map: dict[int, int | str] | FilePath | None = None
+    """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
+    or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
+    a class. 0 is background unless mapped. Left out, numbers are taken as they are."""
+    regions: dict[str, Annotated[list[int | str], BeforeValidator(_one_or_many)]] | None = None
+    """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
+    core}`. The network then has one sigmoid output for each region in the place of a softmax over
+    the classes, and the regions are scored. Left out, those of an nnU-Net data set, or none."""
+    region_classes: list[int | str] | None = None
+    """The class that each region gets in a segmentation, in the order of painting (nnU-Net's
+    `regions_class_order`). Left out, regions are painted from the largest to the smallest, each
+    with the one class that no smaller region has."""
+    other_labels: Literal["error", "background", "ignore"] = "error"
+    """What becomes of labels that are not in the map (or ≥ the number of classes)."""
+    spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
+    """Voxel size `[x, y, z]` in mm to resample to; left out, as in the file. Refused where fewer
+    than 4 voxels would be left on an axis, or where a case would take more than half of the memory
+    available."""
+    normalize: Literal["zscore", "none"] = "zscore"
+    """`zscore`: mean 0 and standard deviation 1 over the image foreground."""
+    image_foreground: Literal["nonzero", "otsu", "all"] = "nonzero"
+    """How the brain or body is told from air: `nonzero`, `otsu` (a threshold: air is not 0), or
+    `all` voxels."""
+    slice_axis: Axis = "axial"
+    """Which slices a 2-D network sees."""
+    storage: Literal["auto", "memory", "disk"] = "auto"
+    """Where prepared volumes are kept: in memory, or as memory-mapped files in the cache, which the
+    system reads as they are used, so that a cohort may be larger than memory. `auto` takes the disk
+    where they would take more than half of the memory available."""
+
+    @property
+    def image_suffixes(self) -> list[str]:
+        """One for each channel."""
+        return [self.image_suffix] if isinstance(self.image_suffix, str) else self.image_suffix
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_classes(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(value) < 2:
+            raise ValueError(f"expected two or more distinct names, background first, got {value}")
+        return check_names(value)
+
+    @model_validator(mode="after")
+    def _one_way_to_list_files(self, info: ValidationInfo) -> DataConfig:
+        given = [k for k in ("datalist", "images", "cases") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"expected one of datalist, images + labels, cases; got {given}")
+        if (self.images is None) != (self.labels is None):
+            raise ValueError("expected images and labels together, got one of them")
+        if not given and self.root is None:
+            raise ValueError(
+                "no data given: set root (a folder with dataset.json or with images/ and labels/), "
+                "datalist, images and labels, or cases"
+            )
+        base = self.root or (info.context or {}).get("base") or Path.cwd()
+        for key in ("datalist", "images", "labels"):
+            value = getattr(self, key)
+            if value is not None:
+                # Assignment would validate again, without the context.
+                resolved = Path(os.path.normpath(Path(base) / value.expanduser()))
+                self.__dict__[key] = resolved
+        return self
+
+
+class NetworkConfig(_Section):
+    """A network of MONAI or nnU-Net and its arguments (channels follow from the classes)."""
+
+    name: str
+    """A class of `monai.networks.nets`, such as `UNet`, `DynUNet`, `SegResNet`, `SwinUNETR`; or
+    nnU-Net's `PlainConvUNet`, `ResidualEncoderUNet`, `ResidualUNet` (package
+    `dynamic-network-architectures`)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes (for nnU-Net's networks,
+    `conv_op: torch.nn.Conv2d` or `Conv3d`). Channels follow from the data and the classes and can
+    be left out; other numbers are refused."""
+    orientation: Orientation | None = None
+    """The order and directions in which the network sees the axes: `SAR` of a volume, `AR` of a
+    slice, in nibabel's letters. Left out, as the data are prepared, or as the source sees them."""
+
+
+class SourceConfig(_Section):
+    """The frozen source model: where the weights and the transfer risk come from."""
+
+    checkpoint: FilePath
+    """A checkpoint of this package; of nnU-Net v2 (`checkpoint_final.pth`); a MONAI bundle (its
+    folder or its `models/model.pt`); or any file of tensors and plain types with a state dict in
+    it. Files with other objects are not loaded, as that would run their code."""
+    network: NetworkConfig | None = None
+    """Needed for a bare state dict; left out, as the checkpoint or bundle says."""
+    classes: Annotated[int, Field(ge=1)] | list[str] | None = None
+    """Class names, background first, or their number: needed for a bare state dict. Left out, as
+    the checkpoint or bundle says."""
+    orientation: Annotated[Orientation, Field(min_length=3)] | None = None
+    """The order of axes in the image files of the source's training, such as `LPS`: for sources of
+    nnU-Net, and for MONAI bundles that do not say it. Left out, `RAS`."""
+    channels: list[Annotated[int, Field(ge=0)] | str] | None = None
+    """Which channels of the target images the source sees, by number or name, in its own order.
+    Left out, all of them."""
+    initialize: bool = True
+    """Start from the source's weights; false takes only the risk map from it."""
+    head: Literal["auto", "keep", "reinitialize"] = "auto"
+    """The output layer: `auto` is fresh where the class counts differ or only one of the
+    two has regions, `keep` takes the source's, `reinitialize` is always fresh: for as many classes
+    that are other ones."""
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_classes(cls, value: int | list[str] | None) -> int | list[str] | None:
+        return check_names(value)
+
+
+class RiskConfig(_Section):
+    """The transfer risk map (options of riskmap_ext.risk_map)."""
+
+    use: bool = True
+    """Give the map to the loss. With false it is made all the same, for the report: two passes of
+    the source over the training cases. Without a source there is none."""
+    scheme: Literal["exponential", "power", "linear"] = "linear"
+    """How a weight follows from the hardness (docs/method.md). The paper has `exponential`, which
+    was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
+    base: Positive = 10.0
+    """Weight of the hardest voxel, scheme `exponential`."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Exponent of the scheme `power`."""
+    scale: NonNegative = 9.0
+    """What the hardest voxel weighs beyond 1, scheme `linear`."""
+    range: Literal["dataset", "image"] | Interval = "dataset"
+    """Hardness that is stretched to the full weight: from the least to the largest over the
+    training set, per image, or `[lo, hi]` in nats."""
+
+    @field_validator("range")
+    @classmethod
+    def _ordered(cls, value: Any) -> Any:
+        if isinstance(value, list) and not value[0] <= value[1]:
+            raise ValueError(f"expected [lo, hi] with lo <= hi, got {value}")
+        return value
+
+
+class LossConfig(_Section):
+    """The loss (options of riskmap_ext.weighted_loss)."""
+
+    ce_weight: NonNegative = 1.0
+    """Factor of the cross-entropy part."""
+    dice_weight: NonNegative = 1.0
+    """Factor of the soft Dice part."""
+    normalization: Literal[
+        "foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"
+    ] = "foreground"
+    """What the weighted cross-entropy is divided by: voxels of the foreground (brain or body, not
+    air) in each image or over the batch, valid voxels in each image or over the batch, the class
+    weights of the valid voxels of the batch, or nothing."""
+    foreground_floor: Fraction = 0.05
+    """Least share of the valid voxels that counts as foreground: 1 / `foreground_floor` is the most
+    the cross-entropy can be scaled up by."""
+    ce_voxels: Literal["valid", "foreground"] = "valid"
+    """Voxels the cross-entropy is summed over."""
+    class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
+    """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
+    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
+    multiply the risk map unless `risk.use` is false, as it was wherever they were compared."""
+    label_smoothing: Fraction = 0.0
+    """As in `torch.nn.functional.cross_entropy`. With class weights, the smoothed share of each
+    class is multiplied by its weight: large ones can make a network predict rare classes
+    everywhere."""
+    include_background: bool = False
+    """Whether the Dice of the background class counts."""
+    batch_dice: bool = False
+    """One Dice over the voxels of the batch, that of all processes, instead of one per image."""
+    squared_pred: bool = False
+    """Squared probabilities in the denominator of the Dice, as in MONAI's `DiceLoss`."""
+    alpha: NonNegative = 0.5
+    """Weight of false positives in the Dice; `alpha` and `beta` of 1 are the Jaccard index, others
+    Tversky's."""
+    beta: NonNegative = 0.5
+    """Weight of false negatives in the Dice."""
+    smooth_nr: NonNegative = 1e-5
+    """What is added to the numerator of the Dice."""
+    smooth_dr: NonNegative = 1e-5
+    """What is added to the denominator of the Dice."""
+    overwrite_logits: bool = False
+    """Let the gradient take the memory of the logits, for many classes. Not for networks with a
+    stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
+    fused_head: Literal["auto"] | bool = "auto"
+    """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits:
+    with many classes they are most of its memory. `auto` does so from 16 outputs on where the
+    network ends in one; `true` refuses a network that does not."""
+
+    @model_validator(mode="after")
+    def _something_to_minimize(self) -> LossConfig:
+        if self.ce_weight == 0 and self.dice_weight == 0:
+            raise ValueError("expected ce_weight or dice_weight above 0, got 0 for both")
+        return self
+
+
+class AugmentConfig(_Section):
+    """Random changes of each crop."""
+
+    flip: list[Axis] = Field(default_factory=list)
+    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right. None by default,
+    as left and right are often classes of their own."""
+    affine_probability: Fraction = 0.5
+    """Share of crops that are rotated and scaled."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    """Largest angle, degrees; the crop turns in millimetres, so anisotropic voxels are fine."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """Largest relative change of size."""
+    intensity_probability: Fraction = 0.5
+    """Share of crops whose brightness, contrast and gamma change."""
+    brightness: NonNegative = 0.1
+    """Standard deviation of the shift, in standard deviations of the image foreground."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Largest relative change of the contrast."""
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Exponents from `1 - gamma` to `1 / (1 - gamma)`."""
+    noise_probability: Fraction = 0.2
+    """Share of crops that get Gaussian noise."""
+    noise: NonNegative = 0.1
+    """Its largest standard deviation, in standard deviations of the image foreground."""
+
+
+class TrainConfig(_Section):
+    """The optimisation."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 2
+    """Crops in a step, over all processes. They are divided among the processes of torchrun."""
+    accumulate: PositiveInt = 1
+    """Batches whose gradients are averaged in one step."""
+    patch_size: Sizes | None = None
+    """The crop in voxels, one number or one per axis. Null: 128² for 2-D networks, 64³ for 3-D
+    ones."""
+    lr: Positive = 1e-3
+    """Learning rate at the first step."""
+    weight_decay: NonNegative = 1e-5
+    """Of the optimizer."""
+    optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """A class of `torch.optim`; SGD is with Nesterov's momentum."""
+    momentum: Fraction = 0.99
+    """For SGD."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Learning rate over the steps: `poly` is `(1 - step/steps)^0.9`, `cosine` half a wave."""
+    validate_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between validations; 0 validates at the end alone."""
+    foreground_crops: Fraction = 1 / 3
+    """Share of crops centred on a foreground voxel."""
+    crop_balance: Literal["class", "voxel"] = "class"
+    """How that voxel is drawn: each class equally often, or each voxel."""
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Mixed precision; `fp16` is for CUDA only."""
+    channels_last: bool = False
+    """Keep network and crops in channels-last memory, which some convolutions like better."""
+    compile: bool = False
+    """Run the network through `torch.compile`: minutes at first, faster steps afterwards."""
+    grad_clip: Positive | None = 12.0
+    """Largest norm of the gradient; null does not clip."""
+
+
+class InferenceConfig(_Section):
+    """Sliding windows of validation, of the final prediction and of the source model."""
+
+    patch_size: Sizes | None = None
+    """Window in voxels, one number or one per axis. Null: the training patch (for the source, the
+    window it was trained with)."""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Of neighbouring windows, as a share."""
+    batch_size: PositiveInt | None = None
+    """Windows at once. Null: 16 slices, or 2 volumes."""
+
+
+class WriteConfig(_Section):
+    """Which of the larger outputs are written."""
+
+    maps: bool = True
+    """Transferability and risk maps."""
+    predictions: bool = True
+    """Segmentations of the validation cases."""
+    overlays: bool | Annotated[int, Field(ge=0)] = True
+    """Pictures of the validation cases, or how many of them."""
+    tensorboard: bool = True
+    """The columns of `metrics.csv`, and a validation case in pictures, as TensorBoard events."""
+    report: bool = True
+    """`report.html`, the run on one page."""
+
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class Config(_Section):
+    """A whole run. Field by field: docs/reference/config.md."""
+
+    output: FilePath
+    """Folder for the results."""
+    overwrite: bool = False
+    """Replace the run that is in it."""
+    cache: FilePath | None = None
+    """Folder of statistics and maps, found again by content; runs may share one. Null:
+    `OUTPUT/cache`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights, crops and augmentation."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes CUDA where torch and this package have it."""
+    threads: PositiveInt | None = None
+    """CPU threads, at most 4 for each CPU of the machine. Null: torch's number."""
+    data: DataConfig
+    """The cases."""
+    network: NetworkConfig | None = None
+    """Left out, the network is that of the source."""
+    source: SourceConfig | None = None
+    """Left out, training is from scratch: that is how a source model is made."""
+    risk: RiskConfig = Field(default_factory=RiskConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    write: WriteConfig = Field(default_factory=WriteConfig)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not DEVICE.fullmatch(value):
+            raise ValueError(
+                "expected auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA "
+                f"devices), got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _network_known(self) -> Config:
+        if self.network is None and self.source is None:
+            raise ValueError(
+                "network: expected a name and args, or a source whose network is taken; got neither"
+            )
+        if self.source is None and self.risk.use and "use" in self.risk.model_fields_set:
+            raise ValueError("risk.use: true needs a source model; set source.checkpoint")
+        given = {} if self.network is None else self.network.args
+        if self.loss.overwrite_logits and given.get("deep_supervision"):
+            raise ValueError(
+                "loss.overwrite_logits: expected false with network.args.deep_supervision, which "
+                "stacks the logits with other outputs; got true"
+            )
+        return self
+
+    @property
+    def uses_risk(self) -> bool:
+        return self.source is not None and self.risk.use
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings of what is said and has no effect, or a bad one."""
+        found = []
+        given = self.risk.model_fields_set
+        if self.source is None and given and "use" not in given:
+            keys = ", ".join(f"risk.{key}" for key in sorted(given))
+            found.append(f"{keys}: there is no source, so that no map is made")
+        if self.loss.label_smoothing > 0 and self.loss.class_weights is not None:
+            found.append(
+                "loss.class_weights weigh what loss.label_smoothing spreads, too: strong ones can "
+                "draw all voxels to rare classes"
+            )
+        return found
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loading it again gives the same run."""
+        plain = self.model_dump(mode="json")
+        if self.source is None:
+            # true (the default) is refused where there is no source.
+            plain["risk"]["use"] = False
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,115 @@
+"""Label values to class indices: from a mapping, or from a table in a file."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+
+_VALUE_COLUMNS = ("value", "index", "id", "label", "labelid", "roi_index", "no.")
+_NAME_COLUMNS = ("class", "name", "labelname", "structure", "roi_name", "region")
+
+
+def label_table(
+    wanted: Mapping[int, int | str] | None, classes: Sequence[str], ignore: Sequence[int] = ()
+) -> dict[int, int]:
+    """Original label value -> class index (or IGNORE_INDEX).
+
+    wanted: original value -> class name, class index, or "ignore"; None: values are the indices.
+    ignore: values that the data set itself says to leave out.
+
+    Raises: ConfigError naming the value.
+    """
+    ignored = dict.fromkeys(ignore, IGNORE_INDEX)
+    if wanted is None:
+        return {index: index for index in range(len(classes))} | ignored
+    table = {0: 0}
+    for value, target in wanted.items():
+        if target == "ignore":
+            table[value] = IGNORE_INDEX
+        elif isinstance(target, str) and target in classes:
+            table[value] = list(classes).index(target)
+        elif isinstance(target, int) and 0 <= target < len(classes):
+            table[value] = target
+        else:
+            raise ConfigError(
+                f"data.label_map: {value}: {target!r} is no class; expected a name or index of "
+                f"{list(classes)}, or ignore"
+            )
+    return table | ignored
+
+
+def plain_label_map(table: Mapping[int, int]) -> dict[int, int | str] | None:
+    """`data.label_map` of a table; None where every value is its own index."""
+    if all(value == index for value, index in table.items()):
+        return None
+    return {v: "ignore" if i == IGNORE_INDEX else i for v, i in table.items() if (v, i) != (0, 0)}
+
+
+def read_label_map(path: Path) -> dict[int, int | str]:
+    """A table of label values and class names: CSV or TSV with a header, or a FreeSurfer LUT.
+
+    The value's column is one of value, index, id, label; the name's is one of class, name,
+    structure. Several values may share a class; the class `ignore` leaves its values out. A line
+    of a look-up table is `NUMBER NAME R G B A`; `#` begins a comment.
+
+    Raises: DataError naming the file and the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError([f"{path}: no such file (data.label_map)"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError([f"{path}: cannot be read as text ({error}) (data.label_map)"]) from None
+    rows = [
+        (number, line.strip())
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not rows:
+        raise DataError([f"{path}: no rows in it (data.label_map)"])
+    if re.match(r"-?\d+\s+\S+(\s+\d+){3,4}\s*$", rows[0][1]):
+        cells = [(number, line.split()) for number, line in rows]
+        pairs = [(number, cell[0], cell[1]) for number, cell in cells if len(cell) > 1]
+    else:
+        pairs = _columns(path, rows)
+    table: dict[int, int | str] = {}
+    for number, value, name in pairs:
+        if not re.fullmatch(r"-?\d+", value):
+            raise DataError([f"{path}: line {number}: expected a whole number, got {value!r}"])
+        if not name:
+            raise DataError([f"{path}: line {number}: expected a class name, got none"])
+        if table.get(int(value), name) != name:
+            raise DataError([f"{path}: line {number}: {value} is {table[int(value)]} already"])
+        if int(value) != 0:
+            table[int(value)] = name
+    if not table:
+        raise DataError([f"{path}: no label value beside 0 in it (data.label_map)"])
+    return table
+
+
+def _columns(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str, str]]:
+    separator = max(",;\t", key=rows[0][1].count)
+    cells = list(csv.reader([line for _, line in rows], delimiter=separator))
+    head = [name.strip().lower() for name in cells[0]]
+    # A name column goes by its own name before "label" could be taken for it.
+    name = next((head.index(n) for n in _NAME_COLUMNS if n in head), None)
+    value = next((head.index(n) for n in _VALUE_COLUMNS if n in head), None)
+    if name is None or value is None:
+        raise DataError(
+            [
+                f"{path}: line {rows[0][0]}: expected a header with a column "
+                f"{' or '.join(_VALUE_COLUMNS[:4])} and one {' or '.join(_NAME_COLUMNS[:2])}, got "
+                f"{rows[0][1]!r}"
+            ]
+        )
+    found = []
+    for (number, line), row in zip(rows[1:], cells[1:], strict=True):
+        if len(row) <= max(name, value):
+            raise DataError([f"{path}: line {number}: expected {len(head)} columns, got {line!r}"])
+        found.append((number, row[value].strip(), row[name].strip()))
+    return found

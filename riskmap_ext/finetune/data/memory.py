@@ -1,0 +1,120 @@
+"""What a run will take of memory, from the headers of its files, and where its volumes are kept."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.processes import local_size
+from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
+from riskmap_ext.finetune.data.resample import available_memory, resampled_shape
+from riskmap_ext.finetune.data.storage import TensorStore
+from riskmap_ext.finetune.data.volumes import read_header, voxel_sizes
+
+# A logit, its share of the sliding window's weights and sums, and its softmax.
+_BYTES_PER_LOGIT = 12
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of one process. volumes: of all prepared cases, their crops' sources and their maps.
+
+    largest: what the largest case takes while the source or the network runs over it.
+    """
+
+    volumes: int
+    largest: int
+    largest_case: str
+    voxels: int
+
+
+def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
+    """outputs: the most output channels of the source and the network.
+
+    Raises: DataError for a header that cannot be read.
+    """
+    cases = [*listing.train, *listing.validation]
+    voxels = {case.name: _prepared_voxels(case, config.data.spacing) for case in cases}
+    channels = len(listing.channels)
+    # Image, label and mask; of training cases once more for crops, with label, mask and risk in
+    # float32; the two maps.
+    each = 4 * channels + 3 + (8 if config.source is not None else 0)
+    trained = sum(voxels[case.name] for case in listing.train)
+    total = sum(voxels.values())
+    name = max(voxels, key=lambda each: voxels[each])
+    return MemoryNeed(
+        total * each + trained * (4 * channels + 12),
+        voxels[name] * (outputs * _BYTES_PER_LOGIT + 4 * channels),
+        name,
+        total,
+    )
+
+
+def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
+    """How many voxels a case has once it is resampled. Raises: DataError naming the file."""
+    label = read_header(case.label)
+    shape, sizes = list(label.shape), voxel_sizes(label.affine)
+    if spacing is not None:
+        shape = [max(1, size) for size in resampled_shape(shape, sizes, spacing)]
+    return math.prod(shape)
+
+
+def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> TensorStore:
+    """Where the prepared volumes go, by data.storage.
+
+    Raises: DataError where memory cannot hold them, or not even one case's logits.
+    """
+    available = available_memory()
+    on_disk = TensorStore((config.cache or config.output / "cache") / "volumes")
+    storage = config.data.storage
+    if available is None:
+        return on_disk if storage == "disk" else TensorStore()
+    share = available // local_size()
+    if need.largest > share and device.type == "cpu":
+        raise DataError(
+            [
+                f"{need.largest_case}: the logits of this case take about {gib(need.largest)}, "
+                f"and {gib(share)} of memory is available for this process; use coarser "
+                "data.spacing or smaller images"
+            ]
+        )
+    if storage == "memory" and need.volumes + need.largest > share:
+        raise DataError(
+            [
+                f"data.storage: memory: the prepared volumes take about {gib(need.volumes)}, and "
+                f"{gib(share)} is available for this process; set data.storage=disk"
+            ]
+        )
+    if storage == "memory" or (storage == "auto" and need.volumes <= share / 2):
+        return TensorStore()
+    return on_disk
+
+
+def described(need: MemoryNeed, store: TensorStore) -> str:
+    """One line for the log."""
+    where = "in memory" if store.folder is None else f"on disk, in {store.folder}"
+    available = available_memory()
+    rest = "" if available is None else f" of {gib(available)} available"
+    return (
+        f"Volumes: about {gib(need.volumes)}, {where}; the largest case takes {gib(need.largest)} "
+        f"more{rest}"
+    )
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def process_memory() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

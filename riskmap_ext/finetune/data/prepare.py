@@ -1,0 +1,338 @@
+"""Cases prepared for a network, and the way back to the grid of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from torch import Tensor
+
+from riskmap_ext._files import digest
+from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.orientation import PREPARED
+from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, DataConfig
+from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
+from riskmap_ext.finetune.data.label_table import plain_label_map
+from riskmap_ext.finetune.data.resample import check_spacing, resample
+from riskmap_ext.finetune.data.storage import TensorStore
+from riskmap_ext.finetune.data.volumes import (
+    Volume,
+    grid_problems,
+    read_image_files,
+    read_label_file,
+    voxel_sizes,
+)
+
+_MIN_STD = 1e-8
+_MAX_LABEL_SPAN = 2**24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """From the prepared grid of a case back to the file's own."""
+
+    orientation: str
+    affine: np.ndarray
+    shape: tuple[int, ...]
+    codes: tuple[int, int]
+    prepared_affine: np.ndarray
+    prepared_shape: tuple[int, ...]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size of the prepared grid in mm."""
+        return voxel_sizes(self.prepared_affine)
+
+    @property
+    def axis_names(self) -> tuple[str, str, str]:
+        """The plane that each prepared axis is perpendicular to."""
+        names = {"R": "sagittal", "A": "coronal", "S": "axial"}
+        return tuple(names[letter] for letter in self.orientation)  # type: ignore[return-value]
+
+    @property
+    def resampled(self) -> bool:
+        return self.prepared_shape != self._reoriented_shape() or not np.allclose(
+            self.prepared_affine, self._reoriented_affine(), atol=1e-5
+        )
+
+    def to_full(self, volume: Tensor, mode: str = "nearest") -> Tensor:
+        """[..., *prepared] at the file's resolution, still in the prepared orientation."""
+        if not self.resampled:
+            return volume
+        lead = volume.shape[:-3]
+        meta = MetaTensor(
+            volume.reshape(-1, *volume.shape[-3:]).float(),
+            affine=torch.as_tensor(self.prepared_affine),
+        )
+        to_grid = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
+        out = to_grid(
+            meta,
+            dst_affine=torch.as_tensor(self._reoriented_affine()),
+            spatial_size=self._reoriented_shape(),
+        )
+        assert isinstance(out, MetaTensor)
+        return out.as_tensor().reshape(*lead, *out.shape[-3:]).to(volume.dtype)
+
+    def to_file(self, volume: Tensor | np.ndarray) -> np.ndarray:
+        """A volume at the file's resolution in the file's own orientation."""
+        return apply_orientation(np.asarray(volume), self._transform(back=True))
+
+    def from_file(self, volume: np.ndarray) -> np.ndarray:
+        """A volume of the file's orientation in the prepared one; resolution as it is."""
+        return apply_orientation(volume, self._transform())
+
+    def to_ras(self, volume: Tensor | np.ndarray) -> np.ndarray:
+        """A prepared volume in canonical RAS order."""
+        return np.transpose(np.asarray(volume), [self.orientation.index(c) for c in "RAS"])
+
+    def ras_spacing(self) -> tuple[float, float, float]:
+        sizes = [self.spacing[self.orientation.index(letter)] for letter in "RAS"]
+        return tuple(sizes)  # type: ignore[return-value]
+
+    def _transform(self, back: bool = False) -> np.ndarray:
+        file, prepared = io_orientation(self.affine), axcodes2ornt(self.orientation)
+        return ornt_transform(prepared, file) if back else ornt_transform(file, prepared)
+
+    def _reoriented_affine(self) -> np.ndarray:
+        return self.affine @ inv_ornt_aff(self._transform(), self.shape)
+
+    def _reoriented_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in np.argsort(self._transform()[:, 0]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prepared case. Volumes are [X, Y, Z] on the prepared grid, slice axis last.
+
+    image: [M, X, Y, Z] float32, normalised. label: int16, 0 .. C-1 or IGNORE_INDEX. mask: bool, the
+    image's own foreground. full_label: label at the file's resolution (the same tensor unless
+    resampled).
+    """
+
+    name: str
+    files: CaseFiles
+    image: Tensor
+    label: Tensor
+    mask: Tensor
+    full_label: Tensor
+    grid: Grid
+    digest: str
+
+
+@dataclass(frozen=True)
+class Cases:
+    """All cases of a run; runs with the same `data` section may share them.
+
+    label_map: original label value -> class index or "ignore"; None where values are indices.
+    image_suffix: what follows a case's name in the files of each channel, where that is known.
+    """
+
+    train: list[Case]
+    validation: list[Case]
+    structures: Structures
+    channels: list[str]
+    label_map: dict[int, int | str] | None
+    image_suffix: list[str] | None
+    notes: list[str]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.structures.classes
+
+    @property
+    def spacings(self) -> list[tuple[float, float, float]]:
+        """Voxel sizes of the prepared training cases, in mm."""
+        return [case.grid.spacing for case in self.train]
+
+    @cached_property
+    def class_voxels(self) -> Tensor:
+        """Of the training cases; [C] float64."""
+        return class_voxels(self.train, len(self.classes))
+
+
+def class_voxels(cases: Sequence[Case], num_classes: int) -> Tensor:
+    """Voxels of each class, without ignored ones; [C] float64."""
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    for case in cases:
+        valid = case.label[case.label != IGNORE_INDEX]
+        counts += torch.bincount(valid.long(), minlength=num_classes)
+    return counts
+
+
+def prepare_cases(
+    config: Config,
+    progress: Callable[[int, str], Any] | None = None,
+    store: TensorStore | None = None,
+) -> Cases:
+    """Reads, checks and prepares every case of `config.data`.
+
+    progress: called with the number of cases and the name of each once it is read. store: where
+    the volumes are kept; None: in memory.
+
+    Raises: DataError with one line per problem, after all files were looked at; ConfigError.
+    """
+    listing = list_cases(config.data)
+    files = [*listing.train, *listing.validation]
+    cases: list[Case] = []
+    problems: list[str] = []
+    for entry in files:
+        try:
+            cases.append(read_case(entry, config.data, listing, store or TensorStore()))
+        except DataError as error:
+            problems.extend(error.problems)
+        if progress is not None:
+            progress(len(files), entry.name)
+    if problems:
+        raise DataError(problems)
+    train, validation = cases[: len(listing.train)], cases[len(listing.train) :]
+    if all((case.label == IGNORE_INDEX).all() for case in train):
+        raise DataError([f"{case.files.label}: every voxel is ignored" for case in train])
+    return Cases(
+        train,
+        validation,
+        listing.structures,
+        listing.channels,
+        plain_label_map(listing.label_table),
+        listing.image_suffix,
+        listing.notes,
+    )
+
+
+def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int = 1) -> Case:
+    """An image without a label, prepared as `data` says; its label is all background.
+
+    Raises: DataError naming the file.
+    """
+    volume = read_image_files(paths, channels)
+    label = np.zeros(volume.shape, dtype=np.int16)
+    return _prepare(CaseFiles(name, tuple(paths), paths[0]), volume, label, data, TensorStore())
+
+
+def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: TensorStore) -> Case:
+    """Raises: DataError with a line for each problem of the files."""
+    problems: list[str] = []
+    image = label = values = None
+    try:
+        image = read_image_files(files.images, len(listing.channels))
+    except DataError as error:
+        problems.extend(error.problems)
+    try:
+        label = read_label_file(files.label)
+        values = _label_values(files.label, label, data, listing)
+    except DataError as error:
+        problems.extend(error.problems)
+    if image is not None and label is not None:
+        problems += grid_problems(files.image, image, files.label, label)
+    if problems or image is None or values is None:
+        raise DataError(problems)
+    return _prepare(files, image, values, data, store)
+
+
+def _label_values(path: Path, volume: Volume, data: DataConfig, listing: Listing) -> np.ndarray:
+    """Class indices, int16."""
+    values, classes = volume.values, listing.structures.classes
+    low, high = int(values.min()), int(values.max())
+    if high - low > _MAX_LABEL_SPAN:
+        raise DataError([f"{path}: label values from {low} to {high}: is it a label image?"])
+    offset = (values.astype(np.int64) - low).ravel()
+    present = np.flatnonzero(np.bincount(offset)) + low
+    others = [int(v) for v in present if int(v) not in listing.label_table]
+    if others and data.other_labels == "error":
+        shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+        known = (
+            "in data.label_map"
+            if data.label_map is not None
+            else f"in 0 .. {len(classes) - 1} (data.classes: {', '.join(classes)})"
+        )
+        raise DataError(
+            [
+                f"{path}: label values {shown} are not {known}; add them to data.label_map, or "
+                "set data.other_labels to background or ignore"
+            ]
+        )
+    rest = IGNORE_INDEX if data.other_labels == "ignore" else 0
+    table = np.full(high - low + 1, rest, dtype=np.int16)
+    for value in present:
+        table[value - low] = listing.label_table.get(int(value), rest)
+    return table[offset].reshape(values.shape)
+
+
+def _prepare(
+    files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: TensorStore
+) -> Case:
+    orientation = PREPARED[data.slice_axis]
+    transform = ornt_transform(io_orientation(volume.affine), axcodes2ornt(orientation))
+    affine = volume.affine @ inv_ornt_aff(transform, volume.shape)
+    mask = _image_foreground(volume.values, data.image_foreground)
+    normalized = [_normalize(channel, mask, data.normalize) for channel in volume.values]
+    *channels, moved_label, moved_mask = (
+        torch.from_numpy(np.ascontiguousarray(apply_orientation(a, transform)))
+        for a in (*normalized, label, mask)
+    )
+    moved = [torch.stack(channels), moved_label, moved_mask]
+    if data.spacing is not None:
+        check_spacing(files.image, moved_label.shape, voxel_sizes(affine), data.spacing)
+        moved, affine = resample(moved, affine, data.spacing)
+    grid = Grid(
+        orientation=orientation,
+        affine=volume.affine,
+        shape=volume.shape,
+        codes=volume.codes,
+        prepared_affine=affine,
+        prepared_shape=tuple(moved[1].shape),
+    )
+    content = digest(*moved, list(grid.spacing))
+    kept = dict(zip(("image", "label", "mask"), moved, strict=True))
+    if grid.resampled:
+        kept["full_label"] = moved_label
+    kept = store.keep(f"case-{content[:32]}", kept)
+    kept.setdefault("full_label", kept["label"])
+    return Case(name=files.name, files=files, grid=grid, digest=content, **kept)
+
+
+def _image_foreground(image: np.ndarray, kind: str) -> np.ndarray:
+    """Brain or body rather than air, in any channel; everything where nothing would be left."""
+    if kind == "nonzero":
+        mask = (image != 0).any(axis=0)
+    elif kind == "otsu":
+        mask = np.any([channel > _otsu_threshold(channel) for channel in image], axis=0)
+    else:
+        mask = np.ones(image.shape[1:], dtype=bool)
+    return mask if mask.any() else np.ones(image.shape[1:], dtype=bool)
+
+
+def _otsu_threshold(image: np.ndarray) -> float:
+    """The grey level that splits the histogram with the largest variance between both parts."""
+    counts, edges = np.histogram(image, bins=256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = counts.sum() - below
+    total = np.cumsum(counts * centres)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = total / below - (total[-1] - total) / above
+        between = np.nan_to_num(below * above * difference**2)
+    return float(edges[int(between.argmax()) + 1])
+
+
+def _normalize(image: np.ndarray, mask: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "none":
+        return image
+    inside = image[mask].astype(np.float64)
+    mean, std = float(inside.mean()), float(inside.std())
+    # A constant image has nothing to scale by.
+    return (image - mean) / (std if std > _MIN_STD else 1.0)

@@ -1,0 +1,98 @@
+"""Resampling of volumes to another voxel size, refused where the outcome is absurd."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Spacing
+from torch import Tensor
+
+from riskmap_ext.finetune.base.errors import DataError
+
+_MAX_VOXELS = 2**31 - 1
+_MIN_SIZE = 4
+# Image, label and mask, and the float64 copies and sampling grid while they are made.
+_BYTES_PER_VOXEL = 64
+
+
+def resample(
+    volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
+) -> tuple[list[Tensor], np.ndarray]:
+    """[image, label, mask] at `spacing` mm: image linearly, label and mask to the nearest voxel.
+
+    The image is [M, X, Y, Z], label and mask are [X, Y, Z].
+    """
+    out = []
+    for volume, mode in zip(volumes, ("bilinear", "nearest", "nearest"), strict=True):
+        lead = volume.shape[:-3]
+        meta = MetaTensor(
+            volume.reshape(-1, *volume.shape[-3:]).float(), affine=torch.as_tensor(affine)
+        )
+        resampled = Spacing(pixdim=spacing, mode=mode, padding_mode="border")(meta)
+        assert isinstance(resampled, MetaTensor)
+        values = resampled.as_tensor().reshape(*lead, *resampled.shape[-3:])
+        out.append(values.to(volume.dtype).contiguous())
+        moved = np.asarray(resampled.affine, dtype=np.float64)
+    return out, moved
+
+
+def resampled_shape(
+    shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
+) -> list[int]:
+    """Voxels along each axis once voxels of `sizes` mm have become such of `spacing` mm."""
+    # From the first voxel's centre to the last one's, as the transform counts.
+    return [
+        round((n - 1) * size / wanted + 1)
+        for n, size, wanted in zip(shape, sizes, spacing, strict=True)
+    ]
+
+
+def check_spacing(
+    path: Path, shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
+) -> None:
+    """Refuses a spacing that leaves next to nothing of `path`, or more than memory holds.
+
+    Raises: DataError with the resulting shape, before anything of that size is made.
+    """
+    result = resampled_shape(shape, sizes, spacing)
+    made = (
+        f"{path}: data.spacing {[float(v) for v in spacing]} mm makes {_by(result)} of its "
+        f"{_by(shape)} voxels of {_by(f'{size:.3g}' for size in sizes)} mm"
+    )
+    if any(after < min(_MIN_SIZE, before) for after, before in zip(result, shape, strict=True)):
+        raise DataError([f"{made}; expected {_MIN_SIZE} or more along each axis: use finer voxels"])
+    voxels = int(np.prod([float(n) for n in result]))
+    needed, available = voxels * _BYTES_PER_VOXEL, available_memory()
+    if voxels > _MAX_VOXELS:
+        raise DataError(
+            [f"{made}: {voxels:.2g} voxels; expected less than 2^31: use coarser voxels"]
+        )
+    if available is not None and needed > available / 2:
+        raise DataError(
+            [
+                f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half "
+                f"of the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
+            ]
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _by(sizes: Iterable[object]) -> str:
+    return " x ".join(map(str, sizes))

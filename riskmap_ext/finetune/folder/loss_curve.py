@@ -1,0 +1,76 @@
+"""losses.csv: the training loss in fine steps, kept on the device until it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.base.processes import Processes
+
+HEADER = ("step", "loss", "lr")
+_POINTS = 500
+
+
+class LossCurve:
+    """Mean losses of runs of steps of equal length: 500 to 999 rows, or one for each step.
+
+    A row is (last step of its mean, loss, learning rate there). Nothing waits for the device until
+    `write`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        steps: int,
+        device: torch.device,
+        group: Processes | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """state: what `state_dict` gave when the run that is gone on with was kept."""
+        self._path = path
+        self._group = group or Processes()
+        self._every = max(1, steps // _POINTS)
+        self._last = steps
+        self._rows: list[list[float]] = [list(row) for row in state["rows"]] if state else []
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._count = 0
+        if state:
+            self._sum += state["sum"].to(device)
+            self._count = int(state["count"])
+        self._waiting: list[tuple[int, Tensor, float]] = []
+
+    def add(self, step: int, loss: Tensor, lr: float) -> None:
+        self._sum += loss
+        self._count += 1
+        if step % self._every == 0 or step == self._last:
+            self._waiting.append((step, self._sum / self._count, lr))
+            self._sum, self._count = torch.zeros_like(self._sum), 0
+
+    def write(self) -> None:
+        """Raises: InputError naming the file."""
+        if self._waiting:
+            losses = self._group.mean(torch.stack([loss for _, loss, _ in self._waiting])).tolist()
+            for (step, _, lr), loss in zip(self._waiting, losses, strict=True):
+                self._rows.append([step, loss, lr])
+            self._waiting = []
+        rows = ([int(step), f"{loss:.6g}", f"{lr:.6g}"] for step, loss, lr in self._rows)
+        if self._group.is_main:
+            write_csv(self._path, HEADER, rows)
+
+    def close(self) -> None:
+        """What came after the last validation, for a run that ends early."""
+        if self._group.size > 1:  # the others may have ended already
+            return
+        with suppress(InputError):  # the reason for the early end is the one to be told
+            self.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of what was written."""
+        return {"rows": self._rows, "sum": self._sum.cpu(), "count": self._count}

@@ -1,0 +1,128 @@
+"""What a run notes down for its report: leep.json and environment.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+import riskmap_ext
+from riskmap_ext.finetune.base.files import write_json
+from riskmap_ext.finetune.train.maps import SourceMaps
+
+LEEP_FILE, ENVIRONMENT_FILE = "leep.json", "environment.json"
+
+
+def write_leep(
+    folder: Path, maps: SourceMaps, classes: list[str], source_classes: list[str]
+) -> None:
+    """leep.json: the source's statistics on the training cases.
+
+    conditional: P(y|z), a row for each target class. class_frequencies, source_frequencies: shares
+    of the target labels and of the source's probability mass. Entropy, score and hardness in nats.
+    """
+    statistics = maps.statistics
+    mass = statistics.joint.sum(dim=0)
+    write_json(
+        folder / LEEP_FILE,
+        {
+            "score": maps.score,
+            "label_entropy": statistics.label_entropy,
+            "tells_nothing": statistics.tells_nothing(maps.score),
+            "remark": maps.remark,
+            "hardness_range": list(maps.hardness_range),
+            "voxels": statistics.num_voxels,
+            "classes": classes,
+            "source_classes": source_classes,
+            "class_frequencies": statistics.class_frequencies.tolist(),
+            "source_frequencies": (mass / mass.sum().clamp(min=1e-300)).tolist(),
+            "conditional": maps.conditional.tolist(),
+        },
+    )
+
+
+def note_start(
+    folder: Path, device: torch.device, cases: dict[str, int], loss: str, *, resumed: bool
+) -> None:
+    """Adds a start of the run to environment.json: its loss in words, versions and machine."""
+    starts = _starts(folder / ENVIRONMENT_FILE) if resumed else []
+    start: dict[str, Any] = {
+        "begun": _now(),
+        "ended": None,
+        "seconds": None,
+        "peak_memory_bytes": None,
+        "peak_gpu_memory_bytes": None,
+        "cases": cases,
+        "loss": loss,
+        "riskmap_ext": riskmap_ext.__version__,
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+    write_json(folder / ENVIRONMENT_FILE, {"starts": [*starts, start]})
+
+
+def note_end(folder: Path, device: torch.device, seconds: float) -> None:
+    """Completes the last start: seconds, and the largest memory this process has had."""
+    starts = _starts(folder / ENVIRONMENT_FILE)
+    if not starts:
+        return
+    cuda = device.type == "cuda"
+    starts[-1] |= {
+        "ended": _now(),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": _peak_memory(),
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+    }
+    write_json(folder / ENVIRONMENT_FILE, {"starts": starts})
+
+
+def ended(folder: Path) -> bool:
+    """Whether the last start of the run came to its end."""
+    starts = _starts(folder / ENVIRONMENT_FILE)
+    return bool(starts) and starts[-1].get("ended") is not None
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    """Of an earlier process; none where the file cannot be used."""
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return starts if isinstance(starts, list) and all(isinstance(s, dict) for s in starts) else []
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

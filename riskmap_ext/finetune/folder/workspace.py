@@ -1,0 +1,260 @@
+"""Where a run works: its device, torch's global state, and its output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from riskmap_ext import _library
+from riskmap_ext._files import half_written, read_torch
+from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.files import write_text
+from riskmap_ext.finetune.base.lock import locked
+from riskmap_ext.finetune.base.processes import local_rank, local_size
+from riskmap_ext.finetune.config.schema import DEVICE, Config
+from riskmap_ext.finetune.folder.records import ended
+from riskmap_ext.finetune.report.log import Log
+from riskmap_ext.finetune.source.checkpoint import RESUME_FILE, RESUME_FORMAT
+
+NONFINITE_FILE = "nonfinite.json"
+# Keys that may differ where an unfinished run is gone on with: none changes what is computed.
+_FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
+_OUTPUT_FILES = (
+    "config.yaml",
+    "keys.json",
+    RESUME_FILE,
+    "last.pt",
+    "best.pt",
+    "metrics.csv",
+    "losses.csv",
+    "dice.csv",
+    "leep.json",
+    "environment.json",
+    "report.html",
+    NONFINITE_FILE,
+    "log.txt",
+)
+# More is slower, and some thousands end the process.
+_THREADS_PER_CPU = 4
+_OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
+
+
+@contextmanager
+def torch_state(config: Config, device: torch.device) -> Iterator[None]:
+    """Seed and thread count of the run; the caller's come back afterwards."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def check_threads(config: Config) -> None:
+    """Refuses a number of threads that can only be a slip."""
+    cpus = os.cpu_count() or 1
+    limit = _THREADS_PER_CPU * cpus
+    if config.threads is not None and config.threads > limit:
+        raise ConfigError(
+            f"threads: expected at most {limit} ({_THREADS_PER_CPU} for each of the {cpus} CPUs "
+            f"found), got {config.threads}"
+        )
+
+
+@contextmanager
+def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
+    """Gives a KeyboardInterrupt the message what was stopped and what is left."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = "stopped before anything was written"
+        if log.is_open:
+            message = f"stopped {log.stage}; {config.output} holds an unfinished run"
+            if (config.output / RESUME_FILE).exists():
+                message += " (--resume goes on with it)"
+            log.note(message)
+        stop.args = (message,)
+        raise
+
+
+def run_device(config: Config) -> torch.device:
+    return device_of(config.device)
+
+
+def device_of(wanted: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises: ConfigError where there is no such device."""
+    if not DEVICE.fullmatch(wanted):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {wanted!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kernels = _library.no_cuda_reason() is None
+    if wanted == "auto":
+        return _own_gpu(count) if count and kernels else torch.device("cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and device.index is not None and local_size() > 1:
+        raise ConfigError(
+            f"device: {wanted} for each of {local_size()} processes; expected cuda, which gives "
+            "each process a GPU of its own"
+        )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"device: {wanted} asked for, but torch {torch.__version__} sees "
+            f"{count} CUDA devices; set device=cpu"
+        )
+    if wanted == "cuda" and local_size() > 1:
+        device = _own_gpu(count)
+    if device.type == "cuda" and not kernels:
+        raise ConfigError(
+            f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
+            "(`riskmap info` says why); set device=cpu"
+        )
+    return device
+
+
+def _own_gpu(count: int) -> torch.device:
+    """Of this one of the processes on the machine."""
+    if local_size() == 1:
+        return torch.device("cuda")
+    if local_size() > count:
+        raise ConfigError(
+            f"device: {local_size()} processes on this machine, but {count} CUDA devices; start as "
+            "many processes, or set device=cpu"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def unfinished_run(config: Config) -> dict[str, Any] | None:
+    """What resume.pt in the output folder holds; None where no run has come as far as that.
+
+    Raises: ConfigError where the run has come to its end, or has another configuration.
+    """
+    output = config.output
+    path = output / RESUME_FILE
+    if finished(output):
+        raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
+    if not path.exists():
+        held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
+        if held:
+            raise ConfigError(
+                f"output: {output} holds {' and '.join(held)}, but no {RESUME_FILE} to go on from; "
+                "overwrite=true without --resume starts anew"
+            )
+        return None
+    state = read_torch(path)
+    if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
+        raise ConfigError(f"output: {path} is damaged; overwrite=true without --resume starts anew")
+    return state
+
+
+def check_same_run(config: Config) -> None:
+    """Raises: ConfigError naming the keys in which `config` differs from the unfinished run."""
+    path = config.output / "config.yaml"
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"output: {path} cannot be read ({error})") from None
+    changed = _differences(before, yaml.safe_load(config.to_yaml()))
+    changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)}: not as in {path}; a run is gone on with as it was "
+            "begun, or begun anew with overwrite=true and without --resume"
+        )
+
+
+def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [prefix.rstrip(".")]
+    found = []
+    for key in sorted({*one, *other}, key=str):
+        found += _differences(one.get(key), other.get(key), f"{prefix}{key}.")
+    return found
+
+
+@contextmanager
+def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterator[None]:
+    """Makes the output folder, or clears the earlier run in it where that is allowed.
+
+    Raises: ConfigError where it cannot be written, or where another run is at work in it.
+    """
+    output = config.output
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written ({error})") from None
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(output))
+        except OSError as error:
+            if made:
+                output.rmdir()
+            raise ConfigError(f"output: {output} cannot be written ({error})") from None
+        for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
+            for left in half_written(folder):
+                left.unlink(missing_ok=True)
+        if resumed:
+            check_same_run(config)
+        else:
+            for name in check_output(config):
+                path = output / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_text(output / "config.yaml", config.to_yaml())
+        log.open(output / "log.txt", append=resumed)
+        yield
+
+
+def check_output(config: Config) -> list[str]:
+    """What an earlier run has left in the output folder; refused unless `overwrite` is set.
+
+    Raises: ConfigError naming output or cache where no folder can be made there.
+    """
+    output = config.output
+    check_folder("output", output)
+    check_folder("cache", config.cache or output / "cache")
+    held = [n for n in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / n).exists()]
+    if held and not config.overwrite:
+        state = "already holds a run" if finished(output) else "holds an unfinished run"
+        raise ConfigError(
+            f"output: {output} {state} ({', '.join(held)}); choose another folder, or set "
+            "overwrite=true to replace it"
+        )
+    if config.source is not None and output in config.source.checkpoint.parents and held:
+        raise ConfigError(
+            f"output: the source checkpoint {config.source.checkpoint} lies in it and would be "
+            "replaced; choose another folder"
+        )
+    return held
+
+
+def finished(output: Path) -> bool:
+    """Whether the run in `output` came to its end: its scores, its last start, or its log."""
+    if (output / RESUME_FILE).exists():
+        return False
+    if (output / "dice.csv").exists() or ended(output):
+        return True
+    try:
+        lines = (output / "log.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(lines) and " Done" in lines[-1]
+
+
+def check_folder(key: str, path: Path) -> None:
+    """Refuses a path where no folder is and none can be made."""
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir():
+        where = "" if existing == path else f"{path}: "
+        raise ConfigError(f"{key}: {where}{existing} is a file; expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {existing} cannot be written; choose another folder")

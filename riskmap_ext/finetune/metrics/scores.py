@@ -1,0 +1,207 @@
+"""Segmentation files against reference labels: Dice, HD95, surface Dice, missed structures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from rich.markup import escape
+from rich.table import Table
+
+from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.data.datalist import stem, volumes_in
+from riskmap_ext.finetune.data.volumes import read_labels
+from riskmap_ext.finetune.report.log import Log, number
+
+FOUND, MISSED, EXTRA, ABSENT = "found", "missed", "extra", "absent"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One structure in one case.
+
+    outcome: found (in both), missed (in the reference alone), extra (in the prediction alone),
+    absent (in neither). dice, surface_dice: 0 where it is missed or extra, NaN where absent.
+    hd95: the larger of the two directed 95th percentiles of the distances between the surfaces, in
+    mm; NaN unless found. voxels: of the reference and of the prediction.
+    """
+
+    case: str
+    structure: str
+    outcome: str
+    dice: float
+    surface_dice: float
+    hd95: float
+    reference_voxels: int
+    predicted_voxels: int
+
+
+def score_files(
+    predictions: Path,
+    references: Path,
+    *,
+    structures: Mapping[str, Sequence[int]] | None = None,
+    tolerance: float = 1.0,
+    partial: bool = False,
+    progress: bool = True,
+) -> list[Score]:
+    """Scores predictions against the references of the same names.
+
+    Args:
+        predictions, references: a file each, or a folder each; paired by name.
+        structures: name -> the label values that make it up; regions may overlap. None: every value
+            but 0 that occurs in a file of either side.
+        tolerance: of the surface Dice, in mm.
+        partial: leave out references without a prediction, which is an error otherwise.
+        progress: print the table and a progress bar.
+
+    Raises: InputError naming the files: no counterpart, another grid, no whole numbers.
+    """
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ConfigError(f"--tolerance: expected a number >= 0 in mm, got {tolerance!r}")
+    log = Log(quiet=not progress)
+    pairs = _pairs(predictions, references, partial)
+    wanted = structures or _values_of(pairs.values())
+    scores = []
+    with log.progress("cases") as bar:
+        task = bar.add_task("Scoring", total=len(pairs), note="")
+        for name, paths in pairs.items():
+            prediction, reference = read_labels(*paths)
+            for structure, values in wanted.items():
+                one, other = (
+                    np.isin(each.values, list(values)) for each in (prediction, reference)
+                )
+                scores.append(
+                    score_masks(name, structure, one, other, reference.spacing, tolerance)
+                )
+            bar.update(task, advance=1, note=name)
+    log.table(summary(scores, tolerance))
+    for structure in wanted:
+        if all(s.outcome == ABSENT for s in scores if s.structure == structure):
+            log.warn(f"structure {structure} occurs in no file")
+    return scores
+
+
+def write_scores(path: Path, scores: Sequence[Score]) -> None:
+    """A row for each structure of each case."""
+    write_csv(path, [each.name for each in fields(Score)], map(astuple, scores))
+
+
+def summary(scores: Sequence[Score], tolerance: float) -> Table:
+    """A row for each structure. Missed structures count as Dice 0; nothing is averaged away."""
+    cases = len({score.case for score in scores})
+    table = Table(
+        title=f"{cases} cases; Dice: mean and lowest; SD: mean surface Dice at {tolerance:g} mm; "
+        "HD95: median in mm"
+    )
+    for column in ("structure", "in", "missed", "extra", "Dice", "lowest", "SD", "HD95"):
+        first = column == "structure"
+        table.add_column(column, justify="left" if first else "right", no_wrap=True)
+    for structure in dict.fromkeys(score.structure for score in scores):
+        own = [score for score in scores if score.structure == structure]
+        there = [score for score in own if score.outcome in (FOUND, MISSED)]
+        found = [score.hd95 for score in own if score.outcome == FOUND]
+        dice = [score.dice for score in there]
+        counts = [sum(score.outcome == outcome for score in own) for outcome in (MISSED, EXTRA)]
+        table.add_row(
+            escape(structure),
+            f"{len(there)} of {cases}",
+            *(str(count) if count else "-" for count in counts),
+            number(statistics.fmean(dice) if dice else math.nan),
+            number(min(dice, default=math.nan)),
+            number(statistics.fmean(s.surface_dice for s in there) if there else math.nan),
+            f"{statistics.median(found):.2f}" if found else "-",
+        )
+    return table
+
+
+def score_masks(
+    case: str,
+    structure: str,
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    tolerance: float,
+) -> Score:
+    """The score of two boolean volumes of one grid; spacing and tolerance in mm."""
+    counts = int(reference.sum()), int(prediction.sum())
+    if not any(counts):
+        return Score(case, structure, ABSENT, math.nan, math.nan, math.nan, 0, 0)
+    if not all(counts):
+        outcome = MISSED if counts[0] else EXTRA
+        return Score(case, structure, outcome, 0.0, 0.0, math.nan, *counts)
+    dice = 2 * int((prediction & reference).sum()) / sum(counts)
+    box = _bounding_box(prediction | reference)
+    one, other = (
+        torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)
+    )
+    options: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
+    hd95 = compute_hausdorff_distance(one, other, percentile=95, **options)
+    surface = compute_surface_dice(one, other, class_thresholds=[tolerance], **options)
+    return Score(case, structure, FOUND, dice, float(surface), float(hd95), *counts)
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Of the mask, a voxel wider where there is room: distances do not change."""
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        inside = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(max(0, int(inside[0]) - 1), int(inside[-1]) + 2))
+    return tuple(box)
+
+
+def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
+    if predictions.is_dir() != references.is_dir():
+        raise ConfigError(
+            f"--prediction {predictions} and --reference {references}: expected two files or two "
+            "folders"
+        )
+    if not predictions.is_dir():
+        return {stem(predictions): (predictions, references)}
+    found, wanted = (_by_name(folder) for folder in (predictions, references))
+    if not found:
+        raise DataError([f"{predictions}: no image in this folder"])
+    problems = []
+    if missing := sorted(set(found) - set(wanted)):
+        problems.append(f"{references}: no reference for {_some(missing)} of {predictions}")
+    if (missing := sorted(set(wanted) - set(found))) and not partial:
+        problems.append(
+            f"{predictions}: no prediction for {_some(missing)} of {references}; --partial scores "
+            "the others"
+        )
+    if problems:
+        raise DataError(problems)
+    return {name: (path, wanted[name]) for name, path in sorted(found.items())}
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in volumes_in(folder):
+        if stem(path) in found:
+            raise DataError([f"{path}: has the same name as {found[stem(path)]}"])
+        found[stem(path)] = path
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _values_of(pairs: Iterable[tuple[Path, Path]]) -> dict[str, list[int]]:
+    values: set[int] = set()
+    for pair in pairs:
+        for volume in read_labels(*pair):
+            values |= set(np.unique(volume.values).tolist())
+    values.discard(0)
+    if not values:
+        raise DataError(["--prediction, --reference: every voxel of every file is 0"])
+    return {str(value): [value] for value in sorted(values)}

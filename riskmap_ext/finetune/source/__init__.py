@@ -1,0 +1,1 @@
+"""What a source model is, and how it is read."""

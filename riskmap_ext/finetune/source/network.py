@@ -1,0 +1,258 @@
+"""Networks of MONAI and nnU-Net by name, their output layer, and sliding-window inference."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.networks import nets
+from torch import Tensor, nn
+
+from riskmap_ext._arguments import near_names
+from riskmap_ext._head import WORTH_FUSING, known_network
+from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.config.schema import Config, InferenceConfig, NetworkConfig
+from riskmap_ext.finetune.source.nnunet_networks import (
+    NAMES,
+    nnunet_args,
+    nnunet_class,
+    nnunet_dims,
+)
+from riskmap_ext.nn import DeferredLogits, fuse_head
+
+_IN_ARGUMENTS = ("in_channels", "input_channels")
+_OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
+_DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
+_WINDOWS_AT_ONCE = {2: 16, 3: 2}
+
+
+def network_class(name: str) -> type[nn.Module]:
+    """Raises: ConfigError with near names, or the package that is missing."""
+    if name in NAMES:
+        return nnunet_class(name)
+    found = getattr(nets, name, None)
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return found
+    known = [*NAMES, *(n for n in dir(nets) if inspect.isclass(getattr(nets, n)))]
+    hint = near_names(name, known, 3)
+    raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
+
+
+def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
+    """2 or 3: whether the network sees slices or volumes. Raises: ConfigError naming `key`."""
+    if network.name in NAMES:
+        return nnunet_dims(network.args, key)
+    parameters = inspect.signature(network_class(network.name)).parameters
+    default = parameters["spatial_dims"].default if "spatial_dims" in parameters else 3
+    dims = network.args.get("spatial_dims", default)
+    if type(dims) is not int or dims not in (2, 3):
+        raise ConfigError(
+            f"{key}.spatial_dims: expected 2 (slices) or 3 (volumes), got "
+            + ("nothing" if dims is inspect.Parameter.empty else repr(dims))
+        )
+    return dims
+
+
+def without_channels(
+    network: NetworkConfig, num_outputs: int, channels: int, key: str
+) -> NetworkConfig:
+    """`network` without the arguments that follow from the data and the classes.
+
+    Raises: ConfigError where they are given and say something else; `key` is where they stand.
+    """
+    fixed = dict.fromkeys(_IN_ARGUMENTS, (channels, "the number of image channels"))
+    fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
+    for name, (expected, why) in fixed.items():
+        if network.args.get(name, expected) != expected:
+            raise ConfigError(
+                f"{key}.{name}: expected {expected} ({why}), got {network.args[name]!r}; it can be "
+                "left out"
+            )
+    args = {name: value for name, value in network.args.items() if name not in fixed}
+    return network.model_copy(update={"args": args})
+
+
+def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -> nn.Module:
+    """The network for images of `channels` channels and `num_outputs` output channels.
+
+    Raises: ConfigError naming the argument that the class does not take or refuses.
+    """
+    cls = network_class(network.name)
+    parameters = inspect.signature(cls).parameters
+    out_name = next((n for n in _OUT_ARGUMENTS if n in parameters), None)
+    if out_name is None:
+        raise ConfigError(
+            f"network.name: {network.name} takes no {' or '.join(_OUT_ARGUMENTS)}; expected a "
+            "segmentation network such as UNet, DynUNet, SegResNet or SwinUNETR"
+        )
+    # The channels follow from the data and the classes, whatever the arguments say.
+    args = {**network.args, out_name: num_outputs}
+    args |= {name: channels for name in _IN_ARGUMENTS if name in parameters}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if open_ended else sorted(set(args) - set(parameters))
+    if unknown:
+        hint = near_names(unknown[0], parameters)
+        raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
+    plain = args
+    if network.name in NAMES:
+        args = nnunet_args(args)
+    try:
+        built = cls(**args)
+        if network.name in NAMES:
+            built.apply(getattr(cls, "initialize"))  # noqa: B009  (a static method there)
+        return built
+    except Exception as error:  # each network checks its own arguments in its own way
+        text = " ".join(str(error).split())
+        raise ConfigError(f"network.args: {network.name} refuses {plain}: {text}") from None
+
+
+def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:
+    """State-dict keys whose shape depends on the number of outputs: the output layer."""
+    with torch.random.fork_rng(devices=[]):
+        shapes = [
+            {key: value.shape for key, value in build_network(network, count).state_dict().items()}
+            for count in (num_outputs, num_outputs + 1)
+        ]
+    return {key for key, shape in shapes[0].items() if shapes[1].get(key) != shape}
+
+
+def patch_size(config: Config, dims: int) -> list[int]:
+    """The training crop, one size per spatial dimension of the network."""
+    return _sizes("train.patch_size", config.train.patch_size or _DEFAULT_PATCH[dims], dims)
+
+
+def _sizes(key: str, sizes: Sequence[int], dims: int) -> list[int]:
+    if len(sizes) not in (1, dims):
+        raise ConfigError(f"{key}: expected 1 or {dims} sizes for this network, got {list(sizes)}")
+    return list(sizes) * (dims // len(sizes))
+
+
+def check_forward(
+    network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
+) -> None:
+    """Runs one blank patch through the network, so that a misfit is told before any work."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            blank = torch.zeros(1, channels, *size, device=device)
+            out = first_output(network(blank), blank)
+    except Exception as error:  # whatever the network's layers raise
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
+            f"({text}); sizes divisible by the product of the network's strides usually do"
+        ) from None
+    finally:
+        network.train(training)
+    shape = list(out.shape)
+    if shape != [1, num_outputs, *size]:
+        raise ConfigError(
+            f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
+            f"{shape}, expected {[1, num_outputs, *size]}; sizes divisible by the product of the "
+            "network's strides usually keep their size"
+        )
+
+
+def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -> None:
+    """Tries one crop by itself in training: batch normalization needs more than one value.
+
+    Raises: ConfigError.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        return
+    tried = copy.deepcopy(network).train()
+    blank = torch.zeros(1, channels, *size, device=next(network.parameters()).device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            tried(blank)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.batch_size: one crop of {list(size)} at a time is too little for the batch "
+            f"normalization of {type(network).__name__} ({error}); use two or more, for each "
+            "process of torchrun, or larger crops"
+        ) from None
+
+
+def fused_heads(
+    network: nn.Module, wanted: bool | str, num_outputs: int, image_shape: Sequence[int]
+) -> tuple[list[str], str | None]:
+    """Fuses the heads of `network` with the loss as loss.fused_head says.
+
+    Returns: their names, and why there are none where "auto" would have fused them.
+
+    image_shape: [B, M, *S] as the network's own forward() sees it. Raises: ConfigError.
+    """
+    if not wanted or (wanted == "auto" and num_outputs < WORTH_FUSING):
+        return [], None
+    blank = None if known_network(network) else torch.zeros(tuple(image_shape), device="meta")
+    try:
+        return fuse_head(network, example_input=blank), None
+    except ValueError as error:
+        if wanted == "auto":
+            return [], str(error)
+        raise ConfigError(
+            f"loss.fused_head: true needs a network that ends in a 1x1 convolution: {error}"
+        ) from None
+
+
+def first_output(out: Any, image: Tensor) -> Tensor | DeferredLogits:
+    """The full-resolution logits of networks that return several outputs of an image."""
+    if isinstance(out, DeferredLogits):
+        return out
+    if isinstance(out, (list, tuple)):
+        return first_output(out[0], image)
+    # DynUNet stacks its heads of deep supervision along an axis of their own.
+    return out[:, 0] if out.dim() == image.dim() + 1 else out
+
+
+class Predictor:
+    """Sliding-window logits of whole volumes, slice by slice for a 2-D network."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dims: int,
+        patch: Sequence[int],
+        inference: InferenceConfig,
+        channels: Sequence[int] | None = None,
+    ) -> None:
+        """channels: those of the image that the network sees; None: all."""
+        self.channels = None if channels is None else list(channels)
+        self.patch = _sizes("inference.patch_size", inference.patch_size or patch, dims)
+        options: dict[str, Any] = {
+            "roi_size": self.patch,
+            "sw_batch_size": inference.batch_size or _WINDOWS_AT_ONCE[dims],
+            "overlap": inference.overlap,
+            "mode": "gaussian",
+            # Crops of training repeat the border in the same way.
+            "padding_mode": "replicate",
+            # MONAI keeps the window's weights in the network's dimensions: no use for slices.
+            "cache_roi_weight_map": dims == 3,
+        }
+        self._infer = (
+            SliceInferer(spatial_dim=2, **options) if dims == 2 else SlidingWindowInferer(**options)
+        )
+        self._network = network
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Logits [1, K, X, Y, Z] float32 of an image [M, X, Y, Z], without gradients."""
+        if self.channels is not None:
+            image = image[self.channels]
+        device = next(self._network.parameters()).device
+        training = self._network.training
+        self._network.eval()
+        try:
+            with torch.no_grad():
+                logits: Any = self._infer(image.to(device)[None], self._forward)
+                return logits.float()
+        finally:
+            self._network.train(training)
+
+    def _forward(self, window: Tensor) -> Any:
+        return first_output(self._network(window), window)
