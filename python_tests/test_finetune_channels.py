@@ -30,6 +30,7 @@ from riskmap_ext.finetune import (  # noqa: E402
     predict_images,
     prepare_cases,
 )
+from riskmap_ext.finetune.base.log import Log  # noqa: E402
 from riskmap_ext.finetune.base.processes import Processes  # noqa: E402
 from riskmap_ext.finetune.base.structures import structures_of  # noqa: E402
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, SourceConfig  # noqa: E402
@@ -37,7 +38,6 @@ from riskmap_ext.finetune.data.datalist import list_cases  # noqa: E402
 from riskmap_ext.finetune.data.memory import memory_need  # noqa: E402
 from riskmap_ext.finetune.data.sampling import Batch, CropSampler  # noqa: E402
 from riskmap_ext.finetune.metrics.dice import dice_per_structure  # noqa: E402
-from riskmap_ext.finetune.report.log import Log  # noqa: E402
 from riskmap_ext.finetune.source.checkpoint import load_source  # noqa: E402
 from riskmap_ext.finetune.source.network import build_network  # noqa: E402
 from riskmap_ext.finetune.train.step import Stepper  # noqa: E402

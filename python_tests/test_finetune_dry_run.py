@@ -14,9 +14,9 @@ import yaml
 from finetune_data import RAS, configuration, phantom, save, settings, stop_at, write_cases
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, DataError, check_run, finetune
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.cli import main
 from riskmap_ext.finetune.folder.workspace import claimed_output
-from riskmap_ext.finetune.report.log import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

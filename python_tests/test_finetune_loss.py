@@ -12,7 +12,7 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import configuration, train_source
 
 from riskmap_ext.finetune import finetune, prepare_cases
-from riskmap_ext.finetune.report.log import Log
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.train.step import class_weights, loss_in_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")

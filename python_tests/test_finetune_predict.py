@@ -28,7 +28,7 @@ from riskmap_ext.finetune import (
     score_files,
 )
 from riskmap_ext.finetune.cli import build_app
-from riskmap_ext.finetune.metrics.scores import summary
+from riskmap_ext.finetune.evaluate import summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ from html_page import Page
 import riskmap_ext
 from riskmap_ext.finetune import finetune, make_maps
 from riskmap_ext.finetune.base.errors import InputError
-from riskmap_ext.finetune.metrics.scores import score_files
+from riskmap_ext.finetune.evaluate import score_files
 from riskmap_ext.finetune.report.build import run_page
 from riskmap_ext.finetune.report.cases import CaseResults, read_results
 from riskmap_ext.finetune.report.leep import leep_section

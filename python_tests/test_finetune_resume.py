@@ -275,7 +275,7 @@ class TestRefuses:
         output = self.stopped(root, source, tmp_path, monkeypatch)
         before = (output / "resume.pt").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr("riskmap_ext.finetune.source.checkpoint.write_torch", full)
+            patch.setattr("riskmap_ext.finetune.base.files.write_torch", full)
             with pytest.raises(CheckpointError, match=r"last\.pt: cannot be written"):
                 finetune(config(root, output, source), progress=False, resume=True)
         assert (output / "resume.pt").read_bytes() == before

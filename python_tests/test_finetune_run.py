@@ -25,7 +25,7 @@ from riskmap_ext.finetune import (
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.metrics.dice import dice_per_structure
 from riskmap_ext.finetune.source.checkpoint import load_source
-from riskmap_ext.finetune.source.network import Predictor
+from riskmap_ext.finetune.source.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

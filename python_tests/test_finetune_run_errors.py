@@ -19,8 +19,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import NETWORK_2D, configuration, phantom, save, write_cases
 
 from riskmap_ext.finetune import ConfigError, DataError, InputError, finetune, make_maps
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.folder.workspace import claimed_output, run_device
-from riskmap_ext.finetune.report.log import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,8 @@ import riskmap_ext
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
 from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.source.network import Predictor, patch_size
+from riskmap_ext.finetune.source.network import patch_size
+from riskmap_ext.finetune.source.predictor import Predictor
 from riskmap_ext.finetune.train.plan import predictor_of_source
 
 

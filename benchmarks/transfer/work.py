@@ -32,7 +32,7 @@ from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE
-from riskmap_ext.finetune.metrics.scores import FOUND, MISSED, score_masks
+from riskmap_ext.finetune.metrics.surfaces import FOUND, MISSED, score_masks
 from riskmap_ext.finetune.train.finetune import FinetuneResult, WeightFunction, finetune
 from riskmap_ext.finetune.train.step import LossFunction
 

@@ -18,9 +18,9 @@ from rich.table import Table
 
 import riskmap_ext
 from riskmap_ext.finetune.base.files import write_text
+from riskmap_ext.finetune.base.log import MISSING
 from riskmap_ext.finetune.pictures.figures import class_colours
 from riskmap_ext.finetune.report import page
-from riskmap_ext.finetune.report.log import MISSING
 
 if TYPE_CHECKING:
     from riskmap_ext.demo.run import Arm, ArmResult, Settings, SourceResult

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.config.schema import Config
     from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
     from riskmap_ext.finetune.dry_run import DryRun, check_run
-    from riskmap_ext.finetune.metrics.scores import Score, score_files
+    from riskmap_ext.finetune.evaluate import score_files
+    from riskmap_ext.finetune.metrics.surfaces import Score
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
     from riskmap_ext.finetune.report.write import write_report
@@ -54,7 +55,8 @@ _HOME = {
     "rank": ("RankedSource", "rank_sources"),
     "report.write": ("write_report",),
     "train.finetune": ("FinetuneResult", "finetune", "make_maps"),
-    "metrics.scores": ("Score", "score_files"),
+    "evaluate": ("score_files",),
+    "metrics.surfaces": ("Score",),
 }
 
 

@@ -273,7 +273,7 @@ def _evaluate(
     that neither has is left out, one that only the prediction has is counted as extra.
     """
     with _stoppable(alone="evaluate"):
-        from riskmap_ext.finetune.metrics.scores import score_files, write_scores
+        from riskmap_ext.finetune.evaluate import score_files, write_scores
 
         _check_file(output)
         scores = score_files(

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.base.lock import check_free
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import started
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
@@ -28,7 +29,6 @@ from riskmap_ext.finetune.folder.workspace import (
     torch_state,
     unfinished_run,
 )
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.source.checkpoint import KeyReport
 from riskmap_ext.finetune.train.plan import (
     Models,

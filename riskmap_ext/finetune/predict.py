@@ -10,16 +10,16 @@ from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
 from riskmap_ext.finetune.base.files import write_nifti
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
 from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import stem, volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, device_of
-from riskmap_ext.finetune.metrics.dice import predict
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.source.network import Predictor, check_forward, spatial_dims
+from riskmap_ext.finetune.source.network import check_forward, spatial_dims
+from riskmap_ext.finetune.source.predictor import Predictor, predict
 from riskmap_ext.finetune.train.plan import KNOWN_NORMALIZATIONS
 
 _PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
 from riskmap_ext.finetune.data.prepare import Cases
 from riskmap_ext.finetune.folder.workspace import (
@@ -20,9 +21,8 @@ from riskmap_ext.finetune.folder.workspace import (
     run_device,
     torch_state,
 )
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.source.checkpoint import load_source
-from riskmap_ext.finetune.train.finetune import mapper_of
+from riskmap_ext.finetune.train.maps import mapper_of
 from riskmap_ext.finetune.train.plan import check_preprocessing, predictor_of_source, read_cases
 
 

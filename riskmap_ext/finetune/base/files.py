@@ -12,8 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from riskmap_ext._files import written_beside
-from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext._files import write_torch, written_beside
+from riskmap_ext.finetune.base.errors import CheckpointError, InputError
 
 
 @contextmanager
@@ -54,3 +54,12 @@ def write_nifti(
     image.header.set_xyzt_units("mm")
     with _written(path) as partial:
         nib.save(image, partial)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Raises: CheckpointError naming the file, which is then as it was before."""
+    try:
+        write_torch(path, content)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason}); is the disk full?") from None

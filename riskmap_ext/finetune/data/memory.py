@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.base.processes import local_size
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
@@ -105,16 +104,3 @@ def described(need: MemoryNeed, store: TensorStore) -> str:
         f"Volumes: about {gib(need.volumes)}, {where}; the largest case takes {gib(need.largest)} "
         f"more{rest}"
     )
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
-
-
-def process_memory() -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from riskmap_ext._files import read_torch
-from riskmap_ext.finetune.source.checkpoint import write_checkpoint
+from riskmap_ext.finetune.base.files import write_checkpoint
 
 
 class TensorStore:

@@ -1,4 +1,4 @@
-"""What a run notes down for its report: leep.json and environment.json."""
+"""environment.json: when a run began and ended, and on what."""
 
 from __future__ import annotations
 
@@ -15,37 +15,8 @@ import torch
 
 import riskmap_ext
 from riskmap_ext.finetune.base.files import write_json
-from riskmap_ext.finetune.train.maps import SourceMaps
 
 LEEP_FILE, ENVIRONMENT_FILE = "leep.json", "environment.json"
-
-
-def write_leep(
-    folder: Path, maps: SourceMaps, classes: list[str], source_classes: list[str]
-) -> None:
-    """leep.json: the source's statistics on the training cases.
-
-    conditional: P(y|z), a row for each target class. class_frequencies, source_frequencies: shares
-    of the target labels and of the source's probability mass. Entropy, score and hardness in nats.
-    """
-    statistics = maps.statistics
-    mass = statistics.joint.sum(dim=0)
-    write_json(
-        folder / LEEP_FILE,
-        {
-            "score": maps.score,
-            "label_entropy": statistics.label_entropy,
-            "tells_nothing": statistics.tells_nothing(maps.score),
-            "remark": maps.remark,
-            "hardness_range": list(maps.hardness_range),
-            "voxels": statistics.num_voxels,
-            "classes": classes,
-            "source_classes": source_classes,
-            "class_frequencies": statistics.class_frequencies.tolist(),
-            "source_frequencies": (mass / mass.sum().clamp(min=1e-300)).tolist(),
-            "conditional": maps.conditional.tolist(),
-        },
-    )
 
 
 def note_start(

@@ -18,12 +18,12 @@ from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.lock import locked
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import local_rank, local_size
 from riskmap_ext.finetune.config.schema import DEVICE, Config
 from riskmap_ext.finetune.folder.records import ended
-from riskmap_ext.finetune.report.log import Log
-from riskmap_ext.finetune.source.checkpoint import RESUME_FILE, RESUME_FORMAT
 
+RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
 NONFINITE_FILE = "nonfinite.json"
 # Keys that may differ where an unfinished run is gone on with: none changes what is computed.
 _FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")

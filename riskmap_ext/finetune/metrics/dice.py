@@ -11,19 +11,6 @@ from torch import Tensor
 
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX
-from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.source.network import Predictor
-
-
-def predict(
-    predictor: Predictor, case: Case, structures: Structures, *, full: bool = False
-) -> Tensor:
-    """Class indices int16 on the prepared grid or, with `full`, at the file's resolution."""
-    logits = predictor(case.image)
-    if not (full and case.grid.resampled):
-        return structures.segmentation(logits[0]).cpu()
-    values = case.grid.to_full(structures.probabilities(logits).cpu(), mode="bilinear")
-    return structures.segmentation(values[0], threshold=0.5)
 
 
 def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures) -> list[float]:

@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 
+from riskmap_ext.finetune.base.log import MISSING, number
 from riskmap_ext.finetune.metrics.dice import mean_without_nan
-from riskmap_ext.finetune.metrics.scores import EXTRA, FOUND, MISSED, Score
+from riskmap_ext.finetune.metrics.surfaces import EXTRA, FOUND, MISSED, Score
 from riskmap_ext.finetune.pictures.figures import class_colours
 from riskmap_ext.finetune.pictures.panels import ERROR_COLOURS, risk_colours
 from riskmap_ext.finetune.report import page, svg
 from riskmap_ext.finetune.report.cases import TOLERANCE, CaseResults, DrawnCase
 from riskmap_ext.finetune.report.leep import leep_section, leep_style
-from riskmap_ext.finetune.report.log import MISSING, number
 from riskmap_ext.finetune.report.read import RunFiles
 from riskmap_ext.finetune.report.settings import settings_section
 from riskmap_ext.finetune.report.svg import Line

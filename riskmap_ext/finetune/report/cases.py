@@ -15,7 +15,7 @@ from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
 from riskmap_ext.finetune.data.prepare import Case, prepare_cases
 from riskmap_ext.finetune.data.volumes import read_labels
 from riskmap_ext.finetune.metrics.dice import mean_without_nan
-from riskmap_ext.finetune.metrics.scores import Score, score_masks
+from riskmap_ext.finetune.metrics.surfaces import Score, score_masks
 from riskmap_ext.finetune.pictures.figures import ComparisonRow
 from riskmap_ext.finetune.pictures.panels import Panels, panels
 from riskmap_ext.finetune.report.read import RunFiles

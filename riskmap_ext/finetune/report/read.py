@@ -18,8 +18,7 @@ from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE
-from riskmap_ext.finetune.folder.workspace import finished
-from riskmap_ext.finetune.source.checkpoint import RESUME_FILE
+from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished
 
 # A configuration alone is no run.
 _SIGNS = ("log.txt", "metrics.csv", "dice.csv", "leep.json")

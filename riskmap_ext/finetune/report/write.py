@@ -7,10 +7,10 @@ from pathlib import Path
 
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_text
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.report.build import run_page
 from riskmap_ext.finetune.report.cases import read_results
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.report.read import read_run
 
 REPORT_FILE = "report.html"

@@ -10,10 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from riskmap_ext._files import digest, write_torch
+from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import CheckpointError
+from riskmap_ext.finetune.base.files import write_checkpoint
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.file import (
     SourceFile,
     named_classes,
@@ -26,7 +28,6 @@ from riskmap_ext.finetune.source.network import build_network, head_keys, withou
 from riskmap_ext.finetune.source.nnunet import is_nnunet, nnunet_source
 
 FORMAT = "riskmap_ext.checkpoint.1"
-RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,6 @@ def save_checkpoint(
             "state_dict": state,
         },
     )
-
-
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Raises: CheckpointError naming the file, which is then as it was before."""
-    try:
-        write_torch(path, content)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 
 def load_source(source: SourceConfig) -> SourceModel:

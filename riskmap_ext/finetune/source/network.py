@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.networks import nets
 from torch import Tensor, nn
 
 from riskmap_ext._arguments import near_names
 from riskmap_ext._head import WORTH_FUSING, known_network
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.config.schema import Config, InferenceConfig, NetworkConfig
+from riskmap_ext.finetune.config.schema import Config, NetworkConfig
 from riskmap_ext.finetune.source.nnunet_networks import (
     NAMES,
     nnunet_args,
@@ -27,7 +26,6 @@ from riskmap_ext.nn import DeferredLogits, fuse_head
 _IN_ARGUMENTS = ("in_channels", "input_channels")
 _OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
-_WINDOWS_AT_ONCE = {2: 16, 3: 2}
 
 
 def network_class(name: str) -> type[nn.Module]:
@@ -122,10 +120,10 @@ def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:
 
 def patch_size(config: Config, dims: int) -> list[int]:
     """The training crop, one size per spatial dimension of the network."""
-    return _sizes("train.patch_size", config.train.patch_size or _DEFAULT_PATCH[dims], dims)
+    return sizes_of("train.patch_size", config.train.patch_size or _DEFAULT_PATCH[dims], dims)
 
 
-def _sizes(key: str, sizes: Sequence[int], dims: int) -> list[int]:
+def sizes_of(key: str, sizes: Sequence[int], dims: int) -> list[int]:
     if len(sizes) not in (1, dims):
         raise ConfigError(f"{key}: expected 1 or {dims} sizes for this network, got {list(sizes)}")
     return list(sizes) * (dims // len(sizes))
@@ -209,50 +207,3 @@ def first_output(out: Any, image: Tensor) -> Tensor | DeferredLogits:
         return first_output(out[0], image)
     # DynUNet stacks its heads of deep supervision along an axis of their own.
     return out[:, 0] if out.dim() == image.dim() + 1 else out
-
-
-class Predictor:
-    """Sliding-window logits of whole volumes, slice by slice for a 2-D network."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        dims: int,
-        patch: Sequence[int],
-        inference: InferenceConfig,
-        channels: Sequence[int] | None = None,
-    ) -> None:
-        """channels: those of the image that the network sees; None: all."""
-        self.channels = None if channels is None else list(channels)
-        self.patch = _sizes("inference.patch_size", inference.patch_size or patch, dims)
-        options: dict[str, Any] = {
-            "roi_size": self.patch,
-            "sw_batch_size": inference.batch_size or _WINDOWS_AT_ONCE[dims],
-            "overlap": inference.overlap,
-            "mode": "gaussian",
-            # Crops of training repeat the border in the same way.
-            "padding_mode": "replicate",
-            # MONAI keeps the window's weights in the network's dimensions: no use for slices.
-            "cache_roi_weight_map": dims == 3,
-        }
-        self._infer = (
-            SliceInferer(spatial_dim=2, **options) if dims == 2 else SlidingWindowInferer(**options)
-        )
-        self._network = network
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Logits [1, K, X, Y, Z] float32 of an image [M, X, Y, Z], without gradients."""
-        if self.channels is not None:
-            image = image[self.channels]
-        device = next(self._network.parameters()).device
-        training = self._network.training
-        self._network.eval()
-        try:
-            with torch.no_grad():
-                logits: Any = self._infer(image.to(device)[None], self._forward)
-                return logits.float()
-        finally:
-            self._network.train(training)
-
-    def _forward(self, window: Tensor) -> Any:
-        return first_output(self._network(window), window)

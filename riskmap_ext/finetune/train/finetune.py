@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json, write_nifti
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import Processes, processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.folder.records import note_end, note_start, write_leep
+from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
+from riskmap_ext.finetune.folder.records import note_end, note_start
 from riskmap_ext.finetune.folder.workspace import (
+    RESUME_FILE,
     check_output,
     check_threads,
     claimed_output,
@@ -29,23 +31,13 @@ from riskmap_ext.finetune.folder.workspace import (
     torch_state,
     unfinished_run,
 )
-from riskmap_ext.finetune.metrics.dice import (
-    dice_per_structure,
-    mean_without_nan,
-    predict,
-    structure_means,
-)
-from riskmap_ext.finetune.report.log import Log, dice_table, write_dice, write_overlay
+from riskmap_ext.finetune.metrics.dice import dice_per_structure, mean_without_nan, structure_means
+from riskmap_ext.finetune.pictures.overlay import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
-from riskmap_ext.finetune.source.checkpoint import (
-    RESUME_FILE,
-    KeyReport,
-    SourceModel,
-    load_source,
-)
-from riskmap_ext.finetune.source.network import Predictor
+from riskmap_ext.finetune.source.checkpoint import KeyReport, SourceModel, load_source
+from riskmap_ext.finetune.source.predictor import Predictor, predict
 from riskmap_ext.finetune.train.loop import Trained, train_network
-from riskmap_ext.finetune.train.maps import SourceMapper, SourceMaps, write_maps
+from riskmap_ext.finetune.train.maps import SourceMaps, mapper_of, write_leep, write_maps
 from riskmap_ext.finetune.train.plan import (
     Plan,
     check_preprocessing,
@@ -240,33 +232,6 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
             write_overlay(config.output / "overlays", case, cases.classes, None, risk)
     log(f"Done: {config.output}")
     return maps
-
-
-def mapper_of(
-    config: Config,
-    source: SourceModel,
-    predictor: Predictor,
-    cases: Cases,
-    progress: Callable[[str], Any],
-    group: Processes | None = None,
-    store: TensorStore | None = None,
-) -> SourceMapper:
-    """Statistics and maps of a source as `config` has them, with its cache."""
-    return SourceMapper(
-        source,
-        predictor,
-        len(cases.classes),
-        config.risk,
-        {
-            "patch_size": predictor.patch,
-            "overlap": config.inference.overlap,
-            "channels": predictor.channels,
-        },
-        config.cache or config.output / "cache",
-        progress,
-        group,
-        store,
-    )
 
 
 def _map_cases(

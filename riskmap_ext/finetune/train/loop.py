@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from riskmap_ext.finetune.base.errors import InputError, ToldElsewhere
-from riskmap_ext.finetune.base.files import write_json
+from riskmap_ext.finetune.base.files import write_checkpoint, write_json
+from riskmap_ext.finetune.base.log import number
 from riskmap_ext.finetune.data.sampling import CropSampler
 from riskmap_ext.finetune.folder.loss_curve import LossCurve
-from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE
-from riskmap_ext.finetune.metrics.dice import dice_per_structure, predict, structure_means
-from riskmap_ext.finetune.report.log import Metrics, number, segmentation_picture
-from riskmap_ext.finetune.source.checkpoint import (
-    RESUME_FILE,
-    RESUME_FORMAT,
-    save_checkpoint,
-    write_checkpoint,
-)
+from riskmap_ext.finetune.folder.metrics import Metrics
+from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE, RESUME_FILE, RESUME_FORMAT
+from riskmap_ext.finetune.metrics.dice import dice_per_structure, structure_means
+from riskmap_ext.finetune.pictures.overlay import segmentation_picture
+from riskmap_ext.finetune.source.checkpoint import save_checkpoint
+from riskmap_ext.finetune.source.predictor import predict
 from riskmap_ext.finetune.train.plan import Plan, preprocessing
 from riskmap_ext.finetune.train.step import LossFunction, Stepper
 

@@ -15,13 +15,14 @@ from torch import Tensor
 import riskmap_ext
 from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import InputError
-from riskmap_ext.finetune.base.files import write_nifti
+from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
 from riskmap_ext.finetune.base.processes import Processes
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, RiskConfig
-from riskmap_ext.finetune.data.prepare import Case
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, RiskConfig
+from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.source.checkpoint import SourceModel, write_checkpoint
-from riskmap_ext.finetune.source.network import Predictor
+from riskmap_ext.finetune.folder.records import LEEP_FILE
+from riskmap_ext.finetune.source.checkpoint import SourceModel
+from riskmap_ext.finetune.source.predictor import Predictor
 
 # Logits of the statistics pass are kept for the maps up to this size in all, else made again.
 _KEPT_BYTES = 2**30
@@ -213,3 +214,58 @@ def write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
         values = case.grid.to_file(case.grid.to_full(volume, mode="nearest"))
         path = folder / f"{case.name}_{kind}.nii.gz"
         write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)
+
+
+def write_leep(
+    folder: Path, maps: SourceMaps, classes: list[str], source_classes: list[str]
+) -> None:
+    """leep.json: the source's statistics on the training cases.
+
+    conditional: P(y|z), a row for each target class. class_frequencies, source_frequencies: shares
+    of the target labels and of the source's probability mass. Entropy, score and hardness in nats.
+    """
+    statistics = maps.statistics
+    mass = statistics.joint.sum(dim=0)
+    write_json(
+        folder / LEEP_FILE,
+        {
+            "score": maps.score,
+            "label_entropy": statistics.label_entropy,
+            "tells_nothing": statistics.tells_nothing(maps.score),
+            "remark": maps.remark,
+            "hardness_range": list(maps.hardness_range),
+            "voxels": statistics.num_voxels,
+            "classes": classes,
+            "source_classes": source_classes,
+            "class_frequencies": statistics.class_frequencies.tolist(),
+            "source_frequencies": (mass / mass.sum().clamp(min=1e-300)).tolist(),
+            "conditional": maps.conditional.tolist(),
+        },
+    )
+
+
+def mapper_of(
+    config: Config,
+    source: SourceModel,
+    predictor: Predictor,
+    cases: Cases,
+    progress: Callable[[str], Any],
+    group: Processes | None = None,
+    store: TensorStore | None = None,
+) -> SourceMapper:
+    """Statistics and maps of a source as `config` has them, with its cache."""
+    return SourceMapper(
+        source,
+        predictor,
+        len(cases.classes),
+        config.risk,
+        {
+            "patch_size": predictor.patch,
+            "overlap": config.inference.overlap,
+            "channels": predictor.channels,
+        },
+        config.cache or config.output / "cache",
+        progress,
+        group,
+        store,
+    )

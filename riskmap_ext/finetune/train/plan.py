@@ -12,6 +12,7 @@ from torch import nn
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.base.processes import Processes
 from riskmap_ext.finetune.base.structures import Structures
@@ -21,7 +22,6 @@ from riskmap_ext.finetune.data.memory import described, memory_need, volume_stor
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.source.checkpoint import (
     KeyReport,
     SourceModel,
@@ -29,7 +29,6 @@ from riskmap_ext.finetune.source.checkpoint import (
     start_from_source,
 )
 from riskmap_ext.finetune.source.network import (
-    Predictor,
     build_network,
     check_forward,
     check_single_crops,
@@ -38,6 +37,7 @@ from riskmap_ext.finetune.source.network import (
     spatial_dims,
     without_channels,
 )
+from riskmap_ext.finetune.source.predictor import Predictor
 
 # Of data.normalize; sources of other tools may have been trained with more.
 KNOWN_NORMALIZATIONS = ("zscore", "none")

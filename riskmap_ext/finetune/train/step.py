@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import Processes
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, TrainConfig
 from riskmap_ext.finetune.data.prepare import Cases
 from riskmap_ext.finetune.data.sampling import Batch
-from riskmap_ext.finetune.report.log import Log
 from riskmap_ext.finetune.source.network import first_output
 from riskmap_ext.nn import DeferredLogits, RiskWeightedLoss
 from riskmap_ext.statistics import sqrt_inverse_frequency

@@ -1,0 +1,140 @@
+"""What a run tells its user: messages, progress bars, numbers in words."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+MISSING = "\N{EN DASH}"
+
+
+class Log:
+    """Messages to the terminal (unless quiet) and, once a folder is known, to its log.txt."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._path: Path | None = None
+        self._early: list[str] = []
+        # How far the run is, for the message when it is stopped.
+        self.stage = "before training"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an output folder yet."""
+        return self._path is not None
+
+    def open(self, path: Path, *, append: bool = False) -> None:
+        if not append:
+            path.unlink(missing_ok=True)
+        self._path = path
+        early, self._early = self._early, []
+        for line in early:
+            self._write(line)
+
+    def __call__(self, message: str) -> None:
+        self.console.print(message, markup=False)
+        self._append(message)
+
+    def note(self, message: str) -> None:
+        """Into log.txt alone."""
+        self._append(message)
+
+    def warn(self, message: str) -> None:
+        self.console.print(Text(f"Warning: {message}", style="yellow"))
+        self._append(f"Warning: {message}")
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+        plain = Console(width=120, no_color=True, highlight=False)
+        with plain.capture() as captured:
+            plain.print(table)
+        self._append(captured.get().rstrip())
+
+    def _append(self, message: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
+        if self._path is None:
+            self._early.append(line)
+            return
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def progress(self, unit: str = "it") -> Progress:
+        """A bar with count, rate and time left; it goes away when done."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            _Memory(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self.console,
+            transient=True,
+            # Where there is no terminal, the log's lines tell how far it is.
+            disable=not self.console.is_terminal,
+        )
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self._unit}/s" if speed else f"{MISSING} {self._unit}/s")
+
+
+class _Memory(ProgressColumn):
+    """What the process holds, and the most that a GPU has held for it."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Task) -> Text:
+        parts = []
+        if (held := process_memory()) is not None:
+            parts.append(gib(held))
+        if torch.cuda.is_initialized():
+            parts.append(f"GPU {gib(torch.cuda.max_memory_allocated())}")
+        return Text(", ".join(parts))
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash for NaN."""
+    return MISSING if math.isnan(value) else f"{value:.3f}"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def process_memory() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,107 @@
+"""metrics.csv and dice.csv of a run, and what its TensorBoard shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.base.log import number
+from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_counts, structure_means
+
+
+class Metrics:
+    """metrics.csv, one row per validation, and the same as TensorBoard events."""
+
+    def __init__(
+        self,
+        path: Path,
+        structures: Sequence[str],
+        tensorboard: Path | None,
+        rows: Sequence[dict[str, float]] = (),
+        *,
+        writes: bool = True,
+    ) -> None:
+        """rows: those of the run that is gone on with; what came after them is dropped.
+
+        writes: false for all processes but one.
+        """
+        self._path = path if writes else None
+        self._names = [f"dice_{name}" for name in structures]
+        self.header = ["step", "train_loss", *self._names, "mean_dice", "lr", "seconds"]
+        self.rows = list(rows)
+        self._writer: Any = None
+        if tensorboard is not None and writes:
+            # Slow to import, and not wanted by every run.
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = int(self.rows[-1]["step"]) + 1 if self.rows else None
+            self._writer = SummaryWriter(str(tensorboard), purge_step=purge)
+
+    def add(
+        self, step: int, loss: float, dice: Sequence[float], lr: float, seconds: float
+    ) -> dict[str, float]:
+        mean = mean_without_nan(dice)
+        values = [step, loss, *dice, mean, lr, seconds]
+        row = dict(zip(self.header, values, strict=True))
+        self.rows.append(row)
+        if self._path is not None:
+            write_csv(self._path, self.header, [map(_plain, r.values()) for r in self.rows])
+        if self._writer is not None:
+            for name, value in row.items():
+                if name not in ("step", "seconds") and not math.isnan(value):
+                    self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        return row
+
+    @property
+    def has_pictures(self) -> bool:
+        return self._writer is not None
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """picture: [H, W, 3] uint8."""
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_dice(path: Path, table: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    """dice.csv: a row per case, then the mean over those that have the structure, and how many."""
+    count = len(names)
+    means = structure_means(table, count)
+    rows = [[name, *row, mean_without_nan(row)] for name, row in table.items()]
+    rows.append(["mean", *means, mean_without_nan(means)])
+    counts = structure_counts(table, count)
+    rows.append(["cases_with_class", *counts, sum(value > 0 for value in counts)])
+    write_csv(path, ["case", *names, "mean"], [map(_plain, row) for row in rows])
+
+
+def dice_table(table: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Table:
+    """Dice per class or region over all cases, for the terminal and the log."""
+    count = len(names)
+    shown = Table(title=title)
+    for column in ("class", "mean Dice", "lowest", "highest", "cases with the class"):
+        shown.add_column(column, justify="left" if column == "class" else "right")
+    means, counts = structure_means(table, count), structure_counts(table, count)
+    for i, name in enumerate(names):
+        known = [row[i] for row in table.values() if not math.isnan(row[i])] or [math.nan]
+        cells = [number(v) for v in (means[i], min(known), max(known))]
+        shown.add_row(Text(name), *cells, f"{counts[i]} of {len(table)}")
+    scored = sum(value > 0 for value in counts)
+    shown.add_section()
+    overall = number(mean_without_nan(means))
+    shown.add_row("mean", overall, "", "", f"{scored} of {count} classes")
+    return shown
+
+
+def _plain(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
