@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from typer.models import ArgumentInfo, OptionInfo
 
-from riskmap_ext.finetune.cli import EXAMPLES, build_app
+from riskmap_ext.finetune.commands import app
 from riskmap_ext.finetune.config.schema import Config
 
 FOLDER = Path(__file__).parent / "reference"
@@ -100,13 +100,13 @@ def _kind(schema: Mapping[str, Any], plural: str = "") -> str:
 def cli_page() -> str:
     commands = [
         part
-        for command in build_app().registered_commands
-        for part in _command(str(command.name), command.callback)
+        for command in app.registered_commands
+        for part in _command(str(command.name), command.callback, str(command.epilog))
     ]
     return "\n\n".join([NOTICE, CLI_HEAD, *commands]) + "\n"
 
 
-def _command(name: str, function: Any) -> Iterator[str]:
+def _command(name: str, function: Any, epilog: str) -> Iterator[str]:
     usage, rows = [f"riskmap {name}"], []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         annotation, info = get_args(parameter.annotation)
@@ -133,8 +133,8 @@ def _command(name: str, function: Any) -> Iterator[str]:
     yield inspect.getdoc(function) or ""
     if rows:
         yield _table(("argument", "value", "default", "meaning"), rows)
-    examples = "\n".join(EXAMPLES[name])
-    yield f"Examples:\n\n```text\n{examples}\n```"
+    head, *examples = epilog.split("\n\n")
+    yield "\n".join([f"{head}\n\n```text", *examples, "```"])
 
 
 def _cli_kind(annotation: Any, info: OptionInfo | ArgumentInfo) -> str:

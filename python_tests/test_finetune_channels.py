@@ -39,7 +39,7 @@ from riskmap_ext.finetune.data.memory import memory_need  # noqa: E402
 from riskmap_ext.finetune.data.sampling import Batch, CropSampler  # noqa: E402
 from riskmap_ext.finetune.metrics.dice import dice_per_structure  # noqa: E402
 from riskmap_ext.finetune.source.checkpoint import load_source  # noqa: E402
-from riskmap_ext.finetune.source.network import build_network  # noqa: E402
+from riskmap_ext.finetune.train.plan import make_plan  # noqa: E402
 from riskmap_ext.finetune.train.step import Stepper  # noqa: E402
 
 REGIONS = {"whole": ["box", "crate"], "core": "crate"}
@@ -459,10 +459,9 @@ def stepped(tmp_path: Path, parts: list[slice], **train: Any) -> dict[str, torch
         for p in parts
     ]
     torch.manual_seed(0)
-    network = build_network(config.network, 3)
-    step = Stepper(config, network, cases, [16, 16], CPU, Processes(), Log(quiet=True))
-    step(batches)
-    return network.state_dict()
+    plan = make_plan(config, device=CPU, processes=Processes(), log=Log(quiet=True), cases=cases)
+    Stepper(plan)(batches)
+    return plan.models.network.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_class_weights_keep_the_mean_at_one(root, tmp_path):
     loss = {"class_weights": "sqrt_inverse_frequency"}
     config = configuration(root, tmp_path, loss=loss)
     cases = prepare_cases(config)
-    weights = class_weights(config, cases, torch.device("cpu"), Log(quiet=True))
+    weights = class_weights(config, cases, Log(quiet=True))
     assert weights is not None
     labels = torch.cat([case.label.flatten() for case in cases.train]).long()
     share = torch.bincount(labels).double() / labels.numel()

@@ -27,7 +27,7 @@ from riskmap_ext.finetune import (
     predict_images,
     score_files,
 )
-from riskmap_ext.finetune.cli import build_app
+from riskmap_ext.finetune.commands import app
 from riskmap_ext.finetune.evaluate import summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,12 +72,12 @@ class TestPredict:
     def test_command(self, run: Path, root: Path, tmp_path: Path) -> None:
         arguments = ["predict", str(run / "last.pt"), "--image", str(root / "images")]
         arguments += ["--output", str(tmp_path / "out"), "--quiet"]
-        assert CliRunner().invoke(build_app(), arguments).exit_code == 0
+        assert CliRunner().invoke(app, arguments).exit_code == 0
         assert len(list((tmp_path / "out").iterdir())) == 4
-        again = CliRunner().invoke(build_app(), arguments)
+        again = CliRunner().invoke(app, arguments)
         assert isinstance(again.exception, ConfigError)
         assert "exists already; --overwrite" in str(again.exception)
-        assert CliRunner().invoke(build_app(), [*arguments, "--overwrite"]).exit_code == 0
+        assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
 
     def test_errors_come_before_any_prediction(self, run: Path, root: Path, tmp_path: Path) -> None:
         bad = tmp_path / "bad.nii.gz"
@@ -204,7 +204,7 @@ class TestScores:
         table = tmp_path / "scores.csv"
         arguments = ["evaluate", "--prediction", str(predictions), "--reference", str(references)]
         arguments += ["--structure", "both=1,2", "--structure", "two=2", "--output", str(table)]
-        result = CliRunner().invoke(build_app(), arguments)
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         assert "both" in result.output
         rows = list(csv.DictReader(table.open()))
@@ -234,7 +234,7 @@ class TestScores:
     def test_output_is_looked_at_first(self, tmp_path: Path) -> None:
         predictions, references = self.folders(tmp_path)
         arguments = ["evaluate", "--prediction", str(predictions), "--reference", str(references)]
-        result = CliRunner().invoke(build_app(), [*arguments, "--output", str(tmp_path)])
+        result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path)])
         assert "is a folder; expected a file" in str(result.exception)
 
     def test_errors(self, tmp_path: Path) -> None:
@@ -256,5 +256,5 @@ class TestScores:
         for given in ("lesion", "=1", "lesion=x"):
             arguments = ["evaluate", "--prediction", str(predictions)]
             arguments += ["--reference", str(references), "--structure", given]
-            result = CliRunner().invoke(build_app(), arguments)
+            result = CliRunner().invoke(app, arguments)
             assert "--structure: expected" in str(result.exception)

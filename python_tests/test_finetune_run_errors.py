@@ -176,7 +176,7 @@ def test_logits_that_are_no_numbers(root, source, tmp_path, monkeypatch, work):
     config = configuration(
         root, tmp_path / "out", source={"checkpoint": str(tmp_path / "large.pt")}
     )
-    monkeypatch.setattr("riskmap_ext.finetune.train.finetune.train_network", None)
+    monkeypatch.setattr("riskmap_ext.finetune.train.finetune.Trainer", None)
     with pytest.raises(InputError, match="logits of case case00 are NaN or infinite") as caught:
         work(config, progress=False)
     assert str(root / "images" / "case00.nii.gz") in str(caught.value)

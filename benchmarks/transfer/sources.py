@@ -17,7 +17,7 @@ from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import patch_size
 from riskmap_ext.finetune.source.predictor import Predictor
-from riskmap_ext.finetune.train.plan import predictor_of_source
+from riskmap_ext.finetune.train.models import predictor_of_source
 
 
 class Sources:

@@ -33,8 +33,8 @@ from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE
 from riskmap_ext.finetune.metrics.surfaces import FOUND, MISSED, score_masks
-from riskmap_ext.finetune.train.finetune import FinetuneResult, WeightFunction, finetune
-from riskmap_ext.finetune.train.step import LossFunction
+from riskmap_ext.finetune.train.finetune import FinetuneResult, finetune
+from riskmap_ext.finetune.train.plan import LossFunction, WeightFunction
 
 TUNING, FINAL = "tuning", "final"
 BUSY = "another process is at it"

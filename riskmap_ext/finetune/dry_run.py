@@ -14,30 +14,22 @@ from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import started
 from riskmap_ext.finetune.config.schema import Config
-from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
+from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
 from riskmap_ext.finetune.data.label_table import plain_label_map
-from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
+from riskmap_ext.finetune.data.memory import MemoryNeed, described
 from riskmap_ext.finetune.data.prepare import class_voxels, read_case
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
-from riskmap_ext.finetune.folder.workspace import (
-    check_output,
-    check_same_run,
-    check_threads,
-    run_device,
-    torch_state,
-    unfinished_run,
-)
+from riskmap_ext.finetune.folder.workspace import check_same_run, run_device, torch_state
 from riskmap_ext.finetune.source.checkpoint import KeyReport
+from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.plan import (
-    Models,
-    build_models,
+    Outline,
     check_inputs,
-    check_options,
-    check_preprocessing,
+    check_start,
     inputs_digest,
-    most_outputs,
+    make_outline,
     resolved,
 )
 from riskmap_ext.finetune.train.step import loss_in_words
@@ -46,7 +38,7 @@ from riskmap_ext.finetune.train.step import loss_in_words
 _SECONDS = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DryRun:
     """What a run would work on. class_voxels: class -> voxels in the training cases read."""
 
@@ -59,6 +51,16 @@ class DryRun:
     memory: MemoryNeed
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """names: of the cases that were read. digests, spacings: of the training cases among them."""
+
+    names: list[str]
+    class_voxels: dict[str, int]
+    digests: list[str]
+    spacings: list[tuple[float, float, float]]
+
+
 def check_run(config: Config, *, progress: bool = True, resume: bool = False) -> DryRun:
     """Checks everything a run would check, in under a minute, and writes nothing.
 
@@ -68,47 +70,44 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     """
     group = started()
     log = Log(quiet=not (progress and group.is_main))
-    resumed = unfinished_run(config) if resume else None
-    if resumed is None:
-        check_output(config.model_copy(update={"overwrite": config.overwrite or resume}))
+    config, resumed = check_start(config, resume)
     check_free(config.output)
-    check_threads(config)
     device = run_device(config)
-    check_options(config, device, group)
-    listing = list_cases(config.data)
     with torch_state(config, device):
-        models = build_models(config, listing.structures, listing.channels, device, group)
+        outline = make_outline(config, device, group)
+    listing, models = outline.listing, outline.models
     _check_headers(listing)
-    need = memory_need(config, listing, most_outputs(models, listing.structures))
-    store = volume_store(config, need, device)
-    label_map = plain_label_map(listing.label_table)
     if resumed is not None:
-        check_same_run(resolved(config, listing.structures, label_map, listing.channels))
-    read, voxels, cases = _read_some(config, listing, models, log)
-    if len(cases) == len(listing.train):
-        check_inputs(resumed, inputs_digest(models.source, [digest for digest, _ in cases]))
-    for note in (*listing.notes, *config.notes):
-        log.warn(note)
+        check_same_run(resolved(config, listing, plain_label_map(listing.label_table)))
+    read = _read_some(config, outline, log)
+    if len(read.digests) == len(listing.train):
+        check_inputs(resumed, inputs_digest(models.source, read.digests))
+    warnings = [*listing.notes, *config.notes]
     if models.source is not None:
-        check_preprocessing(config, models.source, [spacing for _, spacing in cases], log)
-    total = len(listing.train) + len(listing.validation)
-    parameters = sum(p.numel() for p in models.network.parameters())
+        warnings += preparation_warnings(config, models.source, read.spacings)
+    for warning in warnings:
+        log.warn(warning)
     result = DryRun(
-        [case.name for case in listing.train],
-        [case.name for case in listing.validation],
-        read,
-        voxels,
-        parameters,
-        models.keys,
-        need,
+        train=[case.name for case in listing.train],
+        validation=[case.name for case in listing.validation],
+        read=read.names,
+        class_voxels=read.class_voxels,
+        parameters=models.parameters,
+        keys=models.keys,
+        memory=outline.memory,
     )
-    log.table(_table(config, listing, models, result, f"{device}"))
-    log(described(need, store))
-    for name, count in voxels.items():
+    log.table(_table(config, outline, result, f"{device}"))
+    log(described(outline.memory, outline.store))
+    for name, count in read.class_voxels.items():
         if count == 0:
-            log.warn(f"no voxel of class {name} in the {len(cases)} training cases that were read")
-    rest = "" if len(read) == total else f" ({total - len(read)} by their headers alone)"
-    log(f"{total} cases checked{rest}: nothing is in the way of this run, and nothing was written")
+            log.warn(
+                f"no voxel of class {name} in the {len(read.digests)} training cases that were read"
+            )
+    total = len(result.train) + len(result.validation)
+    rest = total - len(read.names)
+    by_header = f" ({rest} by their headers alone)" if rest else ""
+    verdict = "nothing is in the way of this run, and nothing was written"
+    log(f"{total} cases checked{by_header}: {verdict}")
     return result
 
 
@@ -132,43 +131,45 @@ def _header_problems(case: CaseFiles, channels: int) -> list[str]:
     return found
 
 
-def _read_some(
-    config: Config, listing: Listing, models: Models, log: Log
-) -> tuple[list[str], dict[str, int], list[tuple[str, tuple[float, float, float]]]]:
-    """Names of the cases that were read, the voxels of each class, and of the training cases their
-    digests and voxel sizes."""
-    files = [*listing.train, *listing.validation]
+def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
+    """Raises: DataError with a line for each problem of the cases that were read."""
+    listing, train = outline.listing, outline.listing.train
     counts = torch.zeros(len(listing.structures.classes), dtype=torch.float64)
-    read: list[str] = []
-    trained = []
+    names: list[str] = []
+    digests: list[str] = []
+    spacings: list[tuple[float, float, float]] = []
     problems: list[str] = []
     until = time.monotonic() + _SECONDS
     with log.progress("cases") as bar:
+        files = [*train, *listing.validation]
         task = bar.add_task("Reading", total=len(files), note="")
         for entry in files:
             if time.monotonic() > until:
                 break
             try:
                 case = read_case(entry, config.data, listing, TensorStore())
-                if len(read) < len(listing.train):
+                if len(names) < len(train):
                     counts += class_voxels([case], len(counts))
-                    trained.append((case.digest, case.grid.spacing))
-                if not read:
-                    flip_axes(case, models.dims, config.train.augment)
+                    digests.append(case.digest)
+                    spacings.append(case.grid.spacing)
+                if not names:
+                    flip_axes(case, outline.models.dims, config.train.augment)
             except DataError as error:
                 problems.extend(error.problems)
-            read.append(entry.name)
-            if len(read) == len(listing.train) and not (problems or counts.any()):
-                problems += [f"{each.label}: every voxel is ignored" for each in listing.train]
+            names.append(entry.name)
+            if len(names) == len(train) and not (problems or counts.any()):
+                problems += [f"{each.label}: every voxel is ignored" for each in train]
             bar.update(task, advance=1, note=entry.name)
     if problems:
         raise DataError(problems)
-    names = listing.structures.classes
-    voxels = {name: int(count) for name, count in zip(names, counts, strict=True)}
-    return read, voxels, trained
+    voxels = {
+        name: int(count) for name, count in zip(listing.structures.classes, counts, strict=True)
+    }
+    return _Read(names=names, class_voxels=voxels, digests=digests, spacings=spacings)
 
 
-def _table(config: Config, listing: Listing, models: Models, result: DryRun, device: str) -> Table:
+def _table(config: Config, outline: Outline, result: DryRun, device: str) -> Table:
+    listing, models = outline.listing, outline.models
     table = Table(title="The run", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")

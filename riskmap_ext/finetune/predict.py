@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
-from riskmap_ext.finetune.base.files import write_nifti
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
 from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
@@ -19,8 +18,8 @@ from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, device_of
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import check_forward, spatial_dims
-from riskmap_ext.finetune.source.predictor import Predictor, predict
-from riskmap_ext.finetune.train.plan import KNOWN_NORMALIZATIONS
+from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation
+from riskmap_ext.finetune.source.preparation import KNOWN_NORMALIZATIONS
 
 _PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
 
@@ -81,7 +80,6 @@ def predict_images(
     )
     written: list[Path] = []
     problems: list[str] = []
-    dtype = "uint8" if len(model.classes) <= 256 else "int16"
     with log.progress("images") as bar:
         task = bar.add_task("Predicting", total=len(files), note="")
         for name, paths in files.items():
@@ -92,9 +90,7 @@ def predict_images(
                 bar.update(task, advance=1, note=name)
                 continue
             segmentation = predict(predictor, case, model.structures, full=True)
-            grid = case.grid
-            values = grid.to_file(segmentation).astype(dtype)
-            write_nifti(targets[name], values, grid.affine, grid.codes)
+            write_segmentation(targets[name], case, segmentation, model.structures)
             bar.update(task, advance=1, note=name)
             written.append(targets[name])
     if problems:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from riskmap_ext import TransferStatistics
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import Log
@@ -21,9 +22,11 @@ from riskmap_ext.finetune.folder.workspace import (
     run_device,
     torch_state,
 )
-from riskmap_ext.finetune.source.checkpoint import load_source
-from riskmap_ext.finetune.train.maps import mapper_of
-from riskmap_ext.finetune.train.plan import check_preprocessing, predictor_of_source, read_cases
+from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
+from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.train.maps import SourceMapper
+from riskmap_ext.finetune.train.models import predictor_of_source
+from riskmap_ext.finetune.train.plan import read_cases
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,19 @@ def rank_sources(
         with log.progress("cases") as bar:
             total = 2 * len(cases.train) * len(sources)
             task = bar.add_task("Source models", total=total, note="")
+
+            def advance(note: str) -> None:
+                bar.update(task, advance=1, note=note)
+
             for source, predictor in zip(sources, predictors, strict=True):
-                check_preprocessing(config, source, cases.spacings, log)
-                mapper = mapper_of(
-                    config,
-                    source,
-                    predictor,
-                    cases,
-                    lambda note: bar.update(task, advance=1, note=note),
+                for warning in preparation_warnings(config, source, cases.spacings):
+                    log.warn(warning)
+                mapper = SourceMapper(
+                    config, source, predictor, len(cases.classes), progress=advance
                 )
                 statistics = mapper.statistics(cases.train)
                 mapper.forget_logits()
-                with warnings.catch_warnings():  # the table says it
-                    warnings.simplefilter("ignore", UserWarning)
-                    leep = statistics.score
-                entropy = statistics.label_entropy
-                gain = leep + entropy
-                told = gain / entropy if entropy > 0 else 0.0
-                nothing = statistics.tells_nothing(leep)
-                ranked.append(
-                    RankedSource(
-                        source.path, len(source.classes), leep, entropy, gain, told, nothing
-                    )
-                )
+                ranked.append(_ranked(source, statistics))
     ranked.sort(key=lambda each: each.leep, reverse=True)
     log.table(_table(ranked, len(cases.train)))
     for each in ranked:
@@ -112,6 +105,23 @@ def rank_sources(
                 "each occurs; its risk map is noise"
             )
     return ranked
+
+
+def _ranked(source: SourceModel, statistics: TransferStatistics) -> RankedSource:
+    with warnings.catch_warnings():  # the table says it
+        warnings.simplefilter("ignore", UserWarning)
+        leep = statistics.score
+    entropy = statistics.label_entropy
+    gain = leep + entropy
+    return RankedSource(
+        checkpoint=source.path,
+        classes=len(source.classes),
+        leep=leep,
+        entropy=entropy,
+        gain=gain,
+        told=gain / entropy if entropy > 0 else 0.0,
+        tells_nothing=statistics.tells_nothing(leep),
+    )
 
 
 def write_ranking(path: Path, ranked: Sequence[RankedSource]) -> None:

@@ -34,10 +34,7 @@ class MemoryNeed:
 
 
 def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
-    """outputs: the most output channels of the source and the network.
-
-    Raises: DataError for a header that cannot be read.
-    """
+    """outputs: the most output channels of the source and the network."""
     cases = [*listing.train, *listing.validation]
     voxels = {case.name: _prepared_voxels(case, config.data.spacing) for case in cases}
     channels = len(listing.channels)
@@ -56,8 +53,11 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
 
 
 def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
-    """How many voxels a case has once it is resampled. Raises: DataError naming the file."""
-    label = read_header(case.label)
+    """How many voxels a case has once it is resampled; 0 for a file that reading it will name."""
+    try:
+        label = read_header(case.label)
+    except DataError:
+        return 0
     shape, sizes = list(label.shape), voxel_sizes(label.affine)
     if spacing is not None:
         shape = [max(1, size) for size in resampled_shape(shape, sizes, spacing)]

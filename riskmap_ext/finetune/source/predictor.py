@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from riskmap_ext.finetune.base.files import write_nifti
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import InferenceConfig
 from riskmap_ext.finetune.data.prepare import Case
@@ -73,3 +75,12 @@ def predict(
         return structures.segmentation(logits[0]).cpu()
     values = case.grid.to_full(structures.probabilities(logits).cpu(), mode="bilinear")
     return structures.segmentation(values[0], threshold=0.5)
+
+
+def write_segmentation(
+    path: Path, case: Case, segmentation: Tensor, structures: Structures
+) -> None:
+    """Class numbers on the grid of the image's file, in uint8 (int16 beyond 256 classes)."""
+    dtype = "uint8" if len(structures.classes) <= 256 else "int16"
+    values = case.grid.to_file(segmentation).astype(dtype)
+    write_nifti(path, values, case.grid.affine, case.grid.codes)

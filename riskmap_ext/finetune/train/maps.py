@@ -16,8 +16,9 @@ import riskmap_ext
 from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
+from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import Processes
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, RiskConfig
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
 from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.folder.records import LEEP_FILE
@@ -57,25 +58,29 @@ class SourceMapper:
 
     def __init__(
         self,
+        config: Config,
         source: SourceModel,
         predictor: Predictor,
         num_classes: int,
-        risk: RiskConfig,
-        window: dict[str, Any],
-        cache: Path,
-        progress: Callable[[str], Any] | None = None,
-        group: Processes | None = None,
+        *,
+        progress: Callable[[str], Any],
+        processes: Processes | None = None,
         store: TensorStore | None = None,
     ) -> None:
         """store: whether the maps are held in memory, or stay in the cache's files."""
+        window = {
+            "patch_size": predictor.patch,
+            "overlap": config.inference.overlap,
+            "channels": predictor.channels,
+        }
         self._predictor = predictor
         self._num_classes = num_classes
-        self._risk = risk
-        self._cache = cache
-        self._progress = progress or (lambda _: None)
+        self._risk = config.risk
+        self._cache = config.cache or config.output / "cache"
+        self._progress = progress
         self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
         self._regions = source.structures.table
-        self._group = group or Processes()
+        self._group = processes or Processes()
         self._on_disk = store is not None and store.folder is not None
         self._logits: dict[str, Tensor] = {}
 
@@ -103,14 +108,14 @@ class SourceMapper:
             self._logits.pop(case.name, None)
             self._progress(f"map of {case.name}")
         return SourceMaps(
-            score,
-            statistics.hardness_range,
-            statistics.conditional.cpu(),
-            transferability,
-            risk,
-            "; ".join(" ".join(str(w.message).split()) for w in caught) or None,
-            max(0, len(cases) - made),
-            statistics,
+            score=score,
+            hardness_range=statistics.hardness_range,
+            conditional=statistics.conditional.cpu(),
+            transferability=transferability,
+            risk=risk,
+            remark="; ".join(" ".join(str(w.message).split()) for w in caught) or None,
+            num_cached=max(0, len(cases) - made),
+            statistics=statistics,
         )
 
     def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:
@@ -204,7 +209,7 @@ class SourceMapper:
         return logits
 
 
-def write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
+def _write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
     """<case>_transferability.nii.gz and <case>_risk.nii.gz on the image file's own grid."""
     for kind, volume in (
         ("transferability", maps.transferability[case.name]),
@@ -216,7 +221,7 @@ def write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
         write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)
 
 
-def write_leep(
+def _write_leep(
     folder: Path, maps: SourceMaps, classes: list[str], source_classes: list[str]
 ) -> None:
     """leep.json: the source's statistics on the training cases.
@@ -244,28 +249,44 @@ def write_leep(
     )
 
 
-def mapper_of(
+def map_cases(
     config: Config,
     source: SourceModel,
     predictor: Predictor,
     cases: Cases,
-    progress: Callable[[str], Any],
-    group: Processes | None = None,
+    others: Sequence[Case],
+    *,
+    log: Log,
+    processes: Processes | None = None,
     store: TensorStore | None = None,
-) -> SourceMapper:
-    """Statistics and maps of a source as `config` has them, with its cache."""
-    return SourceMapper(
-        source,
-        predictor,
-        len(cases.classes),
-        config.risk,
-        {
-            "patch_size": predictor.patch,
-            "overlap": config.inference.overlap,
-            "channels": predictor.channels,
-        },
-        config.cache or config.output / "cache",
-        progress,
-        group,
-        store,
-    )
+) -> SourceMaps:
+    """Maps of the training cases and `others`; writes leep.json and maps/."""
+    group, train = processes or Processes(), cases.train
+    with log.progress("cases") as bar:
+        total = 2 * len(group.share(train)) + len(train) + len(others)
+        task = bar.add_task("Source model", total=total, note="")
+
+        def advance(note: str) -> None:
+            bar.update(task, advance=1, note=note)
+
+        mapper = SourceMapper(
+            config,
+            source,
+            predictor,
+            len(cases.classes),
+            progress=advance,
+            processes=group,
+            store=store,
+        )
+        maps = mapper.run(train, others)
+    if group.is_main:
+        _write_leep(config.output, maps, cases.classes, source.classes)
+    lo, hi = maps.hardness_range
+    cached = f" ({maps.num_cached} maps from the cache)" if maps.num_cached else ""
+    log(f"LEEP score {maps.score:.4f}, hardness from {lo:.3f} to {hi:.3f}{cached}")
+    if maps.remark:
+        log.warn(maps.remark)
+    if config.write.maps:
+        for case in group.share([*train, *others]):
+            _write_maps(config.output / "maps", case, maps)
+    return maps

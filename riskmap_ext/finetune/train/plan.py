@@ -2,68 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.base.processes import Processes
-from riskmap_ext.finetune.base.structures import Structures
-from riskmap_ext.finetune.config.schema import Config, NetworkConfig
-from riskmap_ext.finetune.data.datalist import list_cases
-from riskmap_ext.finetune.data.memory import described, memory_need, volume_store
-from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
+from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.data.datalist import Listing, list_cases
+from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
+from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.source.checkpoint import (
-    KeyReport,
-    SourceModel,
-    load_source,
-    start_from_source,
-)
-from riskmap_ext.finetune.source.network import (
-    build_network,
-    check_forward,
-    check_single_crops,
-    fused_heads,
-    patch_size,
-    spatial_dims,
-    without_channels,
-)
-from riskmap_ext.finetune.source.predictor import Predictor
+from riskmap_ext.finetune.folder.workspace import check_output, check_threads, unfinished_run
+from riskmap_ext.finetune.source.checkpoint import SourceModel
+from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.train.maps import SourceMaps
+from riskmap_ext.finetune.train.models import Models, build_models
 
-# Of data.normalize; sources of other tools may have been trained with more.
-KNOWN_NORMALIZATIONS = ("zscore", "none")
-
-Spacings = Sequence[tuple[float, float, float]]
+# (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
+LossFunction = Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
+# (maps, training cases) -> case name -> voxel weights [X, Y, Z] on the prepared grid.
+WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
 
 
-@dataclass
-class Models:
-    """The network that is trained and the source it starts from, both tried on a blank patch."""
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What headers and blank patches tell of a run, before a volume is read."""
 
-    source: SourceModel | None
-    source_predictor: Predictor | None
-    network: nn.Module
-    config: NetworkConfig
-    predictor: Predictor
-    dims: int
-    patch: list[int]
-    keys: KeyReport | None
-    fused: list[str]  # heads that the loss carries out
-    not_fused: str | None  # why there are none with many outputs
+    listing: Listing
+    models: Models
+    memory: MemoryNeed
+    store: TensorStore
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is known once all inputs are checked."""
+    """Everything that is known once all inputs are checked.
+
+    inputs: digest of the source and the training cases. resumed: what resume.pt holds. loss,
+    weights: the caller's own.
+    """
 
     config: Config
     log: Log
@@ -72,50 +56,96 @@ class Plan:
     cases: Cases
     store: TensorStore
     models: Models
-    inputs: str  # digest of the source and the training cases
+    inputs: str
     resumed: dict[str, Any] | None
+    loss: LossFunction | None
+    weights: WeightFunction | None
+
+
+def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str, Any] | None]:
+    """Whether a run may begin in, or go on from, what the output folder holds.
+
+    Returns: the configuration, and what resume.pt holds where there is a run to go on with.
+    """
+    check_threads(config)
+    resumed = unfinished_run(config) if resume else None
+    if resumed is None:
+        if resume:  # nothing that would be lost
+            config = config.model_copy(update={"overwrite": True})
+        check_output(config)
+    return config, resumed
+
+
+def make_outline(config: Config, device: torch.device, processes: Processes) -> Outline:
+    """Checks what can be checked without reading a volume. Raises: InputError."""
+    _check_options(config, device, processes)
+    listing = list_cases(config.data)
+    models = build_models(config, listing, device, processes)
+    sources = [] if models.source is None else [models.source.structures]
+    outputs = max(each.num_outputs for each in (listing.structures, *sources))
+    memory = memory_need(config, listing, outputs)
+    store = volume_store(config, memory, device)
+    return Outline(listing=listing, models=models, memory=memory, store=store)
 
 
 def make_plan(
     config: Config,
-    cases: Cases | None,
+    *,
     device: torch.device,
     processes: Processes,
     log: Log,
-    resumed: dict[str, Any] | None,
+    cases: Cases | None = None,
+    resumed: dict[str, Any] | None = None,
+    loss: LossFunction | None = None,
+    weights: WeightFunction | None = None,
 ) -> Plan:
     """Checks every input. Raises: InputError."""
-    check_options(config, device, processes)
-    store = TensorStore()
     if cases is None:
-        listing = list_cases(config.data)
-        models = build_models(config, listing.structures, listing.channels, device, processes)
-        need = memory_need(config, listing, most_outputs(models, listing.structures))
-        store = volume_store(config, need, device)
+        outline = make_outline(config, device, processes)
+        models, store = outline.models, outline.store
         cases = read_cases(config, log, store)
-        log(described(need, store))
+        log(described(outline.memory, store))
     else:
-        models = build_models(config, cases.structures, cases.channels, device, processes)
+        _check_options(config, device, processes)
+        models, store = build_models(config, cases, device, processes), TensorStore()
     flip_axes(cases.train[0], models.dims, config.train.augment)
-    config = resolved(config, cases.structures, cases.label_map, cases.channels)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
-    return Plan(config, log, device, processes, cases, store, models, inputs, resumed)
+    return Plan(
+        config=resolved(config, cases, cases.label_map),
+        log=log,
+        device=device,
+        processes=processes,
+        cases=cases,
+        store=store,
+        models=models,
+        inputs=inputs,
+        resumed=resumed,
+        loss=loss,
+        weights=weights,
+    )
+
+
+def read_cases(config: Config, log: Log, store: TensorStore | None = None) -> Cases:
+    with log.progress("cases") as bar:
+        task = bar.add_task("Reading", total=None, note="")
+
+        def advance(total: int, name: str) -> None:
+            bar.update(task, total=total, advance=1, note=name)
+
+        return prepare_cases(config, advance, store)
 
 
 def resolved(
-    config: Config,
-    structures: Structures,
-    label_map: dict[int, int | str] | None,
-    channels: list[str],
+    config: Config, data: Listing | Cases, label_map: dict[int, int | str] | None
 ) -> Config:
     """With what the data set itself has said of labels and channels, as keys of `data`."""
     told = {
-        "classes": structures.classes,
+        "classes": data.structures.classes,
         "label_map": label_map,
-        "regions": structures.regions,
-        "region_classes": structures.region_classes,
-        "channels": channels,
+        "regions": data.structures.regions,
+        "region_classes": data.structures.region_classes,
+        "channels": data.channels,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=told)})
 
@@ -134,7 +164,7 @@ def check_inputs(resumed: dict[str, Any] | None, inputs: str) -> None:
         )
 
 
-def check_options(config: Config, device: torch.device, processes: Processes) -> None:
+def _check_options(config: Config, device: torch.device, processes: Processes) -> None:
     """Keys that only the device or the number of processes can refuse."""
     train = config.train
     if train.amp == "fp16" and device.type != "cuda":
@@ -144,194 +174,6 @@ def check_options(config: Config, device: torch.device, processes: Processes) ->
             f"train.batch_size: expected a multiple of the {processes.size} processes of torchrun, "
             f"got {train.batch_size}"
         )
-
-
-def build_models(
-    config: Config,
-    structures: Structures,
-    channels: list[str],
-    device: torch.device,
-    processes: Processes,
-) -> Models:
-    """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
-    source = None if config.source is None else load_source(config.source)
-    source_predictor = (
-        None if source is None else predictor_of_source(config, source, channels, device)
-    )
-    wanted = _wanted_network(config, source)
-    dims = spatial_dims(wanted)
-    patch = patch_size(config, dims)
-    count = structures.num_outputs
-    wanted = without_channels(wanted, count, len(channels), "network.args")
-    weights = config.loss.class_weights
-    if isinstance(weights, str) and structures.regions is not None:
-        raise ConfigError(f"loss.class_weights: {weights} is for classes; give a number a region")
-    if isinstance(weights, list) and len(weights) != count:
-        raise ConfigError(f"loss.class_weights: expected {count} numbers, got {len(weights)}")
-    network = build_network(wanted, count, len(channels)).to(device)
-    orient(network, wanted.orientation, config.data.slice_axis, dims)
-    check_forward(network, patch, count, len(channels), "train.patch_size")
-    # GPUs normalize over the batch of all processes.
-    if config.train.batch_size // (1 if device.type == "cuda" else processes.size) == 1:
-        check_single_crops(network, patch, len(channels))
-    predictor = Predictor(network, dims, patch, config.inference)
-    check_forward(network, predictor.patch, count, len(channels), "inference.patch_size")
-    theirs = patch
-    if wanted.orientation is not None:
-        theirs = arranged(patch, PREPARED[config.data.slice_axis][:dims], wanted.orientation)
-    fused, not_fused = fused_heads(
-        network, config.loss.fused_head, count, [2, len(channels), *theirs]
-    )
-    keys = None
-    if source is not None and config.source is not None and config.source.initialize:
-        keys = start_from_source(network, wanted, structures, source, config.source.head)
-    return Models(
-        source, source_predictor, network, wanted, predictor, dims, patch, keys, fused, not_fused
-    )
-
-
-def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
-    """With the source's order of axes where its weights are taken: kernels have directions."""
-    wanted = config.network or (source.config if source else None)
-    assert wanted is not None  # Config asks for one of the two
-    starts = source is not None and config.source is not None and config.source.initialize
-    if starts and source is not None and wanted.orientation is None:
-        wanted = wanted.model_copy(update={"orientation": source.config.orientation})
-    return wanted
-
-
-def most_outputs(models: Models, structures: Structures) -> int:
-    source = 0 if models.source is None else models.source.structures.num_outputs
-    return max(structures.num_outputs, source)
-
-
-def predictor_of_source(
-    config: Config, source: SourceModel, channels: list[str], device: torch.device
-) -> Predictor:
-    """Of images with these channels. Raises: ConfigError where the source sees others."""
-    assert config.source is not None
-    seen = _source_channels(config.source.channels, source, channels)
-    dims = spatial_dims(source.config, "source.network.args")
-    # The source sees windows of the size it was trained with.
-    patch = _in_my_order(source, source.preprocessing.get("patch_size"), config)
-    patch = patch or patch_size(config, dims)
-    network = source.network.to(device)
-    orient(network, source.config.orientation, config.data.slice_axis, dims)
-    predictor = Predictor(network, dims, patch, config.inference, seen)
-    outputs = source.structures.num_outputs
-    key = "inference.patch_size"
-    check_forward(network, predictor.patch, outputs, len(source.channels), key)
-    return predictor
-
-
-def _in_my_order(source: SourceModel, values: Any, config: Config) -> Any:
-    """Sizes of a volume's axes in this run's order; a network without an order takes any."""
-    if source.config.orientation is None or values is None or len(values) != 3:
-        return values
-    theirs = source.preprocessing.get("slice_axis", "axial")
-    return arranged(values, PREPARED[theirs], PREPARED[config.data.slice_axis])
-
-
-def _source_channels(
-    wanted: list[int | str] | None, source: SourceModel, channels: list[str]
-) -> list[int] | None:
-    has = f"this data set has {len(channels)} ({', '.join(channels)})"
-    if wanted is None:
-        if len(source.channels) == len(channels):
-            return None
-        raise ConfigError(
-            f"source.channels: {source.path} sees images of {len(source.channels)} channels, "
-            f"{has}; say which of them it is to see, in its order, such as source.channels=[0]"
-        )
-    found = []
-    for each in wanted:
-        index = channels.index(each) if each in channels else each
-        if not isinstance(index, int) or index >= len(channels):
-            raise ConfigError(f"source.channels: {each!r} is no channel; {has}")
-        found.append(index)
-    if len(found) != len(source.channels):
-        raise ConfigError(
-            f"source.channels: expected {len(source.channels)}, as many as {source.path} sees, got "
-            f"{len(found)}"
-        )
-    return found
-
-
-def read_cases(config: Config, log: Log, store: TensorStore | None = None) -> Cases:
-    with log.progress("cases") as bar:
-        task = bar.add_task("Reading", total=None, note="")
-
-        def advance(total: int, name: str) -> None:
-            bar.update(task, total=total, advance=1, note=name)
-
-        return prepare_cases(config, advance, store)
-
-
-def preprocessing(config: Config, patch: list[int], cases: Cases | None = None) -> dict[str, Any]:
-    """How images were prepared, as a checkpoint keeps it."""
-    data = config.data
-    return {
-        "spacing": data.spacing,
-        "normalize": data.normalize,
-        "image_foreground": data.image_foreground,
-        "slice_axis": data.slice_axis,
-        "patch_size": patch,
-        "image_suffix": None if cases is None else cases.image_suffix,
-    }
-
-
-def check_preprocessing(config: Config, source: SourceModel, spacings: Spacings, log: Log) -> None:
-    """Warns where the source was trained on images prepared otherwise.
-
-    spacings: voxel sizes of the prepared training cases.
-    """
-    for note in source.notes:
-        log.warn(note)
-    mine, theirs = preprocessing(config, []), source.preprocessing
-    suffers = "its logits and the maps may suffer"
-    for key in ("normalize", "image_foreground", "slice_axis"):
-        if key not in theirs or mine[key] == theirs[key]:
-            continue
-        if key == "normalize" and theirs[key] not in KNOWN_NORMALIZATIONS:
-            log.warn(
-                f"the source's images were normalized by {theirs[key]}, which data.normalize does "
-                f"not have; this run has {mine[key]}; {suffers}"
-            )
-            continue
-        if key == "image_foreground" and mine["normalize"] == "none":
-            continue
-        log.warn(
-            f"the source was trained with data.{key}={theirs[key]}, this run has {mine[key]}; "
-            + suffers
-        )
-    spacing = _in_my_order(source, theirs.get("spacing"), config)
-    if "spacing" in theirs and not _same_spacing(spacing, config, spacings):
-        log.warn(
-            f"the source was trained with data.spacing={spacing}, this run has "
-            f"{mine['spacing']}; {suffers}"
-        )
-    if "pixel_size" in theirs and not _same_spacing(theirs["pixel_size"], config, spacings):
-        log.warn(
-            f"the source was trained on slices with pixels of {theirs['pixel_size']} mm, this run "
-            f"has others (data.spacing={mine['spacing']}); {suffers}"
-        )
-
-
-def _same_spacing(theirs: list[float] | None, config: Config, spacings: Spacings) -> bool:
-    """Up to 1 %. Voxels as they are in the files count where nothing is resampled to."""
-    if theirs is None or config.data.spacing is not None:
-        found = [config.data.spacing]
-    else:
-        found = [list(spacing) for spacing in spacings]
-    if theirs is None:
-        return found == [None]
-    return all(
-        each is not None
-        and all(
-            math.isclose(one, other, rel_tol=0.01) for one, other in zip(theirs, each, strict=False)
-        )
-        for each in found
-    )
 
 
 def tell_plan(plan: Plan) -> None:
@@ -350,30 +192,18 @@ def tell_plan(plan: Plan) -> None:
         log("Regions: " + ", ".join(cases.structures.regions))
     if len(cases.channels) > 1:
         log("Channels: " + ", ".join(cases.channels))
-    parameters = sum(p.numel() for p in models.network.parameters())
     if config.data.spacing is not None:
-        _warn_of_small_volumes(cases, models.patch, log)
-    where = f"{plan.device}" + (
-        f", {plan.processes.size} processes" if plan.processes.size > 1 else ""
+        _warn_of_small_volumes(plan)
+    many = f", {plan.processes.size} processes" if plan.processes.size > 1 else ""
+    log(
+        f"{models.config.name}, {models.parameters:,} parameters, patches of {models.patch}, on "
+        f"{plan.device}{many}"
     )
-    name = models.config.name
-    log(f"{name}, {parameters:,} parameters, patches of {models.patch}, on {where}")
     if models.fused:
         log(f"No logits are kept in training: {', '.join(models.fused)} is fused with the loss")
     if models.not_fused is not None:
         log(f"The loss takes whole logits, loss.fused_head does not apply: {models.not_fused}")
-    if models.source is not None:
-        check_preprocessing(config, models.source, cases.spacings, log)
-    if models.keys is not None and models.source is not None:
-        log(f"Weights from {models.source.path}: {models.keys.summary()}")
-        theirs, mine = (list(s.scored) for s in (models.source.structures, cases.structures))
-        if not models.keys.reinitialized and theirs != mine:
-            log(
-                f"The output layer is the source's ({', '.join(theirs)}); "
-                "source.head=reinitialize makes a fresh one"
-            )
-        if len(models.keys.loaded) * 2 < len(models.network.state_dict()):
-            log.warn("less than half of the network's weights come from the source")
+    _tell_source(plan)
     norms = [m for m in models.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if norms and plan.processes.size > 1 and plan.device.type != "cuda":
         log.warn(
@@ -382,16 +212,36 @@ def tell_plan(plan: Plan) -> None:
         )
 
 
-def _warn_of_small_volumes(cases: Cases, patch: list[int], log: Log) -> None:
+def _tell_source(plan: Plan) -> None:
+    log, source, keys = plan.log, plan.models.source, plan.models.keys
+    if source is None:
+        return
+    for warning in preparation_warnings(plan.config, source, plan.cases.spacings):
+        log.warn(warning)
+    if keys is None:
+        return
+    log(f"Weights from {source.path}: {keys.summary()}")
+    theirs, mine = (list(each.scored) for each in (source.structures, plan.cases.structures))
+    if not keys.reinitialized and theirs != mine:
+        log(
+            f"The output layer is the source's ({', '.join(theirs)}); "
+            "source.head=reinitialize makes a fresh one"
+        )
+    if len(keys.loaded) * 2 < len(plan.models.network.state_dict()):
+        log.warn("less than half of the network's weights come from the source")
+
+
+def _warn_of_small_volumes(plan: Plan) -> None:
+    train, patch = plan.cases.train, plan.models.patch
     small = [
         case
-        for case in cases.train
-        if any(2 * n < p for n, p in zip(case.label.shape, patch, strict=False))
+        for case in train
+        if any(2 * size < crop for size, crop in zip(case.label.shape, patch, strict=False))
     ]
     if small:
         shape = list(small[0].label.shape)
-        log.warn(
-            f"data.spacing makes {len(small)} of {len(cases.train)} training volumes less than "
-            f"half as large as the patch {patch} (such as {small[0].name}, {shape}): most of each "
-            "crop lies outside the image; use a finer spacing or a smaller train.patch_size"
+        plan.log.warn(
+            f"data.spacing makes {len(small)} of {len(train)} training volumes less than half as "
+            f"large as the patch {patch} (such as {small[0].name}, {shape}): most of each crop "
+            "lies outside the image; use a finer spacing or a smaller train.patch_size"
         )

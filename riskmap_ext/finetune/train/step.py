@@ -5,24 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import Processes
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, TrainConfig
 from riskmap_ext.finetune.data.prepare import Cases
 from riskmap_ext.finetune.data.sampling import Batch
 from riskmap_ext.finetune.source.network import first_output
+from riskmap_ext.finetune.train.plan import LossFunction, Plan
 from riskmap_ext.nn import DeferredLogits, RiskWeightedLoss
 from riskmap_ext.statistics import sqrt_inverse_frequency
-
-# (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
-LossFunction = Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
-
 
 # About that of one voxel in ten thousand, where the others are background.
 _LARGE_WEIGHT = 100.0
@@ -31,18 +27,8 @@ _LARGE_WEIGHT = 100.0
 class Stepper:
     """One optimiser step per call; returns the loss of this process's part, detached."""
 
-    def __init__(
-        self,
-        config: Config,
-        network: nn.Module,
-        cases: Cases,
-        patch: Sequence[int],
-        device: torch.device,
-        group: Processes,
-        log: Log,
-        loss: LossFunction | None = None,
-    ) -> None:
-        """loss: in the place of the configuration's."""
+    def __init__(self, plan: Plan) -> None:
+        config, device, network = plan.config, plan.device, plan.models.network
         train = config.train
         self._network = network
         self._memory = torch.contiguous_format
@@ -50,23 +36,15 @@ class Stepper:
             dims = next(p.dim() - 2 for p in network.parameters() if p.dim() >= 4)
             self._memory = torch.channels_last if dims == 2 else torch.channels_last_3d
             network.to(memory_format=self._memory)  # type: ignore[call-overload]
-        blank = torch.zeros(2, len(cases.channels), *patch, device=device)
-        self._model = _distributed(network, blank, device, group)
+        self._model = _distributed(plan)
         self._forward: Any = torch.compile(self._model) if train.compile else self._model
-        options = config.loss.model_dump(exclude={"class_weights", "fused_head"})
-        self._loss: LossFunction = loss or RiskWeightedLoss(
-            weight=class_weights(config, cases, device, log),
-            ignore_index=IGNORE_INDEX,
-            regions=cases.structures.table,
-            sync_dice=config.loss.batch_dice,
-            **options,
-        ).to(device)
+        self._loss = plan.loss or _loss(plan)
         self._optimizer = _optimizer(network, train)
         self._schedule = _schedule(self._optimizer, train)
-        self._clip = train.grad_clip
         dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[train.amp]
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._clip = train.grad_clip
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"optimizer": self._optimizer, "schedule": self._schedule, "scaler": self._scaler}
@@ -106,19 +84,18 @@ class Stepper:
         return total
 
 
-def _distributed(
-    network: nn.Module, image: Tensor, device: torch.device, group: Processes
-) -> nn.Module:
-    """image: a blank batch."""
+def _distributed(plan: Plan) -> nn.Module:
+    network, device, group = plan.models.network, plan.device, plan.processes
     if group.size == 1:
         return network
+    blank = torch.zeros(2, len(plan.cases.channels), *plan.models.patch, device=device)
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network, group.gradients)
     return nn.parallel.DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=group.gradients,
-        find_unused_parameters=_has_unused(network, image),
+        find_unused_parameters=_has_unused(network, blank),
     )
 
 
@@ -137,7 +114,54 @@ def _no_sync(model: nn.Module) -> Any:
     return contextlib.nullcontext()
 
 
-def loss_in_words(config: Config, *, loss: bool = False, weights: bool = False) -> str:
+def _loss(plan: Plan) -> LossFunction:
+    options = plan.config.loss.model_dump(exclude={"class_weights", "fused_head"})
+    return RiskWeightedLoss(
+        weight=class_weights(plan.config, plan.cases, plan.log),
+        ignore_index=IGNORE_INDEX,
+        regions=plan.cases.structures.table,
+        sync_dice=plan.config.loss.batch_dice,
+        **options,
+    ).to(plan.device)
+
+
+def class_weights(config: Config, cases: Cases, log: Log) -> Tensor | None:
+    """Of the configuration; [C] float32."""
+    wanted = config.loss.class_weights
+    if wanted is None:
+        return None
+    if isinstance(wanted, list):
+        return torch.tensor(wanted, dtype=torch.float32)
+    weights = sqrt_inverse_frequency(cases.class_voxels)
+    log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
+    largest = float(weights.max())
+    if largest > _LARGE_WEIGHT:
+        name = cases.classes[int(weights.argmax())]
+        log.warn(
+            f"class {name} is so rare in the training cases that its weight is {largest:.3g}; are "
+            "its labels right? loss.class_weights takes null, and numbers of your own"
+        )
+    return weights
+
+
+def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
+    if train.optimizer == "SGD":
+        shared.update(momentum=train.momentum, nesterov=train.momentum > 0)
+    return getattr(torch.optim, train.optimizer)(network.parameters(), **shared)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
+    def factor(step: int) -> float:
+        done = min(step / train.steps, 1.0)
+        if train.schedule == "poly":
+            return (1 - done) ** 0.9
+        return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def loss_in_words(config: Config, loss: bool = False, weights: bool = False) -> str:
     """loss, weights: whether the caller has given a function in their place."""
     factors = []
     if config.uses_risk:
@@ -160,39 +184,3 @@ def loss_in_words(config: Config, *, loss: bool = False, weights: bool = False) 
     if config.loss.dice_weight > 0:
         parts.append("soft Dice")
     return "; ".join(parts)
-
-
-def class_weights(config: Config, cases: Cases, device: torch.device, log: Log) -> Tensor | None:
-    """Of the configuration; [C] float32."""
-    wanted = config.loss.class_weights
-    if wanted is None:
-        return None
-    if isinstance(wanted, list):
-        return torch.tensor(wanted, dtype=torch.float32, device=device)
-    weights = sqrt_inverse_frequency(cases.class_voxels)
-    log("Class weights: " + ", ".join(f"{weight:.3g}" for weight in weights))
-    largest = float(weights.max())
-    if largest > _LARGE_WEIGHT:
-        name = cases.classes[int(weights.argmax())]
-        log.warn(
-            f"class {name} is so rare in the training cases that its weight is {largest:.3g}; are "
-            "its labels right? loss.class_weights takes null, and numbers of your own"
-        )
-    return weights.to(device)
-
-
-def _optimizer(network: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    shared: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
-    if train.optimizer == "SGD":
-        shared.update(momentum=train.momentum, nesterov=train.momentum > 0)
-    return getattr(torch.optim, train.optimizer)(network.parameters(), **shared)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
-    def factor(step: int) -> float:
-        done = min(step / train.steps, 1.0)
-        if train.schedule == "poly":
-            return (1 - done) ** 0.9
-        return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1.0
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,395 @@
+"""The commands of `riskmap`. What they lean on is imported when one of them runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, Terminated
+
+app = typer.Typer(
+    name="riskmap",
+    help="Transfer risk maps and risk-weighted fine-tuning of segmentation networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/finetune.md).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def _command(*examples: str, processes: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Registers a function as the command of its name, with examples at the end of its help.
+
+    processes: whether torchrun may start several of it.
+    """
+
+    def register(function: Callable[..., None]) -> Any:
+        name = function.__name__.lstrip("_")
+
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            many = os.environ.get("WORLD_SIZE", "1") != "1"
+            if not processes and many and "TORCHELASTIC_RUN_ID" in os.environ:
+                raise ConfigError(
+                    f"torchrun: riskmap {name} is one process; start it without torchrun"
+                )
+            with _stoppable():
+                function(**arguments)
+
+        # Blank lines keep the examples on lines of their own.
+        return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
+
+    return register
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a command with one line and the shell's code, 130 or 143."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = stop.args[0] if stop.args else "stopped"
+        print(f"riskmap: {message}", file=sys.stderr)
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_command("riskmap demo --seeds 3", processes=True)
+def _demo(
+    output: Annotated[Path, typer.Option(help="Folder for the table, picture and page.")] = Path(
+        "demo_output"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other subjects.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps of each run.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+) -> None:
+    """Compare losses on simulated brains: offline, a few minutes on two cores."""
+    from riskmap_ext.demo import run as demo
+
+    demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
+
+
+@_command(
+    "riskmap rank run.yaml --source a.pt --source b.pt",
+    "riskmap rank run.yaml --source a.pt data.train=10 --output ranking.csv",
+)
+def _rank(
+    config: ConfigFile,
+    source: Annotated[
+        list[Path], typer.Option(help="Checkpoint of a source model; once for each of them.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Such as data.train=10 device=cpu."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score source models by LEEP on the training cases: choose one before training for a week.
+
+    The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
+    what it gains over the class frequencies alone.
+    """
+    from riskmap_ext.finetune.config.load import load_config, located
+    from riskmap_ext.finetune.rank import rank_sources, write_ranking
+
+    _check_file(output)
+    first = f"source.checkpoint={source[0]}"
+    settings = load_config(config, [*(overrides or []), first])
+    with located(config, overrides or []):
+        ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
+    if output is not None:
+        write_ranking(output, ranked)
+
+
+@_command(
+    "riskmap map --source a.pt --image images --label labels --classes background,lesion "
+    "--output maps",
+    "riskmap map --source a.pt --image t1.nii.gz --label seg.nii.gz --output maps "
+    "--classes background,lesion risk.scheme=power",
+)
+def _map(
+    source: Annotated[Path, typer.Option(help="Checkpoint of the source model.")],
+    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
+    label: Annotated[list[Path], typer.Option(help="Label file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the maps and pictures.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class names, background first, separated by commas."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Further keys of a configuration, such as risk.scheme=power "
+            "'data.label_map={47: 1, 48: 1}' data.image_suffix=_T1w overwrite=true.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write transferability and risk maps of labelled images as NIfTI and PNG.
+
+    Give one --image and one --label folder (paired by name), or as many --label files as --image
+    files, in the same order. The LEEP statistics come from these images.
+    """
+    from riskmap_ext.finetune.config.load import apply_overrides, parse_config
+    from riskmap_ext.finetune.train.finetune import make_maps
+
+    data = _map_files(image, label)
+    if classes is not None:
+        data["classes"] = [name.strip() for name in classes.split(",")]
+        if not all(data["classes"]):
+            raise InputError(f"--classes: expected a name for each class, got {classes!r}")
+    content: dict[str, Any] = {
+        "output": str(output),
+        "source": {"checkpoint": str(source)},
+        "data": data,
+    }
+    apply_overrides(content, overrides or [])
+    if not {"classes", "label_map"} & set(data):
+        raise InputError(
+            "--classes: missing; name the classes of the labels, background first, such as "
+            "--classes background,lesion"
+        )
+    make_maps(parse_config(content, origin="riskmap map"), progress=not quiet)
+
+
+@_command(
+    "riskmap finetune run.yaml --dry-run",
+    "riskmap finetune run.yaml output=runs/b train.steps=2000",
+    "riskmap finetune run.yaml --resume",
+    "torchrun --nproc-per-node 2 -m riskmap_ext.finetune finetune run.yaml",
+    processes=True,
+)
+def _finetune(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=500 device=cpu."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished run in the output folder."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the whole plan; train and write nothing.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a segmentation network with the transfer-risk-weighted loss.
+
+    Without `source` in the configuration it trains the network from scratch: that is how a source
+    model is made.
+    """
+    from riskmap_ext.finetune.config.load import load_config, located
+    from riskmap_ext.finetune.dry_run import check_run
+    from riskmap_ext.finetune.train.finetune import finetune
+
+    settings = load_config(config, overrides or [])
+    with located(config, overrides or []):
+        work = check_run if dry_run else finetune
+        work(settings, progress=not quiet, resume=resume)
+
+
+@_command("riskmap report runs/a", "riskmap report runs/a --output a.html")
+def _report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="RUN/report.html otherwise.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML file of a run: curves, classes, cases, LEEP, settings.
+
+    It needs no other file and no network. The run may be unfinished.
+    """
+    from riskmap_ext.finetune.report.write import write_report
+
+    _check_file(output)
+    path = write_report(run, output)
+    if not quiet:
+        typer.echo(f"Written: {path}")
+
+
+@_command(
+    "riskmap predict runs/a/last.pt --image scans --output segmentations",
+    "riskmap predict runs/a/last.pt --image scans --suffix _T1w,_FLAIR --output segmentations",
+)
+def _predict(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI.")
+    ],
+    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            help="Endings of the file names of each channel, such as _T1w,_FLAIR; of several "
+            "channels, as in the training otherwise."
+        ),
+    ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of the axes in the files of the training, such as LPS; for a checkpoint of "
+            "nnU-Net, RAS otherwise."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=0.95, help="Of neighbouring windows, as a share.")
+    ] = 0.25,
+    patch_size: Annotated[
+        str | None, typer.Option(help="Window, such as 64,64,64; that of the training otherwise.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Only images without a segmentation there.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Segment images with a trained checkpoint: NAME.nii.gz on each image's own grid.
+
+    The checkpoint knows its network, its classes and how its images were prepared. Values are class
+    numbers, 0 for the background.
+    """
+    from riskmap_ext.finetune.config.schema import InferenceConfig
+    from riskmap_ext.finetune.predict import predict_images
+
+    sizes = None
+    if patch_size is not None:
+        try:
+            sizes = [int(size) for size in patch_size.split(",")]
+        except ValueError:
+            sizes = []
+        if not sizes or min(sizes) < 1:
+            raise InputError(f"--patch-size: expected whole numbers, got {patch_size!r}")
+    inference = InferenceConfig(patch_size=sizes, overlap=overlap)
+    predict_images(
+        checkpoint,
+        image,
+        output,
+        suffix=None if suffix is None else [each.strip() for each in suffix.split(",")],
+        orientation=orientation,
+        device=device,
+        inference=inference,
+        overwrite=overwrite,
+        skip_existing=skip_existing,
+        progress=not quiet,
+    )
+
+
+@_command(
+    "riskmap evaluate --prediction segmentations --reference labels",
+    "riskmap evaluate --prediction segmentations --reference labels --structure whole=1,2 "
+    "--structure core=1 --output scores.csv",
+)
+def _evaluate(
+    prediction: Annotated[Path, typer.Option(help="Segmentation file, or a folder of them.")],
+    reference: Annotated[Path, typer.Option(help="Reference label file, or a folder of them.")],
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUES",
+            help="Such as lesion=1 or whole=1,2,3; once for each structure or region.",
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out references without a prediction.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="CSV file, a row a structure a case.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare segmentations with reference labels: Dice, HD95, surface Dice.
+
+    Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
+    that neither has is left out, one that only the prediction has is counted as extra.
+    """
+    from riskmap_ext.finetune.evaluate import score_files, write_scores
+
+    _check_file(output)
+    scores = score_files(
+        prediction,
+        reference,
+        structures=_structures(structure or []),
+        tolerance=tolerance,
+        partial=partial,
+        progress=not quiet,
+    )
+    if output is not None:
+        write_scores(output, scores)
+
+
+@_command("riskmap info", processes=True)
+def _info() -> None:
+    """Print versions, build facts and what runs on this machine."""
+    from riskmap_ext import info
+
+    typer.echo(info.report())
+
+
+def _check_file(output: Path | None) -> None:
+    """That a file can be written there is known before hours of work."""
+    from riskmap_ext.finetune.folder.workspace import check_folder
+
+    if output is None:
+        return
+    if output.is_dir():
+        raise InputError(f"--output: {output} is a folder; expected a file")
+    check_folder("--output", output.absolute().parent)
+
+
+def _structures(given: list[str]) -> dict[str, list[int]] | None:
+    found: dict[str, list[int]] = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        try:
+            found[name.strip()] = [int(value) for value in values.split(",")]
+        except ValueError:
+            raise InputError(
+                f"--structure: expected NAME=VALUE or NAME=VALUE,VALUE, got {text!r}"
+            ) from None
+    if len(found) != len(given) or "" in found:
+        raise InputError(f"--structure: expected distinct names, got {given!r}")
+    return found or None
+
+
+def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
+    """The `data` section of --image and --label."""
+    for key, paths in (("image", image), ("label", label)):
+        if missing := [path for path in paths if not path.exists()]:
+            raise InputError(f"--{key}: {missing[0]}: no such file or folder")
+    if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
+        return {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
+    folders = [
+        f"--{k} {p}" for k, v in (("image", image), ("label", label)) for p in v if p.is_dir()
+    ]
+    if folders:
+        raise InputError(
+            f"{', '.join(folders)}: is a folder; expected one folder for --image and one for "
+            "--label, or files for both"
+        )
+    if len(image) != len(label):
+        raise InputError(
+            f"--image and --label: expected as many of each, got {len(image)} and {len(label)}"
+        )
+    pairs = zip(image, label, strict=True)
+    return {"cases": [{"image": str(i), "label": str(n)} for i, n in pairs]}

@@ -1,0 +1,163 @@
+"""The network that is trained and its source, both tried on a blank patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
+from riskmap_ext.finetune.base.processes import Processes
+from riskmap_ext.finetune.config.schema import Config, NetworkConfig
+from riskmap_ext.finetune.data.datalist import Listing
+from riskmap_ext.finetune.data.prepare import Cases
+from riskmap_ext.finetune.source.checkpoint import (
+    KeyReport,
+    SourceModel,
+    load_source,
+    start_from_source,
+)
+from riskmap_ext.finetune.source.network import (
+    build_network,
+    check_forward,
+    check_single_crops,
+    fused_heads,
+    patch_size,
+    spatial_dims,
+    without_channels,
+)
+from riskmap_ext.finetune.source.predictor import Predictor
+from riskmap_ext.finetune.source.preparation import in_prepared_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """keys: what became of the source's weights. fused: heads that the loss carries out, and in
+    not_fused why there are none in a network of many outputs."""
+
+    source: SourceModel | None
+    source_predictor: Predictor | None
+    network: nn.Module
+    config: NetworkConfig
+    predictor: Predictor
+    patch: list[int]
+    keys: KeyReport | None
+    fused: list[str]
+    not_fused: str | None
+
+    @property
+    def dims(self) -> int:
+        return len(self.patch)
+
+    @property
+    def parameters(self) -> int:
+        return sum(each.numel() for each in self.network.parameters())
+
+
+def build_models(
+    config: Config, data: Listing | Cases, device: torch.device, processes: Processes
+) -> Models:
+    """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
+    structures, channels = data.structures, data.channels
+    source = None if config.source is None else load_source(config.source)
+    source_predictor = (
+        None if source is None else predictor_of_source(config, source, channels, device)
+    )
+    wanted = _wanted_network(config, source)
+    dims = spatial_dims(wanted)
+    patch = patch_size(config, dims)
+    outputs = structures.num_outputs
+    wanted = without_channels(wanted, outputs, len(channels), "network.args")
+    _check_class_weights(config, data)
+    network = build_network(wanted, outputs, len(channels)).to(device)
+    orient(network, wanted.orientation, config.data.slice_axis, dims)
+    check_forward(network, patch, outputs, len(channels), "train.patch_size")
+    # GPUs normalize over the batch of all processes.
+    if config.train.batch_size // (1 if device.type == "cuda" else processes.size) == 1:
+        check_single_crops(network, patch, len(channels))
+    predictor = Predictor(network, dims, patch, config.inference)
+    check_forward(network, predictor.patch, outputs, len(channels), "inference.patch_size")
+    patch_it_sees = patch
+    if wanted.orientation is not None:
+        patch_it_sees = arranged(patch, PREPARED[config.data.slice_axis][:dims], wanted.orientation)
+    fused, not_fused = fused_heads(
+        network, config.loss.fused_head, outputs, [2, len(channels), *patch_it_sees]
+    )
+    keys = None
+    if source is not None and config.source is not None and config.source.initialize:
+        keys = start_from_source(network, wanted, structures, source, config.source.head)
+    return Models(
+        source=source,
+        source_predictor=source_predictor,
+        network=network,
+        config=wanted,
+        predictor=predictor,
+        patch=patch,
+        keys=keys,
+        fused=fused,
+        not_fused=not_fused,
+    )
+
+
+def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
+    """With the source's order of axes where its weights are taken: kernels have directions."""
+    wanted = config.network or (source.config if source else None)
+    assert wanted is not None  # Config asks for one of the two
+    starts = source is not None and config.source is not None and config.source.initialize
+    if starts and source is not None and wanted.orientation is None:
+        wanted = wanted.model_copy(update={"orientation": source.config.orientation})
+    return wanted
+
+
+def _check_class_weights(config: Config, data: Listing | Cases) -> None:
+    weights, outputs = config.loss.class_weights, data.structures.num_outputs
+    if isinstance(weights, str) and data.structures.regions is not None:
+        raise ConfigError(f"loss.class_weights: {weights} is for classes; give a number a region")
+    if isinstance(weights, list) and len(weights) != outputs:
+        raise ConfigError(f"loss.class_weights: expected {outputs} numbers, got {len(weights)}")
+
+
+def predictor_of_source(
+    config: Config, source: SourceModel, channels: list[str], device: torch.device
+) -> Predictor:
+    """Of images with these channels. Raises: ConfigError where the source sees others."""
+    assert config.source is not None
+    seen = _source_channels(config.source.channels, source, channels)
+    dims = spatial_dims(source.config, "source.network.args")
+    # The source sees windows of the size it was trained with.
+    patch = in_prepared_order(source, source.preprocessing.get("patch_size"), config)
+    network = source.network.to(device)
+    orient(network, source.config.orientation, config.data.slice_axis, dims)
+    predictor = Predictor(
+        network, dims, patch or patch_size(config, dims), config.inference, channels=seen
+    )
+    outputs = source.structures.num_outputs
+    check_forward(network, predictor.patch, outputs, len(source.channels), "inference.patch_size")
+    return predictor
+
+
+def _source_channels(
+    wanted: list[int | str] | None, source: SourceModel, channels: list[str]
+) -> list[int] | None:
+    has = f"this data set has {len(channels)} ({', '.join(channels)})"
+    if wanted is None:
+        if len(source.channels) == len(channels):
+            return None
+        raise ConfigError(
+            f"source.channels: {source.path} sees images of {len(source.channels)} channels, "
+            f"{has}; say which of them it is to see, in its order, such as source.channels=[0]"
+        )
+    found = []
+    for each in wanted:
+        index = channels.index(each) if each in channels else each
+        if not isinstance(index, int) or index >= len(channels):
+            raise ConfigError(f"source.channels: {each!r} is no channel; {has}")
+        found.append(index)
+    if len(found) != len(source.channels):
+        raise ConfigError(
+            f"source.channels: expected {len(source.channels)}, as many as {source.path} sees, got "
+            f"{len(found)}"
+        )
+    return found
