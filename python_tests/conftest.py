@@ -16,6 +16,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # counts what -k and -m have left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are none where there is no GPU: skips would bury the others."""
+    if torch.cuda.is_available():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
+    config.stash[LEFT_OUT] = len(needs_gpu)
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    count = config.stash.get(LEFT_OUT, 0)
+    return [f"{count} left out: they need a GPU, and torch sees none"] if count else []
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.config.getoption("--cuda-on-host"):
@@ -40,11 +60,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device, or a torch without CUDA")
-        if not _has_cuda_ops():
-            pytest.skip("riskmap_ext was built without its CUDA operators")
+    if request.param == "cuda" and not _has_cuda_ops():
+        pytest.skip("riskmap_ext was built without its CUDA operators")
     return torch.device(request.param)
 
 
