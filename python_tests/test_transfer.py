@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,14 @@ def run_toy(folder: Path, *options: str, arms: str = "ce_dice,risk_dice") -> int
 
 def rows(folder: Path) -> list[dict[str, str]]:
     return Store(folder / "rows").read().runs
+
+
+def unpacked(folder: Path, kind: str) -> Path:
+    """As a command that was killed leaves its file."""
+    packed = folder / "rows" / f"{kind}.csv.xz"
+    packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+    packed.unlink()
+    return packed.with_suffix("")
 
 
 def without_time(runs: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -102,7 +111,7 @@ def test_runs_are_tuned_stored_and_not_run_again(toy, monkeypatch, capsys):
 def test_a_cut_line_and_a_killed_run_are_done_again(toy, monkeypatch):
     assert run_toy(toy, "--seeds", "0") == 0
     whole = rows(toy)
-    path = toy / "rows" / "runs.csv"
+    path = unpacked(toy, "runs")
     path.write_bytes(path.read_bytes()[:-20])
     assert len(rows(toy)) == len(whole) - 1
     assert Store(toy / "rows").read().cut == 4  # its scores
@@ -113,13 +122,13 @@ def test_a_cut_line_and_a_killed_run_are_done_again(toy, monkeypatch):
     assert len(rows(toy)) == len(whole) - 1
     assert run_toy(toy, "--seeds", "0") == 0
     assert without_time(rows(toy)) == without_time(whole)
-    with path.open(newline="") as file:
+    with lzma.open(f"{path}.xz", "rt", newline="") as file:
         assert {len(line) for line in csv.reader(file)} == {len(whole[0])}
 
 
 def test_a_run_without_all_its_scores_does_not_count(toy):
     assert run_toy(toy, "--seeds", "0") == 0
-    path = toy / "rows" / "scores.csv"
+    path = unpacked(toy, "scores")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     assert len(rows(toy)) == 5
@@ -130,7 +139,7 @@ def test_a_run_without_all_its_scores_does_not_count(toy):
 def test_worker_processes_do_the_same(toy):
     assert run_toy(toy, "--seeds", "0", arms="risk_dice") == 0
     alone = rows(toy)
-    (toy / "rows" / "runs.csv").unlink()
+    (toy / "rows" / "runs.csv.xz").unlink()
     assert run_toy(toy, "--seeds", "0", "--workers", "2", arms="risk_dice") == 0
     assert without_time(rows(toy)) == without_time(alone)
 

@@ -92,7 +92,10 @@ def _run(options: argparse.Namespace) -> int:
     )
     folders = (options.scenario_files, options.work, options.out)
     place = Place(*(each.resolve() for each in folders), part, options.device)
-    failed = runner.run(wanted, place, options.workers, _say)
+    try:
+        failed = runner.run(wanted, place, options.workers, _say)
+    finally:
+        place.store().pack()
     return 1 if failed else 0
 
 

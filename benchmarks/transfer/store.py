@@ -3,19 +3,25 @@
 runs.csv has a line for each run, scores.csv one for each of its subjects and classes, curves.csv
 one for each validation. The line in runs.csv is written last and says how many scores belong to
 it: a run without all of them was cut and is not counted.
+
+Lines are appended as they are, since who writes may be killed; when a command ends, `pack` moves
+them into compressed files (runs.csv.xz), which are what the repository keeps.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import lzma
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from riskmap_ext._files import written_beside
 
 try:
     import fcntl
@@ -69,9 +75,28 @@ class Store:
             for kind, rows in (("scores", scores), ("curves", curve), ("runs", [run])):
                 _append(self.folder / f"{kind}{self._ending}", _FILES[kind], rows)
 
+    def pack(self) -> None:
+        """Compresses the files of all parts.
+
+        Whoever is killed in between leaves lines in both files, which count once.
+        """
+        if not any(self.folder.glob("*.csv")):
+            return
+        with claimed(self.folder / ".lock", wait=True):
+            for kind, fields in _FILES.items():
+                for path in sorted(self.folder.glob(f"{kind}*.csv")):
+                    packed = path.with_name(f"{path.name}.xz")
+                    old = _lines(packed, packed.read_bytes(), fields) if packed.exists() else []
+                    lines = dict.fromkeys([*old, *_lines(path, path.read_bytes(), fields)])
+                    text = io.StringIO()
+                    csv.writer(text, lineterminator="\n").writerows([fields, *lines])
+                    with written_beside(packed) as beside:
+                        beside.write_bytes(lzma.compress(text.getvalue().encode()))
+                    path.unlink()
+
     def read(self) -> Rows:
         """Of all parts. Raises: ValueError naming a file with other columns."""
-        read = {kind: list(self._lines(kind)) for kind in _FILES}
+        read = {kind: self._rows(kind) for kind in _FILES}
         by_run: dict[str, dict[str, list[Row]]] = {"scores": {}, "curves": {}}
         for kind, found in by_run.items():
             for row in read[kind]:
@@ -91,24 +116,44 @@ class Store:
             cut,
         )
 
-    def _lines(self, kind: str) -> Iterator[Row]:
+    def _rows(self, kind: str) -> list[Row]:
         fields = _FILES[kind]
-        for path in sorted(self.folder.glob(f"{kind}*.csv")):
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeError:
-                raise ValueError(f"{path}: not a file of rows: no UTF-8") from None
-            text = text[: text.rfind("\n") + 1]  # what was cut while it was written
-            if not text:
-                continue
-            header, *lines = csv.reader(io.StringIO(text))
-            if tuple(header) != fields:
-                raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
-            for number, line in enumerate(lines, start=2):
-                if len(line) == len(fields):
-                    row = dict(zip(fields, line, strict=True))
-                    _check(path, number, row)
-                    yield row
+        # What another process packs meanwhile is met twice, never missed.
+        growing = _contents(self.folder.glob(f"{kind}*.csv"))
+        packed = _contents(self.folder.glob(f"{kind}*.csv.xz"))
+        found: dict[tuple[str, ...], Row] = {}
+        for path, content in {**packed, **growing}.items():
+            for number, line in enumerate(_lines(path, content, fields), start=2):
+                if len(line) == len(fields) and line not in found:
+                    found[line] = dict(zip(fields, line, strict=True))
+                    _check(path, number, found[line])
+        return list(found.values())
+
+
+def _contents(paths: Iterable[Path]) -> dict[Path, bytes]:
+    found = {}
+    for path in sorted(paths):
+        with suppress(FileNotFoundError):  # packed since it was listed
+            found[path] = path.read_bytes()
+    return found
+
+
+def _lines(path: Path, content: bytes, fields: Sequence[str]) -> list[tuple[str, ...]]:
+    """Those below the header.
+
+    Raises: ValueError naming a file that holds no rows or has other columns.
+    """
+    try:
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    except (UnicodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: not a file of rows: {error}") from None
+    text = text[: text.rfind("\n") + 1]  # what was cut while it was written
+    if not text:
+        return []
+    header, *lines = map(tuple, csv.reader(io.StringIO(text)))
+    if header != tuple(fields):
+        raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
+    return lines
 
 
 def _check(path: Path, number: int, row: Row) -> None:
