@@ -1,10 +1,15 @@
-"""mkdocs: pages of the site that lie outside docs/, under links that are the repository's own."""
+"""mkdocs: pages of the site that lie outside docs/, under links that are the repository's own.
+
+Pictures of measurements are not stored: they are drawn from the rows, which are.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +25,47 @@ PAGES = {
     "csrc/README.md": "csrc.md",
 }
 # Of the same name there and here.
-ASSETS = ("benchmarks/results/*.png", "benchmarks/results/*.csv", "examples/*.yaml")
+ASSETS = ("benchmarks/results/*.csv", "examples/*.yaml")
+DRAWN = ROOT / "build" / "docs"
 ELSEWHERE = re.compile(
     r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>"
 )
 LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(\))")
 
 
+LOG = logging.getLogger("mkdocs.hooks")
+
+
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    assets = [path.relative_to(ROOT).as_posix() for glob in ASSETS for path in ROOT.glob(glob)]
-    for source, target in {**PAGES, **{asset: asset for asset in assets}}.items():
-        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    assets = {path.relative_to(ROOT).as_posix(): path for g in ASSETS for path in ROOT.glob(g)}
+    pages = {target: ROOT / source for source, target in PAGES.items()}
+    for target, source in {**pages, **assets, **pictures()}.items():
+        if (there := files.get_file_from_path(target)) is not None:  # of an earlier report
+            files.remove(there)
+        files.append(File.generated(config, target, abs_src_path=str(source)))
     return files
+
+
+@functools.cache  # once for all builds of `mkdocs serve`
+def pictures() -> dict[str, Path]:
+    """By their place on the site."""
+    import riskmap_ext  # noqa: F401  (the installed one: its libraries are built)
+
+    sys.path.append(str(ROOT))
+    from benchmarks import chart, results
+    from benchmarks.transfer.__main__ import OUT
+    from benchmarks.transfer.report import write_page
+
+    page, stored = DRAWN / "evidence.md", ROOT / "docs" / "evidence.md"
+    write_page(OUT, page)
+    if page.read_bytes() != stored.read_bytes():
+        LOG.warning("%s: not what the rows say: python -m benchmarks.transfer report", stored)
+    drawn = {path.relative_to(DRAWN).as_posix(): path for path in DRAWN.glob("evidence/*.png")}
+    folder = ROOT / "benchmarks"
+    for link in re.findall(r"\]\((results/[^)]*\.png)\)", (folder / "README.md").read_text()):
+        rows = results.read((folder / link).with_suffix(".csv"))
+        drawn[f"benchmarks/{link}"] = chart.draw(rows, DRAWN / Path(link).name)
+    return drawn
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -61,5 +95,5 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 def on_post_page(output: str, page: Page, **_: Any) -> str:
     """The site is read without a network: nothing is fetched from elsewhere."""
     for found in ELSEWHERE.findall(output):
-        logging.getLogger("mkdocs.hooks").warning("%s: %s", page.file.src_uri, found)
+        LOG.warning("%s: %s", page.file.src_uri, found)
     return output

@@ -58,6 +58,7 @@ class Group:
     hd95_of_seeds: dict[str, dict[int, float]] = field(repr=False)
     curves: dict[str, list[tuple[float, float]]] = field(repr=False)
     left_out: list[str]
+    _against: dict[tuple[str, str], Interval] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def seeds(self) -> int:
@@ -67,10 +68,14 @@ class Group:
         """The paired difference over the seeds that both have; None where there is none."""
         if arm not in self.runs or other not in self.runs:
             return None
-        one, two = self.runs[arm].results, self.runs[other].results
-        shared = {r.seed for r in one} & {r.seed for r in two}
-        pairs = [[r for r in side if r.seed in shared] for side in (one, two)]
-        return stats.interval(stats.differences(*pairs)) if shared else None
+        if (arm, other) not in self._against:
+            one, two = self.runs[arm].results, self.runs[other].results
+            shared = {r.seed for r in one} & {r.seed for r in two}
+            if not shared:
+                return None
+            pairs = [[r for r in side if r.seed in shared] for side in (one, two)]
+            self._against[arm, other] = stats.interval(stats.differences(*pairs))
+        return self._against[arm, other]
 
     def nearer(self, arm: str, other: str) -> Signs | None:
         """In how many of the seeds that both have the median HD95 of `arm` is lower and higher."""

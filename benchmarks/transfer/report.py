@@ -73,7 +73,8 @@ def _page(
         "+4.37 Dice points (FeTS 2021), +1.81 (iSeg-2019) and +2.9 (few-shot) over plain "
         "fine-tuning, on data that is not open. Here the method meets its rivals on open and on "
         "simulated data. Every number on this page is made from the stored rows "
-        "(`benchmarks/results/transfer`)."
+        "(`benchmarks/results/transfer`); its pictures are drawn when the site is built "
+        "(`make docs`)."
     )
     yield ""
     if not found:
