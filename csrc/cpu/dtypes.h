@@ -1,4 +1,4 @@
-// Values of any dtype as the numbers the kernels compute with. Internal linkage, see math/portability.h.
+// Values of any dtype for the CPU kernels. Internal linkage, see math/portability.h.
 #pragma once
 
 #include <cstdint>
@@ -10,66 +10,10 @@
 namespace riskmap::cpu {
 namespace {
 
-using math::bfloat16_to_float;
-using math::float_to_bfloat16;
-using math::float_to_half;
-using math::half_to_float;
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <class acc_t, class T>
-RISKMAP_HD acc_t to_acc(T v) {
-  if constexpr (__is_same(T, Half)) {
-    return static_cast<acc_t>(half_to_float(v.bits));
-  } else if constexpr (__is_same(T, BFloat16)) {
-    return static_cast<acc_t>(bfloat16_to_float(v.bits));
-  } else {
-    return static_cast<acc_t>(v);
-  }
-}
-
-template <class T, class acc_t>
-RISKMAP_HD T from_acc(acc_t v) {
-  if constexpr (__is_same(T, Half)) {
-    return {float_to_half(static_cast<float>(v))};
-  } else if constexpr (__is_same(T, BFloat16)) {
-    return {float_to_bfloat16(static_cast<float>(v))};
-  } else {
-    return static_cast<T>(v);
-  }
-}
-
-// Calls f with a value of the C++ type for the dtype.
-template <class F>
-void with_floating(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kDouble: f(double{}); break;
-    case Dtype::kHalf: f(Half{}); break;
-    case Dtype::kBFloat16: f(BFloat16{}); break;
-    default: f(float{}); break;
-  }
-}
-
-template <class F>
-void with_any(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kUInt8:
-    case Dtype::kBool: f(uint8_t{}); break;
-    case Dtype::kInt8: f(int8_t{}); break;
-    case Dtype::kInt16: f(int16_t{}); break;
-    case Dtype::kInt32: f(int32_t{}); break;
-    case Dtype::kInt64: f(int64_t{}); break;
-    case Dtype::kUInt16: f(uint16_t{}); break;
-    case Dtype::kUInt32: f(uint32_t{}); break;
-    case Dtype::kUInt64: f(uint64_t{}); break;
-    default: with_floating(dtype, f); break;
-  }
-}
+using math::BFloat16;
+using math::from_acc;
+using math::Half;
+using math::to_acc;
 
 // The value of a label, or `bad` where it is no integer.
 template <class T>

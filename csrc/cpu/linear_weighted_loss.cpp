@@ -19,19 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_weighted_loss(Tensor features, Tensor 
                                                         bool squared_pred, bool include_background, bool batch_dice) {
   const LossResult result =
       loss_of({features, target, risk, class_weight, foreground, regions, dice_class_weight, Head{weight, bias}},
-              {ignore_index,
-               background,
-               foreground_floor,
-               static_cast<Normalization>(normalization),
-               static_cast<CeVoxels>(ce_voxels),
-               static_cast<Reduction>(reduction),
-               label_smoothing,
-               ce_weight,
-               dice_weight,
-               {smooth_nr, smooth_dr, alpha, beta},
-               squared_pred,
-               include_background,
-               batch_dice});
+              loss_options(ignore_index, background, foreground_floor, normalization, ce_voxels, reduction,
+                           label_smoothing, ce_weight, dice_weight, smooth_nr, smooth_dr, alpha, beta, squared_pred,
+                           include_background, batch_dice));
   return {result.loss, result.scale, result.dice_slopes};
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 std::vector<double> scaled_class_weights(const LossTensors& tensors, double factor) {
   std::vector<double> values =
-      class_weights(tensors.op(), tensors.weight_name(), tensors.class_weight, tensors.classes());
+      class_weights(tensors.op(), tensors.class_weight_name(), tensors.class_weight, tensors.classes());
   for (double& each : values) each *= factor;
   return values;
 }
@@ -58,8 +58,8 @@ LossInputs::LossInputs(const LossTensors& tensors, const LossOptions& options, b
       foreground_(tensors.logits),
       class_weight_(scaled_class_weights(tensors, weight_factor(tensors)), wants_double(tensors)),
       smooth_(scaled_class_weights(tensors, smooth_factor(tensors, options.label_smoothing)), wants_double(tensors)),
-      membership_(
-          tensors.regions ? membership_of(*tensors.regions, table_pitch(tensors.num_labels())) : std::vector<double>{},
+      regions_(
+          tensors.regions ? region_rows(*tensors.regions, table_pitch(tensors.num_labels())) : std::vector<double>{},
           wants_double(tensors)),
       head_weight_(tensors.head ? values_of(tensors.head->weight) : std::vector<double>{}, wants_double(tensors)),
       head_bias_(tensors.head && tensors.head->bias
@@ -77,7 +77,7 @@ LossInputs::LossInputs(const LossTensors& tensors, const LossOptions& options, b
   args.risk = view_map(tensors.risk, risk_);
   args.foreground = view_map(tensors.foreground, foreground_);
   args.num_labels = tensors.num_labels();
-  args.membership = tensors.regions ? membership_.data() : nullptr;
+  args.regions = tensors.regions ? regions_.data() : nullptr;
   args.class_weight = tensors.class_weight || tensors.regions ? class_weight_.data() : nullptr;
   args.label_smoothing = options.label_smoothing;
   if (options.label_smoothing > 0) {

@@ -46,7 +46,7 @@ class LossInputs {
 
  private:
   Tensor logits_, target_, risk_, foreground_;
-  Table class_weight_, smooth_, membership_, head_weight_, head_bias_, zeros_;
+  Table class_weight_, smooth_, regions_, head_weight_, head_bias_, zeros_;
 };
 
 // Sums over each image, [B, columns], see math::LossColumn.

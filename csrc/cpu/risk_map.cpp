@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/transfer.h"
+#include "ops/transferability_map.h"
 
 namespace riskmap::cpu {
 namespace {
@@ -30,7 +31,7 @@ Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor
                 std::optional<int64_t> background, int64_t ignore_index) {
   const RiskMapOptions options{
       static_cast<math::Scheme>(scheme), base, alpha, scale, low, high, background, ignore_index};
-  check_risk_map(source, target, conditional, regions, options);
+  check_transferability_map("risk_map", source, target, conditional, regions);
   const int64_t background_class = background.value_or(-1);
   if (options.one_pass()) {
     const math::RiskCurve curve = options.curve(low.value_or(0), high.value_or(0));

@@ -19,7 +19,7 @@ std::vector<double> values_of(const Tensor& tensor) {
   return values;
 }
 
-std::vector<double> membership_of(const Tensor& regions, int64_t pitch) {
+std::vector<double> region_rows(const Tensor& regions, int64_t pitch) {
   const Tensor dense = torch::stable::contiguous(regions);
   const bool* inside = static_cast<const bool*>(dense.data_ptr());
   const int64_t labels = dense.size(1);

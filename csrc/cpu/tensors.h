@@ -20,7 +20,7 @@ namespace riskmap::cpu {
 std::vector<double> values_of(const Tensor& tensor);
 
 // regions [R, L] as 0 and 1, rows `pitch` apart.
-std::vector<double> membership_of(const Tensor& regions, int64_t pitch);
+std::vector<double> region_rows(const Tensor& regions, int64_t pitch);
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype);
 // Uninitialised, laid out as `logits`; huge pages are asked for, since page faults would cost more than the kernel.

@@ -51,7 +51,7 @@ size_t transfer_scratch_bytes(const TransferArgs& args) {
 SourceTables::SourceTables(const Tensor& source, const OptionalTensor& regions)
     : classes_(regions ? regions->size(1) : source.size(1)) {
   if (!regions) return;
-  wide_ = membership_of(*regions, classes_);
+  wide_ = region_rows(*regions, classes_);
   narrow_.assign(wide_.begin(), wide_.end());
 }
 

@@ -34,7 +34,7 @@ LossSums forward_pass(const LossTensors& tensors, const LossInputs& in, int64_t 
 }  // namespace
 
 LossResult loss_of(const LossTensors& tensors, const LossOptions& options) {
-  check_weighted_loss(tensors, options);
+  check_loss_tensors(tensors);
   const LossInputs in(tensors, options, tensors.needs_class_sums(options));
   const int64_t batch = in.args.logits.batch, classes = tensors.classes();
   const bool as_map = options.reduction == Reduction::kNone;
@@ -52,7 +52,7 @@ LossResult loss_of(const LossTensors& tensors, const LossOptions& options) {
 }
 
 Tensor loss_sums_of(const LossTensors& tensors, const LossOptions& options) {
-  check_loss_sums(tensors, options);
+  check_loss_tensors(tensors);
   const LossInputs in(tensors, options, true);
   const LossSums sums = forward_pass(tensors, in, options.ignore_index, nullptr, 0);
   return tensor_of(sums.values, {sums.batch, math::loss_columns(tensors.classes(), true)});
@@ -65,19 +65,9 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
     double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
     bool squared_pred, bool include_background, bool batch_dice) {
   const LossResult result = loss_of({logits, target, risk, class_weight, foreground, regions, dice_class_weight},
-                                    {ignore_index,
-                                     background,
-                                     foreground_floor,
-                                     static_cast<Normalization>(normalization),
-                                     static_cast<CeVoxels>(ce_voxels),
-                                     static_cast<Reduction>(reduction),
-                                     label_smoothing,
-                                     ce_weight,
-                                     dice_weight,
-                                     {smooth_nr, smooth_dr, alpha, beta},
-                                     squared_pred,
-                                     include_background,
-                                     batch_dice});
+                                    loss_options(ignore_index, background, foreground_floor, normalization, ce_voxels,
+                                                 reduction, label_smoothing, ce_weight, dice_weight, smooth_nr,
+                                                 smooth_dr, alpha, beta, squared_pred, include_background, batch_dice));
   return {result.loss, result.scale, result.dice_slopes};
 }
 

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "cpu/capability.h"
-#include "cpu/dtypes.h"
 #include "cpu/head.h"
 #include "cpu/loss_inputs.h"
 
@@ -87,26 +86,6 @@ LossGradients loss_backward_of(const LossTensors& tensors, const LossOptions& op
   return loss_gradients(tensors, in, factor, as_map ? &grad_loss : nullptr, overall, hit, wanted, nullptr);
 }
 
-Tensor loss_with_gradient_of(const LossTensors& tensors, const LossOptions& options, WantedGradients wanted,
-                             LossGradients& gradients) {
-  check_loss_with_gradient(tensors, options, wanted.risk, wanted.overwrites);
-  const LossInputs in(tensors, options, false);
-
-  // The normaliser first: it needs the labels alone.
-  std::vector<LossPartial> partials(static_cast<size_t>(in.chunks()));
-  auto* count = RISKMAP_CPU_KERNEL(weighted_loss_count);
-  for_chunks(in.args.logits, in.args.chunking, in.scratch_bytes(),
-             [&](int64_t chunk, void* scratch) { count(in.args, partials.data(), chunk, scratch); });
-  const LossSums counts(partials, {}, in, false);
-  raise_bad_values(tensors, counts, options.ignore_index);
-  const std::vector<double> scales = image_scales(options, counts, tensors.class_weight);
-
-  gradients = loss_gradients(tensors, in, scales, nullptr, {}, {}, wanted, partials.data());
-  const LossSums sums(partials, {}, in, false);
-  raise_bad_values(tensors, sums, options.ignore_index);
-  return scalar_tensor(cross_entropy_total(sums, scales), in.result_dtype());
-}
-
 template <bool kOverwrites>
 std::conditional_t<kOverwrites, Tensor, std::tuple<Tensor, Tensor>> weighted_loss_backward(
     Tensor grad_loss, Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
@@ -123,47 +102,9 @@ std::conditional_t<kOverwrites, Tensor, std::tuple<Tensor, Tensor>> weighted_los
   }
 }
 
-template <bool kOverwrites>
-std::conditional_t<kOverwrites, std::tuple<Tensor, Tensor>, std::tuple<Tensor, Tensor, Tensor>>
-weighted_loss_with_gradient(Tensor logits, Tensor target, OptionalTensor risk, OptionalTensor class_weight,
-                            OptionalTensor foreground, OptionalTensor regions, int64_t ignore_index,
-                            std::optional<int64_t> background, double foreground_floor, int64_t normalization,
-                            int64_t ce_voxels, int64_t reduction, double label_smoothing, double ce_weight,
-                            bool grad_risk) {
-  LossGradients gradients;
-  const Tensor loss =
-      loss_with_gradient_of({logits, target, risk, class_weight, foreground, regions, {}},
-                            cross_entropy_options(ignore_index, background, foreground_floor, normalization, ce_voxels,
-                                                  reduction, label_smoothing, ce_weight),
-                            {grad_risk, true, false, kOverwrites}, gradients);
-  if constexpr (kOverwrites) {
-    return {loss, gradients.risk};
-  } else {
-    return {loss, gradients.logits, gradients.risk};
-  }
-}
-
-void scale_gradient(Tensor gradient, Tensor factor) {
-  check_scale_gradient(gradient, factor);
-  const double scale = values_of(factor)[0];
-  if (scale == 1) return;
-  with_floating(dtype_of_view(gradient), [&](auto tag) {
-    using T = decltype(tag);
-    using acc_t = std::conditional_t<__is_same(T, double), double, float>;
-    T* data = static_cast<T*>(gradient.data_ptr());
-    torch::stable::parallel_for(0, gradient.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        data[i] = from_acc<T>(scale == 0 ? acc_t(0) : to_acc<acc_t>(data[i]) * static_cast<acc_t>(scale));
-    });
-  });
-}
-
 }  // namespace riskmap::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(riskmap_ext, CPU, m) {
   m.impl("_weighted_loss_backward", TORCH_BOX(&riskmap::cpu::weighted_loss_backward<false>));
   m.impl("_weighted_loss_backward_", TORCH_BOX(&riskmap::cpu::weighted_loss_backward<true>));
-  m.impl("_weighted_loss_with_gradient", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient<false>));
-  m.impl("_weighted_loss_with_gradient_", TORCH_BOX(&riskmap::cpu::weighted_loss_with_gradient<true>));
-  m.impl("_scale_gradient_", TORCH_BOX(&riskmap::cpu::scale_gradient));
 }

@@ -116,16 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTen
                                                         int64_t normalization, int64_t reduction, double ce_weight,
                                                         double dice_weight, double smooth_nr, double smooth_dr,
                                                         double alpha, double beta, bool batch_dice, bool as_double) {
-  LossOptions options{};
-  options.foreground_floor = foreground_floor;
-  options.normalization = static_cast<Normalization>(normalization);
-  options.reduction = static_cast<Reduction>(reduction);
-  options.ce_weight = ce_weight;
-  options.dice_weight = dice_weight;
-  options.dice_formula = {smooth_nr, smooth_dr, alpha, beta};
-  options.batch_dice = batch_dice;
+  const LossOptions options = finish_options(foreground_floor, normalization, reduction, ce_weight, dice_weight,
+                                             smooth_nr, smooth_dr, alpha, beta, batch_dice);
   const FinishTensors tensors{sums, class_weight, dice_class_weight};
-  check_loss_finish(tensors, options);
+  check_loss_finish(tensors);
   const int64_t batch = sums.size(0), classes = tensors.classes();
   const LossSums values(sums);
   const std::vector<double> scales = image_scales(options, values, class_weight);

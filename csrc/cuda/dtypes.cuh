@@ -1,4 +1,4 @@
-// Elements of any dtype: loads and stores of several at once, and conversion to the numbers the kernels compute with.
+// Elements of any dtype: loads and stores of several at once.
 #pragma once
 
 #include <cmath>
@@ -10,12 +10,10 @@
 
 namespace riskmap::cuda {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
+using math::BFloat16;
+using math::from_acc;
+using math::Half;
+using math::to_acc;
 
 // float, and double for double.
 template <class T>
@@ -36,50 +34,6 @@ __device__ __forceinline__ acc_t not_a_number() {
 template <class acc_t>
 __device__ __forceinline__ acc_t largest() {
   return sizeof(acc_t) == 8 ? static_cast<acc_t>(1.7976931348623157e308) : static_cast<acc_t>(3.402823466e38f);
-}
-
-template <class acc_t>
-__device__ __forceinline__ acc_t to_acc(float v) {
-  return static_cast<acc_t>(v);
-}
-template <class acc_t>
-__device__ __forceinline__ acc_t to_acc(double v) {
-  return static_cast<acc_t>(v);
-}
-template <class acc_t>
-__device__ __forceinline__ acc_t to_acc(Half v) {
-  return static_cast<acc_t>(math::half_to_float(v.bits));
-}
-template <class acc_t>
-__device__ __forceinline__ acc_t to_acc(BFloat16 v) {
-  return static_cast<acc_t>(math::bfloat16_to_float(v.bits));
-}
-
-template <class T>
-struct FromAcc {
-  template <class acc_t>
-  __device__ __forceinline__ static T convert(acc_t v) {
-    return static_cast<T>(v);
-  }
-};
-template <>
-struct FromAcc<Half> {
-  template <class acc_t>
-  __device__ __forceinline__ static Half convert(acc_t v) {
-    return {math::float_to_half(static_cast<float>(v))};
-  }
-};
-template <>
-struct FromAcc<BFloat16> {
-  template <class acc_t>
-  __device__ __forceinline__ static BFloat16 convert(acc_t v) {
-    return {math::float_to_bfloat16(static_cast<float>(v))};
-  }
-};
-
-template <class T, class acc_t>
-__device__ __forceinline__ T from_acc(acc_t v) {
-  return FromAcc<T>::convert(v);
 }
 
 // The word that memory is read in: of 1, 2, 4, 8 or 16 bytes.
@@ -201,17 +155,6 @@ __device__ __forceinline__ double load_scalar(const void* data, Dtype dtype, int
     case Dtype::kHalf: return to_acc<double>(static_cast<const Half*>(data)[index]);
     case Dtype::kBFloat16: return to_acc<double>(static_cast<const BFloat16*>(data)[index]);
     default: return static_cast<double>(static_cast<const float*>(data)[index]);
-  }
-}
-
-// Calls f with a value of the C++ type for the dtype of logits; on the host.
-template <class F>
-void with_floating(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kDouble: f(double{}); break;
-    case Dtype::kHalf: f(Half{}); break;
-    case Dtype::kBFloat16: f(BFloat16{}); break;
-    default: f(float{}); break;
   }
 }
 

@@ -47,7 +47,7 @@ inline bool fits_tiles(const LossInputs& in) {
 
 // Whether a call is one of the usual ones.
 inline bool is_usual(const LossInputs& in) {
-  return !in.class_weight.data && in.label_smoothing == 0 && !in.ce_in_foreground && !in.squared && !in.membership;
+  return !in.class_weight.data && in.label_smoothing == 0 && !in.ce_in_foreground && !in.squared && !in.regions;
 }
 
 // The maps of one image.

@@ -35,7 +35,7 @@ DeviceLossInputs::DeviceLossInputs(const LossTensors& tensors, int64_t ignore_in
   dice_class_weight_view_ = view_class_weight(tensors.dice_class_weight, dice_class_weight_);
   if (has_regions_) {
     regions_ = torch::stable::contiguous(*tensors.regions);
-    args.membership = static_cast<const uint8_t*>(regions_.data_ptr());
+    args.regions = static_cast<const uint8_t*>(regions_.data_ptr());
   }
 }
 
@@ -85,6 +85,19 @@ Volume GradientTensor::view() {
 
 void GradientTensor::finish() {
   if (written.data_ptr() != result.data_ptr()) torch::stable::copy_(result, written);
+}
+
+Tensor empty_grad_risk(const LossTensors& tensors, bool wanted) {
+  return wanted ? empty_map(tensors.logits, tensors.risk->scalar_type())
+                : empty_on(tensors.logits, {0}, ScalarType::Float);
+}
+
+void launch_gradient(const LossBackward& args, cudaStream_t stream) {
+  if (args.in.regions) {
+    launch_region_loss_backward(args, stream);
+  } else {
+    launch_weighted_loss_backward(args, stream);
+  }
 }
 
 }  // namespace riskmap::cuda

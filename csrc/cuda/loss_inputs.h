@@ -48,4 +48,9 @@ struct GradientTensor {
   void finish();  // after the kernels are launched
 };
 
+// [B, *S] as the risk is, or [0] where it is not wanted.
+Tensor empty_grad_risk(const LossTensors& tensors, bool wanted);
+
+void launch_gradient(const LossBackward& args, cudaStream_t stream);
+
 }  // namespace riskmap::cuda

@@ -7,7 +7,7 @@ namespace riskmap::cuda {
 namespace {
 
 // Which regions a label is in.
-struct Membership {
+struct RegionTable {
   const uint8_t* table;  // [R, L]
   int64_t num_labels;
 
@@ -19,11 +19,11 @@ struct Membership {
 // The same of few regions in shared memory, a bit for each.
 constexpr int kMaxLabels = 256;
 
-struct MembershipBits {
+struct RegionBits {
   uint32_t* bits;
 
   // To be followed by a barrier.
-  __device__ __forceinline__ MembershipBits(const Membership& of, int regions) {
+  __device__ __forceinline__ RegionBits(const RegionTable& of, int regions) {
     __shared__ uint32_t memory[kMaxLabels];
     bits = memory;
     for (int label = static_cast<int>(threadIdx.x); label < of.num_labels; label += kThreads) {
@@ -38,13 +38,13 @@ struct MembershipBits {
 template <class Logits>
 struct ForwardPass {
   ForwardViews<Logits> of;
-  Membership membership;
+  RegionTable regions;
 };
 
 template <class Logits>
 struct BackwardPass {
   GradientViews<Logits> of;
-  Membership membership;
+  RegionTable regions;
 };
 
 // What the smoothed labels of a region are.
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
   const LossViews& in = args.of.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeights<float, kSlots> weights(in);
-  const MembershipBits membership(args.membership, in.classes);
+  const RegionBits regions(args.regions, in.classes);
   __syncthreads();
   FewClassSums<kSlots> sums;
   const LossRows rows(in, chunk.image);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_forward(const ForwardPass<Til
     float value[kTileVoxels], ce[kTileVoxels] = {}, ce_sum = 0;
     uint32_t inside[kTileVoxels];
 #pragma unroll
-    for (int i = 0; i < kTileVoxels; ++i) inside[i] = membership.of(data.label[i]);
+    for (int i = 0; i < kTileVoxels; ++i) inside[i] = regions.of(data.label[i]);
 #pragma unroll
     for (int r = 0; r < kSlots; ++r) {
       if (r >= in.classes) break;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
   const LossViews& in = args.of.in;
   const Chunk chunk(in.chunking, in.voxels);
   const ClassWeights<float, kSlots> weights(in);
-  const MembershipBits membership(args.membership, in.classes);
+  const RegionBits regions(args.regions, in.classes);
   const float factor = args.of.template factor<float, LossKind::kAny>(chunk);
   float overall[kSlots] = {}, hit_slope[kSlots] = {};
 #pragma unroll
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_backward(const BackwardPass<T
 #pragma unroll
     for (int i = 0; i < kTileVoxels; ++i) {
       const RegionGradient<float> voxel(args.of, data, i, factor, grad_map[i]);
-      inside[i] = membership.of(data.label[i]);
+      inside[i] = regions.of(data.label[i]);
       scaled_risk[i] = voxel.scaled_risk;
       used[i] = voxel.used;
       poison[i] = voxel.bad ? not_a_number<float>() : 0.0f;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardPass<Any
     acc_t ce = 0;
     const AnyColumn<T> x(args.of.logits, chunk.image, at);
     x.each([&](int r) {
-      const bool hit = args.membership.inside(r, data.label[0]);
+      const bool hit = args.regions.inside(r, data.label[0]);
       ce += math::region_term(x.get(r), smoothed<acc_t>(in, hit)).loss * weight_in_mean<acc_t>(in, weights, r);
     });
     const acc_t weighted = data.counted(in, 0) ? data.risk[0] * ce : acc_t(0);
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) forward_of_any(const ForwardPass<Any
       int label[1];
       load_labels(rows.target, in.label, Spread<1>{at, chunk.end, 0}, label);
       if (label[0] < 0) continue;
-      const bool hit = args.membership.inside(r, label[0]);
+      const bool hit = args.regions.inside(r, label[0]);
       const AnyColumn<T> x(args.of.logits, chunk.image, at);
       sums.add(static_cast<double>(math::region_term(x.get(r), acc_t(0)).pi), in.squared, hit);
     }
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads) backward_of_any(const BackwardPass<A
     const AnyColumn<T> x(args.of.logits, chunk.image, at);
     T* out = voxel_of<T>(args.of.grad, chunk.image, at);
     x.each([&](int r) {
-      const bool hit = args.membership.inside(r, data.label[0]);
+      const bool hit = args.regions.inside(r, data.label[0]);
       const acc_t t = smoothed<acc_t>(in, hit), weight = weight_in_mean<acc_t>(in, weights, r);
       const acc_t overall = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 0, r) : acc_t(0);
       const acc_t hit_slope = in.class_sums ? args.of.template slope<acc_t>(chunk.image, 1, r) : acc_t(0);
@@ -315,7 +315,7 @@ void with_region_kernel(const LossInputs& in, bool fits, const F& f) {
   });
 }
 
-Membership membership_of(const LossInputs& in) { return {in.membership, in.num_labels}; }
+RegionTable region_table_of(const LossInputs& in) { return {in.regions, in.num_labels}; }
 
 }  // namespace
 
@@ -332,11 +332,11 @@ void launch_region_loss_forward(const LossForward& args, cudaStream_t stream) {
     constexpr int kSlots = decltype(slots)::value;
     if constexpr (kSlots == 0) {
       launch(forward_of_any<T>, blocks, kThreads, 0, stream,
-             ForwardPass<AnyVolume>{view_of(args, any_view_of(logits)), membership_of(args.in)});
+             ForwardPass<AnyVolume>{view_of(args, any_view_of(logits)), region_table_of(args.in)});
     } else {
       const TileVolume view = tile_view_of(logits);
       launch(few_forward<T, kSlots>, blocks, kThreads, FewTile<T, kSlots, false>::shared_bytes(view), stream,
-             ForwardPass<TileVolume>{view_of(args, view), membership_of(args.in)});
+             ForwardPass<TileVolume>{view_of(args, view), region_table_of(args.in)});
     }
   });
 }
@@ -351,11 +351,11 @@ void launch_region_loss_backward(const LossBackward& args, cudaStream_t stream) 
     if constexpr (kSlots == 0) {
       launch(backward_of_any<T>, blocks, kThreads, 0, stream,
              BackwardPass<AnyVolume>{view_of(args, any_view_of(logits), any_view_of(args.grad_logits)),
-                                     membership_of(args.in)});
+                                     region_table_of(args.in)});
     } else {
       const auto views = view_of(args, tile_view_of(logits), tile_view_of(args.grad_logits));
       launch(few_backward<T, kSlots>, blocks, kThreads, FewTile<T, kSlots, false>::shared_bytes(views.logits), stream,
-             BackwardPass<TileVolume>{views, membership_of(args.in)});
+             BackwardPass<TileVolume>{views, region_table_of(args.in)});
     }
   });
 }

@@ -4,6 +4,7 @@
 
 #include "cuda/source_inputs.h"
 #include "cuda/tensors.h"
+#include "ops/transferability_map.h"
 
 namespace riskmap::cuda {
 
@@ -12,7 +13,7 @@ Tensor risk_map(Tensor source, Tensor target, Tensor conditional, OptionalTensor
                 std::optional<int64_t> background, int64_t ignore_index) {
   const RiskMapOptions options{
       static_cast<math::Scheme>(scheme), base, alpha, scale, low, high, background, ignore_index};
-  check_risk_map(source, target, conditional, regions, options);
+  check_transferability_map("risk_map", source, target, conditional, regions);
   const DeviceGuard guard(source);
   const cudaStream_t stream = stream_of(source);
   const int64_t background_class = background.value_or(-1);

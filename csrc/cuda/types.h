@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "ops/volume.h"
 
@@ -47,31 +48,19 @@ struct LabelCode {
 };
 
 inline int size_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kUInt8:
-    case Dtype::kInt8:
-    case Dtype::kBool: return 1;
-    case Dtype::kHalf:
-    case Dtype::kBFloat16:
-    case Dtype::kInt16:
-    case Dtype::kUInt16: return 2;
-    case Dtype::kFloat:
-    case Dtype::kInt32:
-    case Dtype::kUInt32: return 4;
-    default: return 8;
-  }
+  int size = 0;
+  with_any(dtype, [&](auto element) { size = sizeof(element); });
+  return size;
 }
 
 inline LabelCode label_code(Dtype dtype, int64_t num_labels, int64_t ignore_index) {
-  const bool floating =
-      dtype == Dtype::kFloat || dtype == Dtype::kDouble || dtype == Dtype::kHalf || dtype == Dtype::kBFloat16;
-  const bool is_signed =
-      dtype == Dtype::kInt8 || dtype == Dtype::kInt16 || dtype == Dtype::kInt32 || dtype == Dtype::kInt64;
+  bool is_signed = false;
+  with_any(dtype, [&](auto element) { is_signed = std::is_signed_v<decltype(element)>; });
   const uint32_t limit = static_cast<uint32_t>(num_labels);
   const auto code = [&](uint64_t ignore, uint32_t below) {
     return LabelCode{static_cast<uint32_t>(ignore), static_cast<uint32_t>(ignore >> 32), below, ignore < below};
   };
-  if (floating) return code(0, 0);  // converted before, see labels.h
+  if (is_floating(dtype)) return code(0, 0);  // converted before, see labels.h
   const int bits = 8 * size_of(dtype);
   const int value_bits = is_signed ? bits - 1 : bits;
   // 2^value_bits, or more than any label and ignore_index.

@@ -10,7 +10,7 @@ namespace {
 
 // One pass over the logits.
 void launch_forward(const LossForward& args, cudaStream_t stream) {
-  if (args.in.membership) {
+  if (args.in.regions) {
     launch_region_loss_forward(args, stream);
   } else {
     launch_weighted_loss_forward(args, stream);
@@ -26,20 +26,10 @@ std::tuple<Tensor, Tensor, Tensor> weighted_loss(
     double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
     bool squared_pred, bool include_background, bool batch_dice) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, dice_class_weight};
-  const LossOptions options{ignore_index,
-                            background,
-                            foreground_floor,
-                            static_cast<Normalization>(normalization),
-                            static_cast<CeVoxels>(ce_voxels),
-                            static_cast<Reduction>(reduction),
-                            label_smoothing,
-                            ce_weight,
-                            dice_weight,
-                            {smooth_nr, smooth_dr, alpha, beta},
-                            squared_pred,
-                            include_background,
-                            batch_dice};
-  check_weighted_loss(tensors, options);
+  const LossOptions options = loss_options(ignore_index, background, foreground_floor, normalization, ce_voxels,
+                                           reduction, label_smoothing, ce_weight, dice_weight, smooth_nr, smooth_dr,
+                                           alpha, beta, squared_pred, include_background, batch_dice);
+  check_loss_tensors(tensors);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const bool class_sums = tensors.needs_class_sums(options);
@@ -78,7 +68,7 @@ Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, Opt
                           std::optional<int64_t> background, int64_t ce_voxels, double label_smoothing,
                           bool squared_pred) {
   const LossTensors tensors{logits, target, risk, class_weight, foreground, regions, {}};
-  check_loss_sums(tensors, gradient_options(ignore_index, background, ce_voxels, label_smoothing, squared_pred));
+  check_loss_tensors(tensors);
   const DeviceGuard guard(logits);
   const cudaStream_t stream = stream_of(logits);
   const DeviceLossInputs in(tensors, ignore_index, background, static_cast<CeVoxels>(ce_voxels), label_smoothing, true,
@@ -95,50 +85,9 @@ Tensor weighted_loss_sums(Tensor logits, Tensor target, OptionalTensor risk, Opt
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor> weighted_loss_finish(Tensor sums, OptionalTensor class_weight,
-                                                        OptionalTensor dice_class_weight,
-                                                        std::optional<int64_t> excluded_class, double foreground_floor,
-                                                        int64_t normalization, int64_t reduction, double ce_weight,
-                                                        double dice_weight, double smooth_nr, double smooth_dr,
-                                                        double alpha, double beta, bool batch_dice, bool as_double) {
-  LossOptions options{};
-  options.foreground_floor = foreground_floor;
-  options.normalization = static_cast<Normalization>(normalization);
-  options.reduction = static_cast<Reduction>(reduction);
-  options.ce_weight = ce_weight;
-  options.dice_weight = dice_weight;
-  options.dice_formula = {smooth_nr, smooth_dr, alpha, beta};
-  options.batch_dice = batch_dice;
-  const FinishTensors tensors{sums, class_weight, dice_class_weight};
-  check_loss_finish(tensors, options);
-  const DeviceGuard guard(sums);
-  const int64_t batch = sums.size(0), classes = tensors.classes();
-
-  LossFinish finish = finish_of(options, excluded_class.value_or(-1));
-  finish.batch = batch;
-  finish.classes = classes;
-  finish.class_sums = true;
-  const Tensor given = torch::stable::contiguous(sums);
-  Tensor weight = sums, dice_weights = sums;
-  finish.class_weight = view_class_weight(class_weight, weight);
-  finish.dice_class_weight = view_class_weight(dice_class_weight, dice_weights);
-  Tensor loss = empty_on(sums, {}, as_double ? ScalarType::Double : ScalarType::Float);
-  Tensor scale = empty_on(sums, {batch}, ScalarType::Double);
-  Tensor dice_slopes = empty_on(sums, {batch, 2, classes}, ScalarType::Double);
-  finish.partial = finish.sums = static_cast<double*>(given.data_ptr());
-  finish.chunks_per_image = 1;
-  finish.scale = static_cast<double*>(scale.data_ptr());
-  finish.dice_slopes = static_cast<double*>(dice_slopes.data_ptr());
-  finish.loss = loss.data_ptr();
-  finish.loss_is_double = as_double;
-  finish_loss(finish, stream_of(sums));
-  return {loss, scale, dice_slopes};
-}
-
 }  // namespace riskmap::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(RISKMAP_NAMESPACE, RISKMAP_CUDA_KEY, m) {
   m.impl("weighted_loss", TORCH_BOX(&riskmap::cuda::weighted_loss));
   m.impl("_weighted_loss_sums", TORCH_BOX(&riskmap::cuda::weighted_loss_sums));
-  m.impl("_weighted_loss_finish", TORCH_BOX(&riskmap::cuda::weighted_loss_finish));
 }

@@ -27,10 +27,10 @@ struct LossInputs {
   VoxelMap risk;        // [B, S] or absent: 1
   VoxelMap foreground;  // [B, S] or absent
   ClassWeight class_weight;
-  const uint8_t* membership;  // [R, L], 1 where the label is in the region; nullptr: softmax
-  int64_t num_labels;         // L, with a softmax C
-  double label_smoothing;     // eps
-  int64_t background;         // -1: every valid voxel is foreground
+  const uint8_t* regions;  // [R, L], 1 where the label is in the region; nullptr: softmax
+  int64_t num_labels;      // L, with a softmax C
+  double label_smoothing;  // eps
+  int64_t background;      // -1: every valid voxel is foreground
   bool ce_in_foreground;
   bool class_sums;  // the sums of the classes, or their slopes, are wanted
   bool squared;     // P is the sum of pi^2

@@ -1,7 +1,9 @@
-// 16-bit floats as raw bits, to and from float: by an instruction where there is one, else by bit arithmetic.
+// 16-bit floats as raw bits, to and from float: by an instruction where there is one, else by bit arithmetic. And
+// values of any dtype as the numbers that the kernels compute with.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -67,6 +69,35 @@ RISKMAP_HD uint16_t float_to_half(float value) {  // to nearest, ties to even
   const uint32_t rebased = magnitude - 0x38000000;
   return static_cast<uint16_t>(sign | ((rebased + 0xfff + ((rebased >> 13) & 1)) >> 13));
 #endif
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class acc_t, class T>
+RISKMAP_HD acc_t to_acc(T v) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return static_cast<acc_t>(half_to_float(v.bits));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return static_cast<acc_t>(bfloat16_to_float(v.bits));
+  } else {
+    return static_cast<acc_t>(v);
+  }
+}
+
+template <class T, class acc_t>
+RISKMAP_HD T from_acc(acc_t v) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return {float_to_half(static_cast<float>(v))};
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return {float_to_bfloat16(static_cast<float>(v))};
+  } else {
+    return static_cast<T>(v);
+  }
 }
 
 }  // namespace riskmap::math

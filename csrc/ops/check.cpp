@@ -12,29 +12,28 @@ std::string shape_of(const Tensor& tensor) {
 
 std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
 
-bool is_floating(const Tensor& tensor) {
+std::optional<Dtype> find_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-    case ScalarType::Double:
-    case ScalarType::Half:
-    case ScalarType::BFloat16: return true;
-    default: return false;
+    case ScalarType::Float: return Dtype::kFloat;
+    case ScalarType::Double: return Dtype::kDouble;
+    case ScalarType::Half: return Dtype::kHalf;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Byte: return Dtype::kUInt8;
+    case ScalarType::Char: return Dtype::kInt8;
+    case ScalarType::Short: return Dtype::kInt16;
+    case ScalarType::Int: return Dtype::kInt32;
+    case ScalarType::Long: return Dtype::kInt64;
+    case ScalarType::UInt16: return Dtype::kUInt16;
+    case ScalarType::UInt32: return Dtype::kUInt32;
+    case ScalarType::UInt64: return Dtype::kUInt64;
+    case ScalarType::Bool: return Dtype::kBool;
+    default: return std::nullopt;
   }
 }
 
-bool is_label_dtype(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-    case ScalarType::Short:
-    case ScalarType::Int:
-    case ScalarType::Long:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64:
-    case ScalarType::Bool: return true;
-    default: return is_floating(tensor);
-  }
+bool is_floating(const Tensor& tensor) {
+  const std::optional<Dtype> dtype = find_dtype(tensor);
+  return dtype && is_floating(*dtype);
 }
 
 void check_logits(const char* op, const char* name, const Tensor& logits) {
@@ -56,7 +55,8 @@ void check_voxel_map(const char* op, const char* name, const Tensor& map, const 
 
 void check_labels(const char* op, const char* name, const Tensor& target, const char* logits_name,
                   const Tensor& logits) {
-  check(is_label_dtype(target), op, ": ", name, " must hold integers or integral floats, got ", dtype_of(target));
+  check(find_dtype(target).has_value(), op, ": ", name, " must hold integers or integral floats, got ",
+        dtype_of(target));
   check_voxel_map(op, name, target, logits_name, logits);
 }
 

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/dtypes.h"
+
 namespace riskmap {
 
 using torch::headeronly::ScalarType;
@@ -30,8 +32,8 @@ void check(bool ok, const Parts&... parts) {
 
 std::string shape_of(const Tensor& tensor);
 std::string dtype_of(const Tensor& tensor);
+std::optional<Dtype> find_dtype(const Tensor& tensor);  // none: an op takes no such tensor
 bool is_floating(const Tensor& tensor);
-bool is_label_dtype(const Tensor& tensor);
 
 // logits [B, C, *S] with 1 to 3 spatial dimensions, floating, at least one class.
 void check_logits(const char* op, const char* name, const Tensor& logits);

@@ -17,8 +17,4 @@ struct RiskMapOptions {
   math::RiskCurve curve(double range_low, double range_high) const;
 };
 
-// source [B, Z, *S] (or [B, R, *S] with regions [R, Z]), target [B, *S], conditional [C, Z] -> [B, *S] float32.
-void check_risk_map(const Tensor& source, const Tensor& target, const Tensor& conditional,
-                    const OptionalTensor& regions, const RiskMapOptions& options);
-
 }  // namespace riskmap

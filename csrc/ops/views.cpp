@@ -30,23 +30,7 @@ int64_t count_from(const Tensor& tensor, int64_t first) {
 
 }  // namespace
 
-Dtype dtype_of_view(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Dtype::kDouble;
-    case ScalarType::Half: return Dtype::kHalf;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Byte: return Dtype::kUInt8;
-    case ScalarType::Char: return Dtype::kInt8;
-    case ScalarType::Short: return Dtype::kInt16;
-    case ScalarType::Int: return Dtype::kInt32;
-    case ScalarType::Long: return Dtype::kInt64;
-    case ScalarType::UInt16: return Dtype::kUInt16;
-    case ScalarType::UInt32: return Dtype::kUInt32;
-    case ScalarType::UInt64: return Dtype::kUInt64;
-    case ScalarType::Bool: return Dtype::kBool;
-    default: return Dtype::kFloat;
-  }
-}
+Dtype dtype_of_view(const Tensor& tensor) { return find_dtype(tensor).value(); }
 
 bool is_viewable(const Tensor& logits) {
   if (logits.numel() == 0) return true;

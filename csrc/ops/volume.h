@@ -3,23 +3,9 @@
 
 #include <cstdint>
 
-namespace riskmap {
+#include "ops/dtypes.h"
 
-enum class Dtype : int {
-  kFloat,
-  kDouble,
-  kHalf,
-  kBFloat16,
-  kUInt8,
-  kInt8,
-  kInt16,
-  kInt32,
-  kInt64,
-  kUInt16,
-  kUInt32,
-  kUInt64,
-  kBool
-};
+namespace riskmap {
 
 // [batch, classes, voxels]; strides in elements. Either stride_voxel or stride_class is 1.
 struct Volume {

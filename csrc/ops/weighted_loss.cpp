@@ -16,14 +16,6 @@ void check_class_weight(const char* op, const char* name, const OptionalTensor& 
   check(weight->device() == beside.device(), op, ": ", name, " must be on the same device as the other tensors");
 }
 
-void check_within(const char* op, const char* name, int64_t value, int64_t last) {
-  check(value >= 0 && value <= last, op, ": ", name, " must be 0 to ", last, ", got ", value);
-}
-
-void check_not_negative(const char* op, const char* name, double value) {
-  check(std::isfinite(value) && value >= 0, op, ": ", name, " must be finite and at least 0, got ", value);
-}
-
 void check_head(const char* op, const Head& head, const Tensor& features) {
   const auto beside = [&](const char* name, const Tensor& tensor) {
     check(tensor.scalar_type() == features.scalar_type(), op, ": ", name, " must have the dtype of features, ",
@@ -41,19 +33,8 @@ void check_head(const char* op, const Head& head, const Tensor& features) {
   beside("bias", *head.bias);
 }
 
-// Of what is done with the sums.
-void check_finish_options(const char* op, const LossOptions& options) {
-  check_range(op, "foreground_floor", options.foreground_floor, 0, 1);
-  check_within(op, "normalization", static_cast<int64_t>(options.normalization), 5);
-  check_within(op, "reduction", static_cast<int64_t>(options.reduction), 2);
-  check_not_negative(op, "ce_weight", options.ce_weight);
-  check_not_negative(op, "dice_weight", options.dice_weight);
-  check_not_negative(op, "smooth_nr", options.dice_formula.smooth_nr);
-  check_not_negative(op, "smooth_dr", options.dice_formula.smooth_dr);
-  check_not_negative(op, "alpha", options.dice_formula.alpha);
-  check_not_negative(op, "beta", options.dice_formula.beta);
-  check(!options.dice() || options.reduction != Reduction::kNone, op,
-        ": dice_weight must be 0 with reduction none: Dice has no voxel map");
+void check_grad_risk(const char* op, const LossTensors& tensors, bool grad_risk) {
+  check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
 }
 
 // Every element of its memory once.
@@ -71,29 +52,47 @@ void check_dense(const char* op, const char* name, const Tensor& tensor) {
 
 }  // namespace
 
+LossOptions loss_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+                         int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+                         double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha,
+                         double beta, bool squared_pred, bool include_background, bool batch_dice) {
+  return {ignore_index,
+          background,
+          foreground_floor,
+          static_cast<Normalization>(normalization),
+          static_cast<CeVoxels>(ce_voxels),
+          static_cast<Reduction>(reduction),
+          label_smoothing,
+          ce_weight,
+          dice_weight,
+          {smooth_nr, smooth_dr, alpha, beta},
+          squared_pred,
+          include_background,
+          batch_dice};
+}
+
+LossOptions finish_options(double foreground_floor, int64_t normalization, int64_t reduction, double ce_weight,
+                           double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
+                           bool batch_dice) {
+  return loss_options(0, std::nullopt, foreground_floor, normalization, 0, reduction, 0, ce_weight, dice_weight,
+                      smooth_nr, smooth_dr, alpha, beta, false, false, batch_dice);
+}
+
 LossOptions gradient_options(int64_t ignore_index, std::optional<int64_t> background, int64_t ce_voxels,
                              double label_smoothing, bool squared_pred) {
-  LossOptions options{};
-  options.ignore_index = ignore_index;
-  options.background = background;
-  options.ce_voxels = static_cast<CeVoxels>(ce_voxels);
-  options.label_smoothing = label_smoothing;
-  options.squared_pred = squared_pred;
-  return options;
+  return loss_options(ignore_index, background, 0, 0, ce_voxels, 0, label_smoothing, 0, 0, 0, 0, 0, 0, squared_pred,
+                      false, false);
 }
 
 LossOptions cross_entropy_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
                                   int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
                                   double ce_weight) {
-  LossOptions options = gradient_options(ignore_index, background, ce_voxels, label_smoothing, false);
-  options.foreground_floor = foreground_floor;
-  options.normalization = static_cast<Normalization>(normalization);
-  options.reduction = static_cast<Reduction>(reduction);
-  options.ce_weight = ce_weight;
-  return options;
+  return loss_options(ignore_index, background, foreground_floor, normalization, ce_voxels, reduction, label_smoothing,
+                      ce_weight, 0, 0, 0, 0, 0, false, false, false);
 }
 
-void check_loss_tensors(const char* op, const LossTensors& tensors) {
+void check_loss_tensors(const LossTensors& tensors) {
+  const char* op = tensors.op();
   const Tensor& input = tensors.logits;
   const char* name = tensors.head ? "features" : "logits";
   check_logits(op, name, input);
@@ -104,39 +103,17 @@ void check_loss_tensors(const char* op, const LossTensors& tensors) {
     check(is_floating(*tensors.risk), op, ": risk must be floating, got ", dtype_of(*tensors.risk));
     check_voxel_map(op, "risk", *tensors.risk, name, input);
   }
-  check_class_weight(op, tensors.weight_name(), tensors.class_weight, classes, input);
+  check_class_weight(op, tensors.class_weight_name(), tensors.class_weight, classes, input);
   check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, classes, input);
   if (tensors.foreground) {
-    check(is_label_dtype(*tensors.foreground) && !is_floating(*tensors.foreground), op,
+    check(find_dtype(*tensors.foreground) && !is_floating(*tensors.foreground), op,
           ": foreground must be bool or integer, got ", dtype_of(*tensors.foreground));
     check_voxel_map(op, "foreground", *tensors.foreground, name, input);
   }
   if (tensors.regions) check_regions(op, *tensors.regions, classes, input);
 }
 
-void check_weighted_loss(const LossTensors& tensors, const LossOptions& options) {
-  const char* op = tensors.op();
-  check_loss_tensors(op, tensors);
-  check(!options.background || (*options.background >= 0 && *options.background < tensors.num_labels()), op,
-        ": background must be a class 0 to ", tensors.num_labels() - 1, " or none, got ",
-        options.background.value_or(0));
-  check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
-  check_within(op, "ce_voxels", static_cast<int64_t>(options.ce_voxels), 1);
-  check_finish_options(op, options);
-  check(options.normalization != Normalization::kWeighted || !tensors.regions, op,
-        ": normalization must not be 4 (weighted) with regions");
-  check(!options.dice() || tensors.classes() > 1 || options.excluded_class(tensors.regions.has_value()) < 0, op,
-        ": dice_weight needs a class besides the background, or include_background; there is 1 class");
-}
-
-void check_loss_sums(const LossTensors& tensors, const LossOptions& options) {
-  const char* op = "_weighted_loss_sums";
-  check_loss_tensors(op, tensors);
-  check_range(op, "label_smoothing", options.label_smoothing, 0, 1);
-  check_within(op, "ce_voxels", static_cast<int64_t>(options.ce_voxels), 1);
-}
-
-void check_loss_finish(const FinishTensors& tensors, const LossOptions& options) {
+void check_loss_finish(const FinishTensors& tensors) {
   const char* op = "_weighted_loss_finish";
   const Tensor& sums = tensors.sums;
   check(sums.dim() == 2 && sums.scalar_type() == ScalarType::Double && tensors.classes() > 0 &&
@@ -145,17 +122,15 @@ void check_loss_finish(const FinishTensors& tensors, const LossOptions& options)
         " of shape ", shape_of(sums));
   check_class_weight(op, "weight", tensors.class_weight, tensors.classes(), sums);
   check_class_weight(op, "dice_class_weight", tensors.dice_class_weight, tensors.classes(), sums);
-  check_finish_options(op, options);
-  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
 }
 
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
                          const Tensor& dice_slopes, bool grad_risk, bool overwrites) {
-  const char* op = "_weighted_loss_backward";
+  const char* op = tensors.op();
   const Tensor& logits = tensors.logits;
-  check_loss_tensors(op, tensors);
+  check_loss_tensors(tensors);
   if (overwrites) check_dense(op, "logits", logits);
-  check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
+  check_grad_risk(op, tensors, grad_risk);
   if (grad_loss.dim() != 0) check_voxel_map(op, "grad_loss", grad_loss, "logits", logits);
   check(is_floating(grad_loss), op, ": grad_loss must be floating, got ", dtype_of(grad_loss));
   check(scale.numel() == logits.size(0) && scale.scalar_type() == ScalarType::Double, op,
@@ -168,13 +143,10 @@ void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, co
           ": grad_loss, scale and dice_slopes must be on the device of logits");
 }
 
-void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk, bool overwrites) {
-  const char* op = "_weighted_loss_with_gradient";
-  check_weighted_loss(tensors, options);
-  if (overwrites) check_dense(op, "logits", tensors.logits);
-  check(options.reduction != Reduction::kNone, op, ": reduction must be 0 (mean) or 1 (sum)");
-  check(!tensors.needs_class_sums(options), op, ": normalization must not be 4 (weighted) with weight");
-  check(!grad_risk || tensors.risk.has_value(), op, ": grad_risk needs risk");
+void check_loss_with_gradient(const LossTensors& tensors, bool grad_risk, bool overwrites) {
+  check_loss_tensors(tensors);
+  if (overwrites) check_dense(tensors.op(), "logits", tensors.logits);
+  check_grad_risk(tensors.op(), tensors, grad_risk);
 }
 
 void check_scale_gradient(const Tensor& gradient, const Tensor& factor) {

@@ -26,10 +26,17 @@ struct LossOptions {
   int64_t excluded_class(bool regions) const { return regions || include_background ? -1 : background.value_or(-1); }
 };
 
-// Those that a gradient needs, once scales and slopes are known.
+// The options of the schemas: of the loss, of its finish, of a gradient once scales and slopes are known, and of the
+// loss without Dice.
+LossOptions loss_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
+                         int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
+                         double ce_weight, double dice_weight, double smooth_nr, double smooth_dr, double alpha,
+                         double beta, bool squared_pred, bool include_background, bool batch_dice);
+LossOptions finish_options(double foreground_floor, int64_t normalization, int64_t reduction, double ce_weight,
+                           double dice_weight, double smooth_nr, double smooth_dr, double alpha, double beta,
+                           bool batch_dice);
 LossOptions gradient_options(int64_t ignore_index, std::optional<int64_t> background, int64_t ce_voxels,
                              double label_smoothing, bool squared_pred);
-// Without Dice.
 LossOptions cross_entropy_options(int64_t ignore_index, std::optional<int64_t> background, double foreground_floor,
                                   int64_t normalization, int64_t ce_voxels, int64_t reduction, double label_smoothing,
                                   double ce_weight);
@@ -50,7 +57,7 @@ struct LossTensors {
 
   // Of the public op, for messages.
   const char* op() const { return head ? "linear_weighted_loss" : "weighted_loss"; }
-  const char* weight_name() const { return head ? "class_weight" : "weight"; }
+  const char* class_weight_name() const { return head ? "class_weight" : "weight"; }
   int64_t classes() const { return head ? head->weight.size(0) : logits.size(1); }
   int64_t num_labels() const { return regions ? regions->size(1) : classes(); }
   // Whether the sums of the classes are wanted: for Dice, and for a normaliser that is made of them.
@@ -71,16 +78,14 @@ struct FinishTensors {
 // loss: float32 (float64 for float64 logits) scalar, or [B, *S] without reduction;
 // scale [B] float64: what each image's sum of w c CE is multiplied by in the loss;
 // dice_slopes [B, 2, C] float64 ([0] without Dice): derivatives of the loss by the sums P and I, see math::DiceTerm.
-void check_loss_tensors(const char* op, const LossTensors& tensors);
-void check_weighted_loss(const LossTensors& tensors, const LossOptions& options);
+void check_loss_tensors(const LossTensors& tensors);
 
 // grad_loss: scalar, or [B, *S] for the map of reduction none; scale and dice_slopes as the op returned them.
 // overwrites: the gradient takes the memory of the logits, which must be dense.
 void check_loss_backward(const LossTensors& tensors, const Tensor& grad_loss, const Tensor& scale,
                          const Tensor& dice_slopes, bool grad_risk, bool overwrites);
-void check_loss_sums(const LossTensors& tensors, const LossOptions& options);
-void check_loss_finish(const FinishTensors& tensors, const LossOptions& options);
-void check_loss_with_gradient(const LossTensors& tensors, const LossOptions& options, bool grad_risk, bool overwrites);
+void check_loss_finish(const FinishTensors& tensors);
+void check_loss_with_gradient(const LossTensors& tensors, bool grad_risk, bool overwrites);
 // gradient: floating, its elements dense in memory; factor: a floating scalar on the same device.
 void check_scale_gradient(const Tensor& gradient, const Tensor& factor);
 

@@ -15,17 +15,17 @@ struct RegionTile : LossTile<acc_t> {
   using typename LossTile<acc_t>::I;
   using LossTile<acc_t>::args;
 
-  const acc_t* membership;
+  const acc_t* regions;
   const acc_t* weight_of;
-  const int64_t membership_pitch;
+  const int64_t region_pitch;
   const acc_t keep, shift;  // t (1 - eps) + eps / 2
   LossPartial total{};
 
   RegionTile(const LossArgs& args_, int64_t chunk, void* scratch)
       : LossTile<acc_t>(args_, chunk, scratch),
-        membership(static_cast<const acc_t*>(args_.membership)),
+        regions(static_cast<const acc_t*>(args_.regions)),
         weight_of(static_cast<const acc_t*>(args_.class_weight)),
-        membership_pitch(table_pitch(args_.num_labels)),
+        region_pitch(table_pitch(args_.num_labels)),
         keep(static_cast<acc_t>(1 - args_.label_smoothing)),
         shift(static_cast<acc_t>(args_.label_smoothing / 2)) {}
 
@@ -38,8 +38,8 @@ struct RegionTile : LossTile<acc_t> {
     }
   }
   RISKMAP_MEMBER F inside(int r, I y, I valid) const {
-    if constexpr (kRegions > 0) return math::select(valid, lookup_short(membership + r * kMinTile, y), F{});
-    return math::select(valid, lookup(membership + r * membership_pitch, args.num_labels, I(y & valid)), F{});
+    if constexpr (kRegions > 0) return math::select(valid, lookup_short(regions + r * kMinTile, y), F{});
+    return math::select(valid, lookup(regions + r * region_pitch, args.num_labels, I(y & valid)), F{});
   }
   RISKMAP_MEMBER F smoothed(F t) const { return t * keep + shift; }
 
@@ -63,13 +63,13 @@ void forward_chunk(const LossForwardArgs& args, int64_t chunk, void* scratch) {
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   RegionTile<acc_t, kRegions> tile(args, chunk, scratch);
-  const int64_t regions = args.logits.classes;
-  double* dice = args.class_partial + chunk * 3 * regions;
+  const int64_t num_regions = args.logits.classes;
+  double* dice = args.class_partial + chunk * 3 * num_regions;
   if (args.class_sums)
-    for (int64_t i = 0; i < 3 * regions; ++i) dice[i] = 0;
+    for (int64_t i = 0; i < 3 * num_regions; ++i) dice[i] = 0;
 
   const auto tile_sums = [&](auto in, int64_t begin, int64_t n) {
-    ClassSums<acc_t, kRegions> sums(tile.sums, regions);
+    ClassSums<acc_t, kRegions> sums(tile.sums, num_regions);
     F ce_sum{};
     I valid_count{}, foreground_count{};
     for (int64_t v = 0; v < n; v += Simd<acc_t>::kLanes) {
@@ -110,9 +110,9 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
   using F = typename Simd<acc_t>::F;
   using I = typename Simd<acc_t>::I;
   RegionTile<acc_t, kRegions> tile(args, chunk, scratch);
-  const int64_t regions = args.logits.classes;
-  const acc_t* overall = static_cast<const acc_t*>(args.dice_overall) + tile.image * regions;
-  const acc_t* hit = static_cast<const acc_t*>(args.dice_hit) + tile.image * regions;
+  const int64_t num_regions = args.logits.classes;
+  const acc_t* overall = static_cast<const acc_t*>(args.dice_overall) + tile.image * num_regions;
+  const acc_t* hit = static_cast<const acc_t*>(args.dice_hit) + tile.image * num_regions;
 
   const auto gradient = [&](auto wants_loss, auto in, auto grads, int64_t n, bool streamed) {
     const acc_t factor = static_cast<acc_t>(args.factor[tile.image]);
@@ -155,7 +155,7 @@ void backward_chunk(const LossBackwardArgs& args, int64_t chunk, void* scratch) 
   if (args.partial) args.partial[chunk] = tile.total;
 }
 
-// Calls body(acc_t{}, regions, squared) with what the kernel is compiled for.
+// Calls body(acc_t{}, number of regions, squared) with what the kernel is compiled for.
 template <class Body>
 static void with_kind(const LossArgs& args, const Body& body) {
   const bool is_double = args.logits.dtype == Dtype::kDouble;
@@ -179,14 +179,14 @@ static void with_kind(const LossArgs& args, const Body& body) {
 namespace RISKMAP_CPU_CAPABILITY {
 
 void region_loss_forward(const LossForwardArgs& args, int64_t chunk, void* scratch) {
-  with_kind(args, [&](auto acc, auto regions, auto squared) {
-    forward_chunk<decltype(acc), regions, squared>(args, chunk, scratch);
+  with_kind(args, [&](auto acc, auto count, auto squared) {
+    forward_chunk<decltype(acc), count, squared>(args, chunk, scratch);
   });
 }
 
 void region_loss_backward(const LossBackwardArgs& args, int64_t chunk, void* scratch) {
-  with_kind(args, [&](auto acc, auto regions, auto squared) {
-    backward_chunk<decltype(acc), regions, squared>(args, chunk, scratch);
+  with_kind(args, [&](auto acc, auto count, auto squared) {
+    backward_chunk<decltype(acc), count, squared>(args, chunk, scratch);
   });
 }
 

@@ -30,7 +30,7 @@ struct LossArgs {
   VoxelMap risk;             // [B, S] or absent: 1
   VoxelMap foreground;       // [B, S] or absent
   const void* class_weight;  // acc_t[C], padded to kMinTile; nullptr: 1. With regions: c[r] / R, never nullptr
-  const void* membership;    // acc_t[R, table_pitch(L)], 1 where the label is in the region; nullptr: softmax
+  const void* regions;       // acc_t[R, table_pitch(L)], 1 where the label is in the region; nullptr: softmax
   int64_t num_labels;        // L, with a softmax C
   double label_smoothing;    // eps
   const void* smooth;        // acc_t[C], eps / C * c[k]; nullptr without label smoothing
