@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from riskmap_ext import _library
 from riskmap_ext.ops import head_on_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -67,13 +68,8 @@ def load(path: Path) -> None:
 
 def operators() -> dict[str, Callable[..., Any]]:
     """The ops of the loaded library by their name in ``torch.ops.riskmap_ext``."""
-    prefix = f"{NAMESPACE}::"
-    names = [schema.name for schema in torch._C._jit_get_all_schemas()]
-    return {
-        name.removeprefix(prefix): getattr(getattr(torch.ops, NAMESPACE), name[len(prefix) :])
-        for name in names
-        if name.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-    }
+    namespace = getattr(torch.ops, NAMESPACE)
+    return {name: getattr(namespace, name) for name in _library.ops(NAMESPACE)}
 
 
 @contextmanager

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import BASE, Case, loss_and_gradients
+from cases import BASE, Case, loss_and_gradients, loss_in_two_steps, overwritten
 from compare import assert_gradient_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import riskmap_ext
 from riskmap_ext import reference
+from riskmap_ext._loss_arguments import LossOptions
 
 CPU = torch.device("cpu")
-# Codes of the options in the schemas, in the order of the public names.
-EXPONENTIAL, POWER = 0, 1
-FOREGROUND_SIZE, VALID_SIZE = 0, 2
-MEAN, SUM, NONE = 0, 1, 2
 
 
 def _registered() -> set[str]:
@@ -34,229 +32,123 @@ def _registered() -> set[str]:
     }
 
 
-def _regions(rows: int, device: torch.device, labels: int | None = None) -> torch.Tensor:
-    """Region r holds the labels from r on: overlapping, and label 0 is in the first alone."""
-    return torch.ones(rows, labels or rows, dtype=torch.bool, device=device).triu()
-
-
-def _loss_arguments(
-    case: Case,
-    device: torch.device,
-    *,
-    dice: float = 0.0,
-    reduction: int = MEAN,
-    whole: bool = True,
-    regions: bool = False,
-    squared: bool = False,
-) -> tuple[Any, ...]:
-    """``whole``: with the optional tensors."""
-    return (
-        case.logits(device),
-        case.target(device),
-        case.risk(device) if whole else None,
-        case.weight(device) if whole else None,
-        case.foreground(device) if whole else None,
-        _regions(case.classes, device) if regions else None,
-        case.weight(device) if whole else None,  # dice_class_weight
-        case.ignore_index,
-        0 if whole else None,  # background
-        0.05,  # foreground_floor
-        FOREGROUND_SIZE if whole else VALID_SIZE,
-        0,  # ce_voxels
-        reduction,
-        0.1 if whole else 0.0,  # label_smoothing
-        1.0,  # ce_weight
-        dice,
-        1e-5,  # smooth_nr
-        1e-6,  # smooth_dr
-        0.5,  # alpha
-        0.7,  # beta
-        squared,
-        False,  # include_background
-        False,  # batch_dice
-    )
-
-
-def _backward_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
-    arguments = _loss_arguments(case, device, **options)
-    risk = arguments[2]
-    loss, scale, slopes = torch.ops.riskmap_ext.weighted_loss(*arguments)
-    tensors = (torch.randn_like(loss), *arguments[:6], scale, slopes)
-    return *tensors, *_of_gradient(arguments), risk is not None
-
-
-def _of_gradient(arguments: tuple[Any, ...]) -> list[Any]:
-    """ignore_index, background, ce_voxels, label_smoothing, squared_pred."""
-    return [arguments[i] for i in (7, 8, 11, 13, 20)]
-
-
-def _with_gradient_arguments(
-    case: Case, device: torch.device, grad_risk: bool, **options: Any
-) -> tuple[Any, ...]:
-    arguments = _loss_arguments(case, device, **options)
-    return *arguments[:6], *arguments[7:15], grad_risk
-
-
-def _sums_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
-    arguments = _loss_arguments(case, device, **options)
-    return *arguments[:6], *_of_gradient(arguments)
-
-
-def _finish_arguments(case: Case, device: torch.device, **options: Any) -> tuple[Any, ...]:
-    sums = torch.ops.riskmap_ext._weighted_loss_sums(*_sums_arguments(case, device, **options))
-    weight = case.weight(device)
-    return (
-        sums,
-        weight,
-        weight,
-        0,
-        0.05,
-        VALID_SIZE,
-        SUM,
-        1.0,
-        0.5,
-        1e-5,
-        0.0,
-        1.0,
-        1.0,
-        True,
-        False,
-    )
-
-
-def _with_head(
-    arguments: tuple[Any, ...], case: Case, bias: bool = True, volume: int = 0
-) -> tuple[Any, ...]:
-    """The same with features, weight and bias in the place of the logits, which are ``volume``."""
-    features, weight, of_bias = case.head(arguments[volume].device)
-    head = (features, weight, of_bias if bias else None)
-    return *arguments[:volume], *head, *arguments[volume + 1 :]
-
-
 SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)
 VOLUME = Case("opcheck_3d", spatial=(3, 2, 5), dtype=torch.bfloat16, layout="channels_last")
 EMPTY = Case("opcheck_empty", batch=0)
+REGIONS = Case("opcheck_regions", spatial=(3, 5), regions=3, source_regions=3, with_weight=True)
+EVERY = (SMALL, VOLUME, EMPTY, REGIONS)
 
 
-def _source_regions(device: torch.device) -> torch.Tensor:
-    return _regions(SMALL.source(device).size(1), device, labels=4)
+def _run_leep(case: Case, device: torch.device) -> None:
+    args, kwargs = case.leep_call(device)
+    riskmap_ext.leep_statistics(*args, **kwargs)
 
 
-SAMPLES: dict[str, list[Callable[[torch.device], tuple[Any, ...]]]] = {
-    "leep_statistics": [
-        lambda d, c=c: (c.source(d), c.target(d), None, c.classes, c.ignore_index)
-        for c in (SMALL, VOLUME, EMPTY)
-    ]
-    + [lambda d: (SMALL.source(d), SMALL.target(d), _source_regions(d), SMALL.classes, -100)],
-    "transferability_map": [
-        lambda d, c=c: (c.source(d), c.target(d), c.conditional(d), None, c.ignore_index)
-        for c in (SMALL, VOLUME, EMPTY)
-    ],
-    "risk_map": [
-        lambda d, c=c, o=o: (c.source(d), c.target(d), c.conditional(d), None, *o, c.ignore_index)
-        for c, o in (
-            (SMALL, (EXPONENTIAL, 10.0, 0.5, 9.0, None, None, 0)),
-            (VOLUME, (POWER, 10.0, 0.5, 9.0, None, None, None)),
-            (EMPTY, (EXPONENTIAL, 10.0, 0.5, 9.0, 0.5, 3.0, 0)),
-        )
-    ],
-    "weighted_loss": [
-        lambda d: _loss_arguments(SMALL, d),
-        lambda d: _loss_arguments(SMALL, d, dice=1.0),
-        lambda d: _loss_arguments(SMALL, d, dice=1.0, squared=True),
-        lambda d: _loss_arguments(SMALL, d, reduction=NONE),
-        lambda d: _loss_arguments(VOLUME, d, dice=0.5, reduction=SUM, whole=False),
-        lambda d: _loss_arguments(EMPTY, d, whole=False),
-        lambda d: _loss_arguments(SMALL, d, dice=1.0, regions=True),
-    ],
-    "_weighted_loss_backward": [
-        lambda d: _backward_arguments(SMALL, d),
-        lambda d: _backward_arguments(SMALL, d, dice=1.0),
-        lambda d: _backward_arguments(SMALL, d, dice=1.0, squared=True),
-        lambda d: _backward_arguments(SMALL, d, reduction=NONE),
-        lambda d: _backward_arguments(VOLUME, d, dice=0.5, whole=False),
-        lambda d: _backward_arguments(EMPTY, d, whole=False),
-        lambda d: _backward_arguments(SMALL, d, dice=1.0, regions=True),
-    ],
-    "_weighted_loss_with_gradient": [
-        lambda d: _with_gradient_arguments(SMALL, d, True),
-        lambda d: _with_gradient_arguments(SMALL, d, True, regions=True),
-        lambda d: _with_gradient_arguments(VOLUME, d, False, reduction=SUM, whole=False),
-        lambda d: _with_gradient_arguments(EMPTY, d, False, whole=False),
-    ],
-    "_weighted_loss_backward_": [
-        lambda d: (*_backward_arguments(SMALL, d, dice=1.0)[:-1], False),
-        lambda d: _backward_arguments(SMALL, d, reduction=NONE),
-        lambda d: _backward_arguments(VOLUME, d, dice=0.5, whole=False),
-        lambda d: _backward_arguments(EMPTY, d, whole=False),
-    ],
-    "_weighted_loss_with_gradient_": [
-        lambda d: _with_gradient_arguments(SMALL, d, True),
-        lambda d: _with_gradient_arguments(VOLUME, d, False, reduction=SUM, whole=False),
-        lambda d: _with_gradient_arguments(EMPTY, d, False, whole=False),
-    ],
-    "_weighted_loss_sums": [
-        lambda d: _sums_arguments(SMALL, d),
-        lambda d: _sums_arguments(VOLUME, d, whole=False),
-        lambda d: _sums_arguments(EMPTY, d, whole=False),
-        lambda d: _sums_arguments(SMALL, d, regions=True),
-    ],
-    "_weighted_loss_finish": [
-        lambda d: _finish_arguments(SMALL, d),
-        lambda d: _finish_arguments(EMPTY, d),
-    ],
-    "linear_weighted_loss": [
-        lambda d: _with_head(_loss_arguments(SMALL, d), SMALL),
-        lambda d: _with_head(_loss_arguments(SMALL, d, dice=1.0), SMALL, bias=False),
-        lambda d: _with_head(_loss_arguments(SMALL, d, reduction=NONE), SMALL),
-        lambda d: _with_head(_loss_arguments(VOLUME, d, dice=0.5, whole=False), VOLUME),
-        lambda d: _with_head(_loss_arguments(EMPTY, d, whole=False), EMPTY),
-        lambda d: _with_head(_loss_arguments(SMALL, d, dice=1.0, regions=True), SMALL),
-    ],
-    "_linear_weighted_loss_backward": [
-        lambda d, f=f, bias=bias: (
-            *_with_head(_backward_arguments(SMALL, d, dice=1.0)[:-1], SMALL, bias, 1),
-            *f,
-        )
-        for f in ((True, True, True), (True, False, False), (False, True, False))
-        for bias in (True, False)
-    ],
-    "_linear_weighted_loss_with_gradient": [
-        lambda d: (*_with_head(_with_gradient_arguments(SMALL, d, True)[:-1], SMALL), *[True] * 3),
-        lambda d: (
-            *_with_head(_with_gradient_arguments(VOLUME, d, False)[:-1], VOLUME, False),
-            True,
-            True,
-            False,
-        ),
-    ],
-    "_linear_weighted_loss_sums": [
-        lambda d: _with_head(_sums_arguments(SMALL, d), SMALL),
-        lambda d: _with_head(_sums_arguments(EMPTY, d, whole=False), EMPTY),
-    ],
-    "_scale_gradient_": [
-        lambda d, f=f: (SMALL.logits(d), torch.tensor(f, device=d)) for f in (1.0, 0.0, -2.5)
-    ],
-}
+def _run_map(case: Case, device: torch.device) -> None:
+    args, kwargs = case.map_call(device)
+    riskmap_ext.transferability_map(*args, **kwargs)
 
 
-def test_every_operator_has_samples() -> None:
-    assert _registered() == set(SAMPLES)
+def _run_risk(case: Case, device: torch.device, **options: Any) -> None:
+    args, kwargs = case.risk_call(device)
+    riskmap_ext.risk_map(*args, **kwargs, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "index"), [(name, i) for name, samples in SAMPLES.items() for i in range(len(samples))]
-)
-def test_opcheck(name: str, index: int, device: torch.device) -> None:
+def _run_loss(case: Case, device: torch.device, **options: Any) -> None:
+    """With the gradient made in the forward and the backward pass, and in place of the logits."""
+    args, kwargs = case.loss_call(device)
+    call = args, {**kwargs, **options}
+    for in_forward in (True, False):
+        with riskmap_ext.gradient_in_forward(in_forward):
+            loss_and_gradients(call, grad_output=-2.5)
+            overwritten((tuple(each.clone() for each in args), call[1]))
+
+
+def _run_from_features(case: Case, device: torch.device, frozen: int = 0, **options: Any) -> None:
+    """``frozen``: so many of features, weight and bias have no gradient."""
+    args, kwargs = case.head_call(device)
+    for in_forward in (True, False):
+        leaves = [each.detach().requires_grad_(i >= frozen) for i, each in enumerate(args[:3])]
+        bias = None if options.get("dice_weight") else leaves[2]
+        with riskmap_ext.gradient_in_forward(in_forward):
+            loss = riskmap_ext.linear_weighted_loss(
+                *leaves[:2], bias, *args[3:], **{**kwargs, **options}
+            )
+        loss.backward(torch.ones_like(loss))
+
+
+def _run_two_steps(case: Case, device: torch.device) -> None:
+    loss_in_two_steps(case, device)
+    if case.batch == 0:
+        return
+    features, weight, bias = case.head(device)
+    target, risk = case.target(device), case.risk(device)
+    torch.ops.riskmap_ext._linear_weighted_loss_sums(
+        features, weight, bias, target, risk, *[None] * 3, case.ignore_index, 0, 0, 0.1, False
+    )
+
+
+DICE = {"dice_weight": 1.0}
+SQUARED = {"dice_weight": 0.5, "squared_pred": True, "reduction": "sum"}
+MAP_OF_LOSSES = {"reduction": "none"}
+WORKS: list[Callable[[torch.device], None]] = [
+    *(
+        partial(work, case)
+        for case in (SMALL, VOLUME, EMPTY, REGIONS)
+        for work in (_run_leep, _run_map)
+    ),
+    *(partial(_run_risk, case) for case in (SMALL, VOLUME, EMPTY)),
+    partial(_run_risk, VOLUME, scheme="power", background=None),
+    partial(_run_risk, SMALL, scheme="exponential", range=(0.5, 3.0)),
+    *(partial(_run_loss, case) for case in EVERY),
+    *(partial(_run_loss, SMALL, **options) for options in (DICE, SQUARED, MAP_OF_LOSSES)),
+    *(partial(_run_loss, case, **DICE) for case in (VOLUME, EMPTY, REGIONS)),
+    *(partial(_run_from_features, SMALL, frozen=i) for i in range(3)),
+    *(partial(_run_from_features, case) for case in (VOLUME, EMPTY, REGIONS)),
+    *(partial(_run_from_features, SMALL, **options) for options in (DICE, MAP_OF_LOSSES)),
+    *(partial(_run_two_steps, case) for case in EVERY),
+]
+
+
+@cache
+def _samples(device: torch.device) -> dict[str, list[tuple[Any, ...]]]:
+    """What the public functions give the ops, once for each set of types, shapes and options."""
+    found: dict[str, dict[str, tuple[Any, ...]]] = {name: {} for name in _registered()}
+
+    def spied(name: str, op: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            plain = [each.detach().clone() if isinstance(each, torch.Tensor) else each
+                     for each in arguments]  # fmt: skip
+            kind = [(each.dtype, each.shape) if isinstance(each, torch.Tensor) else each
+                    for each in arguments]  # fmt: skip
+            found[name].setdefault(str(kind), tuple(plain))
+            return op(*arguments)
+
+        return call
+
+    ops = torch.ops.riskmap_ext
+    with pytest.MonkeyPatch.context() as patch:
+        for name in found:
+            patch.setattr(ops, name, spied(name, getattr(ops, name)))
+        for work in WORKS:
+            work(device)
+    return {name: list(samples.values()) for name, samples in found.items()}
+
+
+@pytest.mark.parametrize("name", sorted(_registered()))
+def test_opcheck(name: str, device: torch.device) -> None:
+    samples = _samples(device)
     operator = getattr(torch.ops.riskmap_ext, name).default
-    arguments = list(SAMPLES[name][index](device))
-    torch.library.opcheck(operator, tuple(arguments))
-    differentiable = {"weighted_loss": (0, 2), "linear_weighted_loss": (0, 1, 2, 4)}.get(name)
-    if differentiable:
-        for i in differentiable:
-            if arguments[i] is not None:
-                arguments[i] = arguments[i].detach().nan_to_num(1.0).requires_grad_()
-        torch.library.opcheck(operator, tuple(arguments))
+    differentiable = {"weighted_loss": (0, 2), "linear_weighted_loss": (0, 1, 2, 4)}.get(name, ())
+    assert samples[name]
+    for sample in samples[name]:
+        torch.library.opcheck(operator, sample)
+        if differentiable:
+            arguments = list(sample)
+            for i in differentiable:
+                if arguments[i] is not None:
+                    arguments[i] = arguments[i].nan_to_num(1.0).requires_grad_()
+            torch.library.opcheck(operator, tuple(arguments))
 
 
 FUNCTIONS = ["leep_statistics", "conditional", "transferability_map", "risk_map", "weighted_loss"]
@@ -268,23 +160,17 @@ def test_signature_and_docstring(name: str) -> None:
     truth = inspect.signature(getattr(reference, name))
     assert list(public.parameters)[:3] == list(truth.parameters)[:3]
     for parameter in truth.parameters.values():
-        if not parameter.name.startswith("_"):
+        if not parameter.name.startswith("_") and parameter.kind != parameter.VAR_KEYWORD:
             found = public.parameters[parameter.name]
             assert (found.kind, found.default) == (parameter.kind, parameter.default)
     assert getattr(riskmap_ext, name).__doc__
 
 
-def test_signature_of_the_loss_from_features() -> None:
-    public = inspect.signature(riskmap_ext.linear_weighted_loss).parameters
-    of_logits = inspect.signature(riskmap_ext.weighted_loss).parameters
-    first = ["features", "weight", "bias", "target", "risk", "class_weight"]
-    assert list(public)[: len(first)] == first
-    options = {name: each for name, each in of_logits.items() if each.kind is each.KEYWORD_ONLY}
-    del options["weight"], options["overwrite_logits"]  # there are no logits
-    assert {name: public[name].default for name in options} == {
-        name: each.default for name, each in options.items()
-    }
-    assert len(public) == len(first) + len(options)
+def test_the_options_of_a_loss_are_those_of_the_functions() -> None:
+    defaults = riskmap_ext.weighted_loss.__kwdefaults__ or {}
+    assert LossOptions._field_defaults == {name: defaults[name] for name in LossOptions._fields}
+    tensors = {"weight", "dice_class_weight", "foreground", "regions"}
+    assert set(defaults) == tensors | set(LossOptions._fields)
 
 
 def _loss(logits: torch.Tensor, target: torch.Tensor, risk: torch.Tensor) -> torch.Tensor:

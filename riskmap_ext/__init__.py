@@ -12,15 +12,12 @@ from riskmap_ext import _library
 _library.load()
 
 from riskmap_ext import nn, reference  # noqa: E402  (the ops must be registered first)
-from riskmap_ext.ops import (  # noqa: E402
-    conditional,
-    gradient_in_forward,
-    leep_statistics,
-    linear_weighted_loss,
-    risk_map,
-    transferability_map,
-    weighted_loss,
-)
+from riskmap_ext.ops.in_forward import gradient_in_forward  # noqa: E402
+from riskmap_ext.ops.leep_statistics import conditional, leep_statistics  # noqa: E402
+from riskmap_ext.ops.linear_weighted_loss import linear_weighted_loss  # noqa: E402
+from riskmap_ext.ops.risk_map import risk_map  # noqa: E402
+from riskmap_ext.ops.transferability_map import transferability_map  # noqa: E402
+from riskmap_ext.ops.weighted_loss import weighted_loss  # noqa: E402
 from riskmap_ext.statistics import TransferStatistics, sqrt_inverse_frequency  # noqa: E402
 
 try:

@@ -12,23 +12,6 @@ import torch
 _HERE = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _CUDA_LIBRARY = "libriskmap_cuda"
-_CUDA_OPS = (
-    "leep_statistics",
-    "transferability_map",
-    "risk_map",
-    "weighted_loss",
-    "_weighted_loss_backward",
-    "_weighted_loss_backward_",
-    "_weighted_loss_finish",
-    "_weighted_loss_sums",
-    "_weighted_loss_with_gradient",
-    "_weighted_loss_with_gradient_",
-    "linear_weighted_loss",
-    "_linear_weighted_loss_backward",
-    "_linear_weighted_loss_sums",
-    "_linear_weighted_loss_with_gradient",
-    "_scale_gradient_",
-)
 
 _no_cuda: str | None = None  # why the CUDA kernels are not there, once load() has looked
 _refusals: torch.library.Library | None = None
@@ -102,9 +85,16 @@ def _refuse_cuda(reason: str) -> torch.library.Library:
 
         return refuse
 
-    for name in _CUDA_OPS:
+    for name in ops():
         library.impl(name, refusal(name), "CUDA")
     return library
+
+
+def ops(namespace: str = "riskmap_ext", key: str = "CPU") -> list[str]:
+    """Names of the ops that have a kernel: every op has one for the CPU."""
+    prefix = f"{namespace}::"
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def no_cuda_reason() -> str | None:
@@ -157,4 +147,4 @@ def loaded_path(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-__all__ = ["build_facts", "built_for", "load", "loaded_path", "no_cuda_reason"]
+__all__ = ["build_facts", "built_for", "load", "loaded_path", "no_cuda_reason", "ops"]

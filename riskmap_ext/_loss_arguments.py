@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from riskmap_ext._arguments import (
     integer,
+    near_names,
     number,
     validate_background,
     validate_choice,
@@ -32,7 +34,7 @@ class LossTensors(NamedTuple):
     logits: Tensor
     target: Tensor
     risk: Tensor | None
-    weight: Tensor | None
+    class_weight: Tensor | None
     foreground: Tensor | None
     regions: Tensor | None
     dice_class_weight: Tensor | None
@@ -41,12 +43,21 @@ class LossTensors(NamedTuple):
     def num_labels(self) -> int:
         return self.logits.size(1) if self.regions is None else self.regions.size(1)
 
+    def options(self, **given: Any) -> LossOptions:
+        """Those that are not given have their defaults."""
+        return loss_options(
+            self.num_labels,
+            has_regions=self.regions is not None,
+            has_foreground=self.foreground is not None,
+            **given,
+        )
+
 
 def loss_tensors(
     logits: Any,
     target: Any,
     risk: Any,
-    weight: Any,
+    class_weight: Any,
     foreground: Any,
     regions: Any,
     dice_class_weight: Any,
@@ -57,7 +68,7 @@ def loss_tensors(
         logits,
         validate_labels("target", target, logits),
         None if risk is None else validate_voxel_map("risk", risk, logits),
-        validate_class_weight(class_weight_name, weight, logits),
+        validate_class_weight(class_weight_name, class_weight, logits),
         None if foreground is None else validate_mask("foreground", foreground, logits),
         validate_regions(regions, logits),
         validate_class_weight("dice_class_weight", dice_class_weight, logits),
@@ -93,24 +104,26 @@ def shape_of_logits(head: HeadTensors) -> Tensor:
 
 
 class LossOptions(NamedTuple):
-    ignore_index: int
-    background: int | None
-    foreground_floor: float
-    normalization: str
-    ce_voxels: str
-    reduction: str
-    label_smoothing: float
-    ce_weight: float
-    dice_weight: float
-    smooth_nr: float
-    smooth_dr: float
-    alpha: float
-    beta: float
-    squared_pred: bool
-    include_background: bool
-    batch_dice: bool
-    sync_dice: bool
-    overwrite_logits: bool
+    """The options of the losses, with their defaults."""
+
+    ignore_index: int = -100
+    background: int | None = 0
+    foreground_floor: float = 0.05
+    normalization: str | None = None  # once checked, one of NORMALIZATIONS
+    ce_voxels: str = "valid"
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    ce_weight: float = 1.0
+    dice_weight: float = 0.0
+    smooth_nr: float = 1e-5
+    smooth_dr: float = 1e-5
+    alpha: float = 0.5
+    beta: float = 0.5
+    squared_pred: bool = False
+    include_background: bool = False
+    batch_dice: bool = False
+    sync_dice: bool = False
+    overwrite_logits: bool = False
 
     @property
     def of_cross_entropy(self) -> tuple[Any, ...]:
@@ -151,50 +164,39 @@ class LossOptions(NamedTuple):
         )
 
 
+def _share(name: str, value: Any) -> float:
+    return number(name, value, 0.0, 1.0)
+
+
+def _amount(name: str, value: Any) -> float:
+    return number(name, value, 0.0)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "ignore_index": lambda name, value: integer(name, value, -(2**63), 2**63 - 1),
+    "foreground_floor": _share,
+    "ce_voxels": lambda name, value: validate_choice(name, value, CE_VOXELS),
+    "reduction": lambda name, value: validate_choice(name, value, REDUCTIONS),
+    "label_smoothing": _share,
+    **dict.fromkeys(("ce_weight", "dice_weight"), _amount),
+    **dict.fromkeys(("smooth_nr", "smooth_dr", "alpha", "beta"), _amount),
+    **dict.fromkeys(("squared_pred", "include_background"), validate_flag),
+    **dict.fromkeys(("batch_dice", "sync_dice", "overwrite_logits"), validate_flag),
+}
+
+
 def loss_options(
-    num_labels: int,
-    *,
-    has_regions: bool,
-    has_foreground: bool,
-    ignore_index: Any,
-    background: Any,
-    foreground_floor: Any,
-    normalization: Any,
-    ce_voxels: Any,
-    reduction: Any,
-    label_smoothing: Any,
-    ce_weight: Any,
-    dice_weight: Any,
-    smooth_nr: Any,
-    smooth_dr: Any,
-    alpha: Any,
-    beta: Any,
-    squared_pred: Any,
-    include_background: Any,
-    batch_dice: Any,
-    sync_dice: Any,
-    overwrite_logits: Any = False,
+    num_labels: int, *, has_regions: bool, has_foreground: bool, **given: Any
 ) -> LossOptions:
-    options = LossOptions(
-        integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
-        validate_background(background, num_labels),
-        number("foreground_floor", foreground_floor, 0.0, 1.0),
-        _normalization(normalization, has_foreground),
-        validate_choice("ce_voxels", ce_voxels, CE_VOXELS),
-        validate_choice("reduction", reduction, REDUCTIONS),
-        number("label_smoothing", label_smoothing, 0.0, 1.0),
-        number("ce_weight", ce_weight, 0.0),
-        number("dice_weight", dice_weight, 0.0),
-        number("smooth_nr", smooth_nr, 0.0),
-        number("smooth_dr", smooth_dr, 0.0),
-        number("alpha", alpha, 0.0),
-        number("beta", beta, 0.0),
-        validate_flag("squared_pred", squared_pred),
-        validate_flag("include_background", include_background),
-        validate_flag("batch_dice", batch_dice),
-        validate_flag("sync_dice", sync_dice),
-        validate_flag("overwrite_logits", overwrite_logits),
-    )
+    for name in given:
+        if name not in LossOptions._fields:
+            near = near_names(name, LossOptions._fields)
+            raise TypeError(f"{name}: expected an option of weighted_loss, got {name!r}{near}")
+    checked = {name: _CHECKS[name](name, given[name]) for name in _CHECKS if name in given}
+    if "background" in given:
+        checked["background"] = validate_background(given["background"], num_labels)
+    checked["normalization"] = _normalization(given.get("normalization"), has_foreground)
+    options = LossOptions(**checked)
     if options.sync_dice and not options.batch_dice:
         raise ValueError(
             "sync_dice: expected batch_dice=True with it, as only the sums of a batch can be those "

@@ -17,7 +17,7 @@ from riskmap_ext._arguments import (
 )
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext._head import FusedHead, fuse_head, unfuse_head
-from riskmap_ext._loss_arguments import loss_options
+from riskmap_ext._loss_arguments import LossOptions, loss_options
 from riskmap_ext.ops.linear_weighted_loss import linear_weighted_loss
 from riskmap_ext.ops.weighted_loss import weighted_loss
 
@@ -26,7 +26,6 @@ __all__ = ["DeferredLogits", "FusedHead", "RiskWeightedLoss", "fuse_head", "unfu
 Logits = Tensor | DeferredLogits
 Scales = Tensor | Sequence[Tensor]
 
-_OF_FORWARD = ("weight", "dice_class_weight", "foreground", "regions")  # tensors
 _ELSEWHERE = {  # what other losses call the options
     "class_weight": "weight",
     "class_weights": "weight",
@@ -89,26 +88,16 @@ class RiskWeightedLoss(torch.nn.Module):
         self.register_buffer("dice_class_weight", dice_class_weight, persistent=False)
         self.register_buffer("regions", regions, persistent=False)
         self.scale_weights = None if scale_weights is None else _scale_weights(scale_weights)
-        defaults = {
-            name: value
-            for name, value in (weighted_loss.__kwdefaults__ or {}).items()
-            if name not in _OF_FORWARD
-        }
-        unknown = sorted(set(options) - set(defaults))
+        unknown = sorted(set(options) - set(LossOptions._fields))
         if unknown:
-            known = ("weight", "regions", "scale_weights", *defaults)
+            known = ("weight", "regions", "scale_weights", *LossOptions._fields)
             raise TypeError(
                 f"RiskWeightedLoss: unknown option {unknown[0]!r}{_meant(unknown[0], known)}"
             )
         # The number of labels may not be known yet: checked as if there were enough of them.
         labelled = regions if regions is not None else weight
         num_labels = 2**31 if labelled is None else labelled.size(-1)
-        loss_options(
-            num_labels,
-            has_regions=regions is not None,
-            has_foreground=False,
-            **{**defaults, **options},
-        )
+        loss_options(num_labels, has_regions=regions is not None, has_foreground=False, **options)
         self.options = options
 
     def forward(
@@ -149,7 +138,6 @@ class RiskWeightedLoss(torch.nn.Module):
             **self.options,
         }
         if isinstance(logits, DeferredLogits):
-            options.pop("overwrite_logits", None)  # there are none
             features, weight, bias = logits.parts
             return linear_weighted_loss(
                 features, weight, bias, target, risk, class_weight=self.weight, **options

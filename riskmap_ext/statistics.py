@@ -13,9 +13,9 @@ from torch import Tensor
 
 from riskmap_ext._arguments import integer, number_sequence, plain_tensor, region_table
 from riskmap_ext._deferred import DeferredLogits
-from riskmap_ext.ops import conditional, leep_statistics, transferability_map
 from riskmap_ext.ops.deferred import as_checked
-from riskmap_ext.ops.leep_statistics import NOT_FINITE
+from riskmap_ext.ops.leep_statistics import NOT_FINITE, conditional, leep_statistics
+from riskmap_ext.ops.transferability_map import transferability_map
 
 # A score this close to that of the class frequencies alone: the source tells nothing.
 _UNINFORMATIVE = 0.01

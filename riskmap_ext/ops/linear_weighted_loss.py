@@ -11,7 +11,6 @@ from torch import Tensor
 from riskmap_ext._arguments import compute_dtype
 from riskmap_ext._loss_arguments import (
     head_tensors,
-    loss_options,
     loss_tensors,
     shape_of_logits,
 )
@@ -38,26 +37,10 @@ def linear_weighted_loss(
     risk: Tensor | None = None,
     *,
     class_weight: Tensor | Sequence[float] | None = None,
-    ignore_index: int = -100,
-    background: int | None = 0,
-    foreground: Tensor | None = None,
-    foreground_floor: float = 0.05,
-    normalization: str | None = None,
-    ce_voxels: str = "valid",
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    ce_weight: float = 1.0,
-    dice_weight: float = 0.0,
     dice_class_weight: Tensor | Sequence[float] | None = None,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    squared_pred: bool = False,
-    include_background: bool = False,
-    batch_dice: bool = False,
-    sync_dice: bool = False,
+    foreground: Tensor | None = None,
     regions: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     r"""The weighted loss of a segmentation head, a 1x1 convolution, from its features.
 
@@ -81,12 +64,12 @@ def linear_weighted_loss(
         bias: b, [C], or None.
         target, risk: as in :func:`riskmap_ext.weighted_loss`.
         class_weight: the class weights that :func:`riskmap_ext.weighted_loss` calls ``weight``.
+        dice_class_weight, foreground, regions, options: as in :func:`riskmap_ext.weighted_loss`,
+            where formula and normalisers are told. ``overwrite_logits`` changes nothing: there are
+            none.
 
     As with a convolution, a feature that is NaN or infinite makes the gradient of its column of the
     weight NaN, at an ignored voxel, too; everything else takes no notice of ignored voxels.
-
-    The other options are those of :func:`riskmap_ext.weighted_loss`, where formula and normalisers
-    are told.
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 features).
@@ -97,40 +80,18 @@ def linear_weighted_loss(
         TypeError, ValueError, RuntimeError: as :func:`riskmap_ext.weighted_loss`.
     """
     head = head_tensors(features, weight, bias)
-    _, *others = loss_tensors(
+    beside = loss_tensors(
         shape_of_logits(head), target, risk, class_weight, foreground, regions, dice_class_weight,
         class_weight_name="class_weight",
     )  # fmt: skip
-    table = others[-2]
-    options = loss_options(
-        head.weight.size(0) if table is None else table.size(1),
-        has_regions=table is not None,
-        has_foreground=foreground is not None,
-        ignore_index=ignore_index,
-        background=background,
-        foreground_floor=foreground_floor,
-        normalization=normalization,
-        ce_voxels=ce_voxels,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        ce_weight=ce_weight,
-        dice_weight=dice_weight,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        alpha=alpha,
-        beta=beta,
-        squared_pred=squared_pred,
-        include_background=include_background,
-        batch_dice=batch_dice,
-        sync_dice=sync_dice,
-    )
-    tensors = (*head, *others)
+    checked = beside.options(**options)
+    tensors = (*head, *beside[1:])
     require_reverse_mode(OF_HEAD, *head, tensors[OF_HEAD.risk])
-    if in_forward.applies(OF_HEAD, tensors[:-1], options):
-        return in_forward.loss(OF_HEAD, tensors[:-1], options)
-    if synced_dice.applies(options):
-        return in_backward.loss(OF_HEAD, tensors, options)
-    return OF_HEAD.call("", *tensors, *options.of_cross_entropy, *options.of_dice)[0]
+    if in_forward.applies(OF_HEAD, tensors[:-1], checked):
+        return in_forward.loss(OF_HEAD, tensors[:-1], checked)
+    if synced_dice.applies(checked):
+        return in_backward.loss(OF_HEAD, tensors, checked)
+    return OF_HEAD.call("", *tensors, *checked.of_cross_entropy, *checked.of_dice)[0]
 
 
 @torch.library.register_fake("riskmap_ext::linear_weighted_loss")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import compute_dtype
-from riskmap_ext._loss_arguments import loss_options, loss_tensors
+from riskmap_ext._loss_arguments import loss_tensors
 from riskmap_ext.ops import in_backward, in_forward, overwriting, synced_dice
 from riskmap_ext.ops.loss_ops import (
     OF_LOGITS,
@@ -160,10 +160,7 @@ def weighted_loss(
     this package's reading; docs/method.md says why.
     """
     tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
-    options = loss_options(
-        tensors.num_labels,
-        has_regions=tensors.regions is not None,
-        has_foreground=tensors.foreground is not None,
+    options = tensors.options(
         ignore_index=ignore_index,
         background=background,
         foreground_floor=foreground_floor,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from riskmap_ext._arguments import compute_dtype
-from riskmap_ext._loss_arguments import LossOptions, dice_classes, loss_options, loss_tensors
+from riskmap_ext._loss_arguments import LossOptions, LossTensors, dice_classes, loss_tensors
 from riskmap_ext.reference._check_values import check_labels, check_weights, wanted
 
 DICE_MIN_DENOMINATOR = 1e-8
@@ -20,63 +21,28 @@ def weighted_loss(
     risk: Tensor | None = None,
     *,
     weight: Tensor | Sequence[float] | None = None,
-    ignore_index: int = -100,
-    background: int | None = 0,
-    foreground: Tensor | None = None,
-    foreground_floor: float = 0.05,
-    normalization: str | None = None,
-    ce_voxels: str = "valid",
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    ce_weight: float = 1.0,
-    dice_weight: float = 0.0,
     dice_class_weight: Tensor | Sequence[float] | None = None,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    squared_pred: bool = False,
-    include_background: bool = False,
-    batch_dice: bool = False,
-    sync_dice: bool = False,
+    foreground: Tensor | None = None,
     regions: Tensor | None = None,
-    overwrite_logits: bool = False,
     _check_values: bool = True,
+    **options: Any,
 ) -> Tensor:
     """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none".
 
-    ``overwrite_logits`` changes nothing here: a formula of PyTorch needs its logits.
+    The options are those of :func:`riskmap_ext.weighted_loss`; ``overwrite_logits`` changes nothing
+    here: a formula of PyTorch needs its logits.
     """
     tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
+    return _loss(tensors, tensors.options(**options), _check_values)
+
+
+def _loss(tensors: LossTensors, options: LossOptions, check_values: bool) -> Tensor:
     logits, target, risk, weight, foreground, regions, dice_class_weight = tensors
-    options = loss_options(
-        tensors.num_labels,
-        has_regions=regions is not None,
-        has_foreground=foreground is not None,
-        ignore_index=ignore_index,
-        background=background,
-        foreground_floor=foreground_floor,
-        normalization=normalization,
-        ce_voxels=ce_voxels,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        ce_weight=ce_weight,
-        dice_weight=dice_weight,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        alpha=alpha,
-        beta=beta,
-        squared_pred=squared_pred,
-        include_background=include_background,
-        batch_dice=batch_dice,
-        sync_dice=sync_dice,
-        overwrite_logits=overwrite_logits,
-    )
     if options.sync_dice:
         raise ValueError("sync_dice: expected False in the reference, which knows one process")
     labels = target.to(torch.int64)
     valid = labels != options.ignore_index
-    if wanted(_check_values, target):
+    if wanted(check_values, target):
         check_labels(target, tensors.num_labels, options.ignore_index)
         if risk is not None:
             check_weights("risk", risk, valid)
