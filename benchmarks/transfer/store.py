@@ -16,17 +16,14 @@ import lzma
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext._files import written_beside
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from riskmap_ext._files import written_beside
 
 Row = dict[str, str]
 
@@ -199,11 +196,10 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
     The system lets go of it however the process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with ExitStack() as held:
         got = True
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                got = False
+        try:
+            held.enter_context(FileLock(path, blocking=wait))
+        except Timeout:
+            got = False
         yield got
