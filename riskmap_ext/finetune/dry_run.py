@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log
@@ -21,7 +22,7 @@ from riskmap_ext.finetune.data.prepare import class_voxels, read_case
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
-from riskmap_ext.finetune.folder.workspace import check_same_run, run_device, torch_state
+from riskmap_ext.finetune.folder.workspace import check_same_run
 from riskmap_ext.finetune.source.checkpoint import KeyReport
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.plan import (
@@ -72,8 +73,8 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     log = Log(quiet=not (progress and group.is_main))
     config, resumed = check_start(config, resume)
     check_free(config.output)
-    device = run_device(config)
-    with torch_state(config, device):
+    device = device_of(config.device)
+    with torch_state(config.seed, config.threads, device):
         outline = make_outline(config, device, group)
     listing, models = outline.listing, outline.models
     _check_headers(listing)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
@@ -15,7 +16,7 @@ from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, Sour
 from riskmap_ext.finetune.data.datalist import stem, volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
-from riskmap_ext.finetune.folder.workspace import check_folder, device_of
+from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import check_forward, spatial_dims
 from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation

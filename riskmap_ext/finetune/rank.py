@@ -11,17 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext import TransferStatistics
+from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
 from riskmap_ext.finetune.data.prepare import Cases
-from riskmap_ext.finetune.folder.workspace import (
-    check_folder,
-    check_threads,
-    run_device,
-    torch_state,
-)
+from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.maps import SourceMapper
@@ -65,10 +61,9 @@ def rank_sources(
         raise ConfigError("--source: expected at least one checkpoint, got none")
     log = Log(quiet=not progress)
     check_folder("cache", config.cache or config.output / "cache")
-    check_threads(config)
-    device = run_device(config)
+    device = device_of(config.device)
     shared = config.source or SourceConfig(checkpoint=checkpoints[0])
-    with torch_state(config, device):
+    with torch_state(config.seed, config.threads, device):
         sources = [
             load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
         ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -114,9 +114,7 @@ class _Memory(ProgressColumn):
     max_refresh = 1.0
 
     def render(self, task: Task) -> Text:
-        parts = []
-        if (held := process_memory()) is not None:
-            parts.append(gib(held))
+        parts = [gib(psutil.Process().memory_info().rss)]
         if torch.cuda.is_initialized():
             parts.append(f"GPU {gib(torch.cuda.max_memory_allocated())}")
         return Text(", ".join(parts))
@@ -129,12 +127,3 @@ def number(value: float) -> str:
 
 def gib(count: float) -> str:
     return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
-
-
-def process_memory() -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,6 @@ The text below a key is its description; docs/generate.py makes the reference of
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from riskmap_ext.finetune.base.device import DEVICE
 from riskmap_ext.finetune.base.orientation import check_orientation
 
 IGNORE_INDEX = -100
@@ -423,9 +423,6 @@ class WriteConfig(_Section):
     """The columns of `metrics.csv`, and a validation case in pictures, as TensorBoard events."""
     report: bool = True
     """`report.html`, the run on one page."""
-
-
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class Config(_Section):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.base.processes import local_size
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
-from riskmap_ext.finetune.data.resample import available_memory, resampled_shape
+from riskmap_ext.finetune.data.resample import resampled_shape
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import read_header, voxel_sizes
 
@@ -69,12 +70,7 @@ def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Tens
 
     Raises: DataError where memory cannot hold them, or not even one case's logits.
     """
-    available = available_memory()
-    on_disk = TensorStore((config.cache or config.output / "cache") / "volumes")
-    storage = config.data.storage
-    if available is None:
-        return on_disk if storage == "disk" else TensorStore()
-    share = available // local_size()
+    share, storage = available_memory() // local_size(), config.data.storage
     if need.largest > share and device.type == "cpu":
         raise DataError(
             [
@@ -92,15 +88,13 @@ def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Tens
         )
     if storage == "memory" or (storage == "auto" and need.volumes <= share / 2):
         return TensorStore()
-    return on_disk
+    return TensorStore((config.cache or config.output / "cache") / "volumes")
 
 
 def described(need: MemoryNeed, store: TensorStore) -> str:
     """One line for the log."""
     where = "in memory" if store.folder is None else f"on disk, in {store.folder}"
-    available = available_memory()
-    rest = "" if available is None else f" of {gib(available)} available"
     return (
         f"Volumes: about {gib(need.volumes)}, {where}; the largest case takes {gib(need.largest)} "
-        f"more{rest}"
+        f"more of {gib(available_memory())} available"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import Spacing
 from torch import Tensor
 
+from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError
 
 _MAX_VOXELS = 2**31 - 1
@@ -72,26 +72,13 @@ def check_spacing(
         raise DataError(
             [f"{made}: {voxels:.2g} voxels; expected less than 2^31: use coarser voxels"]
         )
-    if available is not None and needed > available / 2:
+    if needed > available / 2:
         raise DataError(
             [
                 f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half "
                 f"of the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
             ]
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(n.split()[1]) * 1024 for n in lines if n.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _by(sizes: Iterable[object]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError
-from riskmap_ext.finetune.data.resample import available_memory
 
 # Corners of two files of one grid may lie this far apart, in voxels.
 _GRID_TOLERANCE = 0.1
@@ -186,7 +186,7 @@ def _wanted(channels: int) -> str:
 def _check_memory(path: Path, shape: Sequence[int]) -> None:
     """A damaged header may ask for any size."""
     needed, available = math.prod(map(int, shape)) * 4, available_memory()
-    if available is not None and needed > available:
+    if needed > available:
         raise DataError(
             [
                 f"{path}: its shape {tuple(map(int, shape))} takes {needed / 2**30:.3g} GiB or "

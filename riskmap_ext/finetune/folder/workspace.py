@@ -1,4 +1,4 @@
-"""Where a run works: its device, torch's global state, and its output folder."""
+"""The output folder of a run: claimed, cleared, resumed, refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from riskmap_ext import _library
 from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import local_rank, local_size
-from riskmap_ext.finetune.config.schema import DEVICE, Config
+from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.records import ended
 
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
@@ -42,34 +39,7 @@ _OUTPUT_FILES = (
     NONFINITE_FILE,
     "log.txt",
 )
-# More is slower, and some thousands end the process.
-_THREADS_PER_CPU = 4
 _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
-
-
-@contextmanager
-def torch_state(config: Config, device: torch.device) -> Iterator[None]:
-    """Seed and thread count of the run; the caller's come back afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def check_threads(config: Config) -> None:
-    """Refuses a number of threads that can only be a slip."""
-    cpus = os.cpu_count() or 1
-    limit = _THREADS_PER_CPU * cpus
-    if config.threads is not None and config.threads > limit:
-        raise ConfigError(
-            f"threads: expected at most {limit} ({_THREADS_PER_CPU} for each of the {cpus} CPUs "
-            f"found), got {config.threads}"
-        )
 
 
 @contextmanager
@@ -86,51 +56,6 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
             log.note(message)
         stop.args = (message,)
         raise
-
-
-def run_device(config: Config) -> torch.device:
-    return device_of(config.device)
-
-
-def device_of(wanted: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N. Raises: ConfigError where there is no such device."""
-    if not DEVICE.fullmatch(wanted):
-        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {wanted!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    kernels = _library.no_cuda_reason() is None
-    if wanted == "auto":
-        return _own_gpu(count) if count and kernels else torch.device("cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and device.index is not None and local_size() > 1:
-        raise ConfigError(
-            f"device: {wanted} for each of {local_size()} processes; expected cuda, which gives "
-            "each process a GPU of its own"
-        )
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(
-            f"device: {wanted} asked for, but torch {torch.__version__} sees "
-            f"{count} CUDA devices; set device=cpu"
-        )
-    if wanted == "cuda" and local_size() > 1:
-        device = _own_gpu(count)
-    if device.type == "cuda" and not kernels:
-        raise ConfigError(
-            f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
-            "(`riskmap info` says why); set device=cpu"
-        )
-    return device
-
-
-def _own_gpu(count: int) -> torch.device:
-    """Of this one of the processes on the machine."""
-    if local_size() == 1:
-        return torch.device("cuda")
-    if local_size() > count:
-        raise ConfigError(
-            f"device: {local_size()} processes on this machine, but {count} CUDA devices; start as "
-            "many processes, or set device=cpu"
-        )
-    return torch.device("cuda", local_rank())
 
 
 def unfinished_run(config: Config) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json
 from riskmap_ext.finetune.base.log import Log
@@ -21,9 +22,7 @@ from riskmap_ext.finetune.folder.records import note_end, note_start
 from riskmap_ext.finetune.folder.workspace import (
     RESUME_FILE,
     claimed_output,
-    run_device,
     told_when_stopped,
-    torch_state,
 )
 from riskmap_ext.finetune.metrics.dice import (
     dice_per_structure,
@@ -107,11 +106,11 @@ def finetune(
     """
     started = time.perf_counter()
     config = _checked(config, loss, weights)
-    device = run_device(config)
+    device = device_of(config.device)
     with processes(device) as group, contextlib.ExitStack() as held:
         log = Log(quiet=not (progress and group.is_main))
         config, resumed = group.together(lambda: check_start(config, resume))
-        with told_when_stopped(config, log), torch_state(config, device):
+        with told_when_stopped(config, log), torch_state(config.seed, config.threads, device):
             plan = group.together(
                 lambda: make_plan(
                     config,
@@ -156,11 +155,11 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         raise ConfigError("source: missing; the maps need a source model")
     log = Log(quiet=not progress)
     check_start(config)
-    device = run_device(config)
+    device = device_of(config.device)
     with (
         contextlib.ExitStack() as held,
         told_when_stopped(config, log),
-        torch_state(config, device),
+        torch_state(config.seed, config.threads, device),
     ):
         source = load_source(config.source)
         cases = read_cases(config, log)

@@ -19,7 +19,7 @@ from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need,
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.folder.workspace import check_output, check_threads, unfinished_run
+from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
 from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.maps import SourceMaps
@@ -67,7 +67,6 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
 
     Returns: the configuration, and what resume.pt holds where there is a run to go on with.
     """
-    check_threads(config)
     resumed = unfinished_run(config) if resume else None
     if resumed is None:
         if resume:  # nothing that would be lost

@@ -1,0 +1,78 @@
+"""What a run works on: its device, memory, and torch's global state."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from riskmap_ext import _library
+from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.processes import local_rank, local_size
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+# More is slower, and some thousands end the process.
+_THREADS_PER_CPU = 4
+
+
+@contextmanager
+def torch_state(seed: int, threads: int | None, device: torch.device) -> Iterator[None]:
+    """Seed and number of threads of a run; the caller's come back afterwards.
+
+    Raises: ConfigError for a number of threads that can only be a slip.
+    """
+    before, cpus = torch.get_num_threads(), os.cpu_count() or 1
+    if threads is not None and threads > _THREADS_PER_CPU * cpus:
+        raise ConfigError(
+            f"threads: expected at most {_THREADS_PER_CPU * cpus} ({_THREADS_PER_CPU} for each of "
+            f"the {cpus} CPUs found), got {threads}"
+        )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        torch.set_num_threads(threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def device_of(wanted: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises: ConfigError where there is no such device."""
+    if not DEVICE.fullmatch(wanted):
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {wanted!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kernels = _library.no_cuda_reason() is None
+    if wanted == "cpu" or (wanted == "auto" and not (count and kernels)):
+        return torch.device("cpu")
+    index = int(wanted[5:]) if wanted.startswith("cuda:") else None
+    if index is not None and local_size() > 1:
+        raise ConfigError(
+            f"device: {wanted} for each of {local_size()} processes; expected cuda, which gives "
+            "each process a GPU of its own"
+        )
+    if (index or 0) >= count:
+        raise ConfigError(
+            f"device: {wanted} asked for, but torch {torch.__version__} sees "
+            f"{count} CUDA devices; set device=cpu"
+        )
+    if not kernels:
+        raise ConfigError(
+            f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
+            "(`riskmap info` says why); set device=cpu"
+        )
+    if local_size() > count:
+        raise ConfigError(
+            f"device: {local_size()} processes on this machine, but {count} CUDA devices; start as "
+            "many processes, or set device=cpu"
+        )
+    index = local_rank() if local_size() > 1 else index
+    return torch.device("cuda" if index is None else f"cuda:{index}")
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    return psutil.virtual_memory().available
