@@ -126,9 +126,9 @@ def _check_headers(listing: Listing) -> None:
 def _header_problems(case: CaseFiles, channels: int) -> list[str]:
     stacked = channels if len(case.images) == 1 else 1
     image = read_header(case.images[0], stacked)
-    found = grid_problems(case.image, image, case.label, read_header(case.label))
+    found = grid_problems(image, read_header(case.label))
     for path in case.images[1:]:
-        found += grid_problems(case.image, image, path, read_header(path))
+        found += grid_problems(image, read_header(path))
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -20,11 +21,28 @@ class CheckpointError(InputError):
 class DataError(InputError):
     """Image or label files; `problems` has one line for each, naming the file."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the data:\n"
         super().__init__(head + "\n".join(self.problems))
+
+
+class Problems(list[str]):
+    """Of several files, to be told at once."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Takes over the problems of a DataError."""
+        try:
+            yield
+        except DataError as error:
+            self.extend(error.problems)
+
+    def tell(self) -> None:
+        """Raises: DataError where there are any."""
+        if self:
+            raise DataError(self)
 
 
 class ToldElsewhere(InputError):

@@ -15,7 +15,7 @@ from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
 from riskmap_ext.finetune.data.resample import resampled_shape
 from riskmap_ext.finetune.data.storage import TensorStore
-from riskmap_ext.finetune.data.volumes import read_header, voxel_sizes
+from riskmap_ext.finetune.data.volumes import read_header
 
 # A logit, its share of the sliding window's weights and sums, and its softmax.
 _BYTES_PER_LOGIT = 12
@@ -59,10 +59,9 @@ def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
         label = read_header(case.label)
     except DataError:
         return 0
-    shape, sizes = list(label.shape), voxel_sizes(label.affine)
-    if spacing is not None:
-        shape = [max(1, size) for size in resampled_shape(shape, sizes, spacing)]
-    return math.prod(shape)
+    if spacing is None:
+        return math.prod(label.shape)
+    return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, spacing))
 
 
 def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> TensorStore:
@@ -73,18 +72,14 @@ def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Tens
     share, storage = available_memory() // local_size(), config.data.storage
     if need.largest > share and device.type == "cpu":
         raise DataError(
-            [
-                f"{need.largest_case}: the logits of this case take about {gib(need.largest)}, "
-                f"and {gib(share)} of memory is available for this process; use coarser "
-                "data.spacing or smaller images"
-            ]
+            f"{need.largest_case}: the logits of this case take about {gib(need.largest)}, "
+            f"and {gib(share)} of memory is available for this process; use coarser "
+            "data.spacing or smaller images"
         )
     if storage == "memory" and need.volumes + need.largest > share:
         raise DataError(
-            [
-                f"data.storage: memory: the prepared volumes take about {gib(need.volumes)}, and "
-                f"{gib(share)} is available for this process; set data.storage=disk"
-            ]
+            f"data.storage: memory: the prepared volumes take about {gib(need.volumes)}, and "
+            f"{gib(share)} is available for this process; set data.storage=disk"
         )
     if storage == "memory" or (storage == "auto" and need.volumes <= share / 2):
         return TensorStore()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from nibabel.orientations import (
     apply_orientation,
@@ -22,13 +21,13 @@ from nibabel.orientations import (
 from torch import Tensor
 
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.base.errors import DataError
-from riskmap_ext.finetune.base.orientation import PREPARED
+from riskmap_ext.finetune.base.errors import DataError, Problems
+from riskmap_ext.finetune.base.orientation import PREPARED, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.data.label_table import plain_label_map
-from riskmap_ext.finetune.data.resample import check_spacing, resample
+from riskmap_ext.finetune.data.resample import check_spacing, resample, transformed
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import (
     Volume,
@@ -53,6 +52,17 @@ class Grid:
     prepared_affine: np.ndarray
     prepared_shape: tuple[int, ...]
 
+    @classmethod
+    def reoriented(cls, volume: Volume, orientation: str) -> Grid:
+        """The file's own voxels, with their axes in the prepared order."""
+        file = volume.affine, volume.shape
+        grid = cls(orientation, *file, volume.codes, *file)
+        return replace(
+            grid,
+            prepared_affine=grid._reoriented_affine(),
+            prepared_shape=grid._reoriented_shape(),
+        )
+
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size of the prepared grid in mm."""
@@ -61,8 +71,7 @@ class Grid:
     @property
     def axis_names(self) -> tuple[str, str, str]:
         """The plane that each prepared axis is perpendicular to."""
-        names = {"R": "sagittal", "A": "coronal", "S": "axial"}
-        return tuple(names[letter] for letter in self.orientation)  # type: ignore[return-value]
+        return tuple(map(slice_axis_of, self.orientation))  # type: ignore[return-value]
 
     @property
     def resampled(self) -> bool:
@@ -74,19 +83,14 @@ class Grid:
         """[..., *prepared] at the file's resolution, still in the prepared orientation."""
         if not self.resampled:
             return volume
-        lead = volume.shape[:-3]
-        meta = MetaTensor(
-            volume.reshape(-1, *volume.shape[-3:]).float(),
-            affine=torch.as_tensor(self.prepared_affine),
-        )
-        to_grid = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
-        out = to_grid(
-            meta,
+        full, _ = transformed(
+            volume,
+            self.prepared_affine,
+            SpatialResample(mode=mode, padding_mode="border", dtype=np.float32),
             dst_affine=torch.as_tensor(self._reoriented_affine()),
             spatial_size=self._reoriented_shape(),
         )
-        assert isinstance(out, MetaTensor)
-        return out.as_tensor().reshape(*lead, *out.shape[-3:]).to(volume.dtype)
+        return full
 
     def to_file(self, volume: Tensor | np.ndarray) -> np.ndarray:
         """A volume at the file's resolution in the file's own orientation."""
@@ -189,27 +193,24 @@ def prepare_cases(
     listing = list_cases(config.data)
     files = [*listing.train, *listing.validation]
     cases: list[Case] = []
-    problems: list[str] = []
+    problems = Problems()
     for entry in files:
-        try:
+        with problems.collected():
             cases.append(read_case(entry, config.data, listing, store or TensorStore()))
-        except DataError as error:
-            problems.extend(error.problems)
         if progress is not None:
             progress(len(files), entry.name)
-    if problems:
-        raise DataError(problems)
+    problems.tell()
     train, validation = cases[: len(listing.train)], cases[len(listing.train) :]
     if all((case.label == IGNORE_INDEX).all() for case in train):
         raise DataError([f"{case.files.label}: every voxel is ignored" for case in train])
     return Cases(
-        train,
-        validation,
-        listing.structures,
-        listing.channels,
-        plain_label_map(listing.label_table),
-        listing.image_suffix,
-        listing.notes,
+        train=train,
+        validation=validation,
+        structures=listing.structures,
+        channels=listing.channels,
+        label_map=plain_label_map(listing.label_table),
+        image_suffix=listing.image_suffix,
+        notes=listing.notes,
     )
 
 
@@ -225,45 +226,38 @@ def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int
 
 def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: TensorStore) -> Case:
     """Raises: DataError with a line for each problem of the files."""
-    problems: list[str] = []
+    problems = Problems()
     image = label = values = None
-    try:
+    with problems.collected():
         image = read_image_files(files.images, len(listing.channels))
-    except DataError as error:
-        problems.extend(error.problems)
-    try:
+    with problems.collected():
         label = read_label_file(files.label)
-        values = _label_values(files.label, label, data, listing)
-    except DataError as error:
-        problems.extend(error.problems)
+        values = _label_values(label, data, listing)
     if image is not None and label is not None:
-        problems += grid_problems(files.image, image, files.label, label)
-    if problems or image is None or values is None:
-        raise DataError(problems)
+        problems += grid_problems(image, label)
+    problems.tell()
+    assert image is not None
+    assert values is not None
     return _prepare(files, image, values, data, store)
 
 
-def _label_values(path: Path, volume: Volume, data: DataConfig, listing: Listing) -> np.ndarray:
+def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndarray:
     """Class indices, int16."""
-    values, classes = volume.values, listing.structures.classes
+    path, values, classes = volume.path, volume.values, listing.structures.classes
     low, high = int(values.min()), int(values.max())
     if high - low > _MAX_LABEL_SPAN:
-        raise DataError([f"{path}: label values from {low} to {high}: is it a label image?"])
+        raise DataError(f"{path}: label values from {low} to {high}: is it a label image?")
     offset = (values.astype(np.int64) - low).ravel()
     present = np.flatnonzero(np.bincount(offset)) + low
     others = [int(v) for v in present if int(v) not in listing.label_table]
     if others and data.other_labels == "error":
         shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
-        known = (
-            "in data.label_map"
-            if data.label_map is not None
-            else f"in 0 .. {len(classes) - 1} (data.classes: {', '.join(classes)})"
-        )
+        known = "data.label_map"
+        if data.label_map is None:
+            known = f"0 .. {len(classes) - 1} (data.classes: {', '.join(classes)})"
         raise DataError(
-            [
-                f"{path}: label values {shown} are not {known}; add them to data.label_map, or "
-                "set data.other_labels to background or ignore"
-            ]
+            f"{path}: label values {shown} are not in {known}; add them to data.label_map, or "
+            "set data.other_labels to background or ignore"
         )
     rest = IGNORE_INDEX if data.other_labels == "ignore" else 0
     table = np.full(high - low + 1, rest, dtype=np.int16)
@@ -275,31 +269,23 @@ def _label_values(path: Path, volume: Volume, data: DataConfig, listing: Listing
 def _prepare(
     files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: TensorStore
 ) -> Case:
-    orientation = PREPARED[data.slice_axis]
-    transform = ornt_transform(io_orientation(volume.affine), axcodes2ornt(orientation))
-    affine = volume.affine @ inv_ornt_aff(transform, volume.shape)
     mask = _image_foreground(volume.values, data.image_foreground)
     normalized = [_normalize(channel, mask, data.normalize) for channel in volume.values]
-    *channels, moved_label, moved_mask = (
-        torch.from_numpy(np.ascontiguousarray(apply_orientation(a, transform)))
-        for a in (*normalized, label, mask)
+    grid = Grid.reoriented(volume, PREPARED[data.slice_axis])
+    *channels, full_label, full_mask = (
+        torch.from_numpy(np.ascontiguousarray(grid.from_file(values)))
+        for values in (*normalized, label, mask)
     )
-    moved = [torch.stack(channels), moved_label, moved_mask]
+    prepared = [torch.stack(channels), full_label, full_mask]
     if data.spacing is not None:
-        check_spacing(files.image, moved_label.shape, voxel_sizes(affine), data.spacing)
-        moved, affine = resample(moved, affine, data.spacing)
-    grid = Grid(
-        orientation=orientation,
-        affine=volume.affine,
-        shape=volume.shape,
-        codes=volume.codes,
-        prepared_affine=affine,
-        prepared_shape=tuple(moved[1].shape),
-    )
-    content = digest(*moved, list(grid.spacing))
-    kept = dict(zip(("image", "label", "mask"), moved, strict=True))
+        check_spacing(files.image, grid.prepared_shape, grid.spacing, data.spacing)
+        prepared, affine = resample(prepared, grid.prepared_affine, data.spacing)
+        shape = tuple(prepared[1].shape)
+        grid = replace(grid, prepared_affine=affine, prepared_shape=shape)
+    content = digest(*prepared, list(grid.spacing))
+    kept = dict(zip(("image", "label", "mask"), prepared, strict=True))
     if grid.resampled:
-        kept["full_label"] = moved_label
+        kept["full_label"] = full_label
     kept = store.keep(f"case-{content[:32]}", kept)
     kept.setdefault("full_label", kept["label"])
     return Case(name=files.name, files=files, grid=grid, digest=content, **kept)

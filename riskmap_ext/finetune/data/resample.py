@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +30,21 @@ def resample(
     """
     out = []
     for volume, mode in zip(volumes, ("bilinear", "nearest", "nearest"), strict=True):
-        lead = volume.shape[:-3]
-        meta = MetaTensor(
-            volume.reshape(-1, *volume.shape[-3:]).float(), affine=torch.as_tensor(affine)
-        )
-        resampled = Spacing(pixdim=spacing, mode=mode, padding_mode="border")(meta)
-        assert isinstance(resampled, MetaTensor)
-        values = resampled.as_tensor().reshape(*lead, *resampled.shape[-3:])
-        out.append(values.to(volume.dtype).contiguous())
-        moved = np.asarray(resampled.affine, dtype=np.float64)
+        transform = Spacing(pixdim=spacing, mode=mode, padding_mode="border")
+        values, moved = transformed(volume, affine, transform)
+        out.append(values)
     return out, moved
+
+
+def transformed(
+    volume: Tensor, affine: np.ndarray, transform: Callable[..., Any], **options: Any
+) -> tuple[Tensor, np.ndarray]:
+    """A volume [..., X, Y, Z] and its affine after a transform of MONAI; its type stays."""
+    lead = volume.shape[:-3]
+    channels = volume.reshape(-1, *volume.shape[-3:]).float()
+    out = transform(MetaTensor(channels, affine=torch.as_tensor(affine)), **options)
+    values = out.as_tensor().reshape(*lead, *out.shape[-3:])
+    return values.to(volume.dtype).contiguous(), np.asarray(out.affine, dtype=np.float64)
 
 
 def resampled_shape(
@@ -65,19 +71,15 @@ def check_spacing(
         f"{_by(shape)} voxels of {_by(f'{size:.3g}' for size in sizes)} mm"
     )
     if any(after < min(_MIN_SIZE, before) for after, before in zip(result, shape, strict=True)):
-        raise DataError([f"{made}; expected {_MIN_SIZE} or more along each axis: use finer voxels"])
+        raise DataError(f"{made}; expected {_MIN_SIZE} or more along each axis: use finer voxels")
     voxels = int(np.prod([float(n) for n in result]))
     needed, available = voxels * _BYTES_PER_VOXEL, available_memory()
     if voxels > _MAX_VOXELS:
-        raise DataError(
-            [f"{made}: {voxels:.2g} voxels; expected less than 2^31: use coarser voxels"]
-        )
+        raise DataError(f"{made}: {voxels:.2g} voxels; expected less than 2^31: use coarser voxels")
     if needed > available / 2:
         raise DataError(
-            [
-                f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half "
-                f"of the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
-            ]
+            f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half "
+            f"of the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
         )
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel import affines
 
 from riskmap_ext.finetune.base.device import available_memory
-from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.errors import DataError, Problems
 
 # Corners of two files of one grid may lie this far apart, in voxels.
 _GRID_TOLERANCE = 0.1
@@ -22,6 +23,7 @@ _GRID_TOLERANCE = 0.1
 class Volume:
     """values: [X, Y, Z], or [M, X, Y, Z] of an image with M channels; the header facts in use."""
 
+    path: Path
     values: np.ndarray
     affine: np.ndarray
     codes: tuple[int, int]
@@ -31,13 +33,10 @@ class Volume:
         """Of the grid."""
         return tuple(int(size) for size in self.values.shape[-3:])
 
-
-@dataclass(frozen=True)
-class LabelVolume:
-    """Whole numbers of a file as they are, and its voxel sizes in mm."""
-
-    values: np.ndarray
-    spacing: tuple[float, float, float]
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel sizes in mm."""
+        return voxel_sizes(self.affine)
 
 
 def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
@@ -46,55 +45,40 @@ def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
     Raises: DataError naming the file: unreadable, another number of channels, another grid than
     the first channel's, values that float32 cannot hold.
     """
-    if len(paths) == 1:
-        volume = _open(paths[0], channels)
-        return Volume(_image_values(paths[0], volume), volume.affine, volume.codes)
-    if len(paths) != channels:
-        raise DataError([f"{paths[0]}: expected {channels} files, one a channel, got {len(paths)}"])
-    volumes, problems = [], []
+    if len(paths) not in (1, channels):
+        raise DataError(f"{paths[0]}: expected {channels} files, one a channel, got {len(paths)}")
+    volumes, values, problems = [], [], Problems()
     for path in paths:
-        try:
-            volumes.append(_open(path))
-        except DataError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise DataError(problems)
-    first, values = volumes[0], []
-    for path, volume in zip(paths, volumes, strict=True):
-        problems += grid_problems(paths[0], first, path, volume)
-        try:
-            values.append(_image_values(path, volume))
-        except DataError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise DataError(problems)
-    return Volume(np.concatenate(values), first.affine, first.codes)
+        with problems.collected():
+            volumes.append(_open(path, channels if len(paths) == 1 else 1))
+    problems.tell()
+    for volume in volumes:
+        problems += grid_problems(volumes[0], volume)
+        with problems.collected():
+            values.append(_image_values(volume))
+    problems.tell()
+    return replace(volumes[0], values=np.concatenate(values))
 
 
 def read_label_file(path: Path) -> Volume:
     """Whole numbers [X, Y, Z]. Raises: DataError naming the file."""
     volume = _open(path)
-    if problems := _not_whole(path, volume.values):
-        raise DataError(problems)
+    _check_whole(volume)
     return volume
 
 
-def read_labels(first: Path, second: Path) -> tuple[LabelVolume, LabelVolume]:
-    """Two label files of one grid.
+def read_labels(first: Path, second: Path) -> list[Volume]:
+    """Two label files of one grid, as int64.
 
     Raises: DataError naming the file: no whole numbers, or another grid than the first's.
     """
     volumes = [_open(path) for path in (first, second)]
-    problems = grid_problems(first, volumes[0], second, volumes[1])
-    for path, volume in zip((first, second), volumes, strict=True):
-        problems += _not_whole(path, volume.values)
-    if problems:
-        raise DataError(problems)
-    one, other = (
-        LabelVolume(volume.values.astype(np.int64), voxel_sizes(volume.affine))
-        for volume in volumes
-    )
-    return one, other
+    problems = Problems(grid_problems(*volumes))
+    for volume in volumes:
+        with problems.collected():
+            _check_whole(volume)
+    problems.tell()
+    return [replace(volume, values=volume.values.astype(np.int64)) for volume in volumes]
 
 
 def read_header(path: Path, channels: int = 1) -> Volume:
@@ -102,104 +86,72 @@ def read_header(path: Path, channels: int = 1) -> Volume:
 
     Raises: DataError naming the file: unreadable, or no 3-D volume (4-D of `channels` channels).
     """
-    try:
-        volume: Any = nib.load(path)
-        shape = tuple(int(size) for size in volume.shape)
-        affine = np.asarray(volume.affine, dtype=np.float64)
-    except Exception as error:  # a damaged file can raise nearly anything in its reader
-        raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
-    if problem := _bad_affine(path, affine):
-        raise DataError([problem])
-    flat = channels == 1 and all(size == 1 for size in shape[3:])
-    stacked = channels > 1 and len(shape) == 4 and shape[3] == channels
-    if len(shape) < 3 or not (flat or stacked):
-        raise DataError(
-            [f"{path}: expected {_wanted(channels)}, got {len(shape)}-D, shape {shape}"]
-        )
-    return Volume(np.broadcast_to(np.uint8(0), shape[:3]), affine, _codes(volume.header))
+    return _open(path, channels, header_alone=True)
 
 
-def grid_problems(image_path: Path, image: Volume, path: Path, volume: Volume) -> list[str]:
+def grid_problems(image: Volume, volume: Volume) -> list[str]:
     """What keeps `volume` from lying on the grid of `image`."""
+    expected = f"{volume.path}: expected the grid of its image {image.path}"
     if image.shape != volume.shape:
-        return [
-            f"{path}: expected the grid of its image {image_path}, shape {image.shape}; got "
-            f"{volume.shape}"
-        ]
-    ends = [(0, size - 1) for size in image.shape]
-    corners = np.array([[x, y, z, 1.0] for x in ends[0] for y in ends[1] for z in ends[2]]).T
-    in_voxels = np.linalg.inv(image.affine) @ volume.affine @ corners
-    apart = np.abs(in_voxels - corners)[:3].max()
+        return [f"{expected}, shape {image.shape}; got {volume.shape}"]
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.shape) - 1)
+    moved = affines.apply_affine(np.linalg.inv(image.affine) @ volume.affine, corners)
+    apart = np.abs(moved - corners).max()
     if apart > _GRID_TOLERANCE:
         return [
-            f"{path}: expected the grid of its image {image_path}, but the affines put the corners "
-            f"up to {apart:.3g} voxels apart; resample one onto the other"
+            f"{expected}, but the affines put the corners up to {apart:.3g} voxels apart; resample "
+            "one onto the other"
         ]
     return []
 
 
 def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
-    return tuple(float(v) for v in np.linalg.norm(affine[:3, :3], axis=0))  # type: ignore
+    return tuple(affines.voxel_sizes(affine).tolist())
 
 
-def _open(path: Path, channels: int = 1) -> Volume:
+def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volume:
     """Voxels [X, Y, Z], or [M, X, Y, Z] of a 4-D file of M > 1 channels."""
     try:
-        volume: Any = nib.load(path)
-        _check_memory(path, volume.shape)
-        values = np.asanyarray(volume.dataobj)
-        affine = np.asarray(volume.affine, dtype=np.float64)
+        file: Any = nib.load(path)
+        shape = tuple(int(size) for size in file.shape)
+        if header_alone:
+            values = np.broadcast_to(np.uint8(0), shape)
+        else:
+            _check_memory(path, shape)
+            values = np.asanyarray(file.dataobj)
+        affine = np.asarray(file.affine, dtype=np.float64)
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything in its reader
-        raise DataError([f"{path}: cannot be read ({_words(error)})"]) from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}: cannot be read ({why})") from None
     if values.dtype.kind not in "biuf":
-        raise DataError([f"{path}: expected real numbers in each voxel, got {values.dtype}"])
+        raise DataError(f"{path}: expected real numbers in each voxel, got {values.dtype}")
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if channels > 1 and values.ndim == 4 and values.shape[-1] == channels:
         values = np.moveaxis(values, -1, 0)
     elif values.ndim != 3 or channels > 1:
-        shape = tuple(int(size) for size in values.shape)
-        advice = (
-            "; data.channels says that the last axis is channels"
-            if channels == 1 and len(shape) == 4
-            else ""
-        )
-        raise DataError(
-            [
-                f"{path}: expected {_wanted(channels)}, got {values.ndim}-D with shape {shape}"
-                + advice
-            ]
-        )
+        wanted = "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
+        told = f"{path}: expected {wanted}, got {values.ndim}-D with shape {values.shape}"
+        if channels == 1 and values.ndim == 4:
+            told += "; data.channels says that the last axis is channels"
+        raise DataError(told)
     if values.size == 0:
-        raise DataError([f"{path}: the volume is empty, shape {values.shape}"])
-    if problem := _bad_affine(path, affine):
-        raise DataError([problem])
-    return Volume(values, affine, _codes(volume.header))
-
-
-def _wanted(channels: int) -> str:
-    return "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
+        raise DataError(f"{path}: the volume is empty, shape {values.shape}")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise DataError(f"{path}: the header's affine cannot be inverted: {affine.tolist()}")
+    return Volume(path, values, affine, _codes(file.header))
 
 
 def _check_memory(path: Path, shape: Sequence[int]) -> None:
     """A damaged header may ask for any size."""
-    needed, available = math.prod(map(int, shape)) * 4, available_memory()
+    needed, available = math.prod(shape) * 4, available_memory()
     if needed > available:
         raise DataError(
-            [
-                f"{path}: its shape {tuple(map(int, shape))} takes {needed / 2**30:.3g} GiB or "
-                f"more, and {available / 2**30:.3g} GiB of memory is available; is its header "
-                "damaged?"
-            ]
+            f"{path}: its shape {shape} takes {needed / 2**30:.3g} GiB or more, and "
+            f"{available / 2**30:.3g} GiB of memory is available; is its header damaged?"
         )
-
-
-def _bad_affine(path: Path, affine: np.ndarray) -> str | None:
-    if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-12:
-        return None
-    return f"{path}: the header's affine cannot be inverted: {affine.tolist()}"
 
 
 def _codes(header: Any) -> tuple[int, int]:
@@ -210,39 +162,33 @@ def _codes(header: Any) -> tuple[int, int]:
         return 1, 1
 
 
-def _image_values(path: Path, volume: Volume) -> np.ndarray:
+def _image_values(volume: Volume) -> np.ndarray:
     """float32, [M, X, Y, Z]."""
     with np.errstate(over="ignore"):
         image = volume.values.astype(np.float32)
     bad = image.size - int(np.isfinite(volume.values).sum())
     if bad:
-        raise DataError([f"{path}: {bad} of {image.size} voxels are NaN or infinite"])
+        raise DataError(f"{volume.path}: {bad} of {image.size} voxels are NaN or infinite")
     # A quarter of the range leaves room for differences.
     large = int((np.abs(image) > np.finfo(np.float32).max / 4).sum())
     if large:
         raise DataError(
-            [
-                f"{path}: {large} of {image.size} voxels are too large for float32 (up to "
-                f"{np.abs(volume.values.astype(np.float64)).max():.3g}); rescale the image"
-            ]
+            f"{volume.path}: {large} of {image.size} voxels are too large for float32 (up to "
+            f"{np.abs(volume.values.astype(np.float64)).max():.3g}); rescale the image"
         )
     return image.reshape(-1, *volume.shape)
 
 
-def _not_whole(path: Path, values: np.ndarray) -> list[str]:
-    """What is wrong with values that should be labels."""
+def _check_whole(volume: Volume) -> None:
+    """Values that should be labels."""
+    values = volume.values
     if values.dtype.kind != "f":
-        return []
+        return
     if not np.isfinite(values).all():
-        return [f"{path}: NaN or infinite label values"]
+        raise DataError(f"{volume.path}: NaN or infinite label values")
     odd = values[values != np.rint(values)]
-    if not odd.size:
-        return []
-    return [
-        f"{path}: {odd.size} label values are not whole numbers, such as {odd.flat[0]:g}; resample "
-        "labels with nearest neighbours"
-    ]
-
-
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    if odd.size:
+        raise DataError(
+            f"{volume.path}: {odd.size} label values are not whole numbers, such as "
+            f"{odd.flat[0]:g}; resample labels with nearest neighbours"
+        )
