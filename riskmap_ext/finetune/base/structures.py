@@ -91,7 +91,7 @@ def structures_of(
     if not regions:
         raise ConfigError(f"{key}.regions: expected at least one region, got none")
     members = {
-        name: sorted({_index(value, classes, f"{key}.regions.{name}") for value in values})
+        name: sorted({class_index(value, classes, f"{key}.regions.{name}") for value in values})
         for name, values in regions.items()
     }
     for name, values in members.items():
@@ -99,7 +99,7 @@ def structures_of(
             got = "the background" if 0 in values else "none"
             raise ConfigError(f"{key}.regions.{name}: expected classes beside 0, got {got}")
     if region_classes is not None:
-        painted = [_index(value, classes, f"{key}.region_classes") for value in region_classes]
+        painted = [class_index(value, classes, f"{key}.region_classes") for value in region_classes]
         if len(painted) != len(members):
             raise ConfigError(
                 f"{key}.region_classes: expected a class for each of the {len(members)} regions, "
@@ -122,9 +122,12 @@ def structures_of(
     return Structures(list(classes), {name: members[name] for name in order}, painted)
 
 
-def _index(value: int | str, classes: Sequence[str], key: str) -> int:
+def class_index(value: int | str, classes: Sequence[str], key: str, also: str = "") -> int:
+    """Of a class by its name or index. Raises: ConfigError naming the key."""
     if isinstance(value, str) and value in classes:
         return list(classes).index(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
         return value
-    raise ConfigError(f"{key}: {value!r} is no class; expected a name or index of {list(classes)}")
+    raise ConfigError(
+        f"{key}: {value!r} is no class; expected a name or index of {list(classes)}{also}"
+    )

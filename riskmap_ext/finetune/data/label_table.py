@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.structures import class_index
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX
 
 _VALUE_COLUMNS = ("value", "index", "id", "label", "labelid", "roi_index", "no.")
@@ -29,17 +30,10 @@ def label_table(
         return {index: index for index in range(len(classes))} | ignored
     table = {0: 0}
     for value, target in wanted.items():
-        if target == "ignore":
-            table[value] = IGNORE_INDEX
-        elif isinstance(target, str) and target in classes:
-            table[value] = list(classes).index(target)
-        elif isinstance(target, int) and 0 <= target < len(classes):
-            table[value] = target
-        else:
-            raise ConfigError(
-                f"data.label_map: {value}: {target!r} is no class; expected a name or index of "
-                f"{list(classes)}, or ignore"
-            )
+        table[value] = IGNORE_INDEX
+        if target != "ignore":
+            key = f"data.label_map: {value}"
+            table[value] = class_index(target, classes, key, also=", or ignore")
     return table | ignored
 
 
@@ -62,16 +56,16 @@ def read_label_map(path: Path) -> dict[int, int | str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise DataError([f"{path}: no such file (data.label_map)"]) from None
+        raise DataError(f"{path}: no such file (data.label_map)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError([f"{path}: cannot be read as text ({error}) (data.label_map)"]) from None
+        raise DataError(f"{path}: cannot be read as text ({error}) (data.label_map)") from None
     rows = [
         (number, line.strip())
         for number, line in enumerate(lines, start=1)
         if line.strip() and not line.lstrip().startswith("#")
     ]
     if not rows:
-        raise DataError([f"{path}: no rows in it (data.label_map)"])
+        raise DataError(f"{path}: no rows in it (data.label_map)")
     if re.match(r"-?\d+\s+\S+(\s+\d+){3,4}\s*$", rows[0][1]):
         cells = [(number, line.split()) for number, line in rows]
         pairs = [(number, cell[0], cell[1]) for number, cell in cells if len(cell) > 1]
@@ -80,15 +74,15 @@ def read_label_map(path: Path) -> dict[int, int | str]:
     table: dict[int, int | str] = {}
     for number, value, name in pairs:
         if not re.fullmatch(r"-?\d+", value):
-            raise DataError([f"{path}: line {number}: expected a whole number, got {value!r}"])
+            raise DataError(f"{path}: line {number}: expected a whole number, got {value!r}")
         if not name:
-            raise DataError([f"{path}: line {number}: expected a class name, got none"])
+            raise DataError(f"{path}: line {number}: expected a class name, got none")
         if table.get(int(value), name) != name:
-            raise DataError([f"{path}: line {number}: {value} is {table[int(value)]} already"])
+            raise DataError(f"{path}: line {number}: {value} is {table[int(value)]} already")
         if int(value) != 0:
             table[int(value)] = name
     if not table:
-        raise DataError([f"{path}: no label value beside 0 in it (data.label_map)"])
+        raise DataError(f"{path}: no label value beside 0 in it (data.label_map)")
     return table
 
 
@@ -101,15 +95,13 @@ def _columns(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str, st
     value = next((head.index(n) for n in _VALUE_COLUMNS if n in head), None)
     if name is None or value is None:
         raise DataError(
-            [
-                f"{path}: line {rows[0][0]}: expected a header with a column "
-                f"{' or '.join(_VALUE_COLUMNS[:4])} and one {' or '.join(_NAME_COLUMNS[:2])}, got "
-                f"{rows[0][1]!r}"
-            ]
+            f"{path}: line {rows[0][0]}: expected a header with a column "
+            f"{' or '.join(_VALUE_COLUMNS[:4])} and one {' or '.join(_NAME_COLUMNS[:2])}, got "
+            f"{rows[0][1]!r}"
         )
     found = []
     for (number, line), row in zip(rows[1:], cells[1:], strict=True):
         if len(row) <= max(name, value):
-            raise DataError([f"{path}: line {number}: expected {len(head)} columns, got {line!r}"])
+            raise DataError(f"{path}: line {number}: expected {len(head)} columns, got {line!r}")
         found.append((number, row[value].strip(), row[name].strip()))
     return found

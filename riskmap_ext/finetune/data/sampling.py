@@ -35,12 +35,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Volume:
-    """image [N, M, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume."""
+    """image [N, M, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume.
+
+    foreground: flat indices of labelled voxels, class by class; class_voxels: of each class.
+    """
 
     name: str
     image: Tensor
     guides: Tensor
     spacing: np.ndarray
+    foreground: np.ndarray
     class_voxels: list[np.ndarray]
     intensity_unit: np.ndarray
 
@@ -124,8 +128,8 @@ class CropSampler:
         ).to(self._home)
         images, guides = [], []
         for (volume, index, _), grid in zip(picks, grids, strict=True):
-            images.append(self._read(volume.image[index], grid, "bilinear"))
-            guides.append(self._read(volume.guides[index], grid, "nearest"))
+            images.append(_read(volume.image[index], grid, "bilinear"))
+            guides.append(_read(volume.guides[index], grid, "nearest"))
         image, guide = (torch.cat(parts).to(self._device) for parts in (images, guides))
         outside = (grids.to(self._device).abs() > 1).any(dim=-1)
         units = np.array([volume.intensity_unit for volume, _, _ in picks])
@@ -148,20 +152,21 @@ class CropSampler:
             image, guides = image[None], guides[None]
         label = case.label.numpy().ravel()
         foreground = np.flatnonzero(label > 0)
-        order = np.argsort(label[foreground], kind="stable")
-        _, first = np.unique(label[foreground][order], return_index=True)
+        foreground = foreground[np.argsort(label[foreground], kind="stable")]
+        _, first = np.unique(label[foreground], return_index=True)
         inside = case.image[:, case.mask].numpy()
         kept = {"image": image.contiguous(), "guides": guides.contiguous()}
         if self._files.folder is not None:
             made_of = digest(case.digest, risk, self._dims)
             kept = self._files.keep(f"crops-{made_of[:32]}", kept)
         return _Volume(
-            case.name,
-            kept["image"].to(self._home),
-            kept["guides"].to(self._home),
-            np.array(case.grid.spacing[: self._dims]),
-            np.split(foreground[order], first[1:]) if foreground.size else [],
-            inside.std(axis=1, dtype=np.float64),
+            name=case.name,
+            image=kept["image"].to(self._home),
+            guides=kept["guides"].to(self._home),
+            spacing=np.array(case.grid.spacing[: self._dims]),
+            foreground=foreground,
+            class_voxels=np.split(foreground, first[1:]),
+            intensity_unit=inside.std(axis=1, dtype=np.float64),
         )
 
     def _pick(self) -> tuple[_Volume, int, np.ndarray]:
@@ -172,7 +177,7 @@ class CropSampler:
         room = size - self._patch
         # A crop larger than the volume has it in its middle.
         low, high = np.minimum(room // 2, 0), np.where(room < 0, room // 2, room)
-        if volume.class_voxels and rng.random() < self._train.foreground_crops:
+        if len(volume.foreground) and rng.random() < self._train.foreground_crops:
             voxel = self._foreground_voxel(volume)
             start = np.clip(voxel[: self._dims] - self._patch // 2, low, high)
             return volume, int(voxel[2]) if self._dims == 2 else 0, start
@@ -180,17 +185,10 @@ class CropSampler:
         return volume, index, rng.integers(low, high + 1)
 
     def _foreground_voxel(self, volume: _Volume) -> np.ndarray:
-        groups = volume.class_voxels
+        voxels = volume.foreground
         if self._train.crop_balance == "class":
-            group = groups[self._rng.integers(len(groups))]
-            flat = group[self._rng.integers(len(group))]
-        else:
-            place = int(self._rng.integers(sum(map(len, groups))))
-            for group in groups:
-                if place < len(group):
-                    break
-                place -= len(group)
-            flat = group[place]
+            voxels = volume.class_voxels[self._rng.integers(len(volume.class_voxels))]
+        flat = voxels[self._rng.integers(len(voxels))]
         slices = volume.image.shape[2:] + ((len(volume.image),) if self._dims == 2 else ())
         return np.array(np.unravel_index(flat, tuple(slices)))
 
@@ -225,11 +223,6 @@ class CropSampler:
             if rng.random() < 0.5:
                 matrix[:, axis] *= -1
         return matrix
-
-    def _read(self, volume: Tensor, grid: Tensor, mode: str) -> Tensor:
-        return F.grid_sample(
-            volume[None], grid[None], mode=mode, padding_mode="border", align_corners=False
-        )
 
     def _change_intensity(self, image: Tensor, units: np.ndarray) -> Tensor:
         """Contrast, gamma, brightness and noise, drawn anew for each image of the whole batch.
@@ -268,3 +261,9 @@ class CropSampler:
                 unit = torch.from_numpy((scale * units[index]).astype(np.float32))
                 image[index] += unit.view(per_channel[1:]).to(image.device) * noise
         return image
+
+
+def _read(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
+    return F.grid_sample(
+        volume[None], grid[None], mode=mode, padding_mode="border", align_corners=False
+    )

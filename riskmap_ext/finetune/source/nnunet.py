@@ -15,7 +15,7 @@ from riskmap_ext.finetune.base.errors import CheckpointError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.data.datalist import dataset_channels, dataset_labels
+from riskmap_ext.finetune.data.dataset_json import dataset_channels, dataset_labels
 from riskmap_ext.finetune.source.file import SourceFile, named_classes, state_dict_in
 from riskmap_ext.finetune.source.nnunet_networks import NAMES
 
