@@ -3,6 +3,7 @@
 Needs the extra `finetune`: pip install "riskmap_ext[finetune]".
 """
 
+# ruff: noqa: F401  (names for type checkers; they come from _HOME)
 from __future__ import annotations
 
 import importlib
@@ -21,47 +22,24 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.report.write import write_report
     from riskmap_ext.finetune.train.finetune import FinetuneResult, finetune, make_maps
 
-__all__ = [
-    "Case",
-    "Cases",
-    "CheckpointError",
-    "Config",
-    "ConfigError",
-    "DataError",
-    "DryRun",
-    "FinetuneResult",
-    "InputError",
-    "RankedSource",
-    "Score",
-    "check_run",
-    "finetune",
-    "load_config",
-    "make_maps",
-    "parse_config",
-    "predict_images",
-    "prepare_cases",
-    "rank_sources",
-    "score_files",
-    "write_report",
-]
-
+# Imported on first use, so that the command line can name a missing package of the extra.
 _HOME = {
-    "config.schema": ("Config",),
-    "config.load": ("load_config", "parse_config"),
-    "data.prepare": ("Case", "Cases", "prepare_cases"),
-    "dry_run": ("DryRun", "check_run"),
-    "base.errors": ("CheckpointError", "ConfigError", "DataError", "InputError"),
-    "predict": ("predict_images",),
-    "rank": ("RankedSource", "rank_sources"),
-    "report.write": ("write_report",),
-    "train.finetune": ("FinetuneResult", "finetune", "make_maps"),
-    "evaluate": ("score_files",),
-    "metrics.surfaces": ("Score",),
+    "base.errors": ["CheckpointError", "ConfigError", "DataError", "InputError"],
+    "config.load": ["load_config", "parse_config"],
+    "config.schema": ["Config"],
+    "data.prepare": ["Case", "Cases", "prepare_cases"],
+    "dry_run": ["DryRun", "check_run"],
+    "evaluate": ["score_files"],
+    "metrics.surfaces": ["Score"],
+    "predict": ["predict_images"],
+    "rank": ["RankedSource", "rank_sources"],
+    "report.write": ["write_report"],
+    "train.finetune": ["FinetuneResult", "finetune", "make_maps"],
 }
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    """Imported on first use, so that the command line can name a missing package of the extra."""
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)
