@@ -261,6 +261,21 @@ def test_the_automatic_device_is_one_that_runs():
     assert device_of("auto").type in ("cpu", "cuda")
 
 
+def test_messages_reach_the_handlers_of_a_program(tmp_path, caplog):
+    first, second = Log(quiet=True), Log(quiet=True)
+    with caplog.at_level("INFO", "riskmap_ext.finetune"):
+        first("early")
+        for log, name in ((first, "first.txt"), (second, "second.txt")):
+            log.open(tmp_path / name)
+        first.note("100 %")
+        second.warn("late")
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert told == [("INFO", "early"), ("INFO", "100 %"), ("WARNING", "Warning: late")]
+    for name, expected in (("first.txt", ["early", "100 %"]), ("second.txt", ["Warning: late"])):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert [line[20:] for line in lines] == expected
+
+
 def test_two_runs_in_one_folder(root, tmp_path):
     output = tmp_path / "out"
     held = configuration(root, output)

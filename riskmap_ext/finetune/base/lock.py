@@ -31,9 +31,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
+        holder = "another process"
+        with suppress(OSError):  # some systems do not let others read it
+            holder = path.read_text(errors="replace") or holder
         raise ConfigError(
-            f"output: {folder} is in use by a run ({_holder(path)}); wait for its end, or choose "
-            "another folder"
+            f"output: {folder} is in use by a run ({holder}); wait for its end, or choose another "
+            "folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -51,9 +54,3 @@ def check_free(folder: Path) -> None:
     if (folder / _NAME).exists():
         with locked(folder):
             pass
-
-
-def _holder(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text(errors="replace") or "another process"
-    return "another process"

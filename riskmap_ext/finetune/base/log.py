@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -25,13 +26,21 @@ from rich.text import Text
 MISSING = "\N{EN DASH}"
 
 
+# For the handlers of a program that calls the driver; silent without them.
+_LOGGER = logging.getLogger("riskmap_ext.finetune")
+_LOGGER.addHandler(logging.NullHandler())
+
+
 class Log:
-    """Messages to the terminal (unless quiet) and, once a folder is known, to its log.txt."""
+    """Messages to the terminal (unless quiet) and, once a folder is known, to its log.txt.
+
+    They also go to Python's logger `riskmap_ext.finetune`.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._path: Path | None = None
-        self._early: list[str] = []
+        self._unwritten: list[str] = []
         # How far the run is, for the message when it is stopped.
         self.stage = "before training"
 
@@ -44,40 +53,34 @@ class Log:
         if not append:
             path.unlink(missing_ok=True)
         self._path = path
-        early, self._early = self._early, []
-        for line in early:
-            self._write(line)
+        self._write()
 
     def __call__(self, message: str) -> None:
         self.console.print(message, markup=False)
-        self._append(message)
+        self.note(message)
 
-    def note(self, message: str) -> None:
-        """Into log.txt alone."""
-        self._append(message)
+    def note(self, message: str, level: int = logging.INFO) -> None:
+        """Into log.txt, and not to the terminal."""
+        _LOGGER.log(level, message)
+        self._unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        self._write()
 
     def warn(self, message: str) -> None:
         self.console.print(Text(f"Warning: {message}", style="yellow"))
-        self._append(f"Warning: {message}")
+        self.note(f"Warning: {message}", logging.WARNING)
 
     def table(self, table: Table) -> None:
         self.console.print(table)
         plain = Console(width=120, no_color=True, highlight=False)
         with plain.capture() as captured:
             plain.print(table)
-        self._append(captured.get().rstrip())
+        self.note(captured.get().rstrip())
 
-    def _append(self, message: str) -> None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
-        if self._path is None:
-            self._early.append(line)
-            return
-        self._write(line)
-
-    def _write(self, line: str) -> None:
-        assert self._path is not None
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def _write(self) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(self._unwritten)
+            self._unwritten.clear()
 
     def progress(self, unit: str = "it") -> Progress:
         """A bar with count, rate and time left; it goes away when done."""
