@@ -46,10 +46,10 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
     total = sum(voxels.values())
     name = max(voxels, key=lambda each: voxels[each])
     return MemoryNeed(
-        total * each + trained * (4 * channels + 12),
-        voxels[name] * (outputs * _BYTES_PER_LOGIT + 4 * channels),
-        name,
-        total,
+        volumes=total * each + trained * (4 * channels + 12),
+        largest=voxels[name] * (outputs * _BYTES_PER_LOGIT + 4 * channels),
+        largest_case=name,
+        voxels=total,
     )
 
 

@@ -18,26 +18,15 @@ from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config
-from riskmap_ext.finetune.folder.records import ended
+from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
 NONFINITE_FILE = "nonfinite.json"
 # Keys that may differ where an unfinished run is gone on with: none changes what is computed.
 _FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
-    "config.yaml",
-    "keys.json",
-    RESUME_FILE,
-    "last.pt",
-    "best.pt",
-    "metrics.csv",
-    "losses.csv",
-    "dice.csv",
-    "leep.json",
-    "environment.json",
-    "report.html",
-    NONFINITE_FILE,
-    "log.txt",
+    *("config.yaml", "keys.json", RESUME_FILE, "last.pt", "best.pt", "metrics.csv", "losses.csv"),
+    *("dice.csv", LEEP_FILE, ENVIRONMENT_FILE, "report.html", NONFINITE_FILE, "log.txt"),
 )
 _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
 
@@ -114,15 +103,12 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
     """
     output = config.output
     made = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output: {output} cannot be written ({error})") from None
     with contextlib.ExitStack() as held:
         try:
+            output.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(output))
         except OSError as error:
-            if made:
+            if made and output.exists():
                 output.rmdir()
             raise ConfigError(f"output: {output} cannot be written ({error})") from None
         for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
@@ -171,7 +157,7 @@ def finished(output: Path) -> bool:
     try:
         lines = (output / "log.txt").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return False
+        lines = []
     return bool(lines) and " Done" in lines[-1]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.transforms.utils import generate_spatial_bounding_box
 
 FOUND, MISSED, EXTRA, ABSENT = "found", "missed", "extra", "absent"
 
@@ -43,28 +45,23 @@ def score_masks(
     tolerance: float,
 ) -> Score:
     """The score of two boolean volumes of one grid; spacing and tolerance in mm."""
-    counts = int(reference.sum()), int(prediction.sum())
-    if not any(counts):
-        return Score(case, structure, ABSENT, math.nan, math.nan, math.nan, 0, 0)
-    if not all(counts):
-        outcome = MISSED if counts[0] else EXTRA
-        return Score(case, structure, outcome, 0.0, 0.0, math.nan, *counts)
-    dice = 2 * int((prediction & reference).sum()) / sum(counts)
-    box = _bounding_box(prediction | reference)
+    there, found = int(reference.sum()), int(prediction.sum())
+    score = partial(Score, case, structure, reference_voxels=there, predicted_voxels=found)
+    if not (there or found):
+        return score(outcome=ABSENT, dice=math.nan, surface_dice=math.nan, hd95=math.nan)
+    if not (there and found):
+        outcome = MISSED if there else EXTRA
+        return score(outcome=outcome, dice=0.0, surface_dice=0.0, hd95=math.nan)
+    dice = 2 * int((prediction & reference).sum()) / (there + found)
+    # What lies a voxel beyond both does not change distances.
+    start, end = generate_spatial_bounding_box(
+        (prediction | reference)[None], margin=1, allow_smaller=True
+    )
+    box = tuple(map(slice, start, end))
     one, other = (
         torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)
     )
     options: dict[str, Any] = {"include_background": True, "spacing": list(spacing)}
     hd95 = compute_hausdorff_distance(one, other, percentile=95, **options)
     surface = compute_surface_dice(one, other, class_thresholds=[tolerance], **options)
-    return Score(case, structure, FOUND, dice, float(surface), float(hd95), *counts)
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Of the mask, a voxel wider where there is room: distances do not change."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        inside = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(max(0, int(inside[0]) - 1), int(inside[-1]) + 2))
-    return tuple(box)
+    return score(outcome=FOUND, dice=dice, surface_dice=float(surface), hd95=float(hd95))
