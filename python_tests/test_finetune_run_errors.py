@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from finetune_data import NETWORK_2D, configuration, phantom, save, write_cases
 
 from riskmap_ext.finetune import ConfigError, DataError, InputError, finetune, make_maps
 from riskmap_ext.finetune.base.device import device_of
+from riskmap_ext.finetune.base.lock import check_free, locked
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.folder.workspace import claimed_output
 
@@ -303,6 +305,18 @@ def test_a_killed_run_leaves_no_lock(root, tmp_path):
     assert (output / ".lock").exists()
     assert finetune(configuration(root, output), progress=False).history
     assert not (output / ".lock").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for _ in range(2):
+        with locked(tmp_path):
+            check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_has_half_written_is_cleared(root, tmp_path):

@@ -29,10 +29,9 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
         holder = "another process"
-        with suppress(OSError):  # some systems do not let others read it
+        with suppress(OSError):
             holder = path.read_text(errors="replace") or holder
         raise ConfigError(
             f"output: {folder} is in use by a run ({holder}); wait for its end, or choose another "
@@ -42,6 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
         if error.errno not in _NO_LOCKS:
             raise
     try:
+        with suppress(OSError):  # Windows lets nobody write or read what is locked
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         with suppress(OSError):
