@@ -163,7 +163,7 @@ def _find(data: DataConfig) -> _Found:
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
-        return _pair_folders(data.images, data.labels, data.image_suffixes, data.label_suffix)
+        return _pair_folders(data.images, data.labels, data, data.image_suffixes)
     root = data.root
     assert root is not None  # DataConfig asks for one of the four
     _check_folder(root, " (data.root)")
@@ -171,8 +171,7 @@ def _find(data: DataConfig) -> _Found:
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
-            folders = root / images, root / labels
-            return _pair_folders(*folders, data.image_suffixes, data.label_suffix)
+            return _pair_folders(root / images, root / labels, data, data.image_suffixes)
     raise DataError(
         f"{root}: expected dataset.json, images/ and labels/, or imagesTr/ and labelsTr/ in it"
     )
@@ -214,8 +213,8 @@ def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channel
         suffixes = data.image_suffixes
         if suffixes == [""]:
             suffixes = [f"_{index:04d}" for index in range(channels)]
-        folders = path.parent / "imagesTr", path.parent / "labelsTr"
-        return _pair_folders(*folders, suffixes, data.label_suffix)
+        folder = path.parent
+        return _pair_folders(folder / "imagesTr", folder / "labelsTr", data, suffixes)
     cases = []
     for name, files in listed.items() if isinstance(listed, dict) else ():
         if not (isinstance(files, dict) and isinstance(files.get("images"), list)):
@@ -243,27 +242,28 @@ def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseF
     return [CaseFiles(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 
-def _pair_folders(
-    images: Path, labels: Path, image_suffixes: Sequence[str], label_suffix: str
-) -> _Found:
-    by_suffix = [_names(images, suffix) for suffix in image_suffixes]
-    by_label = _names(labels, label_suffix)
-    everywhere = set.intersection(*(set(found) for found in by_suffix))
+def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> _Found:
+    """suffixes: of the image files, one for each channel."""
+    by_channel = [_names(images, suffix) for suffix in suffixes]
+    by_label = _names(labels, data.label_suffix)
+    everywhere = set.intersection(*map(set, by_channel))
     common = sorted(everywhere & by_label.keys())
-    by_image = by_suffix[0]
-    if not common and list(image_suffixes) == [""] and by_image:
-        numbers = sorted({name[-5:] for name in by_image})
+    if not common and suffixes == [""] and by_channel[0]:
+        numbers = sorted({name[-5:] for name in by_channel[0]})
         if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
-            return _pair_folders(images, labels, numbers, label_suffix)
+            return _pair_folders(images, labels, data, numbers)
     if not common:
-        examples = [next(iter(v.values())).name if v else "none" for v in (by_image, by_label)]
+        image, label = (
+            next((path.name for path in files.values()), "none")
+            for files in (by_channel[0], by_label)
+        )
         raise DataError(
-            f"{images} and {labels}: no image and label of the same name (such as {examples[0]} "
-            f"and {examples[1]}); set data.image_suffix and data.label_suffix to what follows the "
-            "case's name, such as _T1w and _seg"
+            f"{images} and {labels}: no image and label of the same name (such as {image} and "
+            f"{label}); set data.image_suffix and data.label_suffix to what follows the case's "
+            "name, such as _T1w and _seg"
         )
     notes = []
-    some = set.union(*(set(found) for found in by_suffix))
+    some = set.union(*map(set, by_channel))
     for folder, alone, why in (
         (images, some - everywhere, "without all of their channels"),
         (images, everywhere - by_label.keys(), "without a partner"),
@@ -273,10 +273,10 @@ def _pair_folders(
             shown = ", ".join(sorted(alone)[:5]) + (", ..." if len(alone) > 5 else "")
             notes.append(f"{folder}: {len(alone)} left out, {why}: {shown}")
     cases = [
-        CaseFiles(name, tuple(found[name] for found in by_suffix), by_label[name])
+        CaseFiles(name, tuple(files[name] for files in by_channel), by_label[name])
         for name in common
     ]
-    return _Found(cases, image_suffix=list(image_suffixes), notes=notes)
+    return _Found(cases, image_suffix=suffixes, notes=notes)
 
 
 def _names(folder: Path, suffix: str) -> dict[str, Path]:

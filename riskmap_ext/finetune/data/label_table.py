@@ -59,11 +59,8 @@ def read_label_map(path: Path) -> dict[int, int | str]:
         raise DataError(f"{path}: no such file (data.label_map)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}) (data.label_map)") from None
-    rows = [
-        (number, line.strip())
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and not line.lstrip().startswith("#")
-    ]
+    rows = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    rows = [(number, line) for number, line in rows if line and not line.startswith("#")]
     if not rows:
         raise DataError(f"{path}: no rows in it (data.label_map)")
     if re.match(r"-?\d+\s+\S+(\s+\d+){3,4}\s*$", rows[0][1]):

@@ -248,8 +248,8 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
     if high - low > _MAX_LABEL_SPAN:
         raise DataError(f"{path}: label values from {low} to {high}: is it a label image?")
     offset = (values.astype(np.int64) - low).ravel()
-    present = np.flatnonzero(np.bincount(offset)) + low
-    others = [int(v) for v in present if int(v) not in listing.label_table]
+    present = (np.flatnonzero(np.bincount(offset)) + low).tolist()
+    others = [value for value in present if value not in listing.label_table]
     if others and data.other_labels == "error":
         shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
         known = "data.label_map"
@@ -262,7 +262,7 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
     rest = IGNORE_INDEX if data.other_labels == "ignore" else 0
     table = np.full(high - low + 1, rest, dtype=np.int16)
     for value in present:
-        table[value - low] = listing.label_table.get(int(value), rest)
+        table[value - low] = listing.label_table.get(value, rest)
     return table[offset].reshape(values.shape)
 
 
