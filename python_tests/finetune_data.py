@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from riskmap_ext.finetune import Config, parse_config
+from riskmap_ext.finetune import Cases, Config, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.data.sampling import CropSampler
 
 NETWORK_2D = {
@@ -105,6 +105,26 @@ def settings(root: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def configuration(root: Path, output: Path, **sections: Any) -> Config:
     return parse_config(settings(root, output, **sections))
+
+
+def read(root: Path, **data: Any) -> Cases:
+    """The prepared cases of a `data` section."""
+    return prepare_cases(configuration(root, root / "unused", data=data))
+
+
+def problem(root: Path, **data: Any) -> str:
+    """Why they cannot be read."""
+    with pytest.raises(DataError) as caught:
+        read(root, **data)
+    return str(caught.value)
+
+
+def image_of(root: Path, name: str = "case00") -> Path:
+    return root / "images" / f"{name}.nii.gz"
+
+
+def label_of(root: Path, name: str = "case00") -> Path:
+    return root / "labels" / f"{name}.nii.gz"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

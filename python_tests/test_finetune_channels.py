@@ -17,6 +17,7 @@ from finetune_data import (  # noqa: E402
     RAS,
     configuration,
     phantom,
+    read,
     real_data,
     save,
     write_cases,
@@ -60,10 +61,6 @@ def write_channels(root: Path, count: int = 3, suffixes: tuple[str, ...] = ("_00
             save(root / "imagesTr" / f"{name}{suffix}.nii.gz", image)
         save(root / "labelsTr" / f"{name}.nii.gz", label)
     return names
-
-
-def read(folder: Path, **data: Any):
-    return prepare_cases(configuration(folder, folder / "unused", data=data))
 
 
 def dataset_json(root: Path, **content: Any) -> None:

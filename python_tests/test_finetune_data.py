@@ -13,7 +13,20 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import RAS, SHAPE, configuration, phantom, real_data, save, settings, write_cases
+from finetune_data import (
+    RAS,
+    SHAPE,
+    configuration,
+    image_of,
+    label_of,
+    phantom,
+    problem,
+    read,
+    real_data,
+    save,
+    settings,
+    write_cases,
+)
 
 from riskmap_ext.finetune import ConfigError, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.base.device import available_memory
@@ -32,30 +45,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def read(root: Path, **data):
-    return prepare_cases(configuration(root, root / "unused", data=data))
-
-
 def one_case(image: Path, label: Path, **data):
     """The single case of an image and label file."""
     given = {"root": None, "cases": [{"image": str(image), "label": str(label)}]}
     given |= {"train": None, "validation": None} | data
     (case,) = prepare_cases(configuration(image.parent, image.parent / "unused", data=given)).train
     return case
-
-
-def problem(root: Path, **data) -> str:
-    with pytest.raises(DataError) as caught:
-        read(root, **data)
-    return str(caught.value)
-
-
-def image_of(root: Path, name: str = "case00") -> Path:
-    return root / "images" / f"{name}.nii.gz"
-
-
-def label_of(root: Path, name: str = "case00") -> Path:
-    return root / "labels" / f"{name}.nii.gz"
 
 
 def oriented(values: np.ndarray, codes: str, affine: np.ndarray = RAS):

@@ -9,33 +9,15 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, phantom, save, write_cases
+from finetune_data import image_of, label_of, phantom, problem, read, save, write_cases
 
-from riskmap_ext.finetune import ConfigError, DataError, prepare_cases
+from riskmap_ext.finetune import ConfigError, DataError
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     write_cases(tmp_path / "data", 3)
     return tmp_path / "data"
-
-
-def read(root: Path, **data):
-    return prepare_cases(configuration(root, root / "unused", data=data))
-
-
-def problem(root: Path, **data) -> str:
-    with pytest.raises(DataError) as caught:
-        read(root, **data)
-    return str(caught.value)
-
-
-def image_of(root: Path, name: str = "case00") -> Path:
-    return root / "images" / f"{name}.nii.gz"
-
-
-def label_of(root: Path, name: str = "case00") -> Path:
-    return root / "labels" / f"{name}.nii.gz"
 
 
 def test_missing_image(root):
