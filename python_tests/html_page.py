@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 _EMPTY = ("meta", "img")
@@ -37,6 +38,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" in self.open:
             return
+        if "pre" not in self.open:
+            data = re.sub(r"\s+", " ", data)
         self.text += data
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data

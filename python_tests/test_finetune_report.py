@@ -28,7 +28,6 @@ from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.evaluate import score_files
 from riskmap_ext.finetune.report.build import run_page
 from riskmap_ext.finetune.report.cases import CaseResults, read_results
-from riskmap_ext.finetune.report.leep import leep_section
 from riskmap_ext.finetune.report.read import Leep, read_run
 from riskmap_ext.finetune.report.write import write_report
 
@@ -531,8 +530,8 @@ def test_many_source_classes(run: Path) -> None:
         [f"y{i}" for i in range(classes)], [f"z{i}" for i in range(sources)],
         joint.sum(1) / joint.sum(), joint.sum(0) / joint.sum(), joint / joint.sum(0),
     )  # fmt: skip
-    page = Page(leep_section(replace(read_run(run), leep=leep)))
-    header, *rows = page.rows
+    page = Page(run_page(replace(read_run(run), leep=leep), CaseResults()))
+    header, *rows = table(page, "target class")
     used = sorted(np.argsort(-leep.source_frequencies)[:30])
     assert header[1:-1] == [f"z{i}" for i in used]
     assert len(rows) == classes + 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import colorsys
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -26,6 +29,36 @@ RISK_COLUMN = "risk map"
 _INK = "#222222"
 _LEGEND_CLASSES = 14
 _FILL = 0.6
+
+
+# Tried for letters that matplotlib's own font lacks.
+_WIDE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK KR",
+    "WenQuanYi Zen Hei",
+    "Source Han Sans SC",
+    "IPAexGothic",
+    "Microsoft YaHei",
+    "Hiragino Sans",
+    "Malgun Gothic",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+)
+
+
+@contextmanager
+def drawn_alike(style: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """With `style` of rcParams, and names in any script and with any signs: $ is no formula.
+
+    By a font that has their letters, else as boxes, without a word.
+    """
+    present = set(font_manager.get_font_names())
+    family = [*rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
+    settings: dict[Any, Any] = {"font.family": family, "text.parse_math": False, **(style or {})}
+    with warnings.catch_warnings(), rc_context(settings):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
 
 
 def class_colours(num_classes: int) -> np.ndarray:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from riskmap_ext.finetune.data.prepare import Case
-
-# Tried for letters that matplotlib's own font lacks.
-_WIDE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK KR",
-    "WenQuanYi Zen Hei",
-    "Source Han Sans SC",
-    "IPAexGothic",
-    "Microsoft YaHei",
-    "Hiragino Sans",
-    "Malgun Gothic",
-    "Noto Sans Arabic",
-    "Noto Sans Devanagari",
-)
 
 
 def write_overlay(
@@ -38,12 +21,12 @@ def write_overlay(
 ) -> None:
     """overlays/<case>.png; all volumes on the prepared grid."""
     # matplotlib is slow to import, and not wanted by every run.
-    from riskmap_ext.finetune.pictures.figures import overlay
+    from riskmap_ext.finetune.pictures.figures import drawn_alike, overlay
 
     def ras(volume: Tensor | None) -> Any:
         return None if volume is None else case.grid.to_ras(volume)
 
-    with _any_letters():
+    with drawn_alike():
         overlay(
             folder / f"{case.name}.png",
             ras(case.image[0]),
@@ -74,22 +57,3 @@ def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
         panels.append(np.where(classes[..., None] > 0, 0.5 * grey + 0.5 * colour, grey))
     rotated = [np.rot90(panel) for panel in panels]
     return (255 * np.concatenate(rotated, axis=1)).astype(np.uint8)
-
-
-@contextmanager
-def _any_letters() -> Iterator[None]:
-    """Names in any script, and with any signs: $ is no formula.
-
-    By a font that has their letters, else as boxes, without a word.
-    """
-    import matplotlib
-    from matplotlib import font_manager
-
-    present = set(font_manager.get_font_names())
-    family = [*matplotlib.rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context({"font.family": family, "text.parse_math": False}),
-    ):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield

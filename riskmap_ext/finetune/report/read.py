@@ -22,6 +22,8 @@ from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished
 
 # A configuration alone is no run.
 _SIGNS = ("log.txt", "metrics.csv", "dice.csv", "leep.json")
+# Further source classes are counted.
+_MOST_COLUMNS = 30
 _METRICS = ("step", "train_loss", "mean_dice", "lr", "seconds")
 
 
@@ -40,6 +42,16 @@ class Leep:
     class_frequencies: np.ndarray
     source_frequencies: np.ndarray
     conditional: np.ndarray
+
+    @property
+    def shown(self) -> list[int]:
+        """Source classes for a table: those with most of the mass, in their order."""
+        order = np.argsort(-self.source_frequencies, kind="stable")
+        return sorted(order[:_MOST_COLUMNS].tolist())
+
+    @property
+    def mass_left_out(self) -> float:
+        return max(0.0, 1 - float(self.source_frequencies[self.shown].sum()))
 
 
 @dataclass(frozen=True)
