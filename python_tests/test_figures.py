@@ -11,8 +11,10 @@ from matplotlib import get_backend, rcParams
 from matplotlib.image import imread
 
 from riskmap_ext.finetune.pictures import figures
+from riskmap_ext.finetune.pictures.slices import Volumes, class_colours, slice_of
 
 SHAPE = (20, 24, 12)
+NAMES = ["background", "one", "two"]
 
 
 @pytest.fixture
@@ -27,42 +29,39 @@ def volumes():
     return image, labels, risk
 
 
+def draw(path, *arrays, names=NAMES, **options):
+    return figures.comparison(path, [Volumes("case", *arrays, **options)], names, "title")
+
+
 def coloured_share(path):
     """Share of pixels that are not grey, and of those that are not white."""
     pixels = imread(path)[..., :3]
     return (np.ptp(pixels, axis=-1) > 0.1).mean(), (pixels.min(axis=-1) < 0.9).mean()
 
 
-def test_overlay_draws_every_panel(tmp_path, volumes):
+def test_every_panel_is_drawn(tmp_path, volumes):
     image, labels, risk = volumes
-    alone = figures.overlay(tmp_path / "alone.png", image)
-    full = figures.overlay(
-        tmp_path / "sub" / "full.png",
-        image,
-        labels=labels,
-        prediction=np.roll(labels, 2, axis=0),
-        risk=risk,
-        class_names=["background", "one", "two"],
-        title="case",
-    )
+    alone = draw(tmp_path / "alone.png", image, 0 * labels)
+    moved = np.roll(labels, 2, axis=0)
+    full = draw(tmp_path / "sub" / "full.png", image, labels, risk, predictions={"net": moved})
     assert coloured_share(alone)[0] < 0.001
     assert coloured_share(alone)[1] > 0.3
     assert coloured_share(full)[0] > 0.15
-    assert imread(full).shape[1] > 3 * imread(alone).shape[1]
+    assert imread(full).shape[1] > 1.8 * imread(alone).shape[1]
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["full.png"]
 
 
-def test_overlay_keeps_matplotlib_as_it_is(tmp_path, volumes):
+def test_matplotlib_stays_as_it_is(tmp_path, volumes):
     before = dict(rcParams), get_backend()
-    figures.overlay(tmp_path / "a.png", volumes[0], labels=volumes[1])
+    draw(tmp_path / "a.png", *volumes)
     assert (dict(rcParams), get_backend()) == before
 
 
-def test_overlay_shows_the_slice_with_most_labels(tmp_path, volumes):
+def test_the_slice_with_most_labels_is_shown(tmp_path, volumes):
     image, labels, _ = volumes
 
     def picture(volume):
-        return imread(figures.overlay(tmp_path / "a.png", volume, labels=labels))
+        return imread(draw(tmp_path / "a.png", volume, labels))
 
     # The same grey values elsewhere, so that the grey window stays.
     others, shown = image.copy(), image.copy()
@@ -72,12 +71,23 @@ def test_overlay_shows_the_slice_with_most_labels(tmp_path, volumes):
     assert not np.array_equal(picture(shown), picture(image))
 
 
+def test_cut_to_the_body_and_upright():
+    image, labels = np.zeros(SHAPE), np.zeros(SHAPE, int)
+    image[6:12, 4:18, :] = 1
+    labels[6, 17, 4] = 1
+    shown = slice_of(Volumes("case", image, labels), (1, 2, 3))
+    assert (shown.axis, shown.aspect) == (2, 2)
+    assert shown.grey.shape == (14 + 4, 6 + 4)
+    assert np.argwhere(shown.labels).tolist() == [[15, 2]]
+    assert slice_of(Volumes("case", image, labels), cut=False).grey.shape == SHAPE[1::-1]
+
+
 @pytest.mark.parametrize("count", [2, 8, 200])
 def test_any_number_of_classes(tmp_path, count):
     labels = np.arange(SHAPE[0] * SHAPE[1] * SHAPE[2]).reshape(SHAPE) % count
-    path = figures.overlay(tmp_path / "a.png", np.ones(SHAPE), labels=labels)
+    path = draw(tmp_path / "a.png", np.ones(SHAPE), labels, names=list(map(str, range(count))))
     assert coloured_share(path)[0] > 0.05
-    colours = figures.class_colours(count)
+    colours = class_colours(count)
     assert colours.shape == (count, 3)
     assert colours.min() >= 0
     assert colours.max() <= 1
@@ -89,46 +99,51 @@ def test_odd_values_are_drawn_over(tmp_path, volumes):
     image[0] = np.nan
     labels[0] = -100
     risk = np.zeros(SHAPE)
-    path = figures.overlay(tmp_path / "a.png", image, labels=labels, risk=risk)
-    assert coloured_share(path)[1] > 0.3
-    figures.overlay(tmp_path / "b.png", np.zeros(SHAPE), labels=np.zeros(SHAPE, int), risk=risk + 1)
-    assert coloured_share(tmp_path / "b.png")[1] > 0.3
+    assert coloured_share(draw(tmp_path / "a.png", image, labels, risk))[1] > 0.3
+    flat = draw(tmp_path / "b.png", np.zeros(SHAPE), np.zeros(SHAPE, int), risk + 1)
+    assert coloured_share(flat)[1] > 0.3
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"image": np.zeros((3, 4))}, ValueError, r"image.*expected .*3-D array, got .*\(3, 4\)"),
+        ({"labels": np.zeros((1, 2, 3), int)}, ValueError, "labels.*expected the image's shape"),
         (
-            {"image": np.zeros((3, 4))},
+            {"predictions": {"a": np.zeros((1, 2, 3), int)}},
             ValueError,
-            r"image: expected .*3-D array, got shape \(3, 4\)",
+            "prediction 'a' of 'case': expected the image's shape",
         ),
-        ({"labels": np.zeros((1, 2, 3), int)}, ValueError, r"labels: expected the image's shape"),
-        ({"prediction": np.zeros((1, 2, 3), int)}, ValueError, "prediction: expected the image's"),
-        ({"risk": np.zeros((1, 2, 3))}, ValueError, "risk: expected the image's shape"),
-        ({"labels": np.full(SHAPE, 0.5)}, TypeError, "labels: expected class indices"),
+        ({"risk": np.zeros((1, 2, 3))}, ValueError, "risk.*expected the image's shape"),
+        ({"labels": np.full(SHAPE, 0.5)}, TypeError, "labels.*expected class indices"),
     ],
 )
-def test_overlay_errors(tmp_path, arguments, error, message):
+def test_arrays_that_do_not_fit(tmp_path, arguments, error, message):
+    arrays = {"image": np.zeros(SHAPE), "labels": np.zeros(SHAPE, int), **arguments}
     with pytest.raises(error, match=message):
-        figures.overlay(tmp_path / "a.png", **{"image": np.zeros(SHAPE), **arguments})
+        draw(tmp_path / "a.png", **arrays)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_comparison(tmp_path, volumes):
+def test_rows_share_their_columns(tmp_path, volumes):
     image, labels, risk = volumes
-    row = figures.ComparisonRow(
-        "first", image, labels, risk, {"a": labels, "b": labels * 0}, {"a": "Dice 100.0"}
-    )
-    path = figures.comparison(
-        tmp_path / "a.png", [row, row], class_names=["background", "one", "two"], title="cases"
-    )
+    row = Volumes("first", image, labels, risk, {"a": labels, "b": labels * 0}, {"a": "Dice 1"})
+    path = figures.comparison(tmp_path / "a.png", [row, row], NAMES, "cases")
     assert coloured_share(path)[0] > 0.1
-    other = figures.ComparisonRow("second", image, labels, None, {"a": labels, "b": labels})
+    other = Volumes("second", image, labels, None, {"a": labels, "b": labels})
     with pytest.raises(ValueError, match="rows: expected the columns of 'first'"):
-        figures.comparison(path, [row, other])
+        figures.comparison(path, [row, other], NAMES, "cases")
     with pytest.raises(ValueError, match="rows: expected at least one case"):
-        figures.comparison(path, [])
-    wrong = figures.ComparisonRow("third", image, labels, risk, {"a": labels[1:], "b": labels})
-    with pytest.raises(ValueError, match="prediction 'a' of 'third': expected the image's shape"):
-        figures.comparison(path, [wrong])
+        figures.comparison(path, [], NAMES, "cases")
+
+
+def test_panels_count_the_errors(volumes):
+    image, labels, risk = volumes
+    prediction = labels.copy()
+    prediction[5, 5:15, 7] = 0
+    prediction[15, 5:9, 7] = 2
+    prediction[8, 8, 7] = 2
+    drawn = figures.panels(Volumes("case", image, labels, risk, {"net": prediction}))
+    assert drawn.errors == {"missed": 10, "extra": 4, "other class": 1}
+    assert drawn.present == [1, 2]
+    assert drawn.weights == (pytest.approx(risk.min()), pytest.approx(risk.max()), True)

@@ -40,7 +40,8 @@ from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
-from riskmap_ext.finetune.pictures.figures import ComparisonRow, comparison
+from riskmap_ext.finetune.pictures.figures import comparison
+from riskmap_ext.finetune.pictures.slices import Volumes
 from riskmap_ext.finetune.train.finetune import finetune, make_maps
 
 
@@ -382,7 +383,7 @@ def _draw(path: Path, output: Path, arms: Sequence[ArmResult], settings: Setting
         case = sorted(means, key=means.__getitem__)[len(means) // 2]
         folder = _folder(output, seed)
         rows.append(
-            ComparisonRow(
+            Volumes(
                 name=f"seed {seed}",
                 image=_volume(folder / "target_data" / "imagesTr" / f"{case}.nii.gz"),
                 labels=_volume(folder / "target_data" / "labelsTr" / f"{case}.nii.gz"),
@@ -396,8 +397,8 @@ def _draw(path: Path, output: Path, arms: Sequence[ArmResult], settings: Setting
     comparison(
         path,
         rows,
-        class_names=STRUCTURES,
-        title="Test subjects (the median one of each seed)",
+        STRUCTURES,
+        "Test subjects (the median one of each seed)",
         zooms=(settings.resolution,) * 3,
     )
 

@@ -7,13 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.colors import to_hex
 
 from riskmap_ext.finetune.base.log import MISSING, number
 from riskmap_ext.finetune.metrics.dice import mean_without_nan
 from riskmap_ext.finetune.metrics.surfaces import EXTRA, FOUND, MISSED, Score
-from riskmap_ext.finetune.pictures.figures import class_colours
-from riskmap_ext.finetune.pictures.panels import ERROR_COLOURS, risk_colours
+from riskmap_ext.finetune.pictures.figures import ERROR_COLOURS, RISK
+from riskmap_ext.finetune.pictures.slices import class_colours
 from riskmap_ext.finetune.report.cases import TOLERANCE, CaseResults
 from riskmap_ext.finetune.report.curves import run_charts, thinned
 from riskmap_ext.finetune.report.page import duration, render
@@ -189,7 +190,7 @@ def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:
         ],
         "errors": [(_ERRORS.get(k, k), to_hex(colour)) for k, colour in ERROR_COLOURS.items()],
         "scale": logs and ("logarithmic" if any(logs) else "linear"),
-        "colours": risk_colours(9),
+        "colours": [to_hex(shade, keep_alpha=True) for shade in RISK(np.linspace(0, 1, 9))],
     }
 
 

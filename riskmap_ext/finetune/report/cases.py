@@ -16,8 +16,8 @@ from riskmap_ext.finetune.data.prepare import Case, prepare_cases
 from riskmap_ext.finetune.data.volumes import read_labels
 from riskmap_ext.finetune.metrics.dice import mean_without_nan
 from riskmap_ext.finetune.metrics.surfaces import Score, score_masks
-from riskmap_ext.finetune.pictures.figures import ComparisonRow
-from riskmap_ext.finetune.pictures.panels import Panels, panels
+from riskmap_ext.finetune.pictures.figures import Panels, panels
+from riskmap_ext.finetune.pictures.slices import Volumes
 from riskmap_ext.finetune.report.read import RunFiles
 
 # Of the surface Dice, in mm.
@@ -61,7 +61,7 @@ def read_results(run: RunFiles) -> CaseResults:
         try:
             row, zooms, scores = _read(run, name, measured)
             results.scores += scores
-            drawing = panels(row, zooms=zooms) if name in ranks else None
+            drawing = panels(row, zooms) if name in ranks else None
         except InputError as error:
             problem = str(error)
             if measured:
@@ -110,7 +110,7 @@ def _prediction(run: RunFiles, name: str) -> Path:
 
 def _read(
     run: RunFiles, name: str, measured: bool
-) -> tuple[ComparisonRow, tuple[float, float, float], list[Score]]:
+) -> tuple[Volumes, tuple[float, float, float], list[Score]]:
     """The case as RAS volumes at the file's resolution.
 
     Raises: InputError naming the file that is missing or does not fit.
@@ -133,7 +133,7 @@ def _read(
         for structure, members in structures.scored.items():
             masks = np.isin(prediction, members), np.isin(labels, members)
             scores.append(score_masks(name, structure, *masks, spacing, TOLERANCE))
-    row = ComparisonRow(
+    row = Volumes(
         name,
         grid.to_ras(case.image[0]),
         grid.to_ras(labels),

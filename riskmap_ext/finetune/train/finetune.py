@@ -14,7 +14,7 @@ from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import processes
+from riskmap_ext.finetune.base.processes import Processes, processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
@@ -29,7 +29,6 @@ from riskmap_ext.finetune.metrics.dice import (
     mean_without_nan,
     structure_means,
 )
-from riskmap_ext.finetune.pictures.overlay import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
@@ -169,9 +168,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
             log.warn(warning)
         log.stage = "before all maps were made"
         maps = map_cases(config, source, predictor, cases, cases.validation, log=log)
-        for case in _drawn(config, [*cases.train, *cases.validation]):
-            risk = maps.risk[case.name]
-            write_overlay(config.output / "overlays", case, cases.classes, None, risk)
+        _draw(config, [*cases.train, *cases.validation], cases.classes, maps)
     log(f"Done: {config.output}")
     return maps
 
@@ -281,13 +278,25 @@ def _evaluate(
         names = list(structures.scored)
         write_dice(config.output / "dice.csv", table, names)
         plan.log.table(dice_table(table, names, f"Dice of {len(table)} validation cases"))
-    for case in plan.processes.share(_drawn(config, cases.validation)):
-        risk = None if maps is None else maps.risk[case.name]
-        folder = config.output / "overlays"
-        write_overlay(folder, case, structures.classes, predictions[case.name], risk)
+    _draw(config, cases.validation, structures.classes, maps, predictions, plan.processes)
     return table
 
 
-def _drawn(config: Config, cases: Sequence[Case]) -> Sequence[Case]:
+def _draw(
+    config: Config,
+    cases: Sequence[Case],
+    classes: Sequence[str],
+    maps: SourceMaps | None,
+    predictions: Mapping[str, Tensor] | None = None,
+    processes: Processes | None = None,
+) -> None:
+    """overlays/ of as many cases as write.overlays says."""
     wanted = config.write.overlays
-    return cases if wanted is True else cases[: int(wanted)]
+    drawn = cases if wanted is True else cases[: int(wanted)]
+    for case in (processes or Processes()).share(drawn):
+        # matplotlib is slow to import, and not wanted by every run.
+        from riskmap_ext.finetune.pictures.figures import write_overlay
+
+        prediction = None if predictions is None else predictions[case.name]
+        risk = None if maps is None else maps.risk[case.name]
+        write_overlay(config.output / "overlays", case, classes, prediction, risk)

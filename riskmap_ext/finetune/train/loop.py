@@ -20,7 +20,7 @@ from riskmap_ext.finetune.folder.loss_curve import LossCurve
 from riskmap_ext.finetune.folder.metrics import Metrics
 from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE, RESUME_FILE, RESUME_FORMAT
 from riskmap_ext.finetune.metrics.dice import dice_per_structure, structure_means
-from riskmap_ext.finetune.pictures.overlay import segmentation_picture
+from riskmap_ext.finetune.pictures.slices import segmentation_picture
 from riskmap_ext.finetune.source.checkpoint import save_checkpoint
 from riskmap_ext.finetune.source.predictor import predict
 from riskmap_ext.finetune.source.preparation import preparation

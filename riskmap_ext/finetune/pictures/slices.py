@@ -1,0 +1,142 @@
+"""Slices of a case and the colours on them, as numpy arrays."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from riskmap_ext.finetune.data.prepare import Case
+
+# Okabe and Ito's palette without black: told apart with every common colour-vision deficiency.
+_OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_FILL = 0.6
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A case: arrays [X, Y, Z] in canonical RAS order (x to the right, y to the front, z up).
+
+    image: real. labels, predictions: class indices; class 0 and negative ones (ignored) are not
+    drawn. risk: voxel weights >= 0; 0 is not drawn. scores: free text for predictions by name.
+    """
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray
+    risk: np.ndarray | None = None
+    predictions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scores: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """[rows, columns] across `axis`; a pixel is `aspect` as high as wide. grey: in [0, 1]."""
+
+    axis: int
+    aspect: float
+    grey: np.ndarray
+    labels: np.ndarray
+    risk: np.ndarray | None
+    predictions: dict[str, np.ndarray]
+
+
+def slice_of(case: Volumes, zooms: Sequence[float] = (1.0, 1.0, 1.0), *, cut: bool = True) -> Slice:
+    """The axial slice with most labelled area, or the middle one.
+
+    Where axial slices are thin strips, the plane with most voxels is taken. zooms: voxel size along
+    each axis. cut: to where the image is bright enough to be body, two pixels wider.
+
+    Raises:
+        ValueError: an array that is not 3-D, is empty, or whose shape differs from the image's.
+        TypeError: labels or a prediction that are not whole numbers.
+    """
+    image = np.asarray(case.image)
+    if image.ndim != 3 or image.size == 0:
+        raise ValueError(f"image: expected a non-empty 3-D array, got shape {image.shape}")
+
+    def fitting(name: str, array: Any, *, whole: bool = True) -> np.ndarray:
+        array = np.asarray(array)
+        if array.shape != image.shape:
+            raise ValueError(f"{name}: expected the image's shape {image.shape}, got {array.shape}")
+        if whole and not np.array_equal(array, np.trunc(array)):
+            raise TypeError(f"{name}: expected class indices (whole numbers), got {array.dtype}")
+        return np.maximum(array, 0).astype(int) if whole else array
+
+    of = f" of {case.name!r}"
+    labels = fitting("labels" + of, case.labels)
+    predictions = {k: fitting(f"prediction {k!r}{of}", p) for k, p in case.predictions.items()}
+    risk = None if case.risk is None else fitting("risk" + of, case.risk, whole=False)
+    axis = 2 if 4 * min(image.shape[:2]) >= image.shape[2] else int(np.argmin(image.shape))
+    across, up = (a for a in range(3) if a != axis)
+    area = (labels > 0).sum(axis=(across, up))
+    index = int(area.argmax()) if area.any() else image.shape[axis] // 2
+    grey = _grey(image)
+    body = np.take(grey, index, axis).T > 0.1
+    hits = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
+    box = tuple(slice(max(h[0] - 2, 0), h[-1] + 3) if h.size else slice(None) for h in hits)
+    box = box if cut else ()
+
+    def plane(volume: np.ndarray) -> np.ndarray:
+        return np.take(volume, index, axis).T[box]
+
+    drawn = {name: plane(prediction) for name, prediction in predictions.items()}
+    weights = None if risk is None else plane(risk)
+    aspect = float(zooms[up]) / float(zooms[across])
+    return Slice(axis, aspect, plane(grey), plane(labels), weights, drawn)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Black and white are the 1st and the 99.5th percentile of the finite values."""
+    finite = image[np.isfinite(image)]
+    low, high = np.percentile(finite, (1.0, 99.5)) if finite.size else (0.0, 1.0)
+    return np.nan_to_num(np.clip((image - low) / (high - low if high > low else 1.0), 0.0, 1.0))
+
+
+def coloured(
+    grey: np.ndarray, classes: np.ndarray, colours: np.ndarray, *, fine: int = 1
+) -> np.ndarray:
+    """RGB of the image with its classes half-transparent, each pixel as `fine` x `fine`.
+
+    With `fine` above 1 they have borders of a pixel in full colour.
+    """
+    grey, classes = (a.repeat(fine, 0).repeat(fine, 1) for a in (grey, classes))
+    edge = np.zeros(classes.shape, dtype=bool)
+    for step, along in [(1, 0), (-1, 0), (1, 1), (-1, 1)] if fine > 1 else ():
+        edge |= np.roll(classes, step, axis=along) != classes
+    strength = (np.where(edge, 1.0, _FILL) * (classes > 0))[..., None]
+    return grey[..., None] * (1 - strength) + colours[classes] * strength
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """RGB colours in [0, 1] of classes 0 .. num_classes - 1, shape [num_classes, 3], float64.
+
+    Class 0 (background) is black. Classes 1 to 7 have the Okabe-Ito colours; further ones repeat
+    these hues lighter and darker, since no larger palette stays safe for every reader.
+    """
+    colours = np.zeros((max(num_classes, 1), 3))
+    rounds = max(1, -(-(num_classes - 1) // len(_OKABE_ITO)))
+    for index in range(1, num_classes):
+        turn, which = divmod(index - 1, len(_OKABE_ITO))
+        red, green, blue = (int(_OKABE_ITO[which][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+        # Lighter and darker by turns, further from the base colour each time.
+        reach = 0.75 * ((turn + 1) // 2) / ((rounds + 1) // 2)
+        lightness += reach * (turn % 2 - lightness)
+        colours[index] = colorsys.hls_to_rgb(hue, lightness, saturation)
+    return colours
+
+
+def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
+    """Image, labels and prediction side by side, [H, 3 W, 3] uint8."""
+    ras = case.grid.to_ras
+    volumes = Volumes(case.name, ras(case.image[0]), ras(case.label), None, {"": ras(prediction)})
+    shown = slice_of(volumes, cut=False)
+    planes = [np.zeros_like(shown.labels), shown.labels, *shown.predictions.values()]
+    colours = class_colours(max(int(plane.max()) for plane in planes) + 1)
+    pictures = [coloured(shown.grey, plane, colours)[::-1] for plane in planes]
+    return (255 * np.concatenate(pictures, axis=1)).astype(np.uint8)
