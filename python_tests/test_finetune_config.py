@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,26 @@ def test_resolved_configuration_loads_again(tmp_path):
             {"source": {"checkpoint": "s.pt", "classes": ["b", "b"]}},
             ["source.classes: expected distinct names, got b"],
         ),
-        ({"data": {"spacing": [1, 1]}}, ["data.spacing"]),
+        ({"data": {"spacing": [1, 1]}}, ["data.spacing: expected [x, y, z] in mm, each above 0"]),
+        ({"data": {"label_map": 3}}, ["data.label_map: expected label value: class, or a file"]),
+        ({"data": {"datalist": ""}}, ["data.datalist: expected a path, got an empty text"]),
+        ({"data": {"regions": {"a": [1.5]}}}, ["data.regions.a.0: expected the number or name"]),
+        ({"data": {"regions": {1: [1]}}}, ["data.regions.1: input should be a valid string"]),
+        (
+            {"data": {"root": None, "cases": [{"image": [], "label": "l"}]}},
+            ["data.cases.0.image: expected a file, or a list with one for each channel, got []"],
+        ),
+        (
+            {"data": {"root": None, "cases": [{"image": "i", "lable": "l"}]}},
+            ["data.cases.0.label: missing", "data.cases.0.lable: unknown key; did you mean label"],
+        ),
+        (
+            {"source": {"checkpoint": "s.pt", "channels": ["T1", -1]}},
+            ["source.channels.1: expected the number or name of a channel, got -1"],
+        ),
+        ({"train": {"patch_size": [8, True]}}, ["train.patch_size.1: expected a number, got true"]),
+        ({"loss": {"fused_head": "never"}}, ["expected auto, true or false, got 'never'"]),
+        ({"loss": {"class_weights": [1, -1]}}, ["loss.class_weights: expected sqrt_inverse_freq"]),
     ],
 )
 def test_errors_name_key_and_way_out(tmp_path, change, told):
@@ -190,8 +210,11 @@ def test_bad_overrides(tmp_path, override, told):
         ("output: a\noutput: a", "line 2: the key output is given twice, first in line 1"),
         ("output: 2020-13-45", "no timestamp: month must be in 1..12; a text goes in quotes"),
         ("seed: !!int x", "not valid YAML (no int: "),
-        ("output: &a [*a]", "*a is within what it stands for"),
-        ("data: &d {root: x, more: {on: *d}}", "*d is within what it stands for"),
+        ("output: &a [*a]", "line 1: an alias (*) of this value is within itself"),
+        (
+            "data: &d {root: x, more: {on: *d}}",
+            "line 1: an alias (*) of this value is within itself",
+        ),
     ],
 )
 def test_bad_files(tmp_path, text, told):
@@ -204,9 +227,63 @@ def test_bad_files(tmp_path, text, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", "1e-3"),  # of which a key that takes a number makes one
+        ("1.0e-3", 1e-3),
+        ("012", 10),
+        ("0o12", "0o12"),
+        ("0x1f", 31),
+        ("1_000", 1000),
+        ("1:30", 90),
+        ("yes", True),
+        ("off", False),
+        ("~", None),
+        ("", None),
+        ("2020-01-02", datetime.date(2020, 1, 2)),
+        ("[&a {x: 1}, *a]", [{"x": 1}, {"x": 1}]),
+        ("{5: a, '5': b}", {5: "a", "5": "b"}),
+    ],
+)
+def test_values_are_those_of_yaml_1_1(text, value):
+    assert read_yaml(text)[0] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a:\n\tb: 1", "cannot start any token"),
+        ("a: *b", "found undefined alias 'b'"),
+        ("? [1]\n: 2", "found unhashable key"),
+        ("!!timestamp x", "no timestamp: "),
+        ("!!float ''", "no float: "),
+        ("!!python/object:os.system x", "could not determine a constructor"),
+    ],
+)
+def test_what_is_no_yaml(text, told):
+    with pytest.raises(yaml.YAMLError, match=told):
+        read_yaml(text)
+
+
+def test_places_of_keys(tmp_path):
+    path = write(tmp_path / "run.yaml", content(tmp_path))
+    text = "train: {steps: 0}\nloss:\n  alpha: -1\nrisk:\n  scheme: linear\n  range:\n  - 0\n"
+    path.write_text(f"{text}output: out\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["seed=x"])
+    assert [line.split(": ")[:2] for line in str(caught.value).splitlines()[1:]] == [
+        ["  command line", "seed"],
+        ["  data", "missing"],
+        ["  line 6", "risk.range"],
+        ["  line 3", "loss.alpha"],
+        ["  line 1", "train.steps"],
+    ]
+
+
 def test_merged_keys_may_be_given_again():
     text = "train: &t {steps: 3, lr: 1}\nother: {<<: *t, steps: 4}"
-    assert read_yaml(text) == {"train": {"steps": 3, "lr": 1}, "other": {"steps": 4, "lr": 1}}
+    assert read_yaml(text)[0] == {"train": {"steps": 3, "lr": 1}, "other": {"steps": 4, "lr": 1}}
 
 
 def test_a_folder_is_no_configuration(tmp_path):

@@ -14,7 +14,7 @@ from riskmap_ext import _library
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.processes import local_rank, local_size
 
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICE = re.compile(r"^(auto|cpu|cuda(:[0-9]+)?)$")
 # More is slower, and some thousands end the process.
 _THREADS_PER_CPU = 4
 

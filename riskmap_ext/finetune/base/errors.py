@@ -51,3 +51,8 @@ class ToldElsewhere(InputError):
 
 class Terminated(KeyboardInterrupt):
     """A request to end (SIGTERM): treated as Ctrl-C is."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, without its line breaks."""
+    return " ".join(str(error).split())

@@ -71,6 +71,17 @@ class Structures:
         return found
 
 
+def check_names(names: list[str]) -> list[str]:
+    """Class names as they are; ValueError for empty ones and for the same name twice."""
+    empty = [place for place, name in enumerate(names) if not name.strip()]
+    if empty:
+        raise ValueError(f"expected a name for each class, got none for class {empty[0]}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected distinct names, got {', '.join(twice)} more than once")
+    return names
+
+
 def structures_of(
     classes: Sequence[str],
     regions: Mapping[str, Sequence[int | str]] | None,

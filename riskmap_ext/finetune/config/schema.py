@@ -7,92 +7,94 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Len, Predicate
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
-    field_validator,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
 from riskmap_ext.finetune.base.device import DEVICE
 from riskmap_ext.finetune.base.orientation import check_orientation
+from riskmap_ext.finetune.base.structures import check_names
 
 IGNORE_INDEX = -100
-_UNIONS = (Union, UnionType, Annotated)
+BELOW_ROOT = ("datalist", "images", "labels")
 
 
-def _against_base(value: Any, info: ValidationInfo) -> Any:
-    """Relative paths of a config file start from the file's folder."""
+def _absolute(value: Any, info: ValidationInfo) -> Any:
+    """Relative paths start from the folder of the configuration's file, or from data.root."""
     if not isinstance(value, (str, Path)):
         return value
     if not str(value).strip():
         raise ValueError("expected a path, got an empty text")
-    base = (info.context or {}).get("base") or Path.cwd()
-    return Path(os.path.normpath(Path(base) / Path(value).expanduser()))
+    root = info.data.get("root") if info.field_name in BELOW_ROOT else None
+    start = root or (info.context or {}).get("base") or Path.cwd()
+    return Path(os.path.normpath(start / Path(value).expanduser()))
 
 
-def check_names(names: Any) -> Any:
-    """Class names as they are; ValueError for empty ones and for the same name twice."""
-    if isinstance(names, list):
-        empty = [place for place, name in enumerate(names) if not name.strip()]
-        if empty:
-            raise ValueError(f"expected a name for each class, got none for class {empty[0]}")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"expected distinct names, got {', '.join(twice)} more than once")
-    return names
+def _no_bool(value: Any) -> Any:
+    """pydantic would take yes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+    return value
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that a value may have, of a union each."""
-    if isinstance(annotation, type):
-        return {annotation}
-    parts = get_args(annotation)
-    # What is in an Annotated beside the type, and in a list or dict, are no types of the value.
-    parts = parts[:1] if get_origin(annotation) is Annotated else parts
-    return set().union(*map(_kinds, parts)) if get_origin(annotation) in _UNIONS else set()
+def _expected(text: str) -> WrapValidator:
+    """Says in one line what a key takes that allows several kinds of values."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            ours = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
+            raise ValueError(ours[0] if ours else f"expected {text}, got {value!r}") from None
+
+    return WrapValidator(check)
 
 
-def _one_or_many(value: Any) -> Any:
-    return value if value is None or isinstance(value, (list, tuple)) else [value]
-
-
-FilePath = Annotated[Path, BeforeValidator(_against_base)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Sizes = Annotated[list[PositiveInt], BeforeValidator(_one_or_many)]
-Names = Annotated[list[str], Field(min_length=1), AfterValidator(check_names)]
+_NUMBER = BeforeValidator(_no_bool)
+_LIST = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
+PositiveInt = Annotated[int, Field(ge=1), _NUMBER]
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
+Sizes = Annotated[list[PositiveInt], _LIST]
+Spacing = Annotated[list[Positive], Len(3, 3), _expected("[x, y, z] in mm, each above 0")]
+Interval = Annotated[
+    list[Annotated[float, _NUMBER]], Len(2, 2), Predicate(lambda pair: pair[0] <= pair[1])
+]
+FilePath = Annotated[Path, BeforeValidator(_absolute)]
+FilePaths = Annotated[list[FilePath], Len(1)]
+Folder = Annotated[FilePath, _expected("a folder")]
+Names = Annotated[list[str], Len(1), AfterValidator(check_names)]
+ClassNames = Annotated[list[str], Len(2), AfterValidator(check_names)]
+Member = Annotated[int | str, _expected("the number or name of a class")]
+Channel = Annotated[Count | str, _expected("the number or name of a channel")]
 Orientation = Annotated[str, AfterValidator(check_orientation)]
 Axis = Literal["sagittal", "coronal", "axial"]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError(f"expected a number, got {str(value).lower()}")
-        return value
-
 
 class CaseConfig(_Section):
     """One image (a file for each channel, or one for all) with its label."""
 
-    image: FilePath | Annotated[list[FilePath], Field(min_length=1)]
+    image: Annotated[FilePath | FilePaths, _expected("a file, or a list with one for each channel")]
     """Image file; or a list with one for each channel, all on one grid. A 4-D file holds all
     channels in its last axis."""
     label: FilePath
@@ -113,47 +115,60 @@ class DataConfig(_Section):
     root: FilePath | None = None
     """Folder with `dataset.json`, or with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`).
     Where it is set, relative `datalist`, `images` and `labels` start from it."""
-    datalist: Path | None = None
+    datalist: FilePath | None = None
     """`dataset.json` of the Decathlon, of MONAI, or of nnU-Net."""
-    images: Path | None = None
+    images: FilePath | None = None
     """Folder of images, paired with `labels` by file name."""
-    labels: Path | None = None
+    labels: FilePath | None = None
     """Folder of labels, paired with `images` by file name."""
     cases: list[CaseConfig] | None = None
     """Images with their labels, one by one."""
-    channels: PositiveInt | Names | None = None
+    channels: Annotated[
+        PositiveInt | Names | None, _expected("a number >= 1 or a list of channel names")
+    ] = None
     """How many channels an image has, or their names. Left out, as the data set says
     (`channel_names`, `modality`), or the number of files of a case."""
-    image_suffix: str | Names = ""
+    image_suffix: Annotated[
+        str | Names, _expected("a text, or a list with one for each channel")
+    ] = ""
     """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
     passed over, so a suffix also chooses the contrast. A list, such as `[_T1w, _FLAIR]`, has one
     for each channel."""
     label_suffix: str = ""
     """What follows the case's name in the label's file name, such as `_seg`."""
-    train: Annotated[int, Field(ge=1)] | list[str] | None = None
+    train: Annotated[
+        PositiveInt | list[str] | None, _expected("a number >= 1 or a list of case names")
+    ] = None
     """Training cases: how many, in the order of the list (by name for folders), or their names.
     Left out, all that are not for validation."""
-    validation: Annotated[int, Field(ge=0)] | list[str] | None = None
+    validation: Annotated[
+        Count | list[str] | None, _expected("a number >= 0 or a list of case names")
+    ] = None
     """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
     out), or their names. Left out, those of the datalist, or none."""
-    classes: list[str] | None = None
+    classes: Annotated[
+        ClassNames | None, _expected("two or more distinct names, background first")
+    ] = None
     """Distinct class names, background first. Left out, from the datalist or the names in
     `label_map`."""
-    label_map: dict[int, int | str] | FilePath | None = None
+    label_map: Annotated[
+        dict[int, int | str] | FilePath | None,
+        _expected("label value: class, or a file with such a table"),
+    ] = None
     """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
     or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
     a class. 0 is background unless mapped. Left out, numbers are taken as they are."""
-    regions: dict[str, Annotated[list[int | str], BeforeValidator(_one_or_many)]] | None = None
+    regions: dict[str, Annotated[list[Member], _LIST]] | None = None
     """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
     core}`. The network then has one sigmoid output for each region in the place of a softmax over
     the classes, and the regions are scored. Left out, those of an nnU-Net data set, or none."""
-    region_classes: list[int | str] | None = None
+    region_classes: list[Member] | None = None
     """The class that each region gets in a segmentation, in the order of painting (nnU-Net's
     `regions_class_order`). Left out, regions are painted from the largest to the smallest, each
     with the one class that no smaller region has."""
     other_labels: Literal["error", "background", "ignore"] = "error"
     """What becomes of labels that are not in the map (or ≥ the number of classes)."""
-    spacing: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
+    spacing: Spacing | None = None
     """Voxel size `[x, y, z]` in mm to resample to; left out, as in the file. Refused where fewer
     than 4 voxels would be left on an axis, or where a case would take more than half of the memory
     available."""
@@ -174,15 +189,8 @@ class DataConfig(_Section):
         """One for each channel."""
         return [self.image_suffix] if isinstance(self.image_suffix, str) else self.image_suffix
 
-    @field_validator("classes")
-    @classmethod
-    def _distinct_classes(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and len(value) < 2:
-            raise ValueError(f"expected two or more distinct names, background first, got {value}")
-        return check_names(value)
-
     @model_validator(mode="after")
-    def _one_way_to_list_files(self, info: ValidationInfo) -> DataConfig:
+    def _one_way_to_list_files(self) -> DataConfig:
         given = [k for k in ("datalist", "images", "cases") if getattr(self, k) is not None]
         if len(given) > 1:
             raise ValueError(f"expected one of datalist, images + labels, cases; got {given}")
@@ -193,13 +201,6 @@ class DataConfig(_Section):
                 "no data given: set root (a folder with dataset.json or with images/ and labels/), "
                 "datalist, images and labels, or cases"
             )
-        base = self.root or (info.context or {}).get("base") or Path.cwd()
-        for key in ("datalist", "images", "labels"):
-            value = getattr(self, key)
-            if value is not None:
-                # Assignment would validate again, without the context.
-                resolved = Path(os.path.normpath(Path(base) / value.expanduser()))
-                self.__dict__[key] = resolved
         return self
 
 
@@ -222,19 +223,21 @@ class NetworkConfig(_Section):
 class SourceConfig(_Section):
     """The frozen source model: where the weights and the transfer risk come from."""
 
-    checkpoint: FilePath
+    checkpoint: Annotated[FilePath, _expected("a file, or the folder of a MONAI bundle")]
     """A checkpoint of this package; of nnU-Net v2 (`checkpoint_final.pth`); a MONAI bundle (its
     folder or its `models/model.pt`); or any file of tensors and plain types with a state dict in
     it. Files with other objects are not loaded, as that would run their code."""
     network: NetworkConfig | None = None
     """Needed for a bare state dict; left out, as the checkpoint or bundle says."""
-    classes: Annotated[int, Field(ge=1)] | list[str] | None = None
+    classes: Annotated[
+        PositiveInt | Names | None, _expected("a number >= 1 or a list of class names")
+    ] = None
     """Class names, background first, or their number: needed for a bare state dict. Left out, as
     the checkpoint or bundle says."""
     orientation: Annotated[Orientation, Field(min_length=3)] | None = None
     """The order of axes in the image files of the source's training, such as `LPS`: for sources of
     nnU-Net, and for MONAI bundles that do not say it. Left out, `RAS`."""
-    channels: list[Annotated[int, Field(ge=0)] | str] | None = None
+    channels: list[Channel] | None = None
     """Which channels of the target images the source sees, by number or name, in its own order.
     Left out, all of them."""
     initialize: bool = True
@@ -243,11 +246,6 @@ class SourceConfig(_Section):
     """The output layer: `auto` is fresh where the class counts differ or only one of the
     two has regions, `keep` takes the source's, `reinitialize` is always fresh: for as many classes
     that are other ones."""
-
-    @field_validator("classes")
-    @classmethod
-    def _distinct_classes(cls, value: int | list[str] | None) -> int | list[str] | None:
-        return check_names(value)
 
 
 class RiskConfig(_Section):
@@ -261,20 +259,16 @@ class RiskConfig(_Section):
     was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
-    alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
+    alpha: Annotated[float, Field(gt=0, le=1), _NUMBER] = 0.5
     """Exponent of the scheme `power`."""
     scale: NonNegative = 9.0
     """What the hardest voxel weighs beyond 1, scheme `linear`."""
-    range: Literal["dataset", "image"] | Interval = "dataset"
+    range: Annotated[
+        Literal["dataset", "image"] | Interval,
+        _expected("dataset, image or [lo, hi] with lo <= hi"),
+    ] = "dataset"
     """Hardness that is stretched to the full weight: from the least to the largest over the
     training set, per image, or `[lo, hi]` in nats."""
-
-    @field_validator("range")
-    @classmethod
-    def _ordered(cls, value: Any) -> Any:
-        if isinstance(value, list) and not value[0] <= value[1]:
-            raise ValueError(f"expected [lo, hi] with lo <= hi, got {value}")
-        return value
 
 
 class LossConfig(_Section):
@@ -295,7 +289,10 @@ class LossConfig(_Section):
     the cross-entropy can be scaled up by."""
     ce_voxels: Literal["valid", "foreground"] = "valid"
     """Voxels the cross-entropy is summed over."""
-    class_weights: Literal["sqrt_inverse_frequency"] | list[NonNegative] | None = None
+    class_weights: Annotated[
+        Literal["sqrt_inverse_frequency"] | list[NonNegative] | None,
+        _expected("sqrt_inverse_frequency, a list of numbers >= 0 or null"),
+    ] = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
     √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
     multiply the risk map unless `risk.use` is false, as it was wherever they were compared."""
@@ -321,7 +318,7 @@ class LossConfig(_Section):
     overwrite_logits: bool = False
     """Let the gradient take the memory of the logits, for many classes. Not for networks with a
     stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
-    fused_head: Literal["auto"] | bool = "auto"
+    fused_head: Annotated[Literal["auto"] | bool, _expected("auto, true or false")] = "auto"
     """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits:
     with many classes they are most of its memory. `auto` does so from 16 outputs on where the
     network ends in one; `true` refuses a network that does not."""
@@ -341,17 +338,17 @@ class AugmentConfig(_Section):
     as left and right are often classes of their own."""
     affine_probability: Fraction = 0.5
     """Share of crops that are rotated and scaled."""
-    rotation: Annotated[float, Field(ge=0, le=180)] = 15.0
+    rotation: Annotated[float, Field(ge=0, le=180), _NUMBER] = 15.0
     """Largest angle, degrees; the crop turns in millimetres, so anisotropic voxels are fine."""
-    scale: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    scale: BelowOne = 0.15
     """Largest relative change of size."""
     intensity_probability: Fraction = 0.5
     """Share of crops whose brightness, contrast and gamma change."""
     brightness: NonNegative = 0.1
     """Standard deviation of the shift, in standard deviations of the image foreground."""
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    contrast: BelowOne = 0.2
     """Largest relative change of the contrast."""
-    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    gamma: BelowOne = 0.2
     """Exponents from `1 - gamma` to `1 / (1 - gamma)`."""
     noise_probability: Fraction = 0.2
     """Share of crops that get Gaussian noise."""
@@ -381,7 +378,7 @@ class TrainConfig(_Section):
     """For SGD."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     """Learning rate over the steps: `poly` is `(1 - step/steps)^0.9`, `cosine` half a wave."""
-    validate_every: Annotated[int, Field(ge=0)] = 100
+    validate_every: Count = 100
     """Steps between validations; 0 validates at the end alone."""
     foreground_crops: Fraction = 1 / 3
     """Share of crops centred on a foreground voxel."""
@@ -404,7 +401,7 @@ class InferenceConfig(_Section):
     patch_size: Sizes | None = None
     """Window in voxels, one number or one per axis. Null: the training patch (for the source, the
     window it was trained with)."""
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    overlap: BelowOne = 0.25
     """Of neighbouring windows, as a share."""
     batch_size: PositiveInt | None = None
     """Windows at once. Null: 16 slices, or 2 volumes."""
@@ -417,7 +414,7 @@ class WriteConfig(_Section):
     """Transferability and risk maps."""
     predictions: bool = True
     """Segmentations of the validation cases."""
-    overlays: bool | Annotated[int, Field(ge=0)] = True
+    overlays: Annotated[bool | Count, _expected("true, false or a number >= 0")] = True
     """Pictures of the validation cases, or how many of them."""
     tensorboard: bool = True
     """The columns of `metrics.csv`, and a validation case in pictures, as TensorBoard events."""
@@ -428,16 +425,20 @@ class WriteConfig(_Section):
 class Config(_Section):
     """A whole run. Field by field: docs/reference/config.md."""
 
-    output: FilePath
+    output: Folder
     """Folder for the results."""
     overwrite: bool = False
     """Replace the run that is in it."""
-    cache: FilePath | None = None
+    cache: Folder | None = None
     """Folder of statistics and maps, found again by content; runs may share one. Null:
     `OUTPUT/cache`."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
     """Of weights, crops and augmentation."""
-    device: str = "auto"
+    device: Annotated[
+        str,
+        Field(pattern=DEVICE.pattern),
+        _expected("auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA devices)"),
+    ] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes CUDA where torch and this package have it."""
     threads: PositiveInt | None = None
     """CPU threads, at most 4 for each CPU of the machine. Null: torch's number."""
@@ -452,16 +453,6 @@ class Config(_Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     write: WriteConfig = Field(default_factory=WriteConfig)
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        if not DEVICE.fullmatch(value):
-            raise ValueError(
-                "expected auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA "
-                f"devices), got {value!r}"
-            )
-        return value
 
     @model_validator(mode="after")
     def _network_known(self) -> Config:

@@ -1,4 +1,4 @@
-"""YAML as it is read here: a key that is given twice is an error, not silently the last one."""
+"""YAML as it is read here: with the line of each key, and none given twice."""
 
 from __future__ import annotations
 
@@ -7,88 +7,59 @@ from typing import Any
 import yaml
 
 
-class DuplicateKeyError(yaml.YAMLError):
-    """A mapping with the same key twice; lines count from 1."""
-
-    def __init__(self, key: str, line: int, first: int) -> None:
-        self.key, self.line, self.first = key, line, first
-        super().__init__(f"line {line}: the key {key} is given twice, first in line {first}")
-
-
 class _Loader(yaml.SafeLoader):
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        # Anchors of the nodes that are being composed.
-        self._open: list[str | None] = []
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            alias = self.peek_event()
-            if alias.anchor in self._open:
-                raise yaml.composer.ComposerError(
-                    None, None, f"*{alias.anchor} is within what it stands for", alias.start_mark
-                )
-            return super().compose_node(parent, index)
-        anchor = self.peek_event().anchor
-        self._open.append(anchor)
-        node = super().compose_node(parent, index)
-        self._open.pop()
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # As composed: keys that a merge (<<) brings in later may be given again.
-        node = super().compose_mapping_node(anchor)
-        seen: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            place = (key.tag, key.value)
-            line = key.start_mark.line + 1
-            if place in seen:
-                raise DuplicateKeyError(key.value, line, seen[place])
-            seen[place] = line
-        return node
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A scalar by the rules of its tag: `2020-13-45` looks like a date, but is none."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"no {kind}: {error}; a text goes in quotes", node.start_mark
+            ) from None
 
 
-def key_lines(text: str) -> dict[str, int]:
-    """Dotted key -> its line in a YAML document, from 1; items of lists are numbered keys."""
-    found: dict[str, int] = {}
+def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
+    """The plain content of a document; dotted key -> its line from 1, items of lists by number.
 
-    def visit(node: yaml.Node | None, prefix: str) -> None:
-        pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
-        if isinstance(node, yaml.MappingNode):
-            pairs = [(str(key.value), key, value) for key, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            pairs = [(str(index), value, value) for index, value in enumerate(node.value)]
-        for name, place, value in pairs:
-            # An alias (*) may lead to what is told already.
-            if prefix + name not in found:
-                found[prefix + name] = place.start_mark.line + 1
-                visit(value, f"{prefix}{name}.")
-
-    visit(yaml.compose(text, Loader=_Loader), "")
-    return found
-
-
-def read_yaml(text: str) -> Any:
-    """The plain content of a YAML document. Raises: yaml.YAMLError, DuplicateKeyError."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def _plain_value(loader: _Loader, node: yaml.Node) -> Any:
-    """A scalar by the rules of its tag: `2020-13-45` looks like a date, but is none."""
+    Raises: yaml.YAMLError, also for a key that is given twice and a value within itself.
+    """
+    loader = _Loader(text)
     try:
-        return _CONSTRUCTORS[node.tag](loader, node)
-    except (ValueError, KeyError, OverflowError) as error:
-        kind = node.tag.rpartition(":")[2]
-        raise yaml.constructor.ConstructorError(
-            None, None, f"no {kind}: {error}; a text goes in quotes", node.start_mark
-        ) from None
+        root = loader.get_single_node()
+        lines: dict[str, int] = {}
+        if root is None:
+            return None, lines
+        _find_lines(root, "", (), lines)
+        return loader.construct_document(root), lines
+    finally:
+        loader.dispose()
 
 
-_CONSTRUCTORS = {
-    f"tag:yaml.org,2002:{kind}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{kind}"]
-    for kind in ("bool", "float", "int", "timestamp")
-}
-for _tag in _CONSTRUCTORS:
-    _Loader.add_constructor(_tag, _plain_value)
+def _find_lines(
+    node: yaml.Node, prefix: str, above: tuple[Any, ...], lines: dict[str, int]
+) -> None:
+    """Writes the lines of the keys in `node`, which is within the nodes `above`."""
+    if node in above:
+        raise yaml.YAMLError(f"line {_line(node)}: an alias (*) of this value is within itself")
+    below: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        below = [(str(key.value), key, value) for key, value in node.value]
+        # Keys that a merge (<<) brings in are not among these, and may be given again.
+        given: dict[tuple[str, str], yaml.Node] = {}
+        for name, key, _ in below:
+            first = given.setdefault((key.tag, name), key)
+            if first is not key:
+                raise yaml.YAMLError(
+                    f"line {_line(key)}: the key {name} is given twice, first in line "
+                    f"{_line(first)}"
+                )
+    elif isinstance(node, yaml.SequenceNode):
+        below = [(str(index), each, each) for index, each in enumerate(node.value)]
+    for name, place, value in below:
+        lines[prefix + name] = _line(place)
+        _find_lines(value, f"{prefix}{name}.", (*above, node), lines)
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from riskmap_ext.finetune.base.errors import DataError
-from riskmap_ext.finetune.config.schema import check_names
+from riskmap_ext.finetune.base.structures import check_names
 
 # Of int16.
 _MAX_CLASS = 32767

@@ -126,7 +126,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     kind = "JSON" if file.suffix == ".json" else "YAML"
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if kind == "JSON" else read_yaml(text)
+        content = json.loads(text) if kind == "JSON" else read_yaml(text)[0]
     except (OSError, ValueError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{file}: cannot be read as {kind} ({text})") from None
