@@ -57,6 +57,23 @@ def test_source_is_frozen_and_complete(checkpoint):
     assert all(torch.equal(state[key], value) for key, value in weights(checkpoint).items())
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"classes": None}, "does not say which network it belongs to"),
+        ({"network": None}, "its network entry cannot be used"),
+        ({"network": {"nam": "UNet"}}, "its network entry cannot be used"),
+        ({"regions": {"a": [0]}, "region_classes": [1]}, "its.regions.a: expected classes"),
+    ],
+)
+def test_an_own_checkpoint_that_lacks_something(checkpoint, changes, told):
+    torch.save({**torch.load(checkpoint, weights_only=True), **changes}, checkpoint)
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    assert told in str(caught.value)
+
+
 def test_digest_follows_the_weights(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     next(iter(content["state_dict"].values())).view(-1)[0] += 1
@@ -74,8 +91,9 @@ def test_digest_follows_the_weights(checkpoint, tmp_path):
         lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}},
         lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}},
+        lambda state: {"net": {f"module._orig_mod.net.{k}": v for k, v in state.items()}},
     ],
-    ids=["bare", "monai", "nnunet", "parallel", "compiled", "lightning"],
+    ids=["bare", "monai", "nnunet", "parallel", "compiled", "lightning", "several"],
 )
 def test_checkpoints_of_other_tools(checkpoint, tmp_path, wrap):
     state = weights(checkpoint)

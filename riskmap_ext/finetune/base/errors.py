@@ -53,6 +53,6 @@ class Terminated(KeyboardInterrupt):
     """A request to end (SIGTERM): treated as Ctrl-C is."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: object) -> str:
     """What an error of another library says, without its line breaks."""
     return " ".join(str(error).split())

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.base.errors import CheckpointError
+from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.files import write_checkpoint
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.file import (
     SourceFile,
-    named_classes,
+    given_structures,
     read_checkpoint,
     state_dict_in,
     without_wrappers,
@@ -30,23 +30,12 @@ from riskmap_ext.finetune.source.nnunet import is_nnunet, nnunet_source
 FORMAT = "riskmap_ext.checkpoint.1"
 
 
-@dataclass(frozen=True)
-class SourceModel:
-    """The frozen source network and what its checkpoint says about it.
+@dataclass(frozen=True, kw_only=True)
+class SourceModel(SourceFile):
+    """The frozen source network, and what its file says of it."""
 
-    preprocessing: what is known of plan.preprocessing. notes: warnings for the log. foreign: it is
-    of another tool.
-    """
-
-    path: Path
     network: nn.Module
-    config: NetworkConfig
-    structures: Structures
-    channels: list[str]
-    preprocessing: dict[str, Any]
     digest: str
-    notes: list[str] = field(default_factory=list)
-    foreign: bool = False
 
     @property
     def classes(self) -> list[str]:
@@ -112,39 +101,6 @@ def load_source(source: SourceConfig) -> SourceModel:
 
     Raises: CheckpointError naming the file and what is missing or does not fit.
     """
-    found = _source_file(source)
-    path, structures, channels = found.path, found.structures, found.channels
-    config = without_channels(
-        found.network, structures.num_outputs, len(channels), found.network_key
-    )
-    network = build_network(config, structures.num_outputs, len(channels))
-    state = without_wrappers(found.state, network.state_dict().keys())
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(_misfit(found, config, network, state, error)) from None
-    network.eval().requires_grad_(False)
-    ordered = network.state_dict()
-    fingerprint = digest(
-        config.model_dump(mode="json"),
-        structures.regions,
-        *(ordered[key] for key in sorted(ordered)),
-    )
-    return SourceModel(
-        path,
-        network,
-        config,
-        structures,
-        channels,
-        found.preprocessing,
-        fingerprint,
-        found.notes,
-        found.foreign,
-    )
-
-
-def _source_file(source: SourceConfig) -> SourceFile:
-    """By what the file holds."""
     path = source.checkpoint
     root = bundle_root(path)
     weights = path if root is None else bundle_weights(path, root)
@@ -153,37 +109,94 @@ def _source_file(source: SourceConfig) -> SourceFile:
         raise CheckpointError(
             f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
         )
-    if content.get("format") != FORMAT and source.network is None:
-        if is_nnunet(path, content):
-            return nnunet_source(source, content)
-        if root is not None:
-            return bundle_source(source, root, content)
-    return _own_or_plain(source.model_copy(update={"checkpoint": weights}), content)
-
-
-def _own_or_plain(source: SourceConfig, content: dict[str, Any]) -> SourceFile:
-    path, own = source.checkpoint, content if content.get("format") == FORMAT else {}
-    state = state_dict_in(path, content)
-    config = source.network or _stored_network(path, own)
-    if own:
-        outputs = len(own.get("regions") or own.get("classes") or [])
-        told = f"it holds {own.get('network', {}).get('name')} with {outputs} outputs"
-        remedy = "leave source.network and source.classes out to take the file's own"
+    state = state_dict_in(weights, content)
+    if content.get("format") == FORMAT and content.get("classes"):
+        found = _own(source, weights, content)
+    elif source.network is None and is_nnunet(path, content):
+        found = nnunet_source(source, content)
+    elif source.network is None and root is not None:
+        found = bundle_source(source, root)
     else:
-        told = f"its keys are such as {', '.join(list(state)[:3])}"
-        remedy = "set source.network and source.classes to the model's own"
-    return SourceFile(
-        path,
-        state,
-        config,
-        _structures(source, own, path),
-        _channels(own, config),
-        own.get("preprocessing") or {},
-        "source.network.args" if source.network else f"{path}: network.args",
-        told,
-        remedy,
-        foreign=not own,
+        found = _plain(source, weights, state)
+    outputs, channels = found.structures.num_outputs, len(found.channels)
+    config = without_channels(found.config, outputs, channels, found.network_key)
+    network = build_network(config, outputs, channels)
+    _load(network, state, found, f"{_described(config)} with {outputs} outputs")
+    ordered = network.state_dict()
+    fingerprint = digest(
+        config.model_dump(mode="json"),
+        found.structures.regions,
+        *(ordered[key] for key in sorted(ordered)),
     )
+    said = {**vars(found), "config": config}
+    return SourceModel(**said, network=network, digest=fingerprint)
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], found: SourceFile, wanted: str) -> None:
+    """Raises: CheckpointError saying which network the file is of, as far as it tells."""
+    known = network.state_dict().keys()
+    state = without_wrappers(state, known)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        why = f"no weight in it belongs to {wanted}: {found.told}"
+        if state.keys() & known:
+            lines = "; ".join(one_line(line) for line in str(error).splitlines()[1:4])
+            why = f"the weights do not fit {wanted}: {found.told} ({lines})"
+        raise CheckpointError(f"{found.path}: {why}; {found.remedy}") from None
+    network.eval().requires_grad_(False)
+
+
+def _own(source: SourceConfig, path: Path, content: dict[str, Any]) -> SourceFile:
+    try:
+        config = source.network or NetworkConfig.model_validate(content.get("network"))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
+    stored = structures_of(
+        content["classes"], content.get("regions"), content.get("region_classes"), f"{path}: its"
+    )
+    name = (content.get("network") or {}).get("name")
+    return SourceFile(
+        path=path,
+        config=config,
+        structures=given_structures(source) or stored,
+        channels=[str(name) for name in content.get("channels") or _numbered(config)],
+        preprocessing=content.get("preprocessing") or {},
+        network_key="source.network.args" if source.network else f"{path}: network.args",
+        told=f"it holds {name} with {stored.num_outputs} outputs",
+        remedy="leave source.network and source.classes out to take the file's own",
+        foreign=False,
+    )
+
+
+def _plain(source: SourceConfig, path: Path, state: dict[str, Tensor]) -> SourceFile:
+    structures = given_structures(source)
+    if source.network is None:
+        raise CheckpointError(
+            f"{path}: does not say which network it belongs to; set source.network.name and "
+            "source.network.args"
+        )
+    if structures is None:
+        raise CheckpointError(
+            f"{path}: does not say which classes it has; set source.classes to their number or "
+            "names"
+        )
+    return SourceFile(
+        path=path,
+        config=source.network,
+        structures=structures,
+        channels=_numbered(source.network),
+        preprocessing={},
+        network_key="source.network.args",
+        told=f"its keys are such as {', '.join(list(state)[:3])}",
+        remedy="set source.network and source.classes to the model's own",
+    )
+
+
+def _numbered(config: NetworkConfig) -> list[str]:
+    """Channels by their number, which the network's arguments may say."""
+    count = config.args.get("in_channels", 1)
+    return [f"channel {index}" for index in range(count if isinstance(count, int) else 1)]
 
 
 def start_from_source(
@@ -200,24 +213,23 @@ def start_from_source(
 
     Raises: CheckpointError where nothing can be loaded or the head cannot be kept.
     """
-    mine = network.state_dict()
-    theirs = source.network.state_dict()
-    num_outputs, theirs_count = structures.num_outputs, source.structures.num_outputs
-    outputs = head_keys(config, num_outputs)
+    mine, theirs = network.state_dict(), source.network.state_dict()
+    count, their_count = structures.num_outputs, source.structures.num_outputs
+    if head == "keep" and count != their_count:
+        raise CheckpointError(
+            f"source.head: keep needs as many outputs as the source has ({their_count}), got "
+            f"{count}"
+        )
     # Sigmoids say nothing of a softmax, however many there are.
     same_kind = (structures.regions is None) == (source.structures.regions is None)
-    alike = same_kind and num_outputs == theirs_count
-    fresh_head = head == "reinitialize" or (head == "auto" and not alike)
-    if head == "keep" and num_outputs != theirs_count:
-        raise CheckpointError(
-            f"source.head: keep needs as many outputs as the source has ({theirs_count}), got "
-            f"{num_outputs}"
-        )
+    alike = same_kind and count == their_count
+    renewed = head == "reinitialize" or (head == "auto" and not alike)
+    fresh = head_keys(config, count) if renewed else set()
     report = KeyReport(skipped=[key for key in theirs if key not in mine])
     for key, value in mine.items():
         if key not in theirs:
             report.new.append(key)
-        elif key in outputs and fresh_head:
+        elif key in fresh:
             report.reinitialized.append(key)
         elif theirs[key].shape != value.shape:
             report.mismatched.append(key)
@@ -237,51 +249,3 @@ def start_from_source(
 def _described(config: NetworkConfig) -> str:
     args = ", ".join(f"{name}={value}" for name, value in config.args.items())
     return f"{config.name}({args})"
-
-
-def _misfit(
-    found: SourceFile,
-    config: NetworkConfig,
-    network: nn.Module,
-    state: Mapping[str, Tensor],
-    error: RuntimeError,
-) -> str:
-    """Which network the file is of, as far as it tells, and how that differs from `config`."""
-    wanted = f"{_described(config)} with {found.structures.num_outputs} outputs"
-    if not set(state) & set(network.state_dict()):
-        return f"{found.path}: no weight in it belongs to {wanted}: {found.told}; {found.remedy}"
-    lines = "; ".join(" ".join(line.split()) for line in str(error).splitlines()[1:4])
-    return f"{found.path}: the weights do not fit {wanted}: {found.told} ({lines}); {found.remedy}"
-
-
-def _stored_network(path: Path, own: dict[str, Any]) -> NetworkConfig:
-    stored = own.get("network")
-    if stored is None:
-        raise CheckpointError(
-            f"{path}: does not say which network it belongs to; set source.network.name and "
-            "source.network.args"
-        )
-    try:
-        return NetworkConfig.model_validate(stored)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
-
-
-def _structures(source: SourceConfig, own: dict[str, Any], path: Path) -> Structures:
-    if source.classes is None and own.get("regions"):
-        return structures_of(own["classes"], own["regions"], own["region_classes"], f"{path}: its")
-    classes = own.get("classes") if source.classes is None else source.classes
-    if classes is None:
-        raise CheckpointError(
-            f"{path}: does not say which classes it has; set source.classes to their number or "
-            "names"
-        )
-    return Structures(named_classes(classes))
-
-
-def _channels(own: dict[str, Any], config: NetworkConfig) -> list[str]:
-    """Of the images that the network sees: as stored, else by its own number of them."""
-    if own.get("channels"):
-        return [str(name) for name in own["channels"]]
-    count = config.args.get("in_channels", 1)
-    return [f"channel {index}" for index in range(count if isinstance(count, int) else 1)]

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from riskmap_ext._checkpoints import load_plain
-from riskmap_ext.finetune.base.errors import CheckpointError
+from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.structures import Structures
-from riskmap_ext.finetune.config.schema import NetworkConfig
+from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.data.datalist import EXTENSIONS
 
 # Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
 _STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """The weights of a source and the network they are of, whatever tool has written them.
+    """What a source's file says of its network, whatever tool has written it.
 
-    told: what the file itself says of its network, for messages. remedy: what to do where the
-    weights do not fit. preprocessing: as plan.preprocessing has it, as far as it is known;
-    `normalize` may be a scheme that the driver lacks. notes: warnings for the log. foreign: it is
-    of another tool.
+    network_key: where `config` stands. told: what the file itself says of its network, for
+    messages. remedy: what to do where the weights do not fit. preprocessing: as plan.preprocessing
+    has it, as far as it is known; `normalize` may be a scheme that the driver lacks. notes:
+    warnings for the log. foreign: it is of another tool.
     """
 
     path: Path
-    state: dict[str, Tensor]
-    network: NetworkConfig
+    config: NetworkConfig
     structures: Structures
     channels: list[str]
     preprocessing: dict[str, Any]
@@ -80,53 +81,56 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"cannot be read ({error.strerror})"
     with path.open("rb") as file:
         start = file.read(512)
-    expected = "; expected a torch checkpoint (source.checkpoint)"
+    expected = "expected a torch checkpoint (source.checkpoint)"
     if not start:
-        return "is empty" + expected
+        return f"is empty; {expected}"
     if path.name.lower().endswith((*EXTENSIONS, ".img")):
-        return "is an image" + expected
-    if start.startswith(b"PK") or start.startswith(b"\x80"):
-        if "TorchScript" in str(error):
-            return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            example = f" (such as {found[1]})" if found else ""
-            return (
-                f"holds objects other than tensors and plain types{example}, and is not loaded, "
-                "since that would run its code; save the model's state_dict() alone"
-            )
-        if _is_zip_of_files(path):
-            return "is a zip archive of files; unpack it" + expected
-        return "is damaged or incomplete" + expected
-    try:
-        start.decode("utf-8")
-    except UnicodeDecodeError:
-        return "is not a torch checkpoint" + expected.replace("a torch checkpoint", "one")
-    return "is a text file" + expected
-
-
-def _is_zip_of_files(path: Path) -> bool:
+        return f"is an image; {expected}"
+    if not start.startswith((b"PK", b"\x80")):
+        try:
+            start.decode("utf-8")
+        except UnicodeDecodeError:
+            return "is not a torch checkpoint; expected one (source.checkpoint)"
+        return f"is a text file; {expected}"
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        example = f" (such as {found[1]})" if found else ""
+        return (
+            f"holds objects other than tensors and plain types{example}, and is not loaded, "
+            "since that would run its code; save the model's state_dict() alone"
+        )
     try:
         names = zipfile.ZipFile(path).namelist()
     except (OSError, zipfile.BadZipFile):
-        return False
-    return not any(name.endswith("data.pkl") for name in names)
+        names = []
+    if names and not any(name.endswith("data.pkl") for name in names):
+        return f"is a zip archive of files; unpack it; {expected}"
+    return f"is damaged or incomplete; {expected}"
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The keys of a JSON or YAML file. Raises: CheckpointError."""
+    kind = "JSON" if file.suffix == ".json" else "YAML"
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if kind == "JSON" else read_yaml(text)[0]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: cannot be read as {kind} ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a mapping, got {type(content).__name__}")
+    return content
 
 
 def state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint, all of them finite. Raises: CheckpointError."""
-    for candidate in (*(content.get(key) for key in _STATE_KEYS), content):
-        if not isinstance(candidate, dict) or not candidate:
-            continue
-        if all(isinstance(value, Tensor) for value in candidate.values()):
-            _check_finite(path, candidate)
-            return candidate
-    raise CheckpointError(
-        f"{path}: no weights in it; expected a state dict, or one under {', '.join(_STATE_KEYS)}"
-    )
-
-
-def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    for state in (*(content.get(key) for key in _STATE_KEYS), content):
+        if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+            break
+    else:
+        expected = f"a state dict, or one under {', '.join(_STATE_KEYS)}"
+        raise CheckpointError(f"{path}: no weights in it; expected {expected}")
     bad = [
         key
         for key, value in state.items()
@@ -138,23 +142,35 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
             f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors ({shown}); its "
             "training has failed, choose another checkpoint"
         )
+    return state
 
 
 def without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """Keys without the prefixes of DataParallel, torch.compile or a surrounding module."""
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if not set(state) & set(wanted):
-        heads = {key.split(".")[0] for key in state}
-        inner = {key.partition(".")[2]: value for key, value in state.items()}
-        if len(heads) == 1 and set(inner) & set(wanted):
-            return inner
-    return state
+    found = state
+    while not set(found) & set(wanted):
+        heads = {key.partition(".")[0] for key in found}
+        if len(heads) > 1 or heads == set(found):
+            return state
+        found = {key.partition(".")[2]: value for key, value in found.items()}
+    return found
+
+
+def given_structures(source: SourceConfig) -> Structures | None:
+    """`source.classes`, where it is given."""
+    return None if source.classes is None else Structures(named_classes(source.classes))
 
 
 def named_classes(classes: int | list[str]) -> list[str]:
-    """`source.classes`: names, or how many."""
+    """Names, or how many."""
     if isinstance(classes, int):
         return [f"class {index}" for index in range(classes)]
-    return [str(name) for name in classes]
+    return list(classes)
+
+
+def stored_orientation(source: SourceConfig, why: str) -> tuple[str, list[str]]:
+    """Of files that do not say it: `source.orientation`, or RAS and a warning with the reason."""
+    if source.orientation is not None:
+        return source.orientation, []
+    otherwise = "RAS is assumed (source.orientation=LPS, for example, says otherwise)"
+    return "RAS", [f"{why}; {otherwise}"]

@@ -7,22 +7,28 @@ import. Here plain values alone are read, and the one class comes from monai.net
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from torch import nn
-
 from riskmap_ext.finetune.base.errors import CheckpointError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, check_orientation
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.config.yaml_text import read_yaml
-from riskmap_ext.finetune.source.file import SourceFile, named_classes, state_dict_in
-from riskmap_ext.finetune.source.network import network_class, spatial_dims
+from riskmap_ext.finetune.source.file import (
+    SourceFile,
+    given_structures,
+    named_classes,
+    read_mapping,
+    stored_orientation,
+)
+from riskmap_ext.finetune.source.network import (
+    OUT_ARGUMENTS,
+    channel_parameter,
+    monai_class,
+    spatial_dims,
+)
 
 _CONFIGS = ("inference", "train", "evaluate")
 _ENDINGS = (".json", ".yaml", ".yml")
@@ -44,6 +50,7 @@ _NO_CHANGE = (
     "ToTensor",
     "Orientation",
 )
+_SET_BOTH = "set source.network and source.classes"
 
 
 def bundle_root(path: Path) -> Path | None:
@@ -67,32 +74,25 @@ def bundle_weights(path: Path, root: Path) -> Path:
     raise CheckpointError(f"{weights}: missing in this MONAI bundle; models holds {there}{hint}")
 
 
-def bundle_source(source: SourceConfig, root: Path, content: dict[str, Any]) -> SourceFile:
-    """content: of its models/model.pt.
+def _config_files(root: Path) -> list[Path]:
+    files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
+    return [file for file in files if file.is_file()]
 
-    Raises: CheckpointError naming the file and what is missing or would have to be evaluated.
-    """
-    state = state_dict_in(bundle_weights(source.checkpoint, root), content)
-    files = _config_files(root)
-    if not files:
-        raise CheckpointError(
-            f"{root / 'configs'}: expected inference or train as .json or .yaml in this MONAI "
-            "bundle, got neither; set source.network and source.classes to use models/model.pt"
-        )
-    configs = {file: _mapping(file) for file in files}
-    file, config, key, definition = _definition(root, configs)
-    network = _network(file, config, key, definition)
+
+def bundle_source(source: SourceConfig, root: Path) -> SourceFile:
+    """Raises: CheckpointError naming the file and what is missing or would have to be evaluated."""
+    file, key, config = _definition(root)
+    place = f"{file}: {key}"
+    network = _network(config, config[key], place)
     metadata_file = root / "configs" / "metadata.json"
-    metadata = _mapping(metadata_file) if metadata_file.is_file() else {}
-    outputs = _count(network, ("out_channels", "num_classes", "n_classes"), file, key)
-    structures = _structures(source, metadata_file, metadata, config, outputs)
-    image = _format_of(metadata, "inputs", "image")
-    channels = _count(network, ("in_channels",), file, key)
-    dims = spatial_dims(network, f"{file}: {key}")
+    metadata = read_mapping(metadata_file) if metadata_file.is_file() else {}
+    outputs = _count(network, OUT_ARGUMENTS, place)
+    channels = _count(network, ("in_channels",), place)
+    dims = spatial_dims(network, place)
     preprocessing = _preprocessing(config)
-    size = image.get("spatial_shape")
-    if isinstance(size, list) and len(size) == dims and all(type(n) is int and n > 0 for n in size):
-        preprocessing["patch_size"] = size
+    size = _looked_up(metadata, "network_data_format::inputs::image::spatial_shape")
+    if isinstance(size, list) and len(size) == dims and all(map(_is_positive, size)):
+        preprocessing["patch_size"] = [int(each) for each in size]
     notes: list[str] = []
     if dims == 3:
         seen, notes = _seen_orientation(source, config, root)
@@ -103,99 +103,67 @@ def bundle_source(source: SourceConfig, root: Path, content: dict[str, Any]) -> 
     else:
         # Nor does it say which slices it sees.
         preprocessing.pop("spacing", None)
+    names = _channel_names(metadata, "inputs::image", channels)
+    structures = given_structures(source) or _structures(metadata_file, metadata, config, outputs)
     return SourceFile(
-        source.checkpoint,
-        state,
-        network,
-        structures,
-        _named(image.get("channel_def"), channels) or [f"channel {n}" for n in range(channels)],
-        preprocessing,
-        f"{file}: {key}",
-        f"{file} describes {network.name}",
-        "set source.network and source.classes to the model's own",
-        notes,
+        path=source.checkpoint,
+        config=network,
+        structures=structures,
+        channels=names or [f"channel {index}" for index in range(channels)],
+        preprocessing=preprocessing,
+        network_key=place,
+        told=f"{file} describes {network.name}",
+        remedy=f"{_SET_BOTH} to the model's own",
+        notes=notes,
     )
 
 
-def _config_files(root: Path) -> list[Path]:
-    files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
-    return [file for file in files if file.is_file()]
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    kind = "JSON" if file.suffix == ".json" else "YAML"
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if kind == "JSON" else read_yaml(text)[0]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"{file}: cannot be read as {kind} ({text})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a mapping, got {type(content).__name__}")
-    return content
-
-
-def _definition(
-    root: Path, configs: Mapping[Path, dict[str, Any]]
-) -> tuple[Path, dict[str, Any], str, dict[str, Any]]:
-    """The first description of a network: its file, that file's content, its key, itself."""
-    for file, config in configs.items():
-        for key in _NETWORKS:
-            if isinstance(config.get(key), dict):
-                return file, config, key, config[key]
-    for file, config in configs.items():
-        for key in _NETWORKS:
-            if key in config:
-                raise CheckpointError(
-                    f"{file}: {key}: expected a class of monai.networks.nets with plain arguments, "
-                    f"got {config[key]!r}, which is not evaluated; set source.network and "
-                    "source.classes"
-                )
+def _definition(root: Path) -> tuple[Path, str, dict[str, Any]]:
+    """The file with the first description of a network, its key, and the content of the file."""
+    files = _config_files(root)
+    if not files:
+        raise CheckpointError(
+            f"{root / 'configs'}: expected inference or train as .json or .yaml in this MONAI "
+            f"bundle, got neither; {_SET_BOTH} to use models/model.pt"
+        )
+    configs = {file: read_mapping(file) for file in files}
+    found = [(file, key) for file, each in configs.items() for key in _NETWORKS if key in each]
+    for file, key in found:
+        if isinstance(configs[file][key], dict):
+            return file, key, configs[file]
+    for file, key in found:
+        raise CheckpointError(
+            f"{file}: {key}: expected a class of monai.networks.nets with plain arguments, got "
+            f"{configs[file][key]!r}, which is not evaluated; {_SET_BOTH}"
+        )
     raise CheckpointError(
         f"{root / 'configs'}: expected {' or '.join(_NETWORKS)} in one of "
-        f"{', '.join(file.name for file in configs)}; got none; set source.network and "
-        "source.classes"
+        f"{', '.join(file.name for file in files)}; got none; {_SET_BOTH}"
     )
 
 
-def _network(
-    file: Path, config: dict[str, Any], key: str, definition: dict[str, Any]
-) -> NetworkConfig:
-    class_key = next((each for each in _CLASS_KEYS if each in definition), None)
-    target = None if class_key is None else definition[class_key]
-    place = f"{file}: {key}.{class_key or '_target_'}"
+def _network(config: dict[str, Any], definition: dict[str, Any], place: str) -> NetworkConfig:
+    class_key = next((key for key in _CLASS_KEYS if key in definition), "_target_")
+    target = definition.get(class_key)
     match = _NETS.fullmatch(target) if isinstance(target, str) else None
-    if match is None or not _is_monai(match["name"]):
+    network = monai_class(match["name"]) if match else None
+    if match is None or network is None:
         raise CheckpointError(
-            f"{place}: expected a class of monai.networks.nets, got {target!r}, which is not "
-            "imported; set source.network and source.classes"
+            f"{place}.{class_key}: expected a class of monai.networks.nets, got {target!r}, which "
+            f"is not imported; {_SET_BOTH}"
         )
     args = {name: value for name, value in definition.items() if name not in _CLASS_KEYS}
     inner = next((args.pop(name) for name in _ARGS_KEYS if name in args), None)
     if isinstance(inner, dict):
         args = {**inner, **args}
-    for name, default in _SETTINGS.items():
-        value = args.pop(name, default)
-        if default is not None and value != default:
-            raise CheckpointError(f"{file}: {key}.{name}: expected {default!r}, got {value!r}")
-    taken = inspect.signature(network_class(match["name"])).parameters
-    plain = {
-        name: _plain(value, f"{file}: {key}.{name}", config)
-        for name, value in args.items()
-        if not (name in _RETIRED and name not in taken)
-    }
-    return NetworkConfig(name=match["name"], args=plain)
-
-
-def _is_monai(name: str) -> bool:
-    from monai.networks import nets
-
-    found = getattr(nets, name, None)
-    return (
-        inspect.isclass(found)
-        and issubclass(found, nn.Module)
-        and found.__module__.startswith("monai.networks.nets.")
-    )
+    for name, expected in _SETTINGS.items():
+        value = args.pop(name, expected)
+        if expected is not None and value != expected:
+            raise CheckpointError(f"{place}.{name}: expected {expected!r}, got {value!r}")
+    for name in _RETIRED:
+        if name not in inspect.signature(network).parameters:
+            args.pop(name, None)
+    return NetworkConfig(name=match["name"], args=_plain(args, place, config))
 
 
 def _plain(value: Any, place: str, config: dict[str, Any], seen: tuple[str, ...] = ()) -> Any:
@@ -211,79 +179,64 @@ def _plain(value: Any, place: str, config: dict[str, Any], seen: tuple[str, ...]
         return [_plain(each, f"{place}.{n}", config, seen) for n, each in enumerate(value)]
     if not isinstance(value, str) or value[:1] not in ("$", "%", "@"):
         return value
-    if value.startswith("@") and value not in seen:
-        found = _looked_up(config, value[1:])
-        if found is not None:
-            return _plain(found, place, config, (*seen, value))
-    raise CheckpointError(
-        f"{place}: expected a plain value, got {value!r}, which is not evaluated; set "
-        "source.network and source.classes"
-    )
+    found = _referenced(value, config)
+    if found in (None, value) or value in seen:
+        raise CheckpointError(
+            f"{place}: expected a plain value, got {value!r}, which is not evaluated; {_SET_BOTH}"
+        )
+    return _plain(found, place, config, (*seen, value))
+
+
+def _referenced(value: Any, config: dict[str, Any]) -> Any:
+    """What `@a::b` stands for; other values as they are."""
+    is_reference = isinstance(value, str) and value.startswith("@")
+    return _looked_up(config, value[1:]) if is_reference else value
 
 
 def _looked_up(config: Any, identifier: str) -> Any:
     """Of `a::b::0`, or `a#b#0` as older bundles write it; None where there is nothing."""
     for part in re.split(r"::|#", identifier):
-        if isinstance(config, list) and part.isdigit() and int(part) < len(config):
-            config = config[int(part)]
-        elif isinstance(config, dict) and part in config:
-            config = config[part]
-        else:
+        try:
+            config = config[int(part) if isinstance(config, list) else part]
+        except (LookupError, TypeError, ValueError):
             return None
     return config
 
 
-def _count(network: NetworkConfig, names: tuple[str, ...], file: Path, key: str) -> int:
-    parameters = inspect.signature(network_class(network.name)).parameters
-    for name in names:
-        if name in parameters:
-            value = network.args.get(name, parameters[name].default)
-            if type(value) is int and value > 0:
-                return value
-            got = "nothing" if value is inspect.Parameter.empty else repr(value)
-            raise CheckpointError(f"{file}: {key}.{name}: expected a number of channels, got {got}")
-    raise CheckpointError(
-        f"{file}: {key}: {network.name} takes no {' or '.join(names)}; expected a segmentation "
-        "network"
-    )
+def _count(network: NetworkConfig, names: tuple[str, ...], place: str) -> int:
+    parameter = channel_parameter(network, names, place)
+    value = network.args.get(parameter.name, parameter.default)
+    if type(value) is not int or value < 1:
+        got = "nothing" if value is parameter.empty else repr(value)
+        raise CheckpointError(f"{place}.{parameter.name}: expected a number of channels, got {got}")
+    return value
 
 
-def _format_of(metadata: Mapping[str, Any], side: str, name: str) -> dict[str, Any]:
-    found: Any = metadata
-    for part in ("network_data_format", side, name):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _named(channel_def: Any, count: int) -> list[str] | None:
-    """{"0": name, ...}, where it names each of `count` channels and no two alike."""
-    if not isinstance(channel_def, dict):
+def _channel_names(metadata: Mapping[str, Any], side: str, count: int) -> list[str] | None:
+    """Of {"0": name, ...}, where it names each of `count` channels and no two alike."""
+    given = _looked_up(metadata, f"network_data_format::{side}::channel_def")
+    if not isinstance(given, dict):
         return None
-    by_number = {str(number): str(name).strip() for number, name in channel_def.items()}
+    by_number = {str(number): str(name).strip() for number, name in given.items()}
     names = [by_number.get(str(number), "") for number in range(count)]
     complete = len(by_number) == count and all(names) and len(set(names)) == count
     return names if complete else None
 
 
 def _structures(
-    source: SourceConfig,
-    file: Path,
-    metadata: Mapping[str, Any],
-    config: dict[str, Any],
-    outputs: int,
+    file: Path, metadata: Mapping[str, Any], config: dict[str, Any], outputs: int
 ) -> Structures:
     """Classes of a softmax, or the one region of a single sigmoid.
 
     Raises: CheckpointError for several sigmoids: which labels make up each of them is nowhere told.
     """
-    if source.classes is not None:
-        return Structures(named_classes(source.classes))
-    names = _named(_format_of(metadata, "outputs", "pred").get("channel_def"), outputs)
+    names = _channel_names(metadata, "outputs::pred", outputs)
     if outputs == 1:
         name = names[0] if names else "class 1"
         return structures_of(["background", name], {name: [1]}, [1])
     sigmoid = any(
-        each.get("sigmoid") is True for each in _transforms(config, "postprocessing", "Activations")
+        name == "Activations" and transform.get("sigmoid") is True
+        for name, transform in _transforms(config, "postprocessing")
     )
     first = names[0] if names else "background"
     if sigmoid or not re.search(r"\b(background|bg|else)\b", first, re.IGNORECASE):
@@ -296,24 +249,17 @@ def _structures(
     return Structures(names or named_classes(outputs))
 
 
-def _transforms(config: dict[str, Any], key: str, *names: str) -> list[dict[str, Any]]:
-    """The transforms of a Compose by their classes, whatever ending (d, D, Dict) they have."""
+def _transforms(config: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names (without the endings d, D, Dict) and arguments of a Compose's transforms."""
     section = config.get(key)
     listed = section.get("transforms") if isinstance(section, dict) else section
     found = []
     for each in listed if isinstance(listed, list) else []:
-        if isinstance(each, str) and each.startswith("@"):
-            each = _looked_up(config, each[1:])
-        if not isinstance(each, dict) or each.get("_disabled_") is True:
-            continue
-        if not names or _transform_name(each) in names:
-            found.append(each)
+        transform = _referenced(each, config)
+        if isinstance(transform, dict) and transform.get("_disabled_") is not True:
+            name = str(transform.get("_target_", "")).rpartition(".")[2]
+            found.append((re.sub(r"(d|D|Dict)$", "", name), transform))
     return found
-
-
-def _transform_name(transform: Mapping[str, Any]) -> str:
-    name = str(transform.get("_target_", "")).rpartition(".")[2]
-    return re.sub(r"(d|D|Dict)$", "", name)
 
 
 def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
@@ -323,25 +269,33 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     made: dict[str, Any] = {"spacing": None}
     scales: list[str] = []
-    for transform in transforms:
-        name = _transform_name(transform)
+    for name, transform in transforms:
+        whole = transform.get("subtrahend") is None and transform.get("divisor") is None
         if name == "Spacing":
-            made["spacing"] = _spacing(config, transform.get("pixdim"))
-        elif name == "NormalizeIntensity" and _is_zscore(transform):
+            made.pop("spacing", None)
+            sizes = _referenced(transform.get("pixdim"), config)
+            # -1 is the file's own.
+            if isinstance(sizes, list) and len(sizes) == 3 and all(map(_is_positive, sizes)):
+                made["spacing"] = [float(each) for each in sizes]
+        elif name == "NormalizeIntensity" and whole:
             scales.append("zscore")
             made["image_foreground"] = "nonzero" if transform.get("nonzero") is True else "all"
         elif name not in _NO_CHANGE:
             scales.append(str(transform.get("_target_")))
-    if made["spacing"] == []:
-        del made["spacing"]
     return {**made, "normalize": ", ".join(scales) or "none"}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def _seen_orientation(
     source: SourceConfig, config: dict[str, Any], root: Path
 ) -> tuple[str, list[str]]:
     """Letters of the axes of the volumes that the network sees; warnings."""
-    for transform in _transforms(config, "preprocessing", "Orientation"):
+    for name, transform in _transforms(config, "preprocessing"):
+        if name != "Orientation":
+            continue
         canonical = transform.get("as_closest_canonical") is True
         try:
             seen = check_orientation("RAS" if canonical else transform.get("axcodes"))
@@ -349,22 +303,5 @@ def _seen_orientation(
             continue
         if seen is not None and len(seen) == 3:
             return seen, []
-    if source.orientation is not None:
-        return source.orientation, []
-    return "RAS", [
-        f"{root}: the bundle does not say in which order of axes it was trained; RAS is assumed "
-        "(source.orientation=LPS, for example, says otherwise)"
-    ]
-
-
-def _spacing(config: dict[str, Any], pixdim: Any) -> list[float]:
-    """Three numbers; [] for others, such as -1, the file's own."""
-    if isinstance(pixdim, str) and pixdim.startswith("@"):
-        pixdim = _looked_up(config, pixdim[1:])
-    values = pixdim if isinstance(pixdim, list) else []
-    plain = len(values) == 3 and all(isinstance(n, (int, float)) and n > 0 for n in values)
-    return [float(n) for n in values] if plain else []
-
-
-def _is_zscore(transform: Mapping[str, Any]) -> bool:
-    return transform.get("subtrahend") is None and transform.get("divisor") is None
+    why = f"{root}: the bundle does not say in which order of axes it was trained"
+    return stored_orientation(source, why)

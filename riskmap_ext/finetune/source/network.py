@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from riskmap_ext._arguments import near_names
 from riskmap_ext._head import WORTH_FUSING, known_network
-from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
 from riskmap_ext.finetune.source.nnunet_networks import (
     NAMES,
@@ -23,21 +23,23 @@ from riskmap_ext.finetune.source.nnunet_networks import (
 )
 from riskmap_ext.nn import DeferredLogits, fuse_head
 
-_IN_ARGUMENTS = ("in_channels", "input_channels")
-_OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
+IN_ARGUMENTS = ("in_channels", "input_channels")
+OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
+
+
+def monai_class(name: str) -> type[nn.Module] | None:
+    found = getattr(nets, name, None)
+    return found if inspect.isclass(found) and issubclass(found, nn.Module) else None
 
 
 def network_class(name: str) -> type[nn.Module]:
     """Raises: ConfigError with near names, or the package that is missing."""
-    if name in NAMES:
-        return nnunet_class(name)
-    found = getattr(nets, name, None)
-    if inspect.isclass(found) and issubclass(found, nn.Module):
-        return found
-    known = [*NAMES, *(n for n in dir(nets) if inspect.isclass(getattr(nets, n)))]
-    hint = near_names(name, known, 3)
-    raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
+    found = nnunet_class(name) if name in NAMES else monai_class(name)
+    if found is None:
+        hint = near_names(name, [*NAMES, *filter(monai_class, dir(nets))], 3)
+        raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
+    return found
 
 
 def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
@@ -55,6 +57,18 @@ def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
     return dims
 
 
+def channel_parameter(network: NetworkConfig, names: Sequence[str], key: str) -> inspect.Parameter:
+    """The one of `names` that the network takes. Raises: ConfigError beginning with `key`."""
+    parameters = inspect.signature(network_class(network.name)).parameters
+    found = next((parameters[name] for name in names if name in parameters), None)
+    if found is None:
+        raise ConfigError(
+            f"{key}: {network.name} takes no {' or '.join(names)}; expected a segmentation network "
+            "such as UNet, DynUNet, SegResNet or SwinUNETR"
+        )
+    return found
+
+
 def without_channels(
     network: NetworkConfig, num_outputs: int, channels: int, key: str
 ) -> NetworkConfig:
@@ -62,8 +76,8 @@ def without_channels(
 
     Raises: ConfigError where they are given and say something else; `key` is where they stand.
     """
-    fixed = dict.fromkeys(_IN_ARGUMENTS, (channels, "the number of image channels"))
-    fixed |= dict.fromkeys(_OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
+    fixed = dict.fromkeys(IN_ARGUMENTS, (channels, "the number of image channels"))
+    fixed |= dict.fromkeys(OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
     for name, (expected, why) in fixed.items():
         if network.args.get(name, expected) != expected:
             raise ConfigError(
@@ -81,31 +95,25 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
     """
     cls = network_class(network.name)
     parameters = inspect.signature(cls).parameters
-    out_name = next((n for n in _OUT_ARGUMENTS if n in parameters), None)
-    if out_name is None:
-        raise ConfigError(
-            f"network.name: {network.name} takes no {' or '.join(_OUT_ARGUMENTS)}; expected a "
-            "segmentation network such as UNet, DynUNet, SegResNet or SwinUNETR"
-        )
+    out_name = channel_parameter(network, OUT_ARGUMENTS, "network.name").name
     # The channels follow from the data and the classes, whatever the arguments say.
     args = {**network.args, out_name: num_outputs}
-    args |= {name: channels for name in _IN_ARGUMENTS if name in parameters}
+    args |= {name: channels for name in IN_ARGUMENTS if name in parameters}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else sorted(set(args) - set(parameters))
     if unknown:
         hint = near_names(unknown[0], parameters)
         raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
-    plain = args
-    if network.name in NAMES:
-        args = nnunet_args(args)
+    of_nnunet = network.name in NAMES
+    made = nnunet_args(args) if of_nnunet else args
     try:
-        built = cls(**args)
-        if network.name in NAMES:
+        built = cls(**made)
+        if of_nnunet:
             built.apply(getattr(cls, "initialize"))  # noqa: B009  (a static method there)
-        return built
     except Exception as error:  # each network checks its own arguments in its own way
-        text = " ".join(str(error).split())
-        raise ConfigError(f"network.args: {network.name} refuses {plain}: {text}") from None
+        told = f"{network.name} refuses {args}: {one_line(error)}"
+        raise ConfigError(f"network.args: {told}") from None
+    return built
 
 
 def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:
@@ -141,10 +149,10 @@ def check_forward(
             blank = torch.zeros(1, channels, *size, device=device)
             out = first_output(network(blank), blank)
     except Exception as error:  # whatever the network's layers raise
-        text = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
-            f"({text}); sizes divisible by the product of the network's strides usually do"
+            f"({one_line(error)[:300]}); sizes divisible by the product of the network's strides "
+            "usually do"
         ) from None
     finally:
         network.train(training)

@@ -6,21 +6,27 @@ nnU-Net itself is not needed, only the package of its networks.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from riskmap_ext.finetune.base.errors import CheckpointError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.data.dataset_json import dataset_channels, dataset_labels
-from riskmap_ext.finetune.source.file import SourceFile, named_classes, state_dict_in
+from riskmap_ext.finetune.source.file import (
+    SourceFile,
+    given_structures,
+    read_mapping,
+    stored_orientation,
+)
 from riskmap_ext.finetune.source.nnunet_networks import NAMES
 
 _REORIENTS = "NibabelIOWithReorient"
-_ORDERS = [list(order) for order in itertools.permutations(range(3))]
+_ORDERS = [kind(order) for order in itertools.permutations(range(3)) for kind in (list, tuple)]
 
 
 def is_nnunet(path: Path, content: Mapping[str, Any]) -> bool:
@@ -45,45 +51,38 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceFil
             "stage's segmentation of each image; take a model of 2d, 3d_lowres or 3d_fullres"
         )
     network = _network(path, configuration)
-    structures = _structures(source, path, dataset)
+    structures = given_structures(source) or _structures(path, dataset)
     channels = dataset_channels(path, dataset) or ["channel 0"]
-    patch = _numbers(path, name, configuration, "patch_size")
+    place = f"{path}: its plans: configurations.{name}"
+    patch, spacing = (_numbers(place, configuration, key) for key in ("patch_size", "spacing"))
     dims = len(patch)
-    seen, notes = _seen_orientation(source, path, plans)
-    preprocessing: dict[str, Any] = {
-        "image_suffix": [f"_{index:04d}" for index in range(len(channels))],
-        **_normalization(configuration),
-    }
-    spacing = [float(each) for each in _numbers(path, name, configuration, "spacing")]
     if len(spacing) < dims:
         raise CheckpointError(
-            f"{path}: its plans: configurations.{name}.spacing: expected {dims} numbers, as "
-            f"patch_size has, got {spacing}"
+            f"{place}.spacing: expected {dims} numbers, as patch_size has, got {spacing}"
         )
-    if dims == 2:
-        # Slices along the first axis of the transposed array.
-        preprocessing["slice_axis"] = slice_axis_of(seen[0])
-        seen = seen[1:]
-        preprocessing["pixel_size"] = arranged(
-            spacing[-2:], seen, PREPARED[preprocessing["slice_axis"]][:2]
-        )
-    else:
-        preprocessing["spacing"] = arranged(spacing, seen, PREPARED["axial"])
-    prepared = PREPARED[preprocessing.get("slice_axis", "axial")][:dims]
-    preprocessing["patch_size"] = arranged([int(each) for each in patch], seen, prepared)
+    seen, notes = _seen_orientation(source, path, plans)
+    # Slices are along the first axis of the transposed array.
+    slice_axis = slice_axis_of(seen[0]) if dims == 2 else "axial"
+    seen, prepared = seen[-dims:], PREPARED[slice_axis][:dims]
+    sizes = arranged([float(each) for each in spacing[-dims:]], seen, prepared)
+    voxel = {"slice_axis": slice_axis, "pixel_size": sizes} if dims == 2 else {"spacing": sizes}
     return SourceFile(
-        path,
-        state_dict_in(path, {"network_weights": content["network_weights"]}),
-        network.model_copy(update={"orientation": seen}),
-        structures,
-        channels,
-        preprocessing,
-        f"{path}: its plans: arch_kwargs",
-        f"it holds {network.name} with the {structures.num_outputs} outputs of its dataset.json "
-        f"(configuration {name})",
-        "its trainer may have built another network; set source.network to that, or choose "
+        path=path,
+        config=network.model_copy(update={"orientation": seen}),
+        structures=structures,
+        channels=channels,
+        preprocessing={
+            "image_suffix": [f"_{index:04d}" for index in range(len(channels))],
+            "patch_size": arranged([int(each) for each in patch], seen, prepared),
+            **voxel,
+            **_normalization(configuration),
+        },
+        network_key=f"{path}: its plans: arch_kwargs",
+        told=f"it holds {network.name} with the {structures.num_outputs} outputs of its "
+        f"dataset.json (configuration {name})",
+        remedy="its trainer may have built another network; set source.network to that, or choose "
         "another checkpoint",
-        notes,
+        notes=notes,
     )
 
 
@@ -95,21 +94,17 @@ def _beside(path: Path, name: str) -> Path | None:
 
 def _part(path: Path, made_with: Mapping[str, Any], key: str, file_name: str) -> dict[str, Any]:
     part = made_with.get(key)
-    if part is None:
-        found = _beside(path, file_name)
-        if found is None:
-            raise CheckpointError(
-                f"{path}: expected {key} in the init_args of this nnU-Net checkpoint, or "
-                f"{file_name} in {path.resolve().parent.parent}; got neither"
-            )
-        try:
-            part = json.loads(found.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{found}: cannot be read as JSON ({error})") from None
-        path = found
-    if not isinstance(part, dict):
+    if isinstance(part, dict):
+        return part
+    if part is not None:
         raise CheckpointError(f"{path}: {key}: expected a mapping, got {type(part).__name__}")
-    return part
+    found = _beside(path, file_name)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: expected {key} in the init_args of this nnU-Net checkpoint, or {file_name} "
+            f"in {path.resolve().parent.parent}; got neither"
+        )
+    return read_mapping(found)
 
 
 def _configuration_name(path: Path, made_with: Mapping[str, Any]) -> str:
@@ -128,45 +123,42 @@ def _configuration_name(path: Path, made_with: Mapping[str, Any]) -> str:
 
 def _configuration(path: Path, plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """With what it inherits."""
-    known = plans.get("configurations")
+    given = plans.get("configurations")
+    known = dict(given) if isinstance(given, dict) else {}
     merged: dict[str, Any] = {}
     wanted: Any = name
-    seen: list[str] = []
     while wanted is not None:
-        each = known.get(wanted) if isinstance(known, dict) else None
-        if not isinstance(each, dict) or wanted in seen:
-            there = ", ".join(map(str, known)) if isinstance(known, dict) else "none"
+        # Taken out, so that none inherits from itself.
+        each = known.pop(wanted, None)
+        if not isinstance(each, dict):
+            there = ", ".join(map(str, given)) if isinstance(given, dict) else "none"
             raise CheckpointError(
                 f"{path}: its plans: expected a configuration {wanted!r}, got {there}"
             )
-        seen.append(wanted)
         merged = {**each, **merged}
         wanted = each.get("inherits_from")
     return merged
 
 
-def _numbers(path: Path, name: str, configuration: Mapping[str, Any], key: str) -> list[Any]:
-    value = configuration.get(key)
-    if not (
-        isinstance(value, (list, tuple))
-        and len(value) in (2, 3)
-        and all(isinstance(each, (int, float)) and each > 0 for each in value)
-    ):
-        raise CheckpointError(
-            f"{path}: its plans: configurations.{name}.{key}: expected 2 or 3 numbers, got "
-            f"{value!r}"
-        )
-    return list(value)
+def _numbers(place: str, configuration: Mapping[str, Any], key: str) -> list[Any]:
+    numbers = _listed(configuration.get(key))
+    good = all(isinstance(each, (int, float)) and each > 0 for each in numbers)
+    if len(numbers) not in (2, 3) or not good:
+        got = repr(configuration.get(key))
+        raise CheckpointError(f"{place}.{key}: expected 2 or 3 numbers, got {got}")
+    return numbers
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _network(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
     architecture = configuration.get("architecture")
     if architecture is None:
         return _network_of_old_plans(path, configuration)
-    full, given = None, None
-    if isinstance(architecture, dict):
-        full, given = architecture.get("network_class_name"), architecture.get("arch_kwargs")
-    full = str(full)
+    parts = architecture if isinstance(architecture, dict) else {}
+    full, given = str(parts.get("network_class_name")), parts.get("arch_kwargs")
     name = full.rpartition(".")[2]
     if name not in NAMES or not full.startswith("dynamic_network_architectures."):
         raise CheckpointError(
@@ -178,7 +170,7 @@ def _network(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
             f"{path}: its plans: arch_kwargs: expected arguments by name, got {given!r}"
         )
     args = {key: value for key, value in given.items() if key != "deep_supervision"}
-    return NetworkConfig(name=name, args=_plain(args))
+    return _network_config(name, args)
 
 
 def _network_of_old_plans(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
@@ -211,28 +203,21 @@ def _network_of_old_plans(path: Path, configuration: Mapping[str, Any]) -> Netwo
             f"{path}: its plans: expected architecture, or UNet_class_name with the numbers of old "
             f"plans; {error} is missing or cannot be used"
         ) from None
-    return NetworkConfig(name=str(name), args=_plain(args))
+    return _network_config(str(name), args)
 
 
-def _plain(value: Any) -> Any:
+def _network_config(name: str, args: dict[str, Any]) -> NetworkConfig:
     """Without tuples, which YAML has no word for."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value
+    return NetworkConfig(name=name, args=to_jsonable_python(args, fallback=repr))
 
 
-def _structures(source: SourceConfig, path: Path, dataset: Mapping[str, Any]) -> Structures:
-    if source.classes is not None:
-        return Structures(named_classes(source.classes))
+def _structures(path: Path, dataset: Mapping[str, Any]) -> Structures:
     labels = dataset.get("labels")
     if not isinstance(labels, dict):
         raise CheckpointError(f"{path}: its dataset.json: labels: expected a mapping, got {labels}")
-    lists = [value for value in labels.values() if isinstance(value, (list, tuple))]
-    if not any(len(value) > 1 for value in lists):
+    if not any(len(_listed(value)) > 1 for value in labels.values()):
         # As nnU-Net does, lists of one label each are no regions.
-        labels = {n: v[0] if isinstance(v, (list, tuple)) and v else v for n, v in labels.items()}
+        labels = {name: (_listed(value) or [value])[0] for name, value in labels.items()}
     found = dataset_labels(path, {**dataset, "labels": labels})
     if found.classes is None:
         raise CheckpointError(
@@ -246,17 +231,12 @@ def _seen_orientation(
     source: SourceConfig, path: Path, plans: Mapping[str, Any]
 ) -> tuple[str, list[str]]:
     """Letters of the array's axes that nnU-Net's network sees, slice axis first; warnings."""
-    stored, notes = source.orientation, []
+    why = f"{path}: nnU-Net takes files in the order they are stored in, and does not say which"
+    stored, notes = stored_orientation(source, f"{why} that was")
     if str(plans.get("image_reader_writer")) == _REORIENTS:
-        stored = "RAS"
-    elif stored is None:
-        stored = "RAS"
-        notes.append(
-            f"{path}: nnU-Net takes files in the order they are stored in, and does not say which "
-            "that was; RAS is assumed (source.orientation=LPS, for example, says otherwise)"
-        )
+        stored, notes = "RAS", []
     order = plans.get("transpose_forward", [0, 1, 2])
-    if list(order if isinstance(order, (list, tuple)) else ()) not in _ORDERS:
+    if order not in _ORDERS:
         raise CheckpointError(
             f"{path}: its plans: transpose_forward: expected the axes 0, 1, 2, got {order!r}"
         )
@@ -267,13 +247,12 @@ def _seen_orientation(
 
 def _normalization(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """`normalize` and `image_foreground`, or the name of a scheme that the driver lacks."""
-    given, masks = (configuration.get(k) for k in ("normalization_schemes", "use_mask_for_norm"))
-    schemes = {str(each) for each in given} if isinstance(given, (list, tuple)) else set()
-    masked = {bool(each) for each in masks} if isinstance(masks, (list, tuple)) else {False}
-    if schemes == {"ZScoreNormalization"} and len(masked) == 1:
+    schemes = sorted({str(each) for each in _listed(configuration.get("normalization_schemes"))})
+    masked = {bool(each) for each in _listed(configuration.get("use_mask_for_norm"))}
+    if schemes == ["ZScoreNormalization"]:
+        if len(masked) > 1:
+            return {"normalize": "ZScoreNormalization of some channels in the mask"}
         return {"normalize": "zscore", "image_foreground": "nonzero" if True in masked else "all"}
-    if schemes == {"NoNormalization"}:
+    if schemes == ["NoNormalization"]:
         return {"normalize": "none"}
-    if schemes == {"ZScoreNormalization"}:
-        return {"normalize": "ZScoreNormalization of some channels in the mask"}
-    return {"normalize": ", ".join(sorted(schemes))} if schemes else {}
+    return {"normalize": ", ".join(schemes)} if schemes else {}

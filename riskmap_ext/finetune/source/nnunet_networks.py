@@ -13,13 +13,12 @@ from torch import nn
 from riskmap_ext.finetune.base.errors import ConfigError
 
 NAMES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
-_BLOCKS = ("BasicBlockD", "BottleneckD")
 _LAYERS: dict[str, tuple[str, ...]] = {
     "conv_op": ("Conv2d", "Conv3d"),
     "norm_op": ("InstanceNorm2d", "InstanceNorm3d", "BatchNorm2d", "BatchNorm3d"),
     "dropout_op": ("Dropout2d", "Dropout3d"),
     "nonlin": ("LeakyReLU", "ReLU", "PReLU", "ELU", "GELU", "SiLU", "Mish"),
-    "block": _BLOCKS,
+    "block": ("BasicBlockD", "BottleneckD"),
 }
 _PACKAGES = ("torch.nn.", "dynamic_network_architectures.building_blocks.residual.")
 
@@ -39,8 +38,7 @@ def nnunet_class(name: str) -> type[nn.Module]:
 
 def nnunet_dims(args: Mapping[str, Any], key: str) -> int:
     """2 or 3, by the convolution."""
-    name = _layer_name("conv_op", args.get("conv_op"), key)
-    return 2 if name == "Conv2d" else 3
+    return 2 if _layer_name("conv_op", args.get("conv_op"), key) == "Conv2d" else 3
 
 
 def nnunet_args(args: Mapping[str, Any], key: str = "network.args") -> dict[str, Any]:
@@ -48,18 +46,14 @@ def nnunet_args(args: Mapping[str, Any], key: str = "network.args") -> dict[str,
 
     Raises: ConfigError for a name that is not in the list: nothing else is imported.
     """
+    from dynamic_network_architectures.building_blocks import residual
+
     made = dict(args)
     for argument in _LAYERS:
         if argument == "conv_op" or made.get(argument) is not None:
             name = _layer_name(argument, made.get(argument), key)
-            made[argument] = _block(name) if argument == "block" else getattr(nn, name)
+            made[argument] = getattr(residual if argument == "block" else nn, name)
     return made
-
-
-def _block(name: str) -> Any:
-    from dynamic_network_architectures.building_blocks import residual
-
-    return getattr(residual, name)
 
 
 def _layer_name(argument: str, value: Any, key: str) -> str:
