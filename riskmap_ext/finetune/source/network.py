@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from monai.networks import nets
+from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
 from riskmap_ext._arguments import near_names
@@ -141,22 +142,16 @@ def check_forward(
     network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
 ) -> None:
     """Runs one blank patch through the network, so that a misfit is told before any work."""
-    device = next(network.parameters()).device
-    training = network.training
-    network.eval()
     try:
-        with torch.no_grad():
-            blank = torch.zeros(1, channels, *size, device=device)
-            out = first_output(network(blank), blank)
+        with eval_mode(network):
+            blank = _blank(network, size, channels)
+            shape = list(first_output(network(blank), blank).shape)
     except Exception as error:  # whatever the network's layers raise
         raise ConfigError(
             f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
             f"({one_line(error)[:300]}); sizes divisible by the product of the network's strides "
             "usually do"
         ) from None
-    finally:
-        network.train(training)
-    shape = list(out.shape)
     if shape != [1, num_outputs, *size]:
         raise ConfigError(
             f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
@@ -173,16 +168,19 @@ def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
         return
     tried = copy.deepcopy(network).train()
-    blank = torch.zeros(1, channels, *size, device=next(network.parameters()).device)
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            tried(blank)
+            tried(_blank(network, size, channels))
     except ValueError as error:
         raise ConfigError(
             f"train.batch_size: one crop of {list(size)} at a time is too little for the batch "
             f"normalization of {type(network).__name__} ({error}); use two or more, for each "
             "process of torchrun, or larger crops"
         ) from None
+
+
+def _blank(network: nn.Module, size: Sequence[int], channels: int) -> Tensor:
+    return torch.zeros(1, channels, *size, device=next(network.parameters()).device)
 
 
 def fused_heads(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.networks.utils import eval_mode
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.base.files import write_nifti
@@ -53,14 +53,9 @@ class Predictor:
         if self.channels is not None:
             image = image[self.channels]
         device = next(self._network.parameters()).device
-        training = self._network.training
-        self._network.eval()
-        try:
-            with torch.no_grad():
-                logits: Any = self._infer(image.to(device)[None], self._forward)
-                return logits.float()
-        finally:
-            self._network.train(training)
+        with eval_mode(self._network):
+            logits: Any = self._infer(image.to(device)[None], self._forward)
+            return logits.float()
 
     def _forward(self, window: Tensor) -> Any:
         return first_output(self._network(window), window)
