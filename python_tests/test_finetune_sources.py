@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,7 @@ def test_plans_of_old_and_inherited_configurations(tmp_path: Path) -> None:
     [
         ({"previous_stage": "3d_lowres"}, "second stage of a cascade"),
         ({"patch_size": None}, "configurations.3d_fullres.patch_size: expected 2 or 3 numbers"),
+        ({"patch_size": [8, 8, math.inf]}, "patch_size: expected 2 or 3 numbers, got [8, 8, inf]"),
         ({"architecture": {"network_class_name": "os.system"}}, "got 'os.system'"),
         (
             {"architecture": {"network_class_name": "evil.PlainConvUNet"}},

@@ -143,10 +143,10 @@ def _told(problem: Any, names: Sequence[str]) -> str:
         return str(context["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
     told = f"{message}, got {problem['input']!r}"
-    if kind == "literal_error":
-        by_lower = {name.lower(): name for name in re.findall(r"'[^']*'", context["expected"])}
-        near = difflib.get_close_matches(repr(problem["input"]).lower(), by_lower, n=1)
-        told += "".join(f"; did you mean {by_lower[name]}?" for name in near)
+    if kind == "literal_error" and isinstance(problem["input"], str):
+        by_lower = {name.lower(): name for name in re.findall(r"'(.*?)'", context["expected"])}
+        near = difflib.get_close_matches(problem["input"].lower(), by_lower, n=1)
+        told += "".join(f"; did you mean {by_lower[name]!r}?" for name in near)
     return told
 
 

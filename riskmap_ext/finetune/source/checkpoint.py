@@ -19,6 +19,7 @@ from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.file import (
     SourceFile,
     given_structures,
+    numbered,
     read_checkpoint,
     state_dict_in,
     without_wrappers,
@@ -160,7 +161,7 @@ def _own(source: SourceConfig, path: Path, content: dict[str, Any]) -> SourceFil
         path=path,
         config=config,
         structures=given_structures(source) or stored,
-        channels=[str(name) for name in content.get("channels") or _numbered(config)],
+        channels=[str(name) for name in content.get("channels") or _channels(config)],
         preprocessing=content.get("preprocessing") or {},
         network_key="source.network.args" if source.network else f"{path}: network.args",
         told=f"it holds {name} with {stored.num_outputs} outputs",
@@ -185,7 +186,7 @@ def _plain(source: SourceConfig, path: Path, state: dict[str, Tensor]) -> Source
         path=path,
         config=source.network,
         structures=structures,
-        channels=_numbered(source.network),
+        channels=_channels(source.network),
         preprocessing={},
         network_key="source.network.args",
         told=f"its keys are such as {', '.join(list(state)[:3])}",
@@ -193,10 +194,10 @@ def _plain(source: SourceConfig, path: Path, state: dict[str, Tensor]) -> Source
     )
 
 
-def _numbered(config: NetworkConfig) -> list[str]:
+def _channels(config: NetworkConfig) -> list[str]:
     """Channels by their number, which the network's arguments may say."""
     count = config.args.get("in_channels", 1)
-    return [f"channel {index}" for index in range(count if isinstance(count, int) else 1)]
+    return numbered("channel", count if isinstance(count, int) else 1)
 
 
 def start_from_source(

@@ -157,15 +157,15 @@ def without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[
 
 
 def given_structures(source: SourceConfig) -> Structures | None:
-    """`source.classes`, where it is given."""
-    return None if source.classes is None else Structures(named_classes(source.classes))
+    """`source.classes`, names or how many, where it is given."""
+    given = source.classes
+    if given is None:
+        return None
+    return Structures(numbered("class", given) if isinstance(given, int) else given)
 
 
-def named_classes(classes: int | list[str]) -> list[str]:
-    """Names, or how many."""
-    if isinstance(classes, int):
-        return [f"class {index}" for index in range(classes)]
-    return list(classes)
+def numbered(what: str, count: int) -> list[str]:
+    return [f"{what} {index}" for index in range(count)]
 
 
 def stored_orientation(source: SourceConfig, why: str) -> tuple[str, list[str]]:

@@ -19,7 +19,7 @@ from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.source.file import (
     SourceFile,
     given_structures,
-    named_classes,
+    numbered,
     read_mapping,
     stored_orientation,
 )
@@ -91,8 +91,8 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceFile:
     dims = spatial_dims(network, place)
     preprocessing = _preprocessing(config)
     size = _looked_up(metadata, "network_data_format::inputs::image::spatial_shape")
-    if isinstance(size, list) and len(size) == dims and all(map(_is_positive, size)):
-        preprocessing["patch_size"] = [int(each) for each in size]
+    if isinstance(size, list) and len(size) == dims and all(type(n) is int and n > 0 for n in size):
+        preprocessing["patch_size"] = size
     notes: list[str] = []
     if dims == 3:
         seen, notes = _seen_orientation(source, config, root)
@@ -109,7 +109,7 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceFile:
         path=source.checkpoint,
         config=network,
         structures=structures,
-        channels=names or [f"channel {index}" for index in range(channels)],
+        channels=names or numbered("channel", channels),
         preprocessing=preprocessing,
         network_key=place,
         told=f"{file} describes {network.name}",
@@ -246,7 +246,7 @@ def _structures(
             "not say of which labels each is made; set source.classes to their number or names to "
             "take them as classes that exclude each other, background first"
         )
-    return Structures(names or named_classes(outputs))
+    return Structures(names or numbered("class", outputs))
 
 
 def _transforms(config: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
@@ -274,19 +274,17 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
         if name == "Spacing":
             made.pop("spacing", None)
             sizes = _referenced(transform.get("pixdim"), config)
+            numbers = sizes if isinstance(sizes, list) else []
             # -1 is the file's own.
-            if isinstance(sizes, list) and len(sizes) == 3 and all(map(_is_positive, sizes)):
-                made["spacing"] = [float(each) for each in sizes]
+            good = all(isinstance(each, (int, float)) and each > 0 for each in numbers)
+            if len(numbers) == 3 and good:
+                made["spacing"] = [float(each) for each in numbers]
         elif name == "NormalizeIntensity" and whole:
             scales.append("zscore")
             made["image_foreground"] = "nonzero" if transform.get("nonzero") is True else "all"
         elif name not in _NO_CHANGE:
             scales.append(str(transform.get("_target_")))
     return {**made, "normalize": ", ".join(scales) or "none"}
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
 
 
 def _seen_orientation(

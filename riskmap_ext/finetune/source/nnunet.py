@@ -6,6 +6,7 @@ nnU-Net itself is not needed, only the package of its networks.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def _configuration(path: Path, plans: Mapping[str, Any], name: str) -> dict[str,
 
 def _numbers(place: str, configuration: Mapping[str, Any], key: str) -> list[Any]:
     numbers = _listed(configuration.get(key))
-    good = all(isinstance(each, (int, float)) and each > 0 for each in numbers)
+    good = all(isinstance(each, (int, float)) and 0 < each < math.inf for each in numbers)
     if len(numbers) not in (2, 3) or not good:
         got = repr(configuration.get(key))
         raise CheckpointError(f"{place}.{key}: expected 2 or 3 numbers, got {got}")
