@@ -33,7 +33,7 @@ from riskmap_ext.finetune.predict import predict_images
 from riskmap_ext.finetune.rank import rank_sources
 from riskmap_ext.finetune.source.network import build_network
 from riskmap_ext.finetune.train.finetune import make_maps
-from riskmap_ext.finetune.train.plan import predictor_of_source
+from riskmap_ext.finetune.train.models import predictor_of_source
 
 RUN = {"train": {"steps": 2, "patch_size": 8, "validate_every": 0}, "network": None}
 
