@@ -61,6 +61,7 @@ def test_the_rest_is_for_training(root):
         ({"train": ["case00"], "validation": ["case00"]}, "both name case00"),
         ({"train": ["case09"]}, "no case is named case09"),
         ({"train": None, "validation": 3}, "no case is left"),
+        ({"train": None, "validation": 4}, "data.validation: asks for 4 cases, but 3 are left"),
         ({"classes": None}, "data.classes: missing"),
     ],
 )
