@@ -17,7 +17,7 @@ function(riskmap_add_cuda_on_host)
 
   add_library(riskmap_cuda_on_host SHARED ${ARGN})
   riskmap_kernels_on_host(riskmap_cuda_on_host ${ARGN})
-  target_compile_definitions(riskmap_cuda_on_host PRIVATE RISKMAP_NAMESPACE=riskmap_cuda_on_host)
+  target_compile_definitions(riskmap_cuda_on_host PRIVATE RISKMAP_NAMESPACE=riskmap_cuda_on_host RISKMAP_DEFINES_SCHEMAS)
   target_link_libraries(riskmap_cuda_on_host PRIVATE torch_stable)
   if(RISKMAP_SANITIZE)
     # What AddressSanitizer sees anyway is not checked twice, and its checks are calls: a fifth of the compile time.

@@ -1,5 +1,7 @@
 #include "ops/leep_statistics.h"
 
+#include "ops/library.h"
+
 namespace riskmap {
 
 void check_leep_statistics(const Tensor& source, const Tensor& target, const OptionalTensor& regions,
@@ -12,3 +14,7 @@ void check_leep_statistics(const Tensor& source, const Tensor& target, const Opt
 }
 
 }  // namespace riskmap
+
+RISKMAP_SCHEMAS(m) {
+  m.def("leep_statistics(Tensor source, Tensor target, Tensor? regions, int num_classes, int ignore_index) -> Tensor");
+}

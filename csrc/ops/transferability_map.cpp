@@ -1,5 +1,7 @@
 #include "ops/transferability_map.h"
 
+#include "ops/library.h"
+
 namespace riskmap {
 
 void check_transferability_map(const char* op, const Tensor& source, const Tensor& target, const Tensor& conditional,
@@ -15,3 +17,9 @@ void check_transferability_map(const char* op, const Tensor& source, const Tenso
 }
 
 }  // namespace riskmap
+
+RISKMAP_SCHEMAS(m) {
+  m.def(
+      "transferability_map(Tensor source, Tensor target, Tensor conditional, Tensor? regions, int ignore_index) -> "
+      "Tensor");
+}
