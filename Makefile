@@ -105,7 +105,7 @@ format: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# docs/reference/ from the configuration's models and the commands.
+# docs/reference/ and docs/api.md from the configuration's models, the commands and the docstrings.
 docs-reference: install
 	$(BIN)/python docs/generate.py
 

@@ -1,4 +1,5 @@
-"""Makes docs/reference/ from the code: `python docs/generate.py`, or `make docs-reference`."""
+"""Makes docs/reference/ and docs/api.md from the code: `python docs/generate.py`, or `make
+docs-reference`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import api_page
 from pydantic import BaseModel
 from typer.models import ArgumentInfo, OptionInfo
 
 from riskmap_ext.finetune.commands import app
 from riskmap_ext.finetune.config.schema import Config
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parent
 RENEW = "make docs-reference"
 NOTICE = f"<!-- Made from the code by `{RENEW}`. -->"
 
@@ -169,11 +171,10 @@ def _cell(text: str) -> str:
     return "".join(parts)
 
 
-PAGES = {"cli.md": cli_page, "config.md": config_page}
+PAGES = {"reference/cli.md": cli_page, "reference/config.md": config_page, "api.md": api_page.page}
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
     for name, page in PAGES.items():
         (FOLDER / name).write_text(page(), encoding="utf-8")
 

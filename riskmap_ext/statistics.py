@@ -322,7 +322,7 @@ class TransferStatistics:
 
 
 def sqrt_inverse_frequency(counts: Tensor | Sequence[float]) -> Tensor:
-    r"""Class weights :math:`\sqrt{1 / f_k}`, scaled to a mean of 1 over the voxels.
+    r"""Class weights √(1/f), scaled to a mean of 1 over the voxels.
 
     Args:
         counts: voxels of each class, or their shares f, [C]; a tensor or a sequence of numbers,
