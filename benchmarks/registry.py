@@ -1,25 +1,19 @@
-"""All cases of all ops, in the order of reports."""
+"""All cases of all ops, in the order of reports: those of every bench_*.py that has some."""
 
 from __future__ import annotations
 
-from benchmarks import (
-    bench_leep_statistics,
-    bench_risk_map,
-    bench_transferability_map,
-    bench_weighted_loss,
-)
+import importlib
+import pkgutil
+
+import benchmarks
 from benchmarks.problem import Case
 
-MODULES = (
-    bench_weighted_loss,
-    bench_leep_statistics,
-    bench_transferability_map,
-    bench_risk_map,
-)
+_NAMES = sorted(found.name for found in pkgutil.iter_modules(benchmarks.__path__, "benchmarks."))
+_MODULES = [importlib.import_module(name) for name in _NAMES if ".bench_" in name]
 
 
 def cases(size: str) -> list[Case]:
-    return [case for module in MODULES for case in module.cases(size)]
+    return [case for module in _MODULES if hasattr(module, "cases") for case in module.cases(size)]
 
 
 def case(name: str, size: str) -> Case:

@@ -259,8 +259,8 @@ def loss_leaves(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 def loss_and_gradients(
     call: Call, function: Any = None, grad_output: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss and its gradients for the logits and the risk (None without risk)."""
+) -> tuple[Tensor, Tensor, Any]:
+    """The loss and its gradients for the logits and the risk (a tensor, or None without risk)."""
     (logits, target, risk), kwargs = call
     function = function or riskmap_ext.weighted_loss
     logits = logits.detach().requires_grad_()
@@ -288,9 +288,7 @@ def network_output(values: Tensor, got: list[Tensor] | None = None) -> Tensor:
     return _Output.apply(torch.zeros((), requires_grad=True), values, [] if got is None else got)
 
 
-def overwritten(
-    call: Call, grad_output: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def overwritten(call: Call, grad_output: float | Tensor = 1.0) -> tuple[Tensor, Tensor, Any]:
     """As loss_and_gradients, but the call's logits are lost: the gradient is where they were."""
     (values, target, risk), kwargs = call
     got: list[Tensor] = []
@@ -312,10 +310,10 @@ def loss_in_two_steps(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The sums of a loss, what becomes of them, and what the op makes in one step."""
     case = replace(case, channel=False)  # the ops take maps [B, *S]
-    tensors = [case.logits(device), case.target(device), case.risk(device), case.weight(device)]
+    weight = case.weight(device)
     table = case.table(case.regions, case.classes, device) if case.regions else None
-    tensors += [None, table]
-    dice_weight = case.weight(device).flip(0)
+    tensors = (case.logits(device), case.target(device), case.risk(device), weight, None, table)
+    dice_weight = weight.flip(0)
     floor, by_batch, added, valid_voxels, smoothing = 0.05, 1, 1, 0, 0.1
     formula = (1e-3, 1e-4, 0.4, 0.7)  # smooth_nr, smooth_dr, alpha, beta
     ops = torch.ops.riskmap_ext
@@ -325,7 +323,7 @@ def loss_in_two_steps(
     )  # fmt: skip
     sums = ops._weighted_loss_sums(*tensors, case.ignore_index, 0, valid_voxels, smoothing, True)
     finished = ops._weighted_loss_finish(
-        sums, tensors[3], dice_weight, None if case.regions else 0, floor, by_batch, added,
+        sums, weight, dice_weight, None if case.regions else 0, floor, by_batch, added,
         0.7, 1.3, *formula, batch_dice, case.dtype == torch.float64,
     )  # fmt: skip
     return sums, finished, at_once

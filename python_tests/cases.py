@@ -199,7 +199,12 @@ EVERY_WAY = [
     ),
 ]
 
-_RANGES = ({}, {"range": (0.5, 3.0)}, {"range": (1.0, 1.05)}, {"background": None})
+_RANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"range": (0.5, 3.0)},
+    {"range": (1.0, 1.05)},
+    {"background": None},
+)
 
 RISK_CASES = EVERY_CASE + [
     replace(base, name=f"{base.name}_{index}", risk_options={"scheme": scheme, **options})
@@ -295,19 +300,19 @@ _LOSS_INPUTS = (
     ),
 )
 
+_EVERY_OPTION: tuple[dict[str, Any], ...] = (
+    {"label_smoothing": 0.1, "dice_weight": 1.0, "squared_pred": True},
+    {"label_smoothing": 0.2, "ce_voxels": "foreground", "reduction": "none"},
+    {"ce_voxels": "foreground", "normalization": "batch_foreground"},
+)
+
 # With every option at once, for every dtype and number of slots that classes take.
 _TILES_WITH_ALL = [
     replace(case, name=f"{case.name}_{index}", with_weight=True, with_foreground=True,
             loss_options=options)
     for case in _TILES
     if case.classes in (3, 6, 9, 11)
-    for index, options in enumerate(
-        (
-            {"label_smoothing": 0.1, "dice_weight": 1.0, "squared_pred": True},
-            {"label_smoothing": 0.2, "ce_voxels": "foreground", "reduction": "none"},
-            {"ce_voxels": "foreground", "normalization": "batch_foreground"},
-        )
-    )
+    for index, options in enumerate(_EVERY_OPTION)
 ]  # fmt: skip
 
 LOSS_CASES = (

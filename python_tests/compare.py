@@ -29,6 +29,12 @@ def assert_relative_l2(found: Tensor, expected: Tensor, limit: float) -> None:
     assert error <= limit, f"relative L2 error {error:.1e}, allowed {limit:.1e}"
 
 
+def grad_of(tensor: Tensor) -> Tensor:
+    """After a backward pass that has reached it."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def cosine(found: Tensor, expected: Tensor) -> float:
     """The cosine of the angle between two gradients; 1 where both are all zero."""
     found, expected = found.detach().double().flatten(), expected.detach().double().flatten()

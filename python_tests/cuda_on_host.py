@@ -12,10 +12,9 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,7 +65,7 @@ def load(path: Path) -> None:
     torch.ops.load_library(str(path))
 
 
-def operators() -> dict[str, Callable[..., Any]]:
+def operators() -> dict[str, torch._ops.OpOverloadPacket]:
     """The ops of the loaded library by their name in ``torch.ops.riskmap_ext``."""
     namespace = getattr(torch.ops, NAMESPACE)
     return {name: getattr(namespace, name) for name in _library.ops(NAMESPACE)}

@@ -23,11 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import op_tests
+
 ROOT = Path(__file__).parents[1]
-OP_TESTS = (
-    *("weighted_loss", "regions", "gradient_in_forward", "dice", "leep", "source_regions"),
-    *("transferability_map", "risk_map", "autograd", "identities", "cuda_bad_values"),
-)
+BESIDE_OP_TESTS = ("autograd", "identities", "cuda_bad_values")
 RUNTIME = "python_tests/test_cuda_runtime.py"
 LOG_BYTES = 1_000_000  # of a failed step's log that are kept: its end
 
@@ -160,7 +159,8 @@ def steps(device: str, build: bool, rows: Path, work: Path) -> list[Step]:
     only_gpu = "" if gpu else "needs a GPU"
     chosen = ("-p", "no:cacheprovider", "-m", "cuda" if gpu else "not cuda")
     pytest = [python, "-m", "pytest", "-q", *chosen]
-    tests = OP_TESTS if gpu else ("risk_map",)
+    beside = [f"python_tests/test_{name}.py" for name in BESIDE_OP_TESTS]
+    tests = [*op_tests.files(), *beside] if gpu else ["python_tests/test_risk_map.py"]
     ops = [python, "python_tests/gpu_ops.py", "--device", device]
     benchmark = [python, "-m", "benchmarks.gpu", "--device", device]
     processes = str(max(2, min(6, (os.cpu_count() or 2) // 2)))
@@ -214,7 +214,7 @@ def steps(device: str, build: bool, rows: Path, work: Path) -> list[Step]:
             environment=compiler,
             ends_itself=("--limit", 30 if gpu else 10),
         ),
-        Step("op tests", [*pytest, *(f"python_tests/test_{name}.py" for name in tests)], 120, 40),
+        Step("op tests", [*pytest, *tests], 120, 40),
         Step("determinism", [*pytest, "python_tests/test_determinism.py"], 30, 10),
         Step(
             "graph capture",

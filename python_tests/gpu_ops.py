@@ -11,21 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import cases
+import every_op
 import torch
 from cases import Case
 from compare import assert_loss_matches_reference
-from test_leep import test_matches_reference as leep_matches
 from test_linear_weighted_loss import assert_matches as head_loss_matches
 from test_risk_map import test_matches_reference as risk_map_matches
-from test_source_regions import test_maps_match_reference as source_region_maps_match
-from test_source_regions import test_statistics_match_reference as source_region_leep_matches
-from test_transferability_map import test_matches_reference as map_matches
 from test_weighted_loss import test_sums_and_what_becomes_of_them as two_steps_match
 
 import riskmap_ext
@@ -35,8 +32,7 @@ CLASSES = (4, 105, 1, 2, 16, 87, 3, 5, 300, 8, 133, 6, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHOWN = 300  # characters of an error
 
-Check = Callable[[Case, torch.device], None]
-Work = tuple[str, Check, Case]
+Work = tuple[str, every_op.Check, Case]
 
 
 def grid(aligned: tuple[int, ...], odd: tuple[int, ...]) -> Iterator[Case]:
@@ -58,11 +54,6 @@ def grid(aligned: tuple[int, ...], odd: tuple[int, ...]) -> Iterator[Case]:
             )
 
 
-def _recomputed(case: Case, device: torch.device) -> None:
-    with riskmap_ext.gradient_in_forward(False):
-        assert_loss_matches_reference(case, device)
-
-
 def _two_steps_match(case: Case, device: torch.device) -> None:
     two_steps_match(case, False, device)
 
@@ -71,18 +62,15 @@ def _from_features(case: Case, device: torch.device) -> None:
     head_loss_matches(case.head_call(device), case.dtype, rounds_logits=True)
 
 
-def _loss(name: str, check: Check, case: Case, **options: Any) -> Work:
+def _loss(name: str, check: every_op.Check, case: Case, **options: Any) -> Work:
     return name, check, replace(case, loss_options=options)
 
 
 def _of_softmax(case: Case) -> Iterator[Work]:
-    yield "weighted loss", assert_loss_matches_reference, case
-    yield "LEEP statistics", leep_matches, case
-    yield "transferability map", map_matches, case
+    for name, (check, _) in every_op.OF_SOFTMAX.items():
+        yield name, check, case
     ranged = {"scheme": "exponential", "range": (0.5, 3.0)}
-    yield "risk map", risk_map_matches, replace(case, risk_options=ranged)
-    yield "risk map, own range", risk_map_matches, case
-    yield "loss recomputed", _recomputed, case
+    yield "risk map of a range", risk_map_matches, replace(case, risk_options=ranged)
     yield "loss from features", _from_features, case
     yield _loss("loss map", assert_loss_matches_reference, case, reduction="none")
     if case.classes == 1:
@@ -106,9 +94,9 @@ def works() -> Iterator[Work]:
     for case in cases.REGION_TABLES:
         for options in ({}, {"dice_weight": 1.0}, {"dice_weight": 1.0, "squared_pred": True}):
             yield _loss("regions", assert_loss_matches_reference, case, **options)
-    for case in cases.SOURCE_REGION_CASES:
-        yield "LEEP of regions", source_region_leep_matches, case
-        yield "maps of regions", source_region_maps_match, case
+    for name in ("LEEP of regions", "maps of regions"):
+        check, made_for = every_op.OF_REGIONS[name]
+        yield from ((name, check, case) for case in made_for)
     for case in (*cases.TARGET_DTYPES, *cases.STRIDES, *cases.PATTERNS, *cases.SIZES):
         yield from _of_softmax(case)
 
@@ -160,21 +148,7 @@ def exercise(device: torch.device, seconds: float) -> None:
     for case in chosen:
         if time.monotonic() > end:
             break
-        riskmap_ext.leep_statistics(*case.leep_call(device)[0])
-        maps = case.map_call(device)[0]
-        riskmap_ext.transferability_map(*maps)
-        riskmap_ext.risk_map(*maps)
-        for options in ({}, {"reduction": "none"}, {"dice_weight": float(case.classes > 1)}):
-            for path in (True, False):
-                args, kwargs = case.loss_call(device)
-                with riskmap_ext.gradient_in_forward(path):
-                    cases.loss_and_gradients((args, {**kwargs, **options}))
-        if case.classes > 1:
-            squared = {"dice_weight": 1.0, "squared_pred": True}
-            args, kwargs = case.loss_call(device)
-            cases.loss_and_gradients((args, {**kwargs, **squared}))
-            cases.loss_in_two_steps(case, device)
-        done += 1
+        every_op.results(case, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"exercised {done} of {len(chosen)} cases", flush=True)

@@ -27,8 +27,7 @@ case $sanitizer in
       python_tests/test_monai_loss.py "$@"
     for order in forward random:3; do
       RISKMAP_CUDA_ON_HOST_ORDER=$order "${run[@]}" --cuda-on-host -m "not cuda" -k "not compile and not threads and not driver" \
-        python_tests/test_{weighted_loss,regions,gradient_in_forward,dice,leep,source_regions,transferability_map}.py \
-        python_tests/test_{risk_map,identities,cuda_bad_values,overwrite_logits}.py "$@"
+        $("$python" python_tests/op_tests.py) python_tests/test_{identities,cuda_bad_values,overwrite_logits}.py "$@"
     done
     ;;
   address)

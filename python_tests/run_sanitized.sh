@@ -20,11 +20,8 @@ cp -R riskmap_ext "$package"
 rm -f "$package"/riskmap_ext/*.so
 cmake --install "$build" --prefix "$package" > /dev/null
 
-tests=()
-for name in weighted_loss regions gradient_in_forward dice leep source_regions transferability_map risk_map \
-            determinism errors; do
-  tests+=("$PWD/python_tests/test_$name.py")
-done
+read -r -a tests < <("$python" "$PWD/python_tests/op_tests.py")
+tests+=("$PWD"/python_tests/test_{determinism,errors}.py)
 
 # Python itself is not sanitized: the runtime has to be loaded first, and Python's own leaks are no concern here.
 watched() {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import op_tests
 import pytest
 
 TESTS = Path(__file__).parent
@@ -33,10 +34,8 @@ def test_matches_reference(capability: str) -> None:
         pytest.skip(f"this machine has no {capability}")
     assert loaded.stdout.strip() == capability, loaded.stderr
 
-    files = ("test_leep.py", "test_transferability_map.py", "test_risk_map.py")
-    tests = [str(TESTS / file) for file in (*files, "test_weighted_loss.py")]
     options = ["-q", "-p", "no:cacheprovider", "-x", "-k", "cpu and matches_reference"]
-    run = _python(capability, "-m", "pytest", *options, *tests)
+    run = _python(capability, "-m", "pytest", *options, *op_tests.files())
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
 

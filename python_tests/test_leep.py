@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import riskmap_ext
 from riskmap_ext import reference
 
+pytestmark = pytest.mark.ops
+
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
 def test_matches_reference(case: Case, device: torch.device) -> None:
@@ -92,8 +94,10 @@ def test_largest_logits_are_finite(dtype: torch.dtype, device: torch.device) -> 
 def test_values_are_not_read_where_they_are_not_there() -> None:
     args, kwargs = BASE.leep_call(torch.device("cpu"))
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(each) if torch.is_tensor(each) else each for each in args]
-        assert riskmap_ext.leep_statistics(*fakes, **kwargs).shape[0] == BASE.classes
+        source, target = map(mode.from_tensor, args[:2])
+        assert (
+            riskmap_ext.leep_statistics(source, target, args[2], **kwargs).shape[0] == BASE.classes
+        )
     traced = make_fx(lambda x, y: riskmap_ext.leep_statistics(x, y, BASE.classes))(*args[:2])
     assert torch.equal(traced(*args[:2]), riskmap_ext.leep_statistics(*args, **kwargs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from compare import assert_map_close
 
 import riskmap_ext
 from riskmap_ext import reference
+
+pytestmark = pytest.mark.ops
 
 
 @pytest.mark.parametrize("case", RISK_CASES, ids=lambda case: case.name)
@@ -33,7 +36,7 @@ def test_range_and_ignored_voxels(case: Case, device: torch.device) -> None:
     found = riskmap_ext.risk_map(*args, **kwargs)
     valid = case.valid(device)
     assert torch.count_nonzero(found[~valid]) == 0
-    options = {"scheme": "exponential", "base": 10.0, "scale": 9.0, "alpha": 0.5}
+    options: dict[str, Any] = {"scheme": "exponential", "base": 10.0, "scale": 9.0, "alpha": 0.5}
     options.update(case.risk_options)
     one, other = {
         "exponential": (1.0, options["base"]),
@@ -66,7 +69,9 @@ def _source_of_likelihoods(likelihoods: torch.Tensor) -> torch.Tensor:
         ),
     ],
 )
-def test_weights_worked_by_hand(options: dict, weights: list[float], device: torch.device) -> None:
+def test_weights_worked_by_hand(
+    options: dict[str, Any], weights: list[float], device: torch.device
+) -> None:
     source = _source_of_likelihoods(torch.tensor([0.4, 0.8, 0.2, 0.1], device=device))
     target = torch.zeros(1, 4, dtype=torch.int64, device=device)
     given = torch.eye(2, dtype=torch.float64, device=device)

@@ -15,6 +15,8 @@ from torch import Tensor
 import riskmap_ext
 from riskmap_ext import TransferStatistics, reference
 
+pytestmark = pytest.mark.ops
+
 
 @pytest.mark.parametrize("case", SOURCE_REGION_CASES, ids=lambda case: case.name)
 def test_statistics_match_reference(case: Case, device: torch.device) -> None:
@@ -38,9 +40,10 @@ def test_maps_match_reference(case: Case, device: torch.device) -> None:
     expected = reference.transferability_map(*args, **kwargs)
     assert found.shape == (case.batch, *case.spatial)
     assert_map_close(found, expected, rtol=3e-6, atol=6e-6)
-    for options in ({}, {"scheme": "power"}, {"scheme": "linear", "range": (0.2, 2.0)}):
-        found = riskmap_ext.risk_map(*call[0], **call[1], **options)
-        expected = reference.risk_map(*args, **kwargs, **options)
+    each: dict[str, Any]
+    for each in ({}, {"scheme": "power"}, {"scheme": "linear", "range": (0.2, 2.0)}):
+        found = riskmap_ext.risk_map(*call[0], **{**call[1], **each})
+        expected = reference.risk_map(*args, **{**kwargs, **each})
         assert_map_close(found, expected, rtol=5e-5)
 
 

@@ -12,6 +12,8 @@ from compare import assert_map_close
 import riskmap_ext
 from riskmap_ext import reference
 
+pytestmark = pytest.mark.ops
+
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.name)
 def test_matches_reference(case: Case, device: torch.device) -> None:

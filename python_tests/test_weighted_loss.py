@@ -24,6 +24,8 @@ from compare import assert_gradient_close, assert_loss_matches_reference, relati
 import riskmap_ext
 from riskmap_ext import reference
 
+pytestmark = pytest.mark.ops
+
 every_way = pytest.mark.parametrize("case", EVERY_WAY, ids=lambda case: case.name)
 # Logits that may not be looked at, and a loss that takes every number there is.
 SPOILERS = (torch.nan, torch.inf, -torch.inf)
@@ -59,7 +61,7 @@ def test_gradients_vanish_at_ignored_voxels(case: Case, device: torch.device) ->
     ],
     ids=["default", "none", "sum", "dice", "batch_dice"],
 )
-def test_gradcheck(options: dict, layout: str, device: torch.device) -> None:
+def test_gradcheck(options: dict[str, Any], layout: str, device: torch.device) -> None:
     case = Case(
         "gradcheck",
         spatial=(3, 4),
@@ -202,7 +204,7 @@ def test_nan_is_not_hidden(case: Case, bad: float, dice: float, device: torch.de
 @pytest.mark.parametrize("options", [{}, {"dice_weight": 1.0}, WITH_ALL], ids=["", "dice", "all"])
 @every_way
 def test_nothing_is_looked_at_in_ignored_voxels(
-    case: Case, options: dict, bad: float, in_forward: bool, device: torch.device
+    case: Case, options: dict[str, Any], bad: float, in_forward: bool, device: torch.device
 ) -> None:
     (logits, target, risk), kwargs = case.loss_call(device)
     kwargs.update(options)
@@ -293,7 +295,11 @@ def test_weighted_by_nothing_is_zero(device: torch.device) -> None:
     """All labels have weight 0, while smoothing gives the loss other classes."""
     logits = Case("weighted_by_nothing").logits(device).requires_grad_()
     target = torch.zeros(2, 7, 9, dtype=torch.int64, device=device)
-    options = {"normalization": "weighted", "weight": [0.0, 1.0, 2.0], "label_smoothing": 0.1}
+    options: dict[str, Any] = {
+        "normalization": "weighted",
+        "weight": [0.0, 1.0, 2.0],
+        "label_smoothing": 0.1,
+    }
     for function in (riskmap_ext.weighted_loss, reference.weighted_loss):
         loss = function(logits, target, **options)
         assert loss.item() == 0
