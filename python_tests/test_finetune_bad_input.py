@@ -219,7 +219,8 @@ def test_a_full_disk(
     riskmap: Callable, place: Place, monkeypatch: pytest.MonkeyPatch, name: str, after: int
 ) -> None:
     """After so many files."""
-    replace, written = os.replace, []
+    replace = os.replace
+    written: list[Path] = []
 
     def full(source: Path, target: Path) -> None:
         if len(written) >= after:

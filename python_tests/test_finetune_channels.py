@@ -213,12 +213,15 @@ class TestChannels:
             finetune(run(channels=[0, 1]), progress=False)
         result = finetune(run(channels=["FLAIR"]), progress=False)
         assert result.leep is not None
+        assert result.keys is not None
         assert result.keys.mismatched, "the first layer sees more channels"
 
 
 class TestRegions:
     def test_order_of_painting(self):
         found = structures_of(["b", "x", "y", "z"], {"in": [3], "all": [1, 2, 3], "mid": ["y", 3]})
+        assert found.regions is not None
+        assert found.table is not None
         assert list(found.regions) == ["all", "mid", "in"]
         assert found.region_classes == [1, 2, 3]
         logits = torch.tensor([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.0, -1, -1, -1]])

@@ -144,11 +144,14 @@ def test_a_source_of_regions_for_classes(tmp_path: Path) -> None:
 
     source = {"source": {"checkpoint": run("regions", {"regions": regions}).checkpoint}}
     found = run("classes", MERGED, **source, risk={"use": True})
+    assert found.leep is not None
     assert found.leep < 0
     assert list(found.dice) == ["thing"]
+    assert found.keys is not None
     assert found.keys.reinitialized  # two outputs each, but of other kinds
     others = {**MERGED, "classes": ["background", "other"]}
     kept = run("kept", others, source={"checkpoint": found.checkpoint})
+    assert kept.keys is not None
     assert not kept.keys.reinitialized
     log = (tmp_path / "kept" / "log.txt").read_text()
     assert "The output layer is the source's (thing); source.head=reinitialize" in log

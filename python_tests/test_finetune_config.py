@@ -34,6 +34,7 @@ def test_relative_paths_start_from_the_file(tmp_path):
     config = load_config(write(tmp_path / "run.yaml", plain))
     assert config.output == tmp_path / "out"
     assert config.data.root == tmp_path / "data"
+    assert config.source is not None
     assert config.source.checkpoint == tmp_path.parent / "source.pt"
 
 
@@ -73,6 +74,7 @@ def test_overrides_are_yaml_and_paths_start_here(tmp_path, monkeypatch):
 def test_an_override_starts_a_section_that_the_file_lacks(tmp_path):
     path = write(tmp_path / "run.yaml", content(tmp_path))
     config = load_config(path, ["source.checkpoint=/s.pt", "risk.range=[0, 5]"])
+    assert config.source is not None
     assert config.source.checkpoint == Path("/s.pt")
     assert config.risk.range == [0, 5]
 
@@ -307,11 +309,12 @@ def test_a_folder_is_no_configuration(tmp_path):
     ],
 )
 def test_bad_networks(tmp_path, network, told):
-    config = parse_config(content(tmp_path, network=None) | {"network": network})
+    found = parse_config(content(tmp_path, network=None) | {"network": network}).network
+    assert found is not None
 
     def build():
-        spatial_dims(config.network)
-        return build_network(config.network, 3)
+        spatial_dims(found)
+        return build_network(found, 3)
 
     with pytest.raises(ConfigError) as caught:
         build()
@@ -319,9 +322,10 @@ def test_bad_networks(tmp_path, network, told):
 
 
 def test_head_is_found_by_its_shape(tmp_path):
-    config = parse_config(content(tmp_path))
-    heads = head_keys(config.network, 3)
-    state = build_network(config.network, 3).state_dict()
+    network = parse_config(content(tmp_path)).network
+    assert network is not None
+    heads = head_keys(network, 3)
+    state = build_network(network, 3).state_dict()
     assert heads
     assert heads < set(state)
     assert all(3 in state[key].shape for key in heads)
@@ -360,4 +364,5 @@ def test_augmentation_is_gentle_by_default():
 
 def test_networks_are_given_by_name_only(tmp_path):
     config = parse_config(content(tmp_path))
+    assert config.network is not None
     assert config.network.model_dump(exclude_defaults=True) == NETWORK_2D

@@ -70,7 +70,7 @@ class TestChart:
             assert 2 <= len(ticks) <= 14
 
     def test_logarithmic_where_values_span_much(self) -> None:
-        far = [(0, 1000.0), (1, 0.1)]
+        far: list[tuple[float, float]] = [(0, 1000.0), (1, 0.1)]
         assert "y (log)" in self.chart(far, log=True)
         assert "(log)" not in self.chart(far)
         assert "(log)" not in self.chart([(0, 1.0), (1, 2.0)], log=True)

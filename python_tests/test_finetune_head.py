@@ -51,7 +51,7 @@ def weights_of(run: Path) -> dict[str, Any]:
     return torch.load(run / "last.pt", weights_only=True)["state_dict"]
 
 
-def assert_same_weights(one: Path, other: Path, **tolerance: float) -> None:
+def assert_same_weights(one: Path, other: Path, **tolerance: Any) -> None:
     found, expected = weights_of(one), weights_of(other)
     assert list(found) == list(expected)
     for key, value in expected.items():

@@ -124,6 +124,7 @@ def test_a_model_of_nnunets_trainer(folder: Path, tmp_path: Path, kind: str) -> 
     result = finetune(config, progress=False)
     assert result.keys is not None
     assert result.keys.loaded == list(source.network.state_dict())
+    assert result.leep is not None
     assert np.isfinite(result.leep)
     assert "may suffer" not in (tmp_path / "run" / "log.txt").read_text()
     assert load_source(SourceConfig(checkpoint=result.checkpoint)).config == source.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -104,7 +105,7 @@ def test_brains_in_another_orientation(tmp_path):
     """PSR files with scaled bytes, four structures out of 148 labels, slice by slice."""
     data = real_data("brain_ixi")
     label_map = {value: name for name, values in STRUCTURES.items() for value in values}
-    shared = {
+    shared: dict[str, Any] = {
         "threads": 1,
         "device": "cpu",
         "data": {
@@ -149,6 +150,6 @@ def test_brains_in_another_orientation(tmp_path):
     np.testing.assert_allclose(risk.affine, image.affine)
     wanted = np.isin(label, list(label_map))
     assert risk.get_fdata()[wanted].mean() > 2 * risk.get_fdata()[~wanted].mean()
-    assert load_source(
-        parse_config({**shared, "output": str(tmp_path / "x"), "source": chosen}).source
-    ).classes == ["background", "brain"]
+    found = parse_config({**shared, "output": str(tmp_path / "x"), "source": chosen}).source
+    assert found is not None
+    assert load_source(found).classes == ["background", "brain"]

@@ -170,6 +170,7 @@ class TestFinished:
             assert case.panels is not None
             panels = ["image", "label", "prediction", "errors", "risk map"]
             assert list(case.panels.pictures) == panels
+            assert case.panels.weights is not None
             low, high, _ = case.panels.weights
             assert 1 <= low < high <= 10.001
         page = page_of(run)

@@ -65,6 +65,7 @@ def test_a_source_that_tells_nothing_is_told(root, source, tmp_path):
         root, tmp_path / "out", source={"checkpoint": str(tmp_path / "blank.pt")}
     )
     result = finetune(config, progress=False)
+    assert result.remark is not None
     assert "tells nothing" in result.remark
     assert "tells nothing" in (config.output / "log.txt").read_text()
 
@@ -222,7 +223,9 @@ def test_channels_that_say_what_the_data_say(root, source, tmp_path):
         network=None,
         source={"checkpoint": str(result.checkpoint)},
     )
-    assert finetune(again, progress=False).keys.reinitialized
+    keys = finetune(again, progress=False).keys
+    assert keys is not None
+    assert keys.reinitialized
 
 
 def test_volumes_that_a_spacing_makes_smaller_than_the_patch(root, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,7 @@ def numbered(cases: list[Case]) -> dict[str, torch.Tensor]:
 def source_voxels(batch: Batch, cases: list[Case], name: str) -> torch.Tensor:
     """The case's volume `name` at the voxels that the numbered risk map points to."""
     flat = torch.cat([getattr(case, name).flatten() for case in cases])
+    assert batch.risk is not None
     return flat[(batch.risk.long() - 1).clamp(min=0)]
 
 
@@ -48,6 +51,7 @@ def in_place(batch: Batch, cases: list[Case]) -> None:
     """Asserts that label and foreground are those of the voxel the risk map belongs to."""
     valid = batch.label != IGNORE_INDEX
     assert valid.any()
+    assert batch.risk is not None
     assert torch.equal(batch.risk > 0, valid)
     assert torch.equal(batch.label[valid], source_voxels(batch, cases, "label")[valid])
     assert torch.equal(batch.foreground[valid], source_voxels(batch, cases, "mask")[valid])
@@ -58,6 +62,7 @@ def in_place(batch: Batch, cases: list[Case]) -> None:
 def test_crops_without_change_are_voxels_of_the_volume(cases, patch):
     batch = sampler(cases, patch, risk=numbered(cases)).next_batch()
     assert batch.image.shape == (8, 1, *patch)
+    assert batch.risk is not None
     assert batch.label.shape == batch.risk.shape == batch.foreground.shape == (8, *patch)
     assert batch.label.dtype == torch.int16
     assert batch.foreground.dtype == torch.bool
@@ -108,6 +113,7 @@ def test_flips_go_along_the_named_axis(cases, axis, dim):
     in_place(batch, cases)
     upright = numbered(cases)
     seen = {0, 1}
+    assert batch.risk is not None
     for risk in batch.risk:
         matches = [
             torch.equal(risk, volume.flip(dim)) if flipped else torch.equal(risk, volume)
@@ -127,12 +133,12 @@ def test_the_slice_axis_cannot_be_flipped(cases):
 @pytest.mark.parametrize("balance", ["class", "voxel"])
 @pytest.mark.parametrize("patch", [[1, 1], [1, 1, 1]])
 def test_foreground_crops_are_centred_on_foreground(cases, patch, balance):
-    options = {"foreground_crops": 1.0, "crop_balance": balance, "batch_size": 400}
+    options: dict[str, Any] = {"foreground_crops": 1.0, "crop_balance": balance, "batch_size": 400}
     label = sampler(cases, patch, **options).next_batch().label
     assert (label > 0).all()
     share = float((label == 1).float().mean())
     voxels = [[int((case.label == c).sum()) for c in (1, 2)] for case in cases]
-    expected = 0.5 if balance == "class" else np.mean([a / (a + b) for a, b in voxels])
+    expected = 0.5 if balance == "class" else float(np.mean([a / (a + b) for a, b in voxels]))
     assert abs(share - expected) < 0.1
 
 

@@ -253,7 +253,7 @@ def test_maps_and_ranks_with_nnunet(tmp_path: Path, data: Path) -> None:
 def test_preprocessing_of_nnunet_is_told(tmp_path: Path, data: Path) -> None:
     plans = nnunet_plans(normalization_schemes=["CTNormalization"])
     path = save_nnunet(tmp_path / "a.pth", nnunet_network(plans, 1, 3), plans, nnunet_dataset())
-    sections = {**RUN, "source": {"checkpoint": str(path), "orientation": "RAS"}}
+    sections: dict[str, Any] = {**RUN, "source": {"checkpoint": str(path), "orientation": "RAS"}}
     make_maps(configuration(data, tmp_path / "a", **sections), progress=False)
     log = (tmp_path / "a" / "log.txt").read_text()
     assert "normalized by CTNormalization" in log
