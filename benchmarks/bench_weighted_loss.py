@@ -173,7 +173,11 @@ def _plain_cross_entropy_dice(work: str, inputs: Inputs) -> Iterator[Contender]:
     logits, target, _ = inputs
 
     squared = work == CE_SQUARED_DICE
-    options = {"normalization": "valid", "dice_weight": 1.0, "squared_pred": squared}
+    options: dict[str, Any] = {
+        "normalization": "valid",
+        "dice_weight": 1.0,
+        "squared_pred": squared,
+    }
     ours = partial(riskmap_ext.weighted_loss, **options)
     make = partial(
         Contender,
@@ -195,7 +199,10 @@ def _regions(inputs: Inputs) -> Iterator[Contender]:
     table = torch.tensor(BRATS_REGIONS)
     ours = partial(riskmap_ext.weighted_loss, normalization="valid", dice_weight=1.0, regions=table)
     formula = partial(peers.region_bce_dice, regions=table.float())
-    formulas = {EAGER: formula, COMPILE: partial(_compiled(formula.func), regions=table.float())}
+    formulas: dict[str, Callable[..., Tensor]] = {
+        EAGER: formula,
+        COMPILE: partial(_compiled(formula.func), regions=table.float()),
+    }
     inputs = inputs._replace(logits=inputs.logits.requires_grad_())
     return _contenders(REGIONS, inputs, ours, formulas)
 

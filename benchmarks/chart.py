@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,7 +23,8 @@ def draw(rows: list[Row], path: Path) -> Path:
     ]
     figure = Figure(figsize=(13, 6 + 0.24 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1 + 0.24 * len(bars), 5])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1 + 0.24 * len(bars), 5])
+    top, bottom = parts
     _ratios(top.subplots(), bars)
     left, middle, right = bottom.subplots(1, 3)
     _over_classes(left, rows)

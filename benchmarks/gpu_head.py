@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,12 @@ def runs(
     if ours:
         import riskmap_ext  # not built yet where torch.compile's cache is filled
 
-        given = {"normalization": "valid", "dice_weight": float(dice)}
+        given: dict[str, Any] = {"normalization": "valid", "dice_weight": float(dice)}
         linear = partial(riskmap_ext.linear_weighted_loss, target=target, risk=risk, **given)
         yield OURS, partial(run, linear)
-        loss = partial(riskmap_ext.weighted_loss, target=target, risk=risk, **given)
+        loss: Callable[..., Tensor] = partial(
+            riskmap_ext.weighted_loss, target=target, risk=risk, **given
+        )
         yield "matrix product + weighted_loss", partial(run, lambda *x: loss(multiplied(*x)))
         yield "convolution + weighted_loss", partial(run, lambda *x: loss(convolved(*x)))
     formula = peers.weighted_ce_dice_one_hot if dice else peers.weighted_cross_entropy

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,9 @@ def make_inputs(size: Size) -> Inputs:
     features = torch.randn((1, size.features, *shape.spatial), generator=generator)
     weight = torch.randn((size.classes, size.features), generator=generator) / size.features**0.5
     bias = torch.zeros(size.classes)
-    leaves = [each.requires_grad_() for each in (features, weight, bias)]
-    return Inputs(*leaves, target, risk)
+    for each in (features, weight, bias):
+        each.requires_grad_()
+    return Inputs(features, weight, bias, target, risk)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, target and risk
@@ -94,7 +95,7 @@ def contenders(
     PyTorch, MONAI and nnU-Net, too."""
     dice = work == CE_DICE
     target, risk = inputs.target, inputs.risk
-    options = {"normalization": "valid", "dice_weight": float(dice)}
+    options: dict[str, Any] = {"normalization": "valid", "dice_weight": float(dice)}
 
     def ours(logits: Tensor) -> Tensor:
         return riskmap_ext.weighted_loss(logits, target, None if dice else risk, **options)
@@ -182,7 +183,7 @@ def bound(inputs: Inputs, work: str) -> tuple[dict[str, Callable[[], object]], d
         "exponentials": passes * classes * voxels / (8 * values.numel()),
         "copy": (1 + passes) / 2,
     }
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "products": products,
         "first product": first_product,
         "exponentials": exponentials,

@@ -72,7 +72,7 @@ def step(name: str, classes: int, side: int, autocast: bool) -> Callable[[], flo
 
         def loss(outputs: list) -> Tensor:
             found = zip(weights, outputs, labels, strict=True)
-            return sum(w * (single(x, y) + 1) for w, x, y in found if w > 0)
+            return torch.stack([w * (single(x, y) + 1) for w, x, y in found if w > 0]).sum()
     else:
         ours = RiskWeightedLoss(dice_weight=1.0, normalization="valid", scale_weights=weights)
         if name == FUSED:

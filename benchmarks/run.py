@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine.facts()
     common = {**facts, "kind": size, "threads": str(options.threads)}
     print(report.heading(common))
-    if float(facts["load"]) > 0.5 * os.cpu_count():
+    if float(facts["load"]) > 0.5 * (os.cpu_count() or 1):
         print(
             f"warning: the machine is busy (load {facts['load']}); ratios will be noisy",
             file=sys.stderr,

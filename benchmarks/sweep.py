@@ -14,8 +14,10 @@ from benchmarks.timing import Timing
 
 LOGITS = 1 << 23  # of every point over the classes: 32 MiB
 
-CLASSES = (2, 3, 4, 5, 7, 8, 9, 11, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 87, 105, 128)
-CLASSES += (129, 150, 175, 199, 200)
+CLASSES = (
+    *(2, 3, 4, 5, 7, 8, 9, 11, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 87, 105, 128),
+    *(129, 150, 175, 199, 200),
+)
 VOXELS = (1, 10, 100, 1000, 4097, 8000, 16383, 35937, 65536, 100003, 262144, 912673, 2097152)
 
 WORKS = (
@@ -62,16 +64,16 @@ def run(size: str, threads: int, report: Callable[[str], None]) -> Iterator[Poin
         counts.append(counts[-1] * 2)
     for key in "ab":
         shape = shapes.shape(key, size)
-        runs = {
+        by_count = {
             (work, count): _with_threads(function, count)
             for work, function in works(shape).items()
             for count in counts
         }
         try:
-            timings = _time(runs, rounds)
+            by_threads = _time(by_count, rounds)
         finally:
             torch.set_num_threads(threads)
-        for (work, count), each in timings.items():
+        for (work, count), each in by_threads.items():
             yield Point("threads", work, shape, count, each)
 
 

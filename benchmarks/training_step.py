@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
@@ -73,14 +74,14 @@ def _steps(image: Tensor, label: Tensor) -> dict[str, Callable[[], object]]:
     with torch.no_grad():
         seen.update(source(image), label)
         seen.update_range(source(image), label)
-    given = {"conditional": seen.conditional, "range": seen.hardness_range}
+    given: dict[str, Any] = {"conditional": seen.conditional, "range": seen.hardness_range}
 
     def make_map() -> Tensor:
         with torch.no_grad():
             return riskmap_ext.risk_map(source(image), label, **given)
 
     cached = make_map()
-    options = {"to_onehot_y": True, "softmax": True, "include_background": False}
+    options: dict[str, Any] = {"to_onehot_y": True, "softmax": True, "include_background": False}
     ours, theirs = RiskMapDiceCELoss(**options), DiceCELoss(**options)
 
     def step(loss: Callable[[Tensor], Tensor]) -> Callable[[], object]:

@@ -15,15 +15,15 @@ import pytest
 from riskmap_ext.finetune import Cases, Config, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.data.sampling import CropSampler
 
-NETWORK_2D = {
+NETWORK_2D: dict[str, Any] = {
     "name": "UNet",
     "args": {"spatial_dims": 2, "channels": [4, 8], "strides": [2], "num_res_units": 1},
 }
-NETWORK_3D = {
+NETWORK_3D: dict[str, Any] = {
     "name": "UNet",
     "args": {"spatial_dims": 3, "channels": [4, 8], "strides": [2], "num_res_units": 1},
 }
-DYNUNET_2D = {
+DYNUNET_2D: dict[str, Any] = {
     "name": "DynUNet",
     "args": {
         "spatial_dims": 2,

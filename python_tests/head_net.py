@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,8 @@ def assert_same_step(one: nn.Module, other: nn.Module, image: Tensor, label: Ten
     assert found.keys() == expected.keys()
     scale = max(float(each.abs().max()) for each in expected.values() if each is not None)
     for name, each in expected.items():
-        torch.testing.assert_close(
-            found[name], each, rtol=1e-4, atol=1e-5 * scale, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        found_text = partial("{}: {}".format, name)
+        torch.testing.assert_close(found[name], each, rtol=1e-4, atol=1e-5 * scale, msg=found_text)
 
 
 # ---- networks ------------------------------------------------------------------------------------

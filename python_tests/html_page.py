@@ -12,7 +12,8 @@ _LOADED = ("src", "href", "data", "action", "srcset", "poster", "background")
 class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.text, self.tags = "", set()
+        self.text = ""
+        self.tags: set[str] = set()
         self.rows: list[list[str]] = []
         self.links: list[str] = []
         self.open: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ CASES = [
     Case("bfloat16", dtype=torch.bfloat16, classes=8, source_classes=3, spatial=(32, 48)),
     Case("channels_last", layout="channels_last", classes=16, source_classes=8, spatial=(31, 33)),
 ]
-LOSS_OPTIONS = {
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "ce": {},
     "none": {"reduction": "none"},
     "dice": {"dice_weight": 1.0, "label_smoothing": 0.1},
@@ -131,7 +132,7 @@ def test_same_bits_again(work: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS)
-def test_compiled_with_reduce_overhead(options: dict, device: torch.device) -> None:
+def test_compiled_with_reduce_overhead(options: dict[str, Any], device: torch.device) -> None:
     def step(logits: Tensor, target: Tensor, risk: Tensor) -> Tensor:
         return (2 * riskmap_ext.weighted_loss(logits.exp(), target, risk, **options)).mean()
 

@@ -210,7 +210,9 @@ def test_compiled() -> None:
 
 
 def test_no_gradient_flows() -> None:
-    given = DeferredLogits(*(each.requires_grad_() for each in source().parts))
+    given = source()
+    given.features.requires_grad_()
+    given.weight.requires_grad_()
     found = riskmap_ext.risk_map(given, labels(given), table(), ignore_index=77)
     assert not found.requires_grad
 
@@ -248,7 +250,9 @@ def test_bad_values_are_told_as_of_logits() -> None:
     ],
     ids=range(6),
 )
-def test_parts_that_do_not_fit(change: dict, error: type[Exception], message: str) -> None:
+def test_parts_that_do_not_fit(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     given = source()
     target = labels(given)
     with pytest.raises(error, match=message):

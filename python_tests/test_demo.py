@@ -153,7 +153,7 @@ def test_terminal_table_shows_spread_and_pairs():
 @pytest.mark.parametrize("name", ["seeds", "steps", "workers"])
 def test_counts_below_one_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
-        demo.run(tmp_path / "out", **{name: 0})
+        demo.run(tmp_path / "out", **{name: 0})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def process(rank: int, folder: str) -> None:
 
 
 REGIONS = [[0, 1, 1], [0, 0, 1], [1, 1, 0]]
-LOSSES = {
+LOSSES: dict[str, dict[str, Any]] = {
     "classes": {"weight": [0.5, 1.0, 2.0]},
     "squared": {
         "squared_pred": True,
@@ -77,7 +78,7 @@ LOSSES = {
 
 def gradients(image: Tensor, label: Tensor, distributed: bool) -> dict[str, list[Tensor]]:
     """Of a network's parameters by the loss with one Dice over the batch; first its value."""
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, options in LOSSES.items():
         model = network(CLASSES, seed=2).double()
         trained = DistributedDataParallel(model) if distributed else model

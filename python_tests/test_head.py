@@ -54,7 +54,8 @@ def test_module(dims: int, bias: bool) -> None:
     assert isinstance(head(features), DeferredLogits)
     for copied in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert torch.equal(copied(features).logits(), convolution(features))
-    alike = pickle.loads(pickle.dumps(DeferredLogits(*map(_detached, given.parts))))
+    detached: list[Any] = [_detached(each) for each in given.parts]
+    alike = pickle.loads(pickle.dumps(DeferredLogits(*detached)))
     assert torch.equal(alike.logits(), convolution(features))
 
 
@@ -85,7 +86,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     ],
     ids=["kernel", "stride", "padding", "groups"],
 )
-def test_other_convolutions_are_refused(kind: type, options: dict, told: str) -> None:
+def test_other_convolutions_are_refused(kind: type, options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=f"^convolution: expected .*got {kind.__name__}.*{told}"):
         FusedHead(kind(4, 4, **options))
 
@@ -133,15 +134,16 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"^when: expected one of 'training', 'always'"):
         fuse_head(network, "eval")
     with pytest.raises(TypeError, match=r"^network: expected a torch.nn.Module, got str"):
-        fuse_head("network")
+        fuse_head("network")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^convolution: expected a torch.nn.Module, got int"):
-        FusedHead(1)
+        FusedHead(1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^example_input: expected a torch.Tensor, got tuple"):
-        fuse_head(network, example_input=(2, 1, 8, 8))
+        fuse_head(network, example_input=(2, 1, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^example_input: \[2, 8, 8, 8\] does not go through Net"):
         fuse_head(network, example_input=torch.zeros(2, 8, 8, 8))
+    compiled: Any = torch.compile(network)
     with pytest.raises(ValueError, match=r"before torch.compile and Dist.*got OptimizedModule"):
-        fuse_head(torch.compile(network), example_input=image)
+        fuse_head(compiled, example_input=image)
     with pytest.raises(ValueError, match=r"Conv2d itself; FusedHead\(convolution\) makes one"):
         fuse_head(nn.Conv2d(6, 5, 1))
 
@@ -185,9 +187,9 @@ def test_a_head_that_a_plain_list_keeps() -> None:
 
 def test_scripted_networks_are_refused() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1)))
-    for options in ({}, {"example_input": data()[0]}):
+    for image in (None, data()[0]):
         with pytest.raises(ValueError, match="not scripted or traced"):
-            fuse_head(scripted, **options)
+            fuse_head(scripted, example_input=image)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_module_with_several_names() -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    network = net()
+    network: Any = net()
     network.other = nn.Conv2d(6, CLASSES, 1)
     network.other.weight = network.head.weight
     fuse_head(network, example_input=data()[0])
@@ -296,7 +298,9 @@ def test_what_takes_them_for_a_tensor_is_told(use: Callable[..., Any]) -> None:
     "use",
     [
         lambda given, label: riskmap_ext.weighted_loss(given, label),
-        lambda given, label: riskmap_ext.linear_weighted_loss(given, *given.parts[1:], label),
+        lambda given, label: riskmap_ext.linear_weighted_loss(
+            given, given.weight, given.bias, label
+        ),
         lambda given, label: riskmap_ext.reference.weighted_loss(given, label),
     ],
     ids=["weighted_loss", "linear_weighted_loss", "reference"],

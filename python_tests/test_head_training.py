@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from compare import grad_of
 from head_net import CLASSES, LOSS, Net, assert_same_step, data, fused, gradients, net
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ def test_an_optimizer_of_before_still_trains() -> None:
     optimizers = [torch.optim.SGD(each.parameters(), 0.1, momentum=0.9) for each in networks]
     assert fuse_head(networks[0], example_input=image) == ["head"]
     for _ in range(3):
-        assert_same_step(*networks, image, label)
+        assert_same_step(networks[0], networks[1], image, label)
         for optimizer in optimizers:
             optimizer.step()
     weights = [each.state_dict()["head.weight"] for each in networks]
@@ -40,6 +41,7 @@ def test_autocast(inside: bool) -> None:
     image, label = data(3)
     network = net(3)
     mine = fused(network, image).train()
+    each: Any
     for each in (mine, network):
         with torch.autocast("cpu", torch.bfloat16):
             given = each(image)
@@ -48,9 +50,11 @@ def test_autocast(inside: bool) -> None:
             assert {part.dtype for part in given.parts} == {torch.bfloat16}
         loss = LOSS(given, label) if loss is None else loss
         loss.backward()
-        assert each.head.weight.grad.dtype == torch.float32
+        assert grad_of(each.head.weight).dtype == torch.float32
     for name, expected in gradients(network).items():
         found = gradients(mine)[name]
+        assert found is not None
+        assert expected is not None
         assert float((found - expected).norm()) <= 0.02 * float(expected.norm()), name
 
 
@@ -65,7 +69,7 @@ def test_fused_between_compile_and_the_first_call() -> None:
     """nnU-Net wraps first."""
     image, _ = data()
     network = net().train()
-    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True)
     fuse_head(compiled._orig_mod, example_input=image)
     assert isinstance(compiled(image), DeferredLogits)
 

@@ -104,7 +104,7 @@ def test_readme_weights() -> None:
     label = torch.zeros(1, 6, 6, 6, dtype=torch.int64)
     label[:, :2] = 1
     label[:, :, 4:] = 2
-    names = {"torch": torch, "riskmap_ext": riskmap_ext, "label": label}
+    names: dict[str, Any] = {"torch": torch, "riskmap_ext": riskmap_ext, "label": label}
     names["logits"] = torch.randn(1, 3, 6, 6, 6)
     exec(code, names)
     assert names["boundary"].min() == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BASE, Case, loss_and_gradients
+from cases import BASE, Call, Case, loss_and_gradients
 from compare import assert_gradient_close, cosine, relative_l2
 
 import riskmap_ext
@@ -101,7 +102,7 @@ def test_weighted_mean_is_cross_entropy(
     """Over a batch whose images have different numbers of valid voxels."""
     case = Case("torch_weighted", batch=3, classes=5, empty_image=True, dtype=torch.float64)
     logits, target = case.logits(device), case.target(device)
-    options = {"label_smoothing": label_smoothing}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing}
     if weighted:
         options["weight"] = case.weight(device).double()
     dice = riskmap_ext.weighted_loss(logits, target, ce_weight=0.0, dice_weight=dice_weight)
@@ -119,7 +120,11 @@ def test_voxel_map_is_cross_entropy_with_class_weights(
 ) -> None:
     case = Case("torch_weights", classes=5, batch=3)
     logits, target, weight = case.logits(device), case.target(device), case.weight(device)
-    options = {"weight": weight, "label_smoothing": label_smoothing, "reduction": "none"}
+    options: dict[str, Any] = {
+        "weight": weight,
+        "label_smoothing": label_smoothing,
+        "reduction": "none",
+    }
     found = riskmap_ext.weighted_loss(logits, target, **options)
     expected = F.cross_entropy(logits, target, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -317,7 +322,7 @@ def test_dice_agrees_with_monai(
         smooth_nr=1e-5,
         smooth_dr=1e-5,
     )
-    call = (case.logits(device), case.target(device).unsqueeze(1), None), {}
+    call: Call = (case.logits(device), case.target(device).unsqueeze(1), None), {}
     options = {
         "ce_weight": 0.0,
         "dice_weight": 1.0,
@@ -348,7 +353,7 @@ def test_loss_of_a_case_worked_by_hand(device: torch.device) -> None:
             logits, target, risk, normalization=normalization, ce_voxels=ce_voxels
         )
         assert loss.item() == pytest.approx(expected, rel=1e-6)
-    labelled = {"normalization": "foreground"}
+    labelled: dict[str, Any] = {"normalization": "foreground"}
     floored = riskmap_ext.weighted_loss(logits, target, risk, foreground_floor=0.75, **labelled)
     assert floored.item() == pytest.approx((hard + easy) / 1.5, rel=1e-6)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BASE, LOSS_CASES, REGION_CASES, Call, Case, in_double
-from compare import ROUNDING, assert_gradient_close, assert_map_close, relative_l2
+from compare import ROUNDING, assert_gradient_close, assert_map_close, grad_of, relative_l2
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -35,8 +35,8 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def _gradients(call: Call, function: Any = None, grad_output: float = 0.75) -> list[Tensor | None]:
-    """The loss, then the gradients of features, weight, bias and risk."""
+def _gradients(call: Call, function: Any = None, grad_output: float = 0.75) -> list[Any]:
+    """The loss, then the gradients of features, weight, bias and risk: None where there is none."""
     (features, weight, bias, target, risk), kwargs = call
     leaves = [
         None if each is None else each.detach().requires_grad_()
@@ -101,6 +101,7 @@ def test_many_classes_and_features(
 def test_equals_a_convolution_and_the_loss(options: dict[str, Any], device: torch.device) -> None:
     (features, weight, bias, target, risk), kwargs = MANY.head_call(device)
     convolution = torch.nn.Conv3d(MANY.features, MANY.classes, 1, device=device)
+    assert convolution.bias is not None
     with torch.no_grad():
         convolution.weight.copy_(weight.view_as(convolution.weight))
         convolution.bias.copy_(bias)
@@ -112,9 +113,8 @@ def test_equals_a_convolution_and_the_loss(options: dict[str, Any], device: torc
     )
     leaves = (features, convolution.weight, convolution.bias)
     expected = torch.autograd.grad(loss.sum(), leaves)
-    ours = riskmap_ext.linear_weighted_loss(
-        *leaves, target, risk, class_weight=weights, **kwargs, **options
-    )
+    kwargs |= options
+    ours = riskmap_ext.linear_weighted_loss(*leaves, target, risk, class_weight=weights, **kwargs)
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
     for one, other in zip(torch.autograd.grad(ours.sum(), leaves), expected, strict=True):
         assert one.shape == other.shape
@@ -137,7 +137,7 @@ def test_only_what_is_wanted(
         loss.backward()
     for i, each in enumerate(arguments):
         if i in wanted:
-            assert relative_l2(each.grad, every[i]) <= 1e-6
+            assert relative_l2(grad_of(each), every[i]) <= 1e-6
         else:
             assert each.grad is None
 
@@ -203,7 +203,9 @@ def test_in_an_inductor_graph_with_a_layer() -> None:
 
 def test_autocast(device: torch.device) -> None:
     (features, weight, bias, target, _), _ = MANY.head_call(device)
-    leaves = [each.requires_grad_() for each in (features, weight, bias)]
+    leaves = (features, weight, bias)
+    for each in leaves:
+        each.requires_grad_()
     with torch.autocast(device.type, torch.bfloat16):
         loss = riskmap_ext.linear_weighted_loss(*leaves, target)
     assert loss.dtype == torch.float32
@@ -213,9 +215,10 @@ def test_autocast(device: torch.device) -> None:
     for one, other in zip(torch.autograd.grad(loss, leaves), expected[1:4], strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other.float())
-    double = [each.detach().double() for each in leaves]
+    (features, weight, bias), _ = in_double((leaves, {}))
     with torch.autocast(device.type, torch.bfloat16):
-        assert riskmap_ext.linear_weighted_loss(*double, target).dtype == torch.float64
+        loss = riskmap_ext.linear_weighted_loss(features, weight, bias, target)
+        assert loss.dtype == torch.float64
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -223,8 +226,8 @@ def test_checkpointing(reentrant: bool) -> None:
     (features, weight, bias, target, _), _ = MANY.head_call(CPU)
     leaves = [each.requires_grad_() for each in (features, weight, bias)]
 
-    def step(*head: Tensor) -> Tensor:
-        return riskmap_ext.linear_weighted_loss(*head, target, dice_weight=0.5)
+    def step(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return riskmap_ext.linear_weighted_loss(features, weight, bias, target, dice_weight=0.5)
 
     step(*leaves).backward()
     expected = [each.grad for each in leaves]

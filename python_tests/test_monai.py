@@ -118,7 +118,11 @@ class TestRiskMapd:
             return network(image)
 
         def add(**options: Any) -> Tensor:
-            keywords = {"statistics": statistics, "cache_dir": tmp_path, "source_key": "a"}
+            keywords: dict[str, Any] = {
+                "statistics": statistics,
+                "cache_dir": tmp_path,
+                "source_key": "a",
+            }
             keywords |= options
             return RiskMapd(source=counted, **keywords)(data[0])["risk"].as_tensor()
 
@@ -149,8 +153,9 @@ class TestRiskMapd:
         for number, add in enumerate(adds.values(), start=1):
             add(data[0])
             assert len(list(tmp_path.iterdir())) == number
+        bias = network.get_parameter("bias")
         with torch.no_grad():  # and one that has been changed since
-            network.bias.add_(torch.arange(4.0))
+            bias.add_(torch.arange(4.0))
         fresh = RiskMapd(source=network, statistics=statistics)(data[0])["risk"]
         assert torch.equal(adds[network](data[0])["risk"], fresh)
         assert len(list(tmp_path.iterdir())) == 4
@@ -163,7 +168,7 @@ class TestRiskMapd:
         network.train()
         assert torch.equal(add(data[0])["risk"], first)
         assert network.training
-        assert int(network[1].num_batches_tracked) == 0
+        assert int(network.get_buffer("1.num_batches_tracked")) == 0
 
     def test_schemes_without_a_range_need_one_pass(self) -> None:
         network, data = source(), cases()
@@ -193,9 +198,9 @@ class TestRiskMapd:
         with pytest.raises(ValueError, match="range: expected 'dataset'"):
             RiskMapd(source=source(), statistics=statistics, range="volume")
         with pytest.raises(TypeError, match="statistics: expected TransferStatistics"):
-            RiskMapd(source=source(), statistics=statistics.conditional)
+            RiskMapd(source=source(), statistics=statistics.conditional)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="source: expected a Module"):
-            RiskMapd(source="checkpoint.pt", statistics=statistics)
+            RiskMapd(source="checkpoint.pt", statistics=statistics)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="unknown option 'schema'; did you mean scheme"):
             RiskMapd(source=source(), statistics=statistics, schema="power")
         with pytest.raises(ValueError, match="scheme: expected"):
@@ -235,7 +240,7 @@ class TestStatisticsOf:
                 return {"image": torch.rand(1, *SHAPE), "label": torch.where(valid, 1, -100)}
 
         with pytest.raises(ValueError, match="other labels in the second pass"):
-            transfer_statistics(Random(), source(), 3)
+            transfer_statistics(Random(), source(), 3)  # type: ignore[arg-type]
 
     def test_a_data_set_without_an_end(self) -> None:
         class Endless(torch.utils.data.Dataset):
@@ -247,11 +252,12 @@ class TestStatisticsOf:
                 return cases()[index % 3]
 
         network = source()
-        found = transfer_statistics(Endless(), network, 3)
+        found = transfer_statistics(Endless(), network, 3)  # type: ignore[arg-type]
         assert torch.equal(found.joint, transfer_statistics(cases()[:2], network, 3).joint)
 
     def test_a_loader(self) -> None:
-        loader = torch.utils.data.DataLoader(cases())
+        listed: Any = cases()
+        loader = torch.utils.data.DataLoader(listed)
         with pytest.raises(TypeError, match=r"data: expected a data set.*DataLoader.*\.dataset"):
             transfer_statistics(loader, source(), 3)
 
@@ -273,7 +279,7 @@ class TestStatisticsOf:
         with pytest.raises(TypeError, match=r"image: expected an array .* case 3, got str"):
             transfer_statistics(data, source(), 3)
         with pytest.raises(TypeError, match="expected case 0 to be a dictionary, got list"):
-            transfer_statistics([cases()], source(), 3)
+            transfer_statistics([cases()], source(), 3)  # type: ignore[list-item]
 
     def test_labels_that_are_none(self) -> None:
         data = cases()

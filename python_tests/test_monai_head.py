@@ -46,7 +46,8 @@ def one_hot(classes: int) -> Tensor:
 
 def compare(loss: Any, given: list[DeferredLogits], *call: Any) -> None:
     """Value and gradients beside those of the logits; one scale, or several as a list."""
-    parts, found = [part for each in given for part in each.parts], []
+    parts = [part for each in given for part in each.parts if part is not None]
+    found = []
     for inputs in (given, [each.logits() for each in given]):
         value = loss(inputs if len(inputs) > 1 else inputs[0], *call)
         gradients = torch.autograd.grad(value, parts, allow_unused=True, materialize_grads=True)

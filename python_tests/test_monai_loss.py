@@ -282,7 +282,7 @@ class TestOverlappingChannels:
         """By their value in the target, whatever codes the voxels get."""
         inputs, target = logits(channels), self.target(channels)
         target[:, :, :2] = 1  # the largest code
-        options = {"sigmoid": True, "ignore_index": ignore_index}
+        options: dict[str, Any] = {"sigmoid": True, "ignore_index": ignore_index}
         loss = RiskMapDiceCELoss(**options)
         everything = RiskMapDiceCELoss(sigmoid=True)
         compare(loss(inputs, target), everything(inputs, target), inputs)
@@ -293,7 +293,7 @@ class TestOverlappingChannels:
     @pytest.mark.parametrize("channels", [3, 9])
     def test_background_is_where_no_channel_holds(self, channels: int) -> None:
         inputs, target = logits(channels), self.target(channels)
-        options = {"sigmoid": True, "normalization": "foreground"}
+        options: dict[str, Any] = {"sigmoid": True, "normalization": "foreground"}
         found = RiskMapDiceCELoss(**options, background=1)(inputs, target)
         compare(found, RiskMapDiceCELoss(**options)(inputs, target), inputs)
 
@@ -315,7 +315,7 @@ class TestWithARiskMap:
         inputs, target = logits(3), labels(3)
         risk = torch.rand(2, *SHAPE) + 0.5
         loss = RiskMapDiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
-        options = {"dice_weight": 1.0, "normalization": "valid"}
+        options: dict[str, Any] = {"dice_weight": 1.0, "normalization": "valid"}
         expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
         assert torch.equal(loss(inputs, target, risk), expected)
         assert torch.equal(loss(inputs, {"label": target, "risk": risk[:, None]}), expected)
@@ -324,7 +324,7 @@ class TestWithARiskMap:
         inputs, target, risk = logits(2), labels(4), torch.rand(2, *SHAPE)
         table = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]])
         loss = RiskMapDiceCELoss(sigmoid=True, regions=table)
-        options = {"dice_weight": 1.0, "normalization": "valid", "regions": table}
+        options: dict[str, Any] = {"dice_weight": 1.0, "normalization": "valid", "regions": table}
         expected = riskmap_ext.weighted_loss(inputs, target, risk, **options)
         assert torch.equal(loss(inputs, target, risk), expected)
 
@@ -427,14 +427,16 @@ class TestRefuses:
     @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
     def test_targets_as_resampling_leaves_them(self, activation: str) -> None:
         inputs, target = logits(3), one_hot(labels(3), 3).double()
-        loss = RiskMapDiceCELoss(**{activation: True})
+        options: dict[str, Any] = {activation: True}
+        loss = RiskMapDiceCELoss(**options)
         assert torch.equal(loss(inputs, target + 7e-15), loss(inputs, target))
         assert torch.equal(loss(inputs, target - 2e-4), loss(inputs, target))
 
     @pytest.mark.parametrize("name", ["weight", "class_weight"])
     @pytest.mark.parametrize("channels", [1, 3])
     def test_class_weights_of_another_length(self, channels: int, name: str) -> None:
-        loss = RiskMapDiceCELoss(sigmoid=True, **{name: [1.0, 5.0]})
+        options: dict[str, Any] = {name: [1.0, 5.0]}
+        loss = RiskMapDiceCELoss(sigmoid=True, **options)
         target = torch.zeros(2, channels, *SHAPE)
         with pytest.raises(ValueError, match=rf"^{name}: expected \[{channels}\].* got \[2\]"):
             loss(logits(channels), target)
@@ -471,7 +473,8 @@ class TestRefuses:
     @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
     def test_stacked_deep_supervision(self, activation: str) -> None:
         stack = torch.randn(2, 3, 4, *SHAPE)
-        loss = RiskMapDiceCELoss(**{activation: True}, to_onehot_y=True)
+        options: dict[str, Any] = {activation: True}
+        loss = RiskMapDiceCELoss(**options, to_onehot_y=True)
         with pytest.raises(ValueError, match=r"torch\.unbind"):
             loss(stack, labels(4))
 
@@ -479,7 +482,7 @@ class TestRefuses:
 class TestDeepSupervisionLoss:
     def test_without_a_map(self) -> None:
         inputs = [logits(3), torch.randn(2, 3, 6, 5, 5)]
-        options = {"to_onehot_y": True, "softmax": True, "squared_pred": True}
+        options: dict[str, Any] = {"to_onehot_y": True, "softmax": True, "squared_pred": True}
         ours, theirs = (
             DeepSupervisionLoss(each(**options))(inputs, labels(3).float())
             for each in (RiskMapDiceCELoss, DiceCELoss)

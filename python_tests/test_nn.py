@@ -26,8 +26,8 @@ CASE = Case("module", with_weight=True, with_foreground=True, batch=3)
 def test_equals_the_function(device: torch.device) -> None:
     (logits, target, risk), kwargs = CASE.loss_call(device)
     foreground = kwargs["foreground"]
-    options = {"dice_weight": 0.5, "label_smoothing": 0.1, "reduction": "sum"}
-    weights = {name: kwargs[name] for name in ("weight", "dice_class_weight")}
+    options: dict[str, Any] = {"dice_weight": 0.5, "label_smoothing": 0.1, "reduction": "sum"}
+    weights: dict[str, Any] = {name: kwargs[name] for name in ("weight", "dice_class_weight")}
     module = RiskWeightedLoss(**weights, **options).to(device)
     found = loss_and_gradients(
         ((logits, target, risk), {}), lambda x, y, r: module(x, y, r, foreground)
@@ -48,7 +48,9 @@ def test_weight_moves_along_but_is_not_saved() -> None:
     module = RiskWeightedLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
     assert module.state_dict() == {}
     assert list(module.parameters()) == []
-    assert module.to("meta").weight.is_meta
+    moved = module.to("meta").weight
+    assert moved is not None
+    assert moved.is_meta
 
 
 def test_copies_and_prints() -> None:
@@ -67,7 +69,9 @@ def test_copies_and_prints() -> None:
         ({"dice_weigth": 1.0}, TypeError, "dice_weigth"),
     ],
 )
-def test_bad_options_are_said_at_once(options: dict, error: type[Exception], name: str) -> None:
+def test_bad_options_are_said_at_once(
+    options: dict[str, Any], error: type[Exception], name: str
+) -> None:
     with pytest.raises(error, match=name):
         RiskWeightedLoss(**options)
 
@@ -90,7 +94,7 @@ def test_bad_options_are_said_at_once(options: dict, error: type[Exception], nam
 )
 def test_what_an_unknown_option_may_mean(name: str, hint: str) -> None:
     with pytest.raises(TypeError, match=re.escape(f"unknown option {name!r}; {hint}")):
-        RiskWeightedLoss(**{name: 1.0})
+        RiskWeightedLoss(**{name: 1.0})  # type: ignore[arg-type]
 
 
 def test_other_names_are_of_options_there_are() -> None:
@@ -263,7 +267,8 @@ def test_monai_tensors_at_every_scale() -> None:
 @pytest.mark.parametrize("single", [False, True], ids=["lists", "tensors"])
 @pytest.mark.parametrize("in_forward", [True, False])
 def test_compiled_with_lists(in_forward: bool, single: bool) -> None:
-    logits, targets, risks, foregrounds = _scales()
+    scales: Any = _scales()
+    logits, targets, risks, foregrounds = scales
     if single:  # one tensor each, sampled inside
         targets, risks, foregrounds = targets[0], risks[0].nan_to_num(1.0), foregrounds[0]
     module = RiskWeightedLoss(dice_weight=0.5, label_smoothing=0.1)
@@ -350,7 +355,7 @@ def test_bad_tables_and_weights(
 
 
 def test_numpy_weights_are_like_lists() -> None:
-    numbers = np.array([0.5, 1.0, 2.0])
+    numbers: Any = np.array([0.5, 1.0, 2.0])
     module = RiskWeightedLoss(numbers, scale_weights=numbers)
     other = RiskWeightedLoss(numbers.tolist(), scale_weights=numbers.tolist())
     logits, targets, _, _ = _scales()
@@ -362,8 +367,11 @@ def test_regions_move_along_but_are_not_saved() -> None:
     assert module.state_dict() == {}
     assert module.regions is not None
     assert module.regions.dtype == torch.bool
-    assert module.half().regions.dtype == torch.bool
-    assert module.to("meta").regions.is_meta
+    for to in (torch.float16, torch.device("meta")):
+        module.to(to)
+        assert module.regions is not None
+        assert module.regions.dtype == torch.bool
+    assert module.regions.is_meta
 
 
 # ---- logits that have not been made --------------------------------------------------------------
@@ -382,17 +390,22 @@ def _deferred(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> list[
 @pytest.mark.parametrize("regions", [None, [[0, 1, 1, 0, 1], [0, 0, 1, 0, 1], [1, 0, 0, 1, 1]]])
 def test_deferred_logits_at_every_scale(regions: Any, single: bool, device: torch.device) -> None:
     """As logits: the weights of the classes, the map, its gradient, and sampled targets."""
-    _, targets, risks, foregrounds = _scales(device=device)
+    scales: Any = _scales(device=device)
+    _, targets, risks, foregrounds = scales
     if single:
         targets, risks, foregrounds = targets[0], risks[0].nan_to_num(1.0), foregrounds[0]
-    options = {"dice_weight": 0.5, "label_smoothing": 0.1, "dice_class_weight": [1.0, 0.5, 2.0]}
+    options: dict[str, Any] = {
+        "dice_weight": 0.5,
+        "label_smoothing": 0.1,
+        "dice_class_weight": [1.0, 0.5, 2.0],
+    }
     module = RiskWeightedLoss([1.0, 2.0, 0.5], regions=regions, **options).to(device)
     results = []
     for made in (False, True):
         deferred = _deferred(SIZES, device)
-        maps = risks if single else list(risks)
-        leaves = [part for each in deferred for part in each.parts]
-        wanted = [maps] if single else maps
+        maps: Any = risks if single else list(risks)
+        leaves = [part for each in deferred for part in each.parts if part is not None]
+        wanted: list[Tensor] = [maps] if single else maps
         for each in wanted:
             each.requires_grad_().grad = None
         given = [each.logits() for each in deferred] if made else deferred

@@ -41,7 +41,7 @@ from riskmap_ext.statistics import sqrt_inverse_frequency
 
 pytestmark = pytest.mark.slow
 CASES = 6
-LABELS = {
+LABELS: dict[str, dict[str, Any]] = {
     "whole": {"background": 0, "hippocampus": 1},
     "parts": {"background": 0, "anterior": 1, "posterior": 2},
     "ignored": {"background": 0, "anterior": 1, "posterior": 2, "ignore": 3},
@@ -54,7 +54,7 @@ NAMES = {kind: f"Dataset{401 + index}_{kind}" for index, kind in enumerate(LABEL
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's three folders with the hippocampus set in four ways, planned and preprocessed."""
     root = tmp_path_factory.mktemp("nnunet")
-    environment = {
+    environment: dict[str, str] = {
         "nnUNet_n_proc_DA": "1",  # the planner takes no 0
         "nnUNet_compile": "f",
         "nnUNet_extTrainer": nnunet.trainer_folder(),
@@ -64,7 +64,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, value in environment.items():
             patch.setenv(name, value)
         for kind in LABELS:
-            order = {"regions_class_order": [1, 2]} if kind == "regions" else {}
+            order: Any = {"regions_class_order": [1, 2]} if kind == "regions" else {}
             change = partial(_changed, kind)
             write_raw_data_set(root / "raw" / NAMES[kind], CASES, LABELS[kind], change, **order)
         _prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +20,7 @@ from cases import (
     network_output,
     overwritten,
 )
+from compare import grad_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +39,7 @@ def overwriting_loss(logits: Tensor, target: Tensor, risk: Tensor | None, **opti
     return riskmap_ext.weighted_loss(logits, target, risk, **options, overwrite_logits=True)
 
 
-def assert_same_bits(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+def assert_same_bits(found: Sequence[Any], expected: Sequence[Any]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -160,7 +161,7 @@ def test_takes_true_or_false() -> None:
     (values, target, _), _ = BASE.loss_call(CPU)
     for call in (riskmap_ext.weighted_loss, reference.weighted_loss):
         with pytest.raises(TypeError, match=f"{GONE}: expected True or False"):
-            call(values, target, overwrite_logits=1)
+            call(values, target, overwrite_logits=1)  # type: ignore[arg-type]
 
 
 def test_reference_ignores_it() -> None:
@@ -207,10 +208,10 @@ def test_saved_by_the_layer_that_made_them(
 def test_used_before_but_not_saved(options: dict[str, Any]) -> None:
     leaf, logits, target, risk = _inputs()
     (logits.sum() + riskmap_ext.weighted_loss(logits, target, risk, **options)).backward()
-    expected, leaf.grad = leaf.grad, None
+    expected, leaf.grad = grad_of(leaf), None
     logits = leaf * 2
     (logits.sum() + overwriting_loss(logits, target, risk, **options)).backward()
-    assert torch.equal(leaf.grad, expected)
+    assert torch.equal(grad_of(leaf), expected)
 
 
 @pytest.mark.parametrize("view", [False, True])
@@ -256,10 +257,10 @@ def test_one_backward_pass(options: dict[str, Any]) -> None:
     leaf, logits, target, risk = _inputs()
     loss = overwriting_loss(logits, target, risk, **options)
     loss.backward(retain_graph=True)
-    expected = leaf.grad.clone()
+    expected = grad_of(leaf).clone()
     with pytest.raises(RuntimeError, match=f"second backward pass .*{GONE}"):
         loss.backward()
-    assert torch.equal(leaf.grad, expected)
+    assert torch.equal(grad_of(leaf), expected)
 
 
 @paths
@@ -346,7 +347,7 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("amp", [False, True])
 def test_network(options: dict[str, Any], memory: torch.memory_format, amp: bool) -> None:
-    network = _network().to(memory_format=memory)
+    network = _network().to(memory_format=memory)  # type: ignore[call-overload]
     image, target, risk = _batch()
     image = image.contiguous(memory_format=memory)
 
@@ -369,7 +370,7 @@ def test_checkpointed_network(options: dict[str, Any], reentrant: bool) -> None:
         logits = checkpoint(network, image, use_reentrant=reentrant)
         network.zero_grad()
         loss(logits, target, risk, **options).backward()
-        return [p.grad.clone() for p in network.parameters()]
+        return [grad_of(p).clone() for p in network.parameters()]
 
     assert_same_bits(gradients(overwriting_loss), gradients(riskmap_ext.weighted_loss))
 
@@ -386,7 +387,7 @@ def test_loss_within_a_checkpoint(options: dict[str, Any], reentrant: bool) -> N
 
         network.zero_grad()
         checkpoint(step, image, use_reentrant=reentrant).backward()
-        return [p.grad.clone() for p in network.parameters()]
+        return [grad_of(p).clone() for p in network.parameters()]
 
     assert_same_bits(gradients(overwriting_loss), gradients(riskmap_ext.weighted_loss))
 
@@ -488,7 +489,8 @@ def test_nnunet() -> None:
     found = []
     for trainer in (Overwriting, nnUNetTrainerVoxelWeights):
         leaves, targets = batch("classes")
-        loss, got = loss_of("classes", True, trainer), []
+        loss = loss_of("classes", True, trainer)
+        got: list[Tensor] = []
         with loss.weighted_by(torch.ones_like(targets[0], dtype=torch.float32)):
             loss(
                 [network_output(each.detach().clone(), got) for each in leaves], targets

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BASE, Case, loss_and_gradients, loss_in_two_steps, overwritten
-from compare import assert_gradient_close
+from cases import BASE, Call, Case, loss_and_gradients, loss_in_two_steps, overwritten
+from compare import assert_gradient_close, grad_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -51,7 +51,7 @@ def _run_map(case: Case, device: torch.device) -> None:
 
 def _run_risk(case: Case, device: torch.device, **options: Any) -> None:
     args, kwargs = case.risk_call(device)
-    riskmap_ext.risk_map(*args, **kwargs, **options)
+    riskmap_ext.risk_map(*args, **{**kwargs, **options})
 
 
 def _run_loss(case: Case, device: torch.device, **options: Any) -> None:
@@ -68,11 +68,13 @@ def _run_from_features(case: Case, device: torch.device, frozen: int = 0, **opti
     """``frozen``: so many of features, weight and bias have no gradient."""
     args, kwargs = case.head_call(device)
     for in_forward in (True, False):
-        leaves = [each.detach().requires_grad_(i >= frozen) for i, each in enumerate(args[:3])]
-        bias = None if options.get("dice_weight") else leaves[2]
+        features, weight, bias = (
+            each.detach().requires_grad_(i >= frozen) for i, each in enumerate(args[:3])
+        )
+        given = None if options.get("dice_weight") else bias
         with riskmap_ext.gradient_in_forward(in_forward):
             loss = riskmap_ext.linear_weighted_loss(
-                *leaves[:2], bias, *args[3:], **{**kwargs, **options}
+                features, weight, given, *args[3:], **{**kwargs, **options}
             )
         loss.backward(torch.ones_like(loss))
 
@@ -88,7 +90,7 @@ def _run_two_steps(case: Case, device: torch.device) -> None:
     )
 
 
-DICE = {"dice_weight": 1.0}
+DICE: dict[str, Any] = {"dice_weight": 1.0}
 SQUARED = {"dice_weight": 0.5, "squared_pred": True, "reduction": "sum"}
 MAP_OF_LOSSES = {"reduction": "none"}
 WORKS: list[Callable[[torch.device], None]] = [
@@ -216,7 +218,7 @@ def test_compiled_loss(dynamic: bool) -> None:
     compiled = torch.compile(_loss, fullgraph=True, dynamic=dynamic, backend=counter)
     frames = []
     for case in SHAPES:
-        call = case.loss_call(CPU)[0], {}
+        call: Call = case.loss_call(CPU)[0], {}
         found, expected = loss_and_gradients(call, compiled), loss_and_gradients(call, _loss)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
@@ -351,8 +353,8 @@ def test_autocast(device: torch.device) -> None:
     assert loss.dtype == torch.float32
     expected = reference.weighted_loss(logits.double(), target, risk.double(), dice_weight=1.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert layer.weight.grad.dtype == torch.float32
-    assert torch.count_nonzero(layer.weight.grad) > 0
+    assert grad_of(layer.weight).dtype == torch.float32
+    assert torch.count_nonzero(grad_of(layer.weight)) > 0
     assert torch.equal(inside, riskmap_ext.weighted_loss(inputs, target, risk, dice_weight=1.0))
     assert maps[0].dtype == maps[1].dtype == torch.float32
     assert torch.equal(
@@ -392,14 +394,19 @@ def test_monai_tensors_are_like_plain_ones(device: torch.device) -> None:
     expected = loss_and_gradients(call)
     assert torch.equal(loss, expected[0])
     assert torch.equal(torch.as_tensor(logits.grad), expected[1])
-    assert torch.equal(torch.as_tensor(risk.grad), expected[2])
+    assert torch.equal(torch.as_tensor(grad_of(risk)), expected[2])
 
 
 def test_numpy_scalars_are_like_python_numbers(device: torch.device) -> None:
     (logits, target, risk), _ = BASE.loss_call(device)
-    plain = {"ignore_index": -100, "background": 1, "foreground_floor": 0.25, "batch_dice": True}
+    plain: dict[str, Any] = {
+        "ignore_index": -100,
+        "background": 1,
+        "foreground_floor": 0.25,
+        "batch_dice": True,
+    }
     plain |= {"dice_weight": 0.5, "label_smoothing": 0.125}
-    numpy = {
+    numpy: dict[str, Any] = {
         "ignore_index": np.int16(-100),
         "background": np.int64(1),
         "foreground_floor": np.float32(0.25),
@@ -412,13 +419,16 @@ def test_numpy_scalars_are_like_python_numbers(device: torch.device) -> None:
         riskmap_ext.weighted_loss(logits, target, risk, **numpy),
     )
     source, _, given = BASE.map_call(device)[0]
-    limits = (np.float32(0.5), np.float64(3.0))
+    limits: Any = (np.float32(0.5), np.float64(3.0))
+    base: Any = np.int32(5)
+    classes: Any = np.int64(3)
+    ignored: Any = np.int8(-100)
     assert torch.equal(
         riskmap_ext.risk_map(source, target, given, range=(0.5, 3.0), base=5.0),
-        riskmap_ext.risk_map(source, target, given, range=limits, base=np.int32(5)),
+        riskmap_ext.risk_map(source, target, given, range=limits, base=base),
     )
     assert torch.equal(
-        riskmap_ext.leep_statistics(source, target, np.int64(3), ignore_index=np.int8(-100)),
+        riskmap_ext.leep_statistics(source, target, classes, ignore_index=ignored),
         riskmap_ext.leep_statistics(source, target, 3),
     )
 

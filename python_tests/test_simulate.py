@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_cohort_is_read_back_by_the_driver(tmp_path, labels):
         "./imagesTr/case_0000.nii.gz",
         "./imagesTr/case_0001.nii.gz",
     ]
-    options = {"resolution": 6.0, "extent": (-24.0, 30.0)}
+    options: dict[str, Any] = {"resolution": 6.0, "extent": (-24.0, 30.0)}
     made = simulate.simulate_subject(1, lesions=labels == "lesions", **options)
     for folder, array in (("imagesTr", made.image), ("labelsTr", getattr(made, labels))):
         volume = nibabel.load(path.parent / folder / "case_0001.nii.gz")

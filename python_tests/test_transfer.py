@@ -172,8 +172,8 @@ def test_arms_share_weights_crops_and_order(toy, monkeypatch):
     assert len(batches[0]) == 2
     assert all(own == batches[0] for own in batches)
     firsts: dict[bool, list[list[str]]] = {True: [], False: []}
-    for arm, own in zip(ARMS.values(), weights, strict=True):
-        firsts[arm.from_source].append(own)
+    for each, own in zip(ARMS.values(), weights, strict=True):
+        firsts[each.from_source].append(own)
     for same in firsts.values():
         assert all(own == same[0] for own in same)
     assert firsts[True][0] != firsts[False][0]
@@ -262,6 +262,7 @@ def test_what_is_missing_or_unknown_is_told(toy, monkeypatch, capsys):
 def test_bad_options_are_told(toy, capsys, monkeypatch, options, message):
     monkeypatch.chdir(toy)
     Path("FILE").touch()
+    code: object
     try:
         code = run_toy(toy, *options)
     except SystemExit as stopped:

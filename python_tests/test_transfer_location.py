@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def study() -> SimpleNamespace:
     return SimpleNamespace(cases=cases, maps=maps, sources=KnownFeatures(cases))
 
 
-def together(study: SimpleNamespace, volumes: dict[str, torch.Tensor]) -> torch.Tensor:
+def together(study: SimpleNamespace, volumes: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([volumes[case.name].flatten() for case in study.cases])
 
 
@@ -224,7 +226,7 @@ def test_disagreement_is_the_source_over_the_model(study):
 def test_factors_do_not_hang_on_how_rare_a_class_is(study):
     """The likelihoods of a rare class are all small."""
     rare = {name: each - 6 for name, each in study.maps.transferability.items()}
-    other = SimpleNamespace(transferability=rare)
+    other: Any = SimpleNamespace(transferability=rare)
     for weights in (location.output, location.doubt_output):
         found = [
             together(study, weights(m, study.cases, study.sources)) for m in (study.maps, other)
@@ -282,6 +284,7 @@ def test_sources_agree_with_the_driver_and_differ_from_each_other(place):
 def test_wrong_labels_are_for_training_alone(place):
     _, cases, _ = prepared(place, "wrong", WEIGHTS)
     noise = load_scenarios(place.scenarios)["wrong"].noise
+    assert noise is not None
     wrong = mislabelled(cases, noise, 0)
     assert wrong.validation is cases.validation
     for clean, own in zip(cases.train, wrong.train, strict=True):

@@ -116,6 +116,7 @@ def test_page_from_made_up_rows(tmp_path):
     text = page.read_text()
     (group,) = evidence.groups(Store(tmp_path / "rows").read())
     against = group.against("linear_dice", "ce_dice")
+    assert against is not None
     assert against.mean == pytest.approx(0.1, abs=0.01)
     assert against.told == "ahead"
     assert (
@@ -168,7 +169,9 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
     section = text[text.index("## Does the location count?") :].split("\n## ")[0]
     (group,) = evidence.groups(Store(tmp_path).read())
     for arm, name in (("place_output", "output"), ("doubt_output", "doubt")):
-        mean = f"{100 * group.against(arm, 'class_dice').mean:+.1f} (".replace("-", "\u2212")
+        against = group.against(arm, "class_dice")
+        assert against is not None
+        mean = f"{100 * against.mean:+.1f} (".replace("-", "\u2212")
         assert f"| {name} | {mean}" in section
     assert "refreshed" not in section
     assert "Of 3 comparisons: ahead in 1, behind in 1, not told apart in 1." in section

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from finetune_data import NETWORK_2D
 
-TOY = {
+TOY: dict[str, Any] = {
     "title": "Boxes",
     "folder": "toy",
     "source": {

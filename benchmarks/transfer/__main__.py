@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do the runs that are not stored yet")
-    several = {"type": _names, "metavar": "A,B"}
+    several: dict[str, Any] = {"type": _names, "metavar": "A,B"}
     run.add_argument("--scenarios", **several, help="default: all")
     run.add_argument(
         "--arms", **several, help=f"arms or {', '.join(GROUPS)}; default: {','.join(DEFAULT)}"
@@ -79,9 +80,9 @@ def _run(options: argparse.Namespace) -> int:
     if late := [seed for seed in options.seeds or () if seed >= TUNING_SEED]:
         raise ValueError(f"--seeds: {late[0]} and above are for the learning rates alone")
     _check_places(options)
-    known = sorted({length for each in scenarios.values() for length in each.lengths})
-    if unknown := [each for each in options.lengths or () if scenarios and each not in known]:
-        raise ValueError(f"--lengths: {', '.join(unknown)} unknown; there are {', '.join(known)}")
+    lengths = sorted({length for each in scenarios.values() for length in each.lengths})
+    if unknown := [each for each in options.lengths or () if scenarios and each not in lengths]:
+        raise ValueError(f"--lengths: {', '.join(unknown)} unknown; there are {', '.join(lengths)}")
     tuning = options.tuning_seeds
     wanted = runner.Wanted(
         scenarios,
@@ -90,8 +91,8 @@ def _run(options: argparse.Namespace) -> int:
         options.seeds,
         None if tuning is None else range(TUNING_SEED, TUNING_SEED + tuning),
     )
-    folders = (options.scenario_files, options.work, options.out)
-    place = Place(*(each.resolve() for each in folders), part, options.device)
+    files, work, out = (p.resolve() for p in (options.scenario_files, options.work, options.out))
+    place = Place(files, work, out, part, options.device)
     try:
         failed = runner.run(wanted, place, options.workers, _say)
     finally:

@@ -7,6 +7,7 @@ A factor is divided by its mean over each class's training voxels and multiplies
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ class Refreshed(_Refreshed):
         self._joint: Tensor | float = 0.0
 
     def likelihood(self, logits: Tensor, label: Tensor, risk: Tensor | None) -> Tensor:
-        given = {"ignore_index": IGNORE_INDEX}
+        given: dict[str, Any] = {"ignore_index": IGNORE_INDEX}
         joint = riskmap_ext.leep_statistics(logits, label, self._num_classes, **given)
         self._joint = joint = self._memory * self._joint + joint
         conditional = riskmap_ext.conditional(joint)

@@ -144,11 +144,15 @@ def split(scenario: Scenario, seed: int) -> Split:
         first = 1000 * seed
         if source.subjects == "train":
             raise ValueError("source.subjects: simulated subjects of its own are expected")
-        train = [first + 500 + index for index in range(target.train)]
-        test = [first + 500 + _MAX_TRAIN + index for index in range(target.test or 0)]
-        own = [first + index for index in range(source.subjects)]
-        named = ([f"case_{each:04d}" for each in group] for group in (own, train, test))
-        return Split(**dict(zip(("source", "train", "test"), named, strict=True)))
+
+        def named(begin: int, count: int) -> list[str]:
+            return [f"case_{begin + index:04d}" for index in range(count)]
+
+        return Split(
+            source=named(first, source.subjects),
+            train=named(first + 500, target.train),
+            test=named(first + 500 + _MAX_TRAIN, target.test or 0),
+        )
     names = case_names(scenario)
     if scenario.split == "rotated":
         start = seed % len(names)
@@ -184,7 +188,7 @@ def load_scenarios(folder: Path = FOLDER) -> dict[str, Scenario]:
     `like: other`: what the file does not say is as in other.yaml; sections are joined key by key,
     but a network is the file's own with all of its arguments.
     """
-    found = {}
+    found: dict[str, Scenario] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
             found |= _scenarios_of(path)

@@ -144,7 +144,7 @@ class RiskMapd(MapTransform):
                 "whose content is not known; got None"
             )
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         image, label = image_and_label(case, self.keys)
         shape = tuple(label.shape)
@@ -196,7 +196,7 @@ def _checked(options: dict[str, Any], num_classes: int) -> dict[str, Any]:
 
 
 def transfer_statistics(
-    data: Iterable[Mapping[Hashable, Any]],
+    data: Iterable[Mapping[Any, Any]],
     source: Source,
     num_classes: int,
     *,
