@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import every_op
 import numpy as np
 import pytest
 import torch
-from cases import BASE, Call, Case, loss_and_gradients, loss_in_two_steps, overwritten
+from cases import BASE, Call, Case, loss_and_gradients
 from compare import assert_gradient_close, grad_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -33,35 +34,12 @@ def _registered() -> set[str]:
 
 
 SMALL = Case("opcheck", spatial=(3, 5), with_weight=True, with_foreground=True)
-VOLUME = Case("opcheck_3d", spatial=(3, 2, 5), dtype=torch.bfloat16, layout="channels_last")
+VOLUME = Case(
+    "opcheck_3d", spatial=(3, 2, 5), dtype=torch.bfloat16, layout="channels_last", with_risk=False
+)
 EMPTY = Case("opcheck_empty", batch=0)
 REGIONS = Case("opcheck_regions", spatial=(3, 5), regions=3, source_regions=3, with_weight=True)
 EVERY = (SMALL, VOLUME, EMPTY, REGIONS)
-
-
-def _run_leep(case: Case, device: torch.device) -> None:
-    args, kwargs = case.leep_call(device)
-    riskmap_ext.leep_statistics(*args, **kwargs)
-
-
-def _run_map(case: Case, device: torch.device) -> None:
-    args, kwargs = case.map_call(device)
-    riskmap_ext.transferability_map(*args, **kwargs)
-
-
-def _run_risk(case: Case, device: torch.device, **options: Any) -> None:
-    args, kwargs = case.risk_call(device)
-    riskmap_ext.risk_map(*args, **{**kwargs, **options})
-
-
-def _run_loss(case: Case, device: torch.device, **options: Any) -> None:
-    """With the gradient made in the forward and the backward pass, and in place of the logits."""
-    args, kwargs = case.loss_call(device)
-    call = args, {**kwargs, **options}
-    for in_forward in (True, False):
-        with riskmap_ext.gradient_in_forward(in_forward):
-            loss_and_gradients(call, grad_output=-2.5)
-            overwritten((tuple(each.clone() for each in args), call[1]))
 
 
 def _run_from_features(case: Case, device: torch.device, frozen: int = 0, **options: Any) -> None:
@@ -79,10 +57,7 @@ def _run_from_features(case: Case, device: torch.device, frozen: int = 0, **opti
         loss.backward(torch.ones_like(loss))
 
 
-def _run_two_steps(case: Case, device: torch.device) -> None:
-    loss_in_two_steps(case, device)
-    if case.batch == 0:
-        return
+def _run_sums_of_features(case: Case, device: torch.device) -> None:
     features, weight, bias = case.head(device)
     target, risk = case.target(device), case.risk(device)
     torch.ops.riskmap_ext._linear_weighted_loss_sums(
@@ -90,25 +65,14 @@ def _run_two_steps(case: Case, device: torch.device) -> None:
     )
 
 
-DICE: dict[str, Any] = {"dice_weight": 1.0}
-SQUARED = {"dice_weight": 0.5, "squared_pred": True, "reduction": "sum"}
-MAP_OF_LOSSES = {"reduction": "none"}
-WORKS: list[Callable[[torch.device], None]] = [
-    *(
-        partial(work, case)
-        for case in (SMALL, VOLUME, EMPTY, REGIONS)
-        for work in (_run_leep, _run_map)
-    ),
-    *(partial(_run_risk, case) for case in (SMALL, VOLUME, EMPTY)),
-    partial(_run_risk, VOLUME, scheme="power", background=None),
-    partial(_run_risk, SMALL, scheme="exponential", range=(0.5, 3.0)),
-    *(partial(_run_loss, case) for case in EVERY),
-    *(partial(_run_loss, SMALL, **options) for options in (DICE, SQUARED, MAP_OF_LOSSES)),
-    *(partial(_run_loss, case, **DICE) for case in (VOLUME, EMPTY, REGIONS)),
+WORKS: list[Callable[[torch.device], object]] = [
+    *(partial(every_op.results, case) for case in EVERY),
+    partial(every_op.results, VOLUME, losses={"plain": {"background": None}}),
     *(partial(_run_from_features, SMALL, frozen=i) for i in range(3)),
     *(partial(_run_from_features, case) for case in (VOLUME, EMPTY, REGIONS)),
-    *(partial(_run_from_features, SMALL, **options) for options in (DICE, MAP_OF_LOSSES)),
-    *(partial(_run_two_steps, case) for case in EVERY),
+    partial(_run_from_features, SMALL, dice_weight=1.0),
+    partial(_run_from_features, SMALL, reduction="none"),
+    *(partial(_run_sums_of_features, case) for case in (SMALL, EMPTY)),
 ]
 
 
