@@ -48,14 +48,40 @@ def _cuda_on_host(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four small cases for the driver."""
+    """Five small cases for the driver, which no test writes to."""
     from finetune_data import write_cases
 
     folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 4)
+    write_cases(folder, 5)
     return folder
+
+
+@pytest.fixture(scope="session")
+def turned_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored as P, S, L with voxels of 1.5 x 1 x 2 mm: nothing is right by chance."""
+    from finetune_data import TURNED, write_cases
+
+    folder = tmp_path_factory.mktemp("turned")
+    write_cases(folder, 4, affine=TURNED, shape=(20, 10, 24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a model of `root` with its classes merged; to be read alone."""
+    from finetune_data import train_source
+
+    return train_source(root, tmp_path_factory.mktemp("source") / "run", 30, lr=0.02)
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path) -> Path:
+    """The file of a quick run into the folder `out` beside it."""
+    from finetune_data import settings, write_config
+
+    return write_config(tmp_path / "run.yaml", settings(root, tmp_path / "out"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

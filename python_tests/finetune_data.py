@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from riskmap_ext.finetune import Cases, Config, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.data.sampling import CropSampler
@@ -36,6 +37,7 @@ DYNUNET_2D: dict[str, Any] = {
 # Another task on the same labels: what a source is trained for.
 MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
 RAS = np.diag([1.0, 1.0, 1.0, 1.0])
+TURNED = np.array([[0, 0, -1.5, 4], [-1, 0, 0, 3], [0, 2, 0, -7], [0, 0, 0, 1]], dtype=float)
 SHAPE = (20, 24, 12)
 
 
@@ -125,6 +127,11 @@ def image_of(root: Path, name: str = "case00") -> Path:
 
 def label_of(root: Path, name: str = "case00") -> Path:
     return root / "labels" / f"{name}.nii.gz"
+
+
+def write_config(path: Path, content: object) -> Path:
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, write_cases
+from finetune_data import configuration
 from monai.bundle import init_bundle
 from monai.networks import nets
 from source_data import (
@@ -50,12 +50,6 @@ def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return save_bundle(tmp_path / "bundle", make_network(), bundle_config(), bundle_metadata())
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write_cases(tmp_path / "data", 3)
-    return tmp_path / "data"
 
 
 def rewrite(root: Path, config: dict[str, Any] | None = None, **metadata: Any) -> None:
@@ -159,33 +153,33 @@ def test_sigmoids(tmp_path: Path, bundle: Path) -> None:
     assert structures.regions == {"lesion": [1]}
 
 
-def test_a_run_from_a_bundle_goes_on_as_our_own(tmp_path: Path, data: Path, bundle: Path) -> None:
+def test_a_run_from_a_bundle_goes_on_as_our_own(tmp_path: Path, root: Path, bundle: Path) -> None:
     sections = {**RUN, "source": {"checkpoint": str(bundle)}}
-    result = finetune(configuration(data, tmp_path / "a", **sections), progress=False)
+    result = finetune(configuration(root, tmp_path / "a", **sections), progress=False)
     keys = json.loads((tmp_path / "a" / "keys.json").read_text())
     assert keys["loaded"] == list(make_network().state_dict())
     assert "may suffer" not in (tmp_path / "a" / "log.txt").read_text()
     own = load(result.checkpoint)
     assert own.config == load(bundle).config
     ranked = rank_sources(
-        configuration(data, tmp_path / "b", **sections), [bundle, result.checkpoint], progress=False
+        configuration(root, tmp_path / "b", **sections), [bundle, result.checkpoint], progress=False
     )
     assert {each.checkpoint for each in ranked} == {bundle, result.checkpoint}
-    assert len(predict_images(bundle, [data / "images"], tmp_path / "out", progress=False)) == 3
+    assert len(predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)) == 5
 
 
-def test_preprocessing_that_the_driver_lacks(tmp_path: Path, data: Path, bundle: Path) -> None:
+def test_preprocessing_that_the_driver_lacks(tmp_path: Path, root: Path, bundle: Path) -> None:
     config = bundle_config()
     config["preprocessing"]["transforms"][4] = {"_target_": "ScaleIntensityRanged", "a_min": 0}
     rewrite(bundle, config)
     with pytest.raises(ConfigError, match="were prepared with ScaleIntensityRanged"):
-        predict_images(bundle, [data / "images"], tmp_path / "out", progress=False)
+        predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
     sections = {**RUN, "source": {"checkpoint": str(bundle)}}
-    finetune(configuration(data, tmp_path / "a", **sections), progress=False)
+    finetune(configuration(root, tmp_path / "a", **sections), progress=False)
     assert "normalized by ScaleIntensityRanged" in (tmp_path / "a" / "log.txt").read_text()
     rewrite(bundle, bundle_config(preprocessing="$make()"))
     with pytest.raises(ConfigError, match="in a way that its file does not say"):
-        predict_images(bundle, [data / "images"], tmp_path / "out", progress=False)
+        predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
 
 
 RAN = "$open('ran', 'w')"

@@ -6,17 +6,15 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, settings, write_cases
+from finetune_data import configuration, settings, write_cases, write_config
 
 import riskmap_ext
 from riskmap_ext.finetune import cli, finetune
@@ -24,31 +22,15 @@ from riskmap_ext.finetune import cli, finetune
 CLASSES = "background,box,crate"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(root, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    train = {"steps": 20, "validate_every": 0}
-    return finetune(configuration(root, output, train=train), progress=False).checkpoint
-
-
-def test_finetune_with_overrides(riskmap, root, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(root, tmp_path / "out")))
+def test_finetune_with_overrides(riskmap, config, tmp_path):
     output = tmp_path / "else"
-    code, out, err = riskmap("finetune", path, "train.steps=1", f"output={output}")
+    code, out, err = riskmap("finetune", config, "train.steps=1", f"output={output}")
     assert (code, err) == (0, "")
     assert "step 1/1" in out
     assert "mean Dice" in out
     assert (output / "last.pt").is_file()
     assert not (tmp_path / "out").exists()
-    code, out, _ = riskmap("finetune", path, f"output={output}", "overwrite=true", "--quiet")
+    code, out, _ = riskmap("finetune", config, f"output={output}", "overwrite=true", "--quiet")
     assert (code, out) == (0, "")
 
 
@@ -61,10 +43,8 @@ def test_finetune_with_overrides(riskmap, root, tmp_path):
         ("source.checkpoint=/none.pt", "/none.pt: no such checkpoint"),
     ],
 )
-def test_input_errors_are_one_message(riskmap, root, tmp_path, override, told):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings(root, tmp_path / "out")))
-    code, out, err = riskmap("finetune", path, override)
+def test_input_errors_are_one_message(riskmap, config, tmp_path, override, told):
+    code, out, err = riskmap("finetune", config, override)
     assert code == 2
     assert told in err
     assert err.startswith("riskmap: error: ")
@@ -156,8 +136,7 @@ def test_names_with_brackets_are_shown_as_they_are(riskmap, tmp_path):
     classes = ["background", "[/b]", "[red]<i>"]
     source = finetune(configuration(data, tmp_path / "source[/s]"), progress=False).checkpoint
     content = settings(data, output, data={"classes": classes}, source={"checkpoint": str(source)})
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config = write_config(tmp_path / "run.yaml", content)
     labels = str(data / "labels")
     evaluate = ["evaluate", "--prediction", labels, "--reference", labels]
     for command in (
@@ -213,7 +192,7 @@ def test_warnings_of_libraries_show_no_source_lines(riskmap, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
+def test_a_stopped_run(riskmap, config, tmp_path, monkeypatch, number, code):
     from riskmap_ext.finetune.train.step import Stepper
 
     plain, calls = Stepper.__call__, []
@@ -225,21 +204,20 @@ def test_a_stopped_run(riskmap, root, tmp_path, monkeypatch, number, code):
         return plain(self, batch)
 
     monkeypatch.setattr(Stepper, "__call__", stopped_in_the_third)
-    path, output = tmp_path / "run.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(settings(root, output, train={"steps": 9})))
+    output = tmp_path / "out"
     before = signal.getsignal(signal.SIGTERM)
-    ended, _, err = riskmap("finetune", path)
+    ended, _, err = riskmap("finetune", config, "train.steps=9")
     told = f"stopped at step 3; {output} holds an unfinished run (--resume goes on with it)"
     assert (ended, err) == (code, f"riskmap: {told}\n")
     assert told in (output / "log.txt").read_text()
     assert signal.getsignal(signal.SIGTERM) is before
-    ended, _, err = riskmap("finetune", path)
+    ended, _, err = riskmap("finetune", config, "train.steps=9")
     assert ended == 2
     assert "holds an unfinished run" in err
     assert "overwrite=true" in err
-    ended, _, err = riskmap("finetune", path, "overwrite=true", "train.steps=1")
+    ended, _, err = riskmap("finetune", config, "overwrite=true", "train.steps=1")
     assert (ended, err) == (0, "")
-    assert "already holds a run" in riskmap("finetune", path)[2]
+    assert "already holds a run" in riskmap("finetune", config)[2]
 
 
 def test_info(riskmap):

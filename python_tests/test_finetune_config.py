@@ -10,18 +10,13 @@ import yaml
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_2D, settings
+from finetune_data import NETWORK_2D, settings, write_config
 
 from riskmap_ext.finetune import ConfigError, load_config, parse_config
 from riskmap_ext.finetune.config.schema import AugmentConfig, LossConfig
 from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.source.network import build_network, head_keys, spatial_dims
 from riskmap_ext.nn import RiskWeightedLoss
-
-
-def write(path: Path, content: object) -> Path:
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return path
 
 
 def content(tmp_path: Path, **sections):
@@ -31,7 +26,7 @@ def content(tmp_path: Path, **sections):
 def test_relative_paths_start_from_the_file(tmp_path):
     plain = content(tmp_path, source={"checkpoint": "../source.pt"}) | {"output": "out"}
     plain["data"]["root"] = "data"
-    config = load_config(write(tmp_path / "run.yaml", plain))
+    config = load_config(write_config(tmp_path / "run.yaml", plain))
     assert config.output == tmp_path / "out"
     assert config.data.root == tmp_path / "data"
     assert config.source is not None
@@ -40,7 +35,7 @@ def test_relative_paths_start_from_the_file(tmp_path):
 
 def test_images_and_labels_start_from_root(tmp_path):
     plain = content(tmp_path, data={"images": "a", "labels": "/b"})
-    config = load_config(write(tmp_path / "run.yaml", plain))
+    config = load_config(write_config(tmp_path / "run.yaml", plain))
     assert config.data.images == tmp_path / "data" / "a"
     assert config.data.labels == Path("/b")
 
@@ -49,7 +44,7 @@ def test_overrides_are_yaml_and_paths_start_here(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    path = write(tmp_path / "run.yaml", content(tmp_path))
+    path = write_config(tmp_path / "run.yaml", content(tmp_path))
     config = load_config(
         path,
         [
@@ -72,7 +67,7 @@ def test_overrides_are_yaml_and_paths_start_here(tmp_path, monkeypatch):
 
 
 def test_an_override_starts_a_section_that_the_file_lacks(tmp_path):
-    path = write(tmp_path / "run.yaml", content(tmp_path))
+    path = write_config(tmp_path / "run.yaml", content(tmp_path))
     config = load_config(path, ["source.checkpoint=/s.pt", "risk.range=[0, 5]"])
     assert config.source is not None
     assert config.source.checkpoint == Path("/s.pt")
@@ -82,7 +77,7 @@ def test_an_override_starts_a_section_that_the_file_lacks(tmp_path):
 def test_resolved_configuration_loads_again(tmp_path):
     data = {"label_map": {3: "ignore", 2: 1}, "spacing": [1, 1, 2]}
     config = parse_config(content(tmp_path, data=data, risk={"use": False}))
-    again = load_config(write(tmp_path / "again.yaml", yaml.safe_load(config.to_yaml())))
+    again = load_config(write_config(tmp_path / "again.yaml", yaml.safe_load(config.to_yaml())))
     assert again == config
 
 
@@ -158,7 +153,7 @@ def test_errors_name_key_and_way_out(tmp_path, change, told):
     for key, value in change.items():
         replaced = isinstance(value, dict) and key in plain and key != "network"
         plain[key] = {**plain[key], **value} if replaced else value
-    path = write(tmp_path / "run.yaml", plain)
+    path = write_config(tmp_path / "run.yaml", plain)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     for text in (str(path), *told):
@@ -194,7 +189,7 @@ def test_all_errors_are_told_at_once(tmp_path):
     ],
 )
 def test_bad_overrides(tmp_path, override, told):
-    path = write(tmp_path / "run.yaml", content(tmp_path))
+    path = write_config(tmp_path / "run.yaml", content(tmp_path))
     with pytest.raises(ConfigError, match=told.replace("[", r"\[")):
         load_config(path, [override])
 

@@ -10,8 +10,16 @@ import pytest
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-import yaml
-from finetune_data import RAS, configuration, phantom, save, settings, stop_at, write_cases
+from finetune_data import (
+    RAS,
+    configuration,
+    phantom,
+    save,
+    settings,
+    stop_at,
+    write_cases,
+    write_config,
+)
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, DataError, check_run, finetune
 from riskmap_ext.finetune.base.log import Log
@@ -178,8 +186,7 @@ def test_of_several_processes(root, tmp_path, monkeypatch, capsys):
 )
 def test_errors_have_their_place(root, tmp_path, monkeypatch, capsys, overrides, place):
     content = settings(root, tmp_path / "out", data={"train": 50})
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path = write_config(tmp_path / "run.yaml", content)
     line = next(
         number
         for number, text in enumerate(path.read_text().splitlines(), 1)

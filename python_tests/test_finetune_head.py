@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
 import torch.distributed as dist
-from finetune_data import DYNUNET_2D, NETWORK_2D, configuration, settings, stop_at, write_cases
-from test_finetune_processes import numbers, torchrun, write
+from finetune_data import DYNUNET_2D, NETWORK_2D, configuration, settings, stop_at, write_config
+from test_finetune_processes import numbers, torchrun
 
 from riskmap_ext.finetune import ConfigError, finetune
 from riskmap_ext.finetune.base.orientation import orient
@@ -38,13 +38,6 @@ PLAIN = {
 }
 STACKED = {**DYNUNET_2D, "args": {**DYNUNET_2D["args"], "deep_supervision": True}}
 TRAIN = {"steps": 4, "validate_every": 2, "optimizer": "SGD"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_cases(root, 3)
-    return root
 
 
 def weights_of(run: Path) -> dict[str, Any]:
@@ -124,7 +117,7 @@ def test_two_processes(root: Path, tmp_path: Path, network: dict) -> None:
         "loss": {"fused_head": True, "batch_dice": True},
     }
     finetune(configuration(root, tmp_path / "one", **sections), progress=False)
-    config = write(tmp_path / "two.yaml", settings(root, tmp_path / "two", **sections))
+    config = write_config(tmp_path / "two.yaml", settings(root, tmp_path / "two", **sections))
     done = torchrun(config)
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "two", tmp_path / "one", rtol=2e-3, atol=1e-5)

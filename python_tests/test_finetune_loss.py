@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, train_source
+from finetune_data import configuration
 
 from riskmap_ext.finetune import finetune, prepare_cases
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.train.step import class_weights, loss_in_words
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_source(root, tmp_path_factory.mktemp("source") / "run", 30, lr=0.02)
 
 
 def test_risk_changes_the_training_and_can_be_left_out(root, source, tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, phantom, save, write_cases
+from finetune_data import configuration, phantom, save
 from typer.testing import CliRunner
 
 from riskmap_ext.finetune import (
@@ -32,15 +32,10 @@ from riskmap_ext.finetune.evaluate import summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-AFFINE = np.array([[0, 0, -1.5, 4], [-1, 0, 0, 3], [0, 2, 0, -7], [0, 0, 0, 1]], dtype=float)
-
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stored as P, S, L with voxels of 1.5 x 1 x 2 mm."""
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 4, affine=AFFINE, shape=(20, 10, 24))
-    return folder
+def root(turned_root: Path) -> Path:
+    return turned_root
 
 
 @pytest.fixture(scope="module", params=[None, [1.5, 1.5, 1.5]], ids=["as_is", "resampled"])

@@ -17,8 +17,7 @@ pytest.importorskip("nibabel")
 
 import torch
 import torch.distributed as dist
-import yaml
-from finetune_data import DYNUNET_2D, configuration, settings, train_source, write_cases
+from finetune_data import DYNUNET_2D, configuration, settings, write_config
 
 from riskmap_ext.finetune import finetune
 
@@ -26,18 +25,6 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 # SGD, since Adam makes steps of full length of the rounding of biases that have no effect.
 TRAIN = {"steps": 6, "batch_size": 4, "validate_every": 3, "accumulate": 2, "optimizer": "SGD"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_cases(root, 5)
-    return root
-
-
-@pytest.fixture(scope="module")
-def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_source(root, tmp_path_factory.mktemp("source") / "run", 20)
 
 
 def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -48,11 +35,6 @@ def torchrun(config: Path, *arguments: str, processes: int = 2) -> subprocess.Co
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def write(path: Path, content: dict[str, Any]) -> Path:
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -81,7 +63,7 @@ def test_same_statistics_and_loss_curve_as_one_process(
         "write": {"overlays": 1, "tensorboard": True},
     }
     finetune(configuration(root, tmp_path / "one", **sections), progress=False)
-    config = write(tmp_path / "two.yaml", settings(root, tmp_path / "two", **sections))
+    config = write_config(tmp_path / "two.yaml", settings(root, tmp_path / "two", **sections))
     done = torchrun(config)
     assert done.returncode == 0, done.stderr
     one, two = tmp_path / "one", tmp_path / "two"
@@ -108,7 +90,7 @@ def test_same_statistics_and_loss_curve_as_one_process(
 
 def test_errors_are_told_once(root: Path, tmp_path: Path) -> None:
     content = settings(root, tmp_path / "out", train={"steps": 2, "batch_size": 3})
-    done = torchrun(write(tmp_path / "run.yaml", content))
+    done = torchrun(write_config(tmp_path / "run.yaml", content))
     assert done.returncode != 0
     told = "train.batch_size: expected a multiple of the 2 processes"
     assert done.stderr.count(told) == 1
@@ -118,7 +100,7 @@ def test_errors_are_told_once(root: Path, tmp_path: Path) -> None:
 def test_a_failure_of_one_process_ends_all(root: Path, tmp_path: Path) -> None:
     train = {"steps": 40, "batch_size": 2, "lr": 1e30, "grad_clip": None, "validate_every": 0}
     content = settings(root, tmp_path / "out", train={**train, "optimizer": "SGD"})
-    done = torchrun(write(tmp_path / "run.yaml", content))
+    done = torchrun(write_config(tmp_path / "run.yaml", content))
     assert done.returncode != 0
     assert done.stderr.count("riskmap: error: train: the loss is not finite") == 1
     batch = json.loads((tmp_path / "out" / "nonfinite.json").read_text())
@@ -131,6 +113,6 @@ def test_outputs_that_the_loss_does_not_see(root: Path, tmp_path: Path) -> None:
     heads = {"deep_supervision": True, "deep_supr_num": 1}
     deep = {**DYNUNET_2D, "args": {**DYNUNET_2D["args"], **heads}}
     content = settings(root, tmp_path / "out", network=deep, train={**TRAIN, "steps": 3})
-    done = torchrun(write(tmp_path / "run.yaml", content))
+    done = torchrun(write_config(tmp_path / "run.yaml", content))
     assert done.returncode == 0, done.stderr
     assert "unused" not in done.stderr

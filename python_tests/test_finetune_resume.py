@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, stop_at, train_source
+from finetune_data import configuration, stop_at
 
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
@@ -43,11 +43,6 @@ NETWORK = {
     },
 }
 SECONDS = "seconds"  # the only column that may differ
-
-
-@pytest.fixture(scope="module")
-def source(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_source(root, tmp_path_factory.mktemp("source") / "run", 10)
 
 
 @pytest.fixture(scope="module")

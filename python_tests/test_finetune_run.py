@@ -13,7 +13,16 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import DYNUNET_2D, NETWORK_3D, configuration, phantom, rows_of, save, write_cases
+from finetune_data import (
+    DYNUNET_2D,
+    MERGED,
+    NETWORK_3D,
+    configuration,
+    phantom,
+    rows_of,
+    save,
+    write_cases,
+)
 
 import riskmap_ext
 from riskmap_ext.finetune import (
@@ -30,16 +39,11 @@ from riskmap_ext.finetune.source.predictor import Predictor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = ["background", "box", "crate"]
-MERGED = {"classes": ["background", "thing"], "label_map": {1: 1, 2: 1}}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """Cases stored as P, S, L: nothing is right by chance of a canonical order."""
-    folder = tmp_path_factory.mktemp("data")
-    affine = np.array([[0, 0, -1.5, 4], [-1, 0, 0, 3], [0, 2, 0, -7], [0, 0, 0, 1]], dtype=float)
-    write_cases(folder, 4, affine=affine, shape=(20, 10, 24))
-    return folder
+def root(turned_root: Path) -> Path:
+    return turned_root
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,6 @@ from riskmap_ext.finetune.folder.workspace import claimed_output
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_cases(folder, 3)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(root, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("source") / "run"
-    return finetune(configuration(root, output), progress=False).checkpoint
-
-
 def test_a_source_with_other_preprocessing_is_told(root, source, tmp_path):
     config = configuration(
         root,

@@ -21,9 +21,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def cases(tmp_path) -> list[Case]:
-    write_cases(tmp_path / "data", 3)
-    return prepare_cases(configuration(tmp_path / "data", tmp_path)).train
+def cases(root, tmp_path) -> list[Case]:
+    return prepare_cases(configuration(root, tmp_path)).train
 
 
 def sampler(cases, patch, *, risk=None, seed=0, augment=STILL, **train) -> CropSampler:

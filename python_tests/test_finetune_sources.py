@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import NETWORK_3D, configuration, phantom, save, settings, write_cases
+from finetune_data import NETWORK_3D, configuration, phantom, save, settings
 from source_data import (
     Runs,
     load,
@@ -41,12 +41,6 @@ RUN = {"train": {"steps": 2, "patch_size": 8, "validate_every": 0}, "network": N
 @pytest.fixture
 def networks() -> None:
     pytest.importorskip("dynamic_network_architectures", reason="needs nnU-Net's networks")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write_cases(tmp_path / "data", 3)
-    return tmp_path / "data"
 
 
 def make_nnunet(tmp_path: Path, dims: int = 3, outputs: int = 3, **dataset: Any) -> Path:
@@ -144,31 +138,31 @@ def test_volumes_are_seen_as_nnunet_sees_them(tmp_path: Path, dims: int) -> None
 
 
 @pytest.mark.usefixtures("networks")
-def test_volumes_with_another_axis_last(tmp_path: Path, data: Path) -> None:
+def test_volumes_with_another_axis_last(tmp_path: Path, root: Path) -> None:
     """A 3-D source sees the same, whatever the axis of slices is."""
     source = {"checkpoint": str(make_nnunet(tmp_path)), "orientation": "LPS"}
     maps = {}
     for axis in ("axial", "coronal"):
         sections = {**RUN, "source": source, "data": {"slice_axis": axis}}
-        maps[axis] = make_maps(configuration(data, tmp_path / axis, **sections), progress=False)
+        maps[axis] = make_maps(configuration(root, tmp_path / axis, **sections), progress=False)
     one, other = (maps[axis].risk["case00"] for axis in ("axial", "coronal"))
     torch.testing.assert_close(one, other.permute(0, 2, 1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("networks")
-def test_slices_along_another_axis_are_refused(tmp_path: Path, data: Path) -> None:
+def test_slices_along_another_axis_are_refused(tmp_path: Path, root: Path) -> None:
     path = make_nnunet(tmp_path, 2)
     other = {"source": {"checkpoint": str(path)}, "data": {"slice_axis": "coronal"}}
     with pytest.raises(ConfigError, match=r"sees axial slices .* set data\.slice_axis=axial"):
-        finetune(configuration(data, tmp_path / "run", **RUN, **other), progress=False)
+        finetune(configuration(root, tmp_path / "run", **RUN, **other), progress=False)
 
 
 @pytest.mark.usefixtures("networks")
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_run_from_nnunet_goes_on_as_our_own(tmp_path: Path, data: Path, dims: int) -> None:
+def test_a_run_from_nnunet_goes_on_as_our_own(tmp_path: Path, root: Path, dims: int) -> None:
     path = make_nnunet(tmp_path, dims)
     sections = {**RUN, "source": {"checkpoint": str(path)}}
-    first = finetune(configuration(data, tmp_path / "a", **sections), progress=False)
+    first = finetune(configuration(root, tmp_path / "a", **sections), progress=False)
     keys = json.loads((tmp_path / "a" / "keys.json").read_text())
     assert keys["loaded"]
     assert not any(keys[name] for name in ("reinitialized", "mismatched", "new", "skipped"))
@@ -180,13 +174,13 @@ def test_a_run_from_nnunet_goes_on_as_our_own(tmp_path: Path, data: Path, dims: 
     assert not own.notes
 
     # predict sees the axes as training did
-    images = [data / "images" / "case02.nii.gz"]
+    images = [root / "images" / "case02.nii.gz"]
     (written,) = predict_images(first.checkpoint, images, tmp_path / "out", progress=False)
     final = tmp_path / "a" / "predictions" / "case02.nii.gz"
     assert written.read_bytes() == final.read_bytes()
 
     again = {**RUN, "source": {"checkpoint": str(first.checkpoint)}}
-    second = finetune(configuration(data, tmp_path / "b", **again), progress=False)
+    second = finetune(configuration(root, tmp_path / "b", **again), progress=False)
     assert second.keys is not None
     assert second.keys.loaded == list(own.network.state_dict())
     # the resolved configuration names the network in plain values
@@ -195,15 +189,15 @@ def test_a_run_from_nnunet_goes_on_as_our_own(tmp_path: Path, data: Path, dims: 
 
 
 @pytest.mark.usefixtures("networks")
-def test_a_network_of_nnunet_from_nothing(tmp_path: Path, data: Path) -> None:
+def test_a_network_of_nnunet_from_nothing(tmp_path: Path, root: Path) -> None:
     args = nnunet_plans()["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     sections = {**RUN, "network": {"name": "PlainConvUNet", "args": args}}
-    result = finetune(configuration(data, tmp_path / "a", **sections), progress=False)
+    result = finetune(configuration(root, tmp_path / "a", **sections), progress=False)
     assert load(result.checkpoint).config.orientation is None
     own = NetworkConfig(name="PlainConvUNet", args=args)
     sections["source"] = {"checkpoint": str(make_nnunet(tmp_path))}
     sections["network"] = own.model_dump()
-    result = finetune(configuration(data, tmp_path / "b", **sections), progress=False)
+    result = finetune(configuration(root, tmp_path / "b", **sections), progress=False)
     # kernels have directions: the weights bring their order of axes along
     assert load(result.checkpoint).config.orientation == "SAR"
     residual = {**args, "n_blocks_per_stage": [1, 1], "block": "BottleneckD"}
@@ -240,9 +234,9 @@ def test_layers_come_from_a_list(argument: str, value: Any) -> None:
 
 
 @pytest.mark.usefixtures("networks")
-def test_maps_and_ranks_with_nnunet(tmp_path: Path, data: Path) -> None:
+def test_maps_and_ranks_with_nnunet(tmp_path: Path, root: Path) -> None:
     path = make_nnunet(tmp_path)
-    config = configuration(data, tmp_path / "maps", **RUN, source={"checkpoint": str(path)})
+    config = configuration(root, tmp_path / "maps", **RUN, source={"checkpoint": str(path)})
     maps = make_maps(config, progress=False)
     assert set(maps.risk) == {"case00", "case01", "case02"}
     ranked = rank_sources(config, [path], progress=False)
@@ -250,28 +244,28 @@ def test_maps_and_ranks_with_nnunet(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.usefixtures("networks")
-def test_preprocessing_of_nnunet_is_told(tmp_path: Path, data: Path) -> None:
+def test_preprocessing_of_nnunet_is_told(tmp_path: Path, root: Path) -> None:
     plans = nnunet_plans(normalization_schemes=["CTNormalization"])
     path = save_nnunet(tmp_path / "a.pth", nnunet_network(plans, 1, 3), plans, nnunet_dataset())
     sections: dict[str, Any] = {**RUN, "source": {"checkpoint": str(path), "orientation": "RAS"}}
-    make_maps(configuration(data, tmp_path / "a", **sections), progress=False)
+    make_maps(configuration(root, tmp_path / "a", **sections), progress=False)
     log = (tmp_path / "a" / "log.txt").read_text()
     assert "normalized by CTNormalization" in log
     assert "data.spacing=[1.0, 2.0, 3.0]" in log
     assert "source.orientation" not in log
     with pytest.raises(ConfigError, match="were prepared with CTNormalization"):
-        predict_images(path, [data / "images"], tmp_path / "out", progress=False)
+        predict_images(path, [root / "images"], tmp_path / "out", progress=False)
 
     path = make_nnunet(tmp_path)
     sections = {**RUN, "source": {"checkpoint": str(path)}}
     sections["data"] = {"spacing": [1.0, 2.0, 3.0], "image_foreground": "all"}
-    make_maps(configuration(data, tmp_path / "b", **sections), progress=False)
+    make_maps(configuration(root, tmp_path / "b", **sections), progress=False)
     assert "may suffer" not in (tmp_path / "b" / "log.txt").read_text()
     window = InferenceConfig(overlap=0.5)
-    found = predict_images(path, [data / "images"], tmp_path / "out", inference=window)
-    assert len(found) == 3
+    found = predict_images(path, [root / "images"], tmp_path / "out", inference=window)
+    assert len(found) == 5
     with pytest.raises(ConfigError, match=r"slice by slice with pixels of \[1\.0, 2\.0\] mm"):
-        predict_images(make_nnunet(tmp_path, 2), [data / "images"], tmp_path / "no")
+        predict_images(make_nnunet(tmp_path, 2), [root / "images"], tmp_path / "no")
 
 
 @pytest.mark.usefixtures("networks")
@@ -362,11 +356,11 @@ def test_weights_that_do_not_fit_the_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("networks")
-def test_channels_of_nnunet(tmp_path: Path, data: Path) -> None:
+def test_channels_of_nnunet(tmp_path: Path, root: Path) -> None:
     names = {"0": "T1", "1": "FLAIR"}
     path = make_nnunet(tmp_path, channel_names=names)
     assert load(path).channels == ["T1", "FLAIR"]
-    config = configuration(data, tmp_path / "run", **RUN, source={"checkpoint": str(path)})
+    config = configuration(root, tmp_path / "run", **RUN, source={"checkpoint": str(path)})
     with pytest.raises(ConfigError, match=r"source\.channels: .* sees images of 2 channels"):
         finetune(config, progress=False)
 
