@@ -68,6 +68,12 @@ def test_is_caught(fault: str, build: str, order: str, words: str, programs: Pat
     assert words in output
 
 
+@pytest.mark.parametrize("fault", sorted({each[0] for each in CAUGHT if each[1] == "none"}))
+def test_the_order_of_the_tests_of_ops_catches_it(fault: str, programs: Path) -> None:
+    """run_cuda_on_host.sh runs them in this order alone."""
+    assert _run(programs, "none", fault, "wrong", "random:3")[0] != 0
+
+
 @pytest.mark.parametrize("order", cuda_on_host.ORDERS)
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("fault", sorted({each[0] for each in CAUGHT}))

@@ -264,7 +264,7 @@ def test_what_is_no_yaml(text, told):
 
 
 def test_places_of_keys(tmp_path):
-    path = write(tmp_path / "run.yaml", content(tmp_path))
+    path = write_config(tmp_path / "run.yaml", content(tmp_path))
     text = "train: {steps: 0}\nloss:\n  alpha: -1\nrisk:\n  scheme: linear\n  range:\n  - 0\n"
     path.write_text(f"{text}output: out\n")
     with pytest.raises(ConfigError) as caught:
