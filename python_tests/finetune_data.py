@@ -109,12 +109,12 @@ def configuration(root: Path, output: Path, **sections: Any) -> Config:
     return parse_config(settings(root, output, **sections))
 
 
-def read(root: Path, **data: Any) -> Cases:
+def read(root: Path, /, **data: Any) -> Cases:
     """The prepared cases of a `data` section."""
     return prepare_cases(configuration(root, root / "unused", data=data))
 
 
-def problem(root: Path, **data: Any) -> str:
+def problem(root: Path, /, **data: Any) -> str:
     """Why they cannot be read."""
     with pytest.raises(DataError) as caught:
         read(root, **data)

@@ -130,7 +130,7 @@ class TestChannels:
         write_channels(tmp_path, 4)
         (tmp_path / "imagesTr" / "case00_0001.nii.gz").unlink()
         cases = read(tmp_path)
-        assert any("without all of their channels: case00" in note for note in cases.notes)
+        assert any("without all of their channels: case00" in note for note in cases.listing.notes)
         assert "case00" not in [case.name for case in cases.train]
 
     def test_cases_with_lists_of_images(self, tmp_path):
@@ -287,7 +287,7 @@ class TestNnunet:
         cases = read(tmp_path, classes=None)
         assert cases.channels == ["T1", "FLAIR"]
         assert cases.classes == ["background", "box", "crate"]
-        assert cases.image_suffix == ["_0000", "_0001"]
+        assert cases.listing.image_suffix == ["_0000", "_0001"]
 
     def test_regions_and_ignore_label(self, tmp_path):
         write_channels(tmp_path)
@@ -302,7 +302,7 @@ class TestNnunet:
         assert cases.structures.region_classes == [1, 2]
         assert cases.classes == ["background", "label 1", "core"]
         assert (cases.train[0].label[-1] == IGNORE_INDEX).all()
-        assert cases.label_map == {1: 1, 2: 2, 3: "ignore"}
+        assert cases.listing.label_map == {1: 1, 2: 2, 3: "ignore"}
 
     def test_cases_by_the_dataset_key(self, tmp_path):
         write_channels(tmp_path)
@@ -363,7 +363,7 @@ class TestLabelTables:
         assert cases.classes == ["background", "hippocampus", "other"]
         found = cases.train[0].label
         assert [int(found[x, 0, 0]) for x in (0, 2, 4, 6, 8)] == [0, 1, 1, 2, IGNORE_INDEX]
-        assert cases.label_map == {47: 1, 48: 1, 99: 2, 12: "ignore"}
+        assert cases.listing.label_map == {47: 1, 48: 1, 99: 2, 12: "ignore"}
 
     @pytest.mark.parametrize(
         ("text", "told"),

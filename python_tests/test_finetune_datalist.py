@@ -112,7 +112,7 @@ def test_images_without_a_label_are_told(root):
     label_of(root).unlink()
     cases = read(root, train=1)
     assert [c.name for c in cases.train] == ["case01"]
-    assert any("case00" in note for note in cases.notes)
+    assert any("case00" in note for note in cases.listing.notes)
 
 
 def test_decathlon_datalist(tmp_path):

@@ -10,17 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext.finetune.base.device import device_of, torch_state
-from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.errors import Problems
 from riskmap_ext.finetune.base.lock import check_free
-from riskmap_ext.finetune.base.log import Log
+from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.processes import started
 from riskmap_ext.finetune.config.schema import Config
-from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
-from riskmap_ext.finetune.data.label_table import plain_label_map
+from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.data.memory import MemoryNeed, described
-from riskmap_ext.finetune.data.prepare import class_voxels, read_case
+from riskmap_ext.finetune.data.prepare import all_ignored, class_voxels, each_case
 from riskmap_ext.finetune.data.sampling import flip_axes
-from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
 from riskmap_ext.finetune.folder.workspace import check_same_run
 from riskmap_ext.finetune.source.checkpoint import KeyReport
@@ -79,7 +77,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     listing, models = outline.listing, outline.models
     _check_headers(listing)
     if resumed is not None:
-        check_same_run(resolved(config, listing, plain_label_map(listing.label_table)))
+        check_same_run(resolved(config, listing))
     read = _read_some(config, outline, log)
     if len(read.digests) == len(listing.train):
         check_inputs(resumed, inputs_digest(models.source, read.digests))
@@ -113,59 +111,39 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
 
 
 def _check_headers(listing: Listing) -> None:
-    problems: list[str] = []
+    problems = Problems()
     for case in (*listing.train, *listing.validation):
-        try:
-            problems += _header_problems(case, len(listing.channels))
-        except DataError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise DataError(problems)
-
-
-def _header_problems(case: CaseFiles, channels: int) -> list[str]:
-    stacked = channels if len(case.images) == 1 else 1
-    image = read_header(case.images[0], stacked)
-    found = grid_problems(image, read_header(case.label))
-    for path in case.images[1:]:
-        found += grid_problems(image, read_header(path))
-    return found
+        with problems.collected():
+            stacked = len(listing.channels) if len(case.images) == 1 else 1
+            image = read_header(case.images[0], stacked)
+            problems += grid_problems(image, read_header(case.label))
+            for path in case.images[1:]:
+                problems += grid_problems(image, read_header(path))
+    problems.tell()
 
 
 def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
     """Raises: DataError with a line for each problem of the cases that were read."""
-    listing, train = outline.listing, outline.listing.train
-    counts = torch.zeros(len(listing.structures.classes), dtype=torch.float64)
+    listing = outline.listing
+    classes, train = listing.structures.classes, {case.name for case in listing.train}
+    counts = torch.zeros(len(classes), dtype=torch.float64)
     names: list[str] = []
     digests: list[str] = []
     spacings: list[tuple[float, float, float]] = []
-    problems: list[str] = []
+    problems = Problems()
     until = time.monotonic() + _SECONDS
-    with log.progress("cases") as bar:
-        files = [*train, *listing.validation]
-        task = bar.add_task("Reading", total=len(files), note="")
-        for entry in files:
-            if time.monotonic() > until:
-                break
-            try:
-                case = read_case(entry, config.data, listing, TensorStore())
-                if len(names) < len(train):
-                    counts += class_voxels([case], len(counts))
-                    digests.append(case.digest)
-                    spacings.append(case.grid.spacing)
-                if not names:
-                    flip_axes(case, outline.models.dims, config.train.augment)
-            except DataError as error:
-                problems.extend(error.problems)
-            names.append(entry.name)
-            if len(names) == len(train) and not (problems or counts.any()):
-                problems += [f"{each.label}: every voxel is ignored" for each in train]
-            bar.update(task, advance=1, note=entry.name)
-    if problems:
-        raise DataError(problems)
-    voxels = {
-        name: int(count) for name, count in zip(listing.structures.classes, counts, strict=True)
-    }
+    for case in each_case(listing, config.data, problems, log=log, until=until):
+        if not names:
+            flip_axes(case, outline.models.dims, config.train.augment)
+        names.append(case.name)
+        if case.name in train:
+            counts += class_voxels([case], len(counts))
+            digests.append(case.digest)
+            spacings.append(case.grid.spacing)
+    problems.tell()
+    if len(digests) == len(train) and not counts.any():
+        raise all_ignored(listing)
+    voxels = {name: int(count) for name, count in zip(classes, counts, strict=True)}
     return _Read(names=names, class_voxels=voxels, digests=digests, spacings=spacings)
 
 
@@ -201,5 +179,4 @@ def _table(config: Config, outline: Outline, result: DryRun, device: str) -> Tab
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} ({shown})" if names else ""
+    return f"{len(names)} ({some(names)})" if names else ""

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
 from riskmap_ext.finetune.base.files import write_csv
-from riskmap_ext.finetune.base.log import Log, number
-from riskmap_ext.finetune.data.datalist import stem, volumes_in
+from riskmap_ext.finetune.base.log import Log, number, some
+from riskmap_ext.finetune.data.datalist import files_by_name, stem
 from riskmap_ext.finetune.data.volumes import read_labels
 from riskmap_ext.finetune.metrics.surfaces import ABSENT, EXTRA, FOUND, MISSED, Score, score_masks
 
@@ -47,18 +47,15 @@ def score_files(
     pairs = _pairs(predictions, references, partial)
     wanted = structures or _values_of(pairs.values())
     scores = []
-    with log.progress("cases") as bar:
-        task = bar.add_task("Scoring", total=len(pairs), note="")
+    with log.counting("Scoring", len(pairs)) as advance:
         for name, paths in pairs.items():
             prediction, reference = read_labels(*paths)
             for structure, values in wanted.items():
-                one, other = (
-                    np.isin(each.values, list(values)) for each in (prediction, reference)
-                )
+                one, other = (np.isin(v.values, list(values)) for v in (prediction, reference))
                 scores.append(
                     score_masks(name, structure, one, other, reference.spacing, tolerance)
                 )
-            bar.update(task, advance=1, note=name)
+            advance(name)
     log.table(summary(scores, tolerance))
     for structure in wanted:
         if all(s.outcome == ABSENT for s in scores if s.structure == structure):
@@ -107,33 +104,20 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
         )
     if not predictions.is_dir():
         return {stem(predictions): (predictions, references)}
-    found, wanted = (_by_name(folder) for folder in (predictions, references))
+    found, wanted = (files_by_name(folder) for folder in (predictions, references))
     if not found:
         raise DataError([f"{predictions}: no image in this folder"])
     problems = []
     if missing := sorted(set(found) - set(wanted)):
-        problems.append(f"{references}: no reference for {_some(missing)} of {predictions}")
+        problems.append(f"{references}: no reference for {some(missing)} of {predictions}")
     if (missing := sorted(set(wanted) - set(found))) and not partial:
         problems.append(
-            f"{predictions}: no prediction for {_some(missing)} of {references}; --partial scores "
+            f"{predictions}: no prediction for {some(missing)} of {references}; --partial scores "
             "the others"
         )
     if problems:
         raise DataError(problems)
     return {name: (path, wanted[name]) for name, path in sorted(found.items())}
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in volumes_in(folder):
-        if stem(path) in found:
-            raise DataError([f"{path}: has the same name as {found[stem(path)]}"])
-        found[stem(path)] = path
-    return found
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _values_of(pairs: Iterable[tuple[Path, Path]]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.device import device_of
-from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
 from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
@@ -80,23 +80,18 @@ def predict_images(
         f"windows of {predictor.patch}, on {where}"
     )
     written: list[Path] = []
-    problems: list[str] = []
-    with log.progress("images") as bar:
-        task = bar.add_task("Predicting", total=len(files), note="")
+    problems = Problems()
+    with log.counting("Predicting", len(files), "images") as advance:
         for name, paths in files.items():
-            try:
+            with problems.collected():
                 case = read_image(paths, name, data, channels)
-            except DataError as error:
-                problems.extend(error.problems)
-                bar.update(task, advance=1, note=name)
-                continue
-            segmentation = predict(predictor, case, model.structures, full=True)
-            write_segmentation(targets[name], case, segmentation, model.structures)
-            bar.update(task, advance=1, note=name)
-            written.append(targets[name])
+                segmentation = predict(predictor, case, model.structures, full=True)
+                write_segmentation(targets[name], case, segmentation, model.structures)
+                written.append(targets[name])
+            advance(name)
     if problems:
         log(f"{len(written)} of {len(files)} images done: {output}")
-        raise DataError(problems)
+    problems.tell()
     log(f"Done: {output}")
     return written
 

@@ -16,13 +16,12 @@ from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
-from riskmap_ext.finetune.data.prepare import Cases
+from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
 from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.maps import SourceMapper
 from riskmap_ext.finetune.train.models import predictor_of_source
-from riskmap_ext.finetune.train.plan import read_cases
 
 
 @dataclass(frozen=True)
@@ -67,21 +66,16 @@ def rank_sources(
         sources = [
             load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
         ]
-        cases = cases or read_cases(config, log)
+        cases = cases or prepare_cases(config, log=log)
         shared_config = config.model_copy(update={"source": shared})
         predictors = [
             predictor_of_source(shared_config, source, cases.channels, device) for source in sources
         ]
-        for note in cases.notes:
+        for note in cases.listing.notes:
             log.warn(note)
         ranked = []
-        with log.progress("cases") as bar:
-            total = 2 * len(cases.train) * len(sources)
-            task = bar.add_task("Source models", total=total, note="")
-
-            def advance(note: str) -> None:
-                bar.update(task, advance=1, note=note)
-
+        total = 2 * len(cases.train) * len(sources)
+        with log.counting("Source models", total) as advance:
             for source, predictor in zip(sources, predictors, strict=True):
                 for warning in preparation_warnings(config, source, cases.spacings):
                     log.warn(warning)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -82,9 +84,15 @@ class Log:
                 file.writelines(self._unwritten)
             self._unwritten.clear()
 
-    def progress(self, unit: str = "it") -> Progress:
-        """A bar with count, rate and time left; it goes away when done."""
-        return Progress(
+    @contextmanager
+    def counting(
+        self, title: str, total: int, unit: str = "cases", done: int = 0
+    ) -> Iterator[Callable[[str], None]]:
+        """A bar with count, rate and time left; it goes away when done.
+
+        Gives a function that counts one and shows a note.
+        """
+        columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -94,11 +102,16 @@ class Log:
             TimeRemainingColumn(),
             _Memory(),
             TextColumn("{task.fields[note]}", markup=False),
-            console=self.console,
-            transient=True,
-            # Where there is no terminal, the log's lines tell how far it is.
-            disable=not self.console.is_terminal,
         )
+        # Where there is no terminal, the log's lines tell how far it is.
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
+            task = bar.add_task(title, total=total, completed=done, note="")
+
+            def advance(note: str) -> None:
+                bar.update(task, advance=1, note=note)
+
+            yield advance
 
 
 class _Rate(ProgressColumn):
@@ -130,3 +143,8 @@ def number(value: float) -> str:
 
 def gib(count: float) -> str:
     return f"{count / 2**30:.2g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def some(names: Sequence[object], most: int = 5) -> str:
+    """The first ones, and whether there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

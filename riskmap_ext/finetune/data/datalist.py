@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
+from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import DataConfig
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, DataConfig
 from riskmap_ext.finetune.data.dataset_json import DatasetLabels, dataset_channels, dataset_labels
 from riskmap_ext.finetune.data.label_table import label_table, read_label_map
 
@@ -48,6 +49,15 @@ class Listing:
     label_table: dict[int, int]
     image_suffix: list[str] | None
     notes: list[str]
+
+    @property
+    def label_map(self) -> dict[int, int | str] | None:
+        """`data.label_map` in numbers; None where every value is its own index."""
+        table = self.label_table
+        if all(value == index for value, index in table.items()):
+            return None
+        named = {v: "ignore" if i == IGNORE_INDEX else i for v, i in table.items()}
+        return {value: index for value, index in named.items() if (value, index) != (0, 0)}
 
 
 @dataclass(frozen=True)
@@ -244,8 +254,8 @@ def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseF
 
 def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> _Found:
     """suffixes: of the image files, one for each channel."""
-    by_channel = [_names(images, suffix) for suffix in suffixes]
-    by_label = _names(labels, data.label_suffix)
+    by_channel = [files_by_name(images, suffix) for suffix in suffixes]
+    by_label = files_by_name(labels, data.label_suffix)
     everywhere = set.intersection(*map(set, by_channel))
     common = sorted(everywhere & by_label.keys())
     if not common and suffixes == [""] and by_channel[0]:
@@ -263,15 +273,14 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
             "name, such as _T1w and _seg"
         )
     notes = []
-    some = set.union(*map(set, by_channel))
+    anywhere = set.union(*map(set, by_channel))
     for folder, alone, why in (
-        (images, some - everywhere, "without all of their channels"),
+        (images, anywhere - everywhere, "without all of their channels"),
         (images, everywhere - by_label.keys(), "without a partner"),
-        (labels, by_label.keys() - some, "without a partner"),
+        (labels, by_label.keys() - anywhere, "without a partner"),
     ):
         if alone:
-            shown = ", ".join(sorted(alone)[:5]) + (", ..." if len(alone) > 5 else "")
-            notes.append(f"{folder}: {len(alone)} left out, {why}: {shown}")
+            notes.append(f"{folder}: {len(alone)} left out, {why}: {some(sorted(alone))}")
     cases = [
         CaseFiles(name, tuple(files[name] for files in by_channel), by_label[name])
         for name in common
@@ -279,7 +288,7 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
     return _Found(cases, image_suffix=suffixes, notes=notes)
 
 
-def _names(folder: Path, suffix: str) -> dict[str, Path]:
+def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
     """Case name -> file, of the files whose name without format ends in `suffix`.
 
     Raises: DataError for a.nii beside a.nii.gz.
@@ -304,7 +313,7 @@ def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
     for key, value in (("data.train", train), ("data.validation", validation)):
         unknown = [n for n in value if n not in names] if isinstance(value, list) else []
         if unknown:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            shown = some(names)
             raise ConfigError(f"{key}: no case is named {', '.join(unknown)}; there are {shown}")
     named = set(train) if isinstance(train, list) else set()
     if validation is None:

@@ -37,13 +37,6 @@ def label_table(
     return table | ignored
 
 
-def plain_label_map(table: Mapping[int, int]) -> dict[int, int | str] | None:
-    """`data.label_map` of a table; None where every value is its own index."""
-    if all(value == index for value, index in table.items()):
-        return None
-    return {v: "ignore" if i == IGNORE_INDEX else i for v, i in table.items() if (v, i) != (0, 0)}
-
-
 def read_label_map(path: Path) -> dict[int, int | str]:
     """A table of label values and class names: CSV or TSV with a header, or a FreeSurfer LUT.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import DataError, Problems
+from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.orientation import PREPARED, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
-from riskmap_ext.finetune.data.label_table import plain_label_map
 from riskmap_ext.finetune.data.resample import check_spacing, resample, transformed
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import (
@@ -140,23 +141,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """All cases of a run; runs with the same `data` section may share them.
-
-    label_map: original label value -> class index or "ignore"; None where values are indices.
-    image_suffix: what follows a case's name in the files of each channel, where that is known.
-    """
+    """All cases of a run; runs with the same `data` section may share them."""
 
     train: list[Case]
     validation: list[Case]
-    structures: Structures
-    channels: list[str]
-    label_map: dict[int, int | str] | None
-    image_suffix: list[str] | None
-    notes: list[str]
+    listing: Listing
+
+    @property
+    def structures(self) -> Structures:
+        return self.listing.structures
 
     @property
     def classes(self) -> list[str]:
         return self.structures.classes
+
+    @property
+    def channels(self) -> list[str]:
+        return self.listing.channels
 
     @property
     def spacings(self) -> list[tuple[float, float, float]]:
@@ -180,38 +181,52 @@ def class_voxels(cases: Sequence[Case], num_classes: int) -> Tensor:
 
 def prepare_cases(
     config: Config,
-    progress: Callable[[int, str], Any] | None = None,
+    *,
+    listing: Listing | None = None,
     store: TensorStore | None = None,
+    log: Log | None = None,
 ) -> Cases:
     """Reads, checks and prepares every case of `config.data`.
 
-    progress: called with the number of cases and the name of each once it is read. store: where
-    the volumes are kept; None: in memory.
+    listing: of list_cases, where it is known. store: where the volumes are kept; None: in memory.
+    log: shows how far it is.
 
     Raises: DataError with one line per problem, after all files were looked at; ConfigError.
     """
-    listing = list_cases(config.data)
-    files = [*listing.train, *listing.validation]
-    cases: list[Case] = []
+    listing = listing or list_cases(config.data)
     problems = Problems()
-    for entry in files:
-        with problems.collected():
-            cases.append(read_case(entry, config.data, listing, store or TensorStore()))
-        if progress is not None:
-            progress(len(files), entry.name)
+    cases = list(each_case(listing, config.data, problems, store, log))
     problems.tell()
-    train, validation = cases[: len(listing.train)], cases[len(listing.train) :]
-    if all((case.label == IGNORE_INDEX).all() for case in train):
-        raise DataError([f"{case.files.label}: every voxel is ignored" for case in train])
-    return Cases(
-        train=train,
-        validation=validation,
-        structures=listing.structures,
-        channels=listing.channels,
-        label_map=plain_label_map(listing.label_table),
-        image_suffix=listing.image_suffix,
-        notes=listing.notes,
-    )
+    count = len(listing.train)
+    if all((case.label == IGNORE_INDEX).all() for case in cases[:count]):
+        raise all_ignored(listing)
+    return Cases(cases[:count], cases[count:], listing)
+
+
+def each_case(
+    listing: Listing,
+    data: DataConfig,
+    problems: Problems,
+    store: TensorStore | None = None,
+    log: Log | None = None,
+    until: float = math.inf,
+) -> Iterator[Case]:
+    """Cases as they are read; of others the problems are collected.
+
+    until: of time.monotonic(), when no further one is begun.
+    """
+    files = [*listing.train, *listing.validation]
+    with (log or Log(quiet=True)).counting("Reading", len(files)) as advance:
+        for entry in files:
+            if time.monotonic() > until:
+                return
+            with problems.collected():
+                yield read_case(entry, data, listing, store or TensorStore())
+            advance(entry.name)
+
+
+def all_ignored(listing: Listing) -> DataError:
+    return DataError([f"{case.label}: every voxel is ignored" for case in listing.train])
 
 
 def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int = 1) -> Case:
@@ -251,7 +266,7 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
     present = (np.flatnonzero(np.bincount(offset)) + low).tolist()
     others = [value for value in present if value not in listing.label_table]
     if others and data.other_labels == "error":
-        shown = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+        shown = some(others, 10)
         known = "data.label_map"
         if data.label_map is None:
             known = f"0 .. {len(classes) - 1} (data.classes: {', '.join(classes)})"

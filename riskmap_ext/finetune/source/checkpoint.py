@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.files import write_checkpoint
+from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
@@ -64,8 +65,7 @@ class KeyReport:
         parts = [f"{len(self.loaded)} keys loaded"]
         for name, keys in list(vars(self).items())[1:]:
             if keys:
-                shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
-                parts.append(f"{len(keys)} {name} ({shown})")
+                parts.append(f"{len(keys)} {name} ({some(keys, 4)})")
         return "; ".join(parts)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from riskmap_ext._checkpoints import load_plain
 from riskmap_ext.finetune.base.errors import CheckpointError, one_line
+from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.config.yaml_text import read_yaml
@@ -137,7 +138,7 @@ def state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         if value.is_floating_point() and not bool(torch.isfinite(value).all())
     ]
     if bad:
-        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        shown = some(bad, 3)
         raise CheckpointError(
             f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors ({shown}); its "
             "training has failed, choose another checkpoint"

@@ -16,7 +16,7 @@ from riskmap_ext.finetune.base.files import write_json
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.processes import Processes, processes
 from riskmap_ext.finetune.config.schema import Config
-from riskmap_ext.finetune.data.prepare import Case, Cases
+from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.records import note_end, note_start
 from riskmap_ext.finetune.folder.workspace import (
@@ -42,7 +42,6 @@ from riskmap_ext.finetune.train.plan import (
     WeightFunction,
     check_start,
     make_plan,
-    read_cases,
     tell_plan,
 )
 from riskmap_ext.finetune.train.step import loss_in_words
@@ -161,10 +160,13 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         torch_state(config.seed, config.threads, device),
     ):
         source = load_source(config.source)
-        cases = read_cases(config, log)
+        cases = prepare_cases(config, log=log)
         predictor = predictor_of_source(config, source, cases.channels, device)
         held.enter_context(claimed_output(config, log))
-        for warning in (*cases.notes, *preparation_warnings(config, source, cases.spacings)):
+        for warning in (
+            *cases.listing.notes,
+            *preparation_warnings(config, source, cases.spacings),
+        ):
             log.warn(warning)
         log.stage = "before all maps were made"
         maps = map_cases(config, source, predictor, cases, cases.validation, log=log)

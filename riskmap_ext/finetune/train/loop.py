@@ -108,23 +108,23 @@ class Trainer:
         """Raises: InputError when the loss is no longer finite."""
         plan, last = self._plan, self._plan.config.train.steps
         plan.models.network.train()
+        note = ""
         try:
-            with plan.log.progress("steps") as bar:
-                task = bar.add_task("Training", total=last, completed=self._first - 1, note="")
+            with plan.log.counting("Training", last, "steps", done=self._first - 1) as advance:
                 resumed_at = time.perf_counter()
                 for step in range(self._first, last + 1):
                     plan.log.stage = f"at step {step}"
                     self._take(step)
-                    bar.update(task, advance=1)
                     if self._is_due(step):
                         loss = self._mean_loss()
                         self._seconds_in_steps += time.perf_counter() - resumed_at
                         row = self._validate(step, loss)
                         self._keep(step, row)
-                        bar.update(task, note=f"Dice {number(row['mean_dice'])}")
+                        note = f"Dice {number(row['mean_dice'])}"
                         resumed_at = time.perf_counter()
                     elif step % _CHECK_EVERY == 0:
                         self._mean_loss()
+                    advance(note)
         finally:
             self._losses.close()
             self._metrics.close()
@@ -217,7 +217,7 @@ class Trainer:
                 plan.models.config,
                 plan.cases.structures,
                 plan.cases.channels,
-                preparation(plan.config, plan.models.patch, plan.cases.image_suffix),
+                preparation(plan.config, plan.models.patch, plan.cases.listing.image_suffix),
                 {"step": step, "mean_dice": dice},
             )
         cuda = plan.device.type == "cuda"

@@ -262,13 +262,8 @@ def map_cases(
 ) -> SourceMaps:
     """Maps of the training cases and `others`; writes leep.json and maps/."""
     group, train = processes or Processes(), cases.train
-    with log.progress("cases") as bar:
-        total = 2 * len(group.share(train)) + len(train) + len(others)
-        task = bar.add_task("Source model", total=total, note="")
-
-        def advance(note: str) -> None:
-            bar.update(task, advance=1, note=note)
-
+    total = 2 * len(group.share(train)) + len(train) + len(others)
+    with log.counting("Source model", total) as advance:
         mapper = SourceMapper(
             config,
             source,

@@ -10,9 +10,9 @@ from torch import nn
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.base.processes import Processes
+from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
 from riskmap_ext.finetune.data.datalist import Listing
-from riskmap_ext.finetune.data.prepare import Cases
 from riskmap_ext.finetune.source.checkpoint import (
     KeyReport,
     SourceModel,
@@ -57,10 +57,10 @@ class Models:
 
 
 def build_models(
-    config: Config, data: Listing | Cases, device: torch.device, processes: Processes
+    config: Config, listing: Listing, device: torch.device, processes: Processes
 ) -> Models:
     """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
-    structures, channels = data.structures, data.channels
+    structures, channels = listing.structures, listing.channels
     source = None if config.source is None else load_source(config.source)
     source_predictor = (
         None if source is None else predictor_of_source(config, source, channels, device)
@@ -70,7 +70,7 @@ def build_models(
     patch = patch_size(config, dims)
     outputs = structures.num_outputs
     wanted = without_channels(wanted, outputs, len(channels), "network.args")
-    _check_class_weights(config, data)
+    _check_class_weights(config, structures)
     network = build_network(wanted, outputs, len(channels)).to(device)
     orient(network, wanted.orientation, config.data.slice_axis, dims)
     check_forward(network, patch, outputs, len(channels), "train.patch_size")
@@ -111,9 +111,9 @@ def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig
     return wanted
 
 
-def _check_class_weights(config: Config, data: Listing | Cases) -> None:
-    weights, outputs = config.loss.class_weights, data.structures.num_outputs
-    if isinstance(weights, str) and data.structures.regions is not None:
+def _check_class_weights(config: Config, structures: Structures) -> None:
+    weights, outputs = config.loss.class_weights, structures.num_outputs
+    if isinstance(weights, str) and structures.regions is not None:
         raise ConfigError(f"loss.class_weights: {weights} is for classes; give a number a region")
     if isinstance(weights, list) and len(weights) != outputs:
         raise ConfigError(f"loss.class_weights: expected {outputs} numbers, got {len(weights)}")

@@ -102,16 +102,16 @@ def make_plan(
     if cases is None:
         outline = make_outline(config, device, processes)
         models, store = outline.models, outline.store
-        cases = read_cases(config, log, store)
+        cases = prepare_cases(config, listing=outline.listing, store=store, log=log)
         log(described(outline.memory, store))
     else:
         _check_options(config, device, processes)
-        models, store = build_models(config, cases, device, processes), TensorStore()
+        models, store = build_models(config, cases.listing, device, processes), TensorStore()
     flip_axes(cases.train[0], models.dims, config.train.augment)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
     return Plan(
-        config=resolved(config, cases, cases.label_map),
+        config=resolved(config, cases.listing),
         log=log,
         device=device,
         processes=processes,
@@ -125,26 +125,14 @@ def make_plan(
     )
 
 
-def read_cases(config: Config, log: Log, store: TensorStore | None = None) -> Cases:
-    with log.progress("cases") as bar:
-        task = bar.add_task("Reading", total=None, note="")
-
-        def advance(total: int, name: str) -> None:
-            bar.update(task, total=total, advance=1, note=name)
-
-        return prepare_cases(config, advance, store)
-
-
-def resolved(
-    config: Config, data: Listing | Cases, label_map: dict[int, int | str] | None
-) -> Config:
+def resolved(config: Config, listing: Listing) -> Config:
     """With what the data set itself has said of labels and channels, as keys of `data`."""
     told = {
-        "classes": data.structures.classes,
-        "label_map": label_map,
-        "regions": data.structures.regions,
-        "region_classes": data.structures.region_classes,
-        "channels": data.channels,
+        "classes": listing.structures.classes,
+        "label_map": listing.label_map,
+        "regions": listing.structures.regions,
+        "region_classes": listing.structures.region_classes,
+        "channels": listing.channels,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=told)})
 
@@ -178,7 +166,7 @@ def _check_options(config: Config, device: torch.device, processes: Processes) -
 def tell_plan(plan: Plan) -> None:
     """What will be trained, in the log."""
     log, cases, models, config = plan.log, plan.cases, plan.models, plan.config
-    for note in cases.notes:
+    for note in cases.listing.notes:
         log.warn(note)
     log(
         f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
