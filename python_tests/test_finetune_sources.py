@@ -35,6 +35,9 @@ from riskmap_ext.finetune.source.network import build_network
 from riskmap_ext.finetune.train.finetune import make_maps
 from riskmap_ext.finetune.train.models import predictor_of_source
 
+ARCHITECTURE = nnunet_plans()["configurations"]["3d_fullres"]["architecture"]
+LOOP: list[Any] = []
+LOOP.append(LOOP)
 RUN = {"train": {"steps": 2, "patch_size": 8, "validate_every": 0}, "network": None}
 
 
@@ -336,6 +339,8 @@ def test_plans_of_old_and_inherited_configurations(tmp_path: Path) -> None:
         ({"architecture": 7}, "network_class_name: expected one of PlainConvUNet"),
         ({"spacing": [1.0, 1.0]}, "configurations.3d_fullres.spacing: expected 3 numbers"),
         ({"inherits_from": "3d_huge"}, "expected a configuration '3d_huge', got 3d_fullres"),
+        ({"inherits_from": ["2d"]}, "expected a configuration ['2d'], got 3d_fullres"),
+        ({"architecture": {**ARCHITECTURE, "arch_kwargs": {"a": LOOP}}}, "arch_kwargs: Circular"),
     ],
 )
 def test_plans_that_cannot_work(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

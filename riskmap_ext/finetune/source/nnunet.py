@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from riskmap_ext.finetune.base.errors import CheckpointError
+from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
@@ -130,7 +130,7 @@ def _configuration(path: Path, plans: Mapping[str, Any], name: str) -> dict[str,
     wanted: Any = name
     while wanted is not None:
         # Taken out, so that none inherits from itself.
-        each = known.pop(wanted, None)
+        each = known.pop(wanted, None) if isinstance(wanted, str) else None
         if not isinstance(each, dict):
             there = ", ".join(map(str, given)) if isinstance(given, dict) else "none"
             raise CheckpointError(
@@ -171,7 +171,7 @@ def _network(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
             f"{path}: its plans: arch_kwargs: expected arguments by name, got {given!r}"
         )
     args = {key: value for key, value in given.items() if key != "deep_supervision"}
-    return _network_config(name, args)
+    return _network_config(path, name, args)
 
 
 def _network_of_old_plans(path: Path, configuration: Mapping[str, Any]) -> NetworkConfig:
@@ -204,12 +204,16 @@ def _network_of_old_plans(path: Path, configuration: Mapping[str, Any]) -> Netwo
             f"{path}: its plans: expected architecture, or UNet_class_name with the numbers of old "
             f"plans; {error} is missing or cannot be used"
         ) from None
-    return _network_config(str(name), args)
+    return _network_config(path, str(name), args)
 
 
-def _network_config(name: str, args: dict[str, Any]) -> NetworkConfig:
+def _network_config(path: Path, name: str, args: dict[str, Any]) -> NetworkConfig:
     """Without tuples, which YAML has no word for."""
-    return NetworkConfig(name=name, args=to_jsonable_python(args, fallback=repr))
+    try:
+        plain = to_jsonable_python(args, fallback=repr)
+    except ValueError as error:  # values within themselves, bytes
+        raise CheckpointError(f"{path}: its plans: arch_kwargs: {one_line(error)}") from None
+    return NetworkConfig(name=name, args=plain)
 
 
 def _structures(path: Path, dataset: Mapping[str, Any]) -> Structures:
