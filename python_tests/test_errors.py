@@ -330,7 +330,7 @@ def test_bad_risk(reduction: str, dtype: torch.dtype, value: float) -> None:
     assert loss(risk=weights, target=ignored, reduction=reduction).isfinite().all()
 
 
-def test_bad_risk_outside_the_summed_region_is_still_bad() -> None:
+def test_bad_risk_outside_the_summed_voxels_is_still_bad() -> None:
     weights = torch.ones(2, 5, 6)
     weights[0, 0, 0] = -1
     with pytest.raises(ValueError, match=r"\brisk\b"):

@@ -90,10 +90,10 @@ def _refuse_cuda(reason: str) -> torch.library.Library:
     return library
 
 
-def ops(namespace: str = "riskmap_ext", key: str = "CPU") -> list[str]:
+def ops(namespace: str = "riskmap_ext") -> list[str]:
     """Names of the ops that have a kernel: every op has one for the CPU."""
     prefix = f"{namespace}::"
-    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
