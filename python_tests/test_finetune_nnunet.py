@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from finetune_data import configuration
-from nnunet_data import write_raw_data_set
+from nnunet_data import nnunet_folders, prepare, write_raw_data_set
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
@@ -31,17 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's folders with a small hippocampus data set, planned and preprocessed."""
     root = tmp_path_factory.mktemp("nnunet")
     write_raw_data_set(root / "raw" / NAME, CASES, LABELS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("nnUNet_n_proc_DA", "1")  # the planner takes no 0
-        patch.setenv("nnUNet_compile", "f")
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(root / name))
-        from nnunetv2.experiment_planning import plan_and_preprocess_api as api
-
-        api.extract_fingerprints([411], num_processes=1)
-        api.plan_experiments([411])
-        api.preprocess([411], configurations=["2d", "3d_fullres"], num_processes=[1, 1])
-        patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process
+    with nnunet_folders(root) as patch:
+        prepare(root, [NAME], ["2d", "3d_fullres"], patch)
         yield root
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nnunet_data import write_raw_data_set
+from nnunet_data import nnunet_folders, prepare, write_raw_data_set
 from test_howto import HOWTO, blocks, run_command
 from torch import Tensor
 
@@ -54,21 +54,13 @@ NAMES = {kind: f"Dataset{401 + index}_{kind}" for index, kind in enumerate(LABEL
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """nnU-Net's three folders with the hippocampus set in four ways, planned and preprocessed."""
     root = tmp_path_factory.mktemp("nnunet")
-    environment: dict[str, str] = {
-        "nnUNet_n_proc_DA": "1",  # the planner takes no 0
-        "nnUNet_compile": "f",
-        "nnUNet_extTrainer": nnunet.trainer_folder(),
-        **{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with nnunet_folders(root) as patch:
+        patch.setenv("nnUNet_extTrainer", nnunet.trainer_folder())
         for kind in LABELS:
             order: Any = {"regions_class_order": [1, 2]} if kind == "regions" else {}
             change = partial(_changed, kind)
             write_raw_data_set(root / "raw" / NAMES[kind], CASES, LABELS[kind], change, **order)
-        _prepare()
-        patch.setenv("nnUNet_n_proc_DA", "0")  # augmentation in this process
+        prepare(root, list(NAMES.values()), ["3d_fullres"], patch)
         yield root
 
 
@@ -78,15 +70,6 @@ def _changed(kind: str, values: np.ndarray) -> np.ndarray:
     if kind == "ignored":
         values[:3] = 3
     return values
-
-
-def _prepare() -> None:
-    from nnunetv2.experiment_planning import plan_and_preprocess_api as api
-
-    numbers = [int(name[7:10]) for name in NAMES.values()]
-    api.extract_fingerprints(numbers, num_processes=1)
-    api.plan_experiments(numbers)
-    api.preprocess(numbers, configurations=["3d_fullres"], num_processes=[1])
 
 
 def trainer_of(
