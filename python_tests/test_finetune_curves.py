@@ -44,7 +44,7 @@ class TestLosses:
 
 class TestChart:
     def chart(self, points: list[tuple[float, float]], **options: Any) -> str:
-        drawn = curves.chart([curves.Line("a <b> $x", points, 1)], "t", "y", **options)
+        drawn = curves.chart([curves.Line("a <b> $x", points)], "t", "y", **options)
         return drawn.svg if drawn else ""
 
     def test_gaps_at_what_is_not_finite(self) -> None:

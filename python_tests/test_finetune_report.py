@@ -457,6 +457,20 @@ class TestErrors:
         assert err.count("\n") == 1
         assert (copied / "report.html").read_bytes() == before
 
+    @pytest.mark.parametrize(
+        ("name", "content", "why"),
+        [
+            ("metrics.csv", "step,lr\n", "expected the columns step, .* seconds; no train_loss"),
+            ("losses.csv", "step,loss,lr\n1,2\n", "row 2: expected 3 columns, got 2"),
+            ("leep.json", '{"score": "x"}', "score: Input should be a valid number"),
+            ("keys.json", '{"loaded": 3}', "loaded: Input should be a valid (array|list)"),
+        ],
+    )
+    def test_what_was_expected(self, copied: Path, name: str, content: str, why: str) -> None:
+        (copied / name).write_text(content)
+        with pytest.raises(InputError, match=rf"{name}: is damaged \({why}"):
+            read_run(copied)
+
     def test_bytes_that_are_no_text(self, copied: Path, riskmap: Any) -> None:
         (copied / "metrics.csv").write_bytes(b"\xff\xfe\x00")
         code, _, err = riskmap("report", copied)
@@ -526,15 +540,24 @@ def test_many_source_classes(run: Path) -> None:
     rng = np.random.default_rng(0)
     classes, sources = 4, 105
     joint = rng.random((classes, sources)) * np.arange(1, sources + 1)
+    frequencies = {"class": joint.sum(1) / joint.sum(), "source": joint.sum(0) / joint.sum()}
     leep = Leep(
-        -0.5, 1.0, False, None, (0.0, 2.0), 10,
-        [f"y{i}" for i in range(classes)], [f"z{i}" for i in range(sources)],
-        joint.sum(1) / joint.sum(), joint.sum(0) / joint.sum(), joint / joint.sum(0),
-    )  # fmt: skip
+        score=-0.5,
+        label_entropy=1.0,
+        tells_nothing=False,
+        remark=None,
+        hardness_range=(0.0, 2.0),
+        voxels=10,
+        classes=[f"y{i}" for i in range(classes)],
+        source_classes=[f"z{i}" for i in range(sources)],
+        class_frequencies=frequencies["class"].tolist(),
+        source_frequencies=frequencies["source"].tolist(),
+        conditional=(joint / joint.sum(0)).tolist(),
+    )
     page = Page(run_page(replace(read_run(run), leep=leep), CaseResults()))
     header, *rows = table(page, "target class")
-    used = sorted(np.argsort(-leep.source_frequencies)[:30])
+    used = sorted(np.argsort(-frequencies["source"])[:30])
     assert header[1:-1] == [f"z{i}" for i in used]
     assert len(rows) == classes + 1
-    rest = 1 - leep.source_frequencies[used].sum()
+    rest = 1 - frequencies["source"][used].sum()
     assert f"30 source classes with most mass are shown; 75 with {rest:.2%} of it" in page.text

@@ -17,14 +17,13 @@ from riskmap_ext.finetune.pictures.figures import ERROR_COLOURS, RISK
 from riskmap_ext.finetune.pictures.slices import class_colours
 from riskmap_ext.finetune.report.cases import TOLERANCE, CaseResults
 from riskmap_ext.finetune.report.curves import run_charts, thinned
-from riskmap_ext.finetune.report.page import duration, render
+from riskmap_ext.finetune.report.page import render
 from riskmap_ext.finetune.report.read import RunFiles
 
 # Further lists are folded up.
 _OPEN_ROWS = 12
 # Larger tables would make the file large.
 _MOST_CELLS = 12000
-_VERSIONS = ("riskmap_ext", "torch", "monai", "python")
 _NAMES = {"train_loss": "loss", "mean_dice": "mean Dice", "lr": "learning rate"}
 _ERRORS = {"missed": "missed (label alone)", "extra": "extra (prediction alone)"}
 
@@ -46,20 +45,14 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
         run=run,
         results=results,
         what=_what(run),
-        headline=_headline(run),
-        charts=run_charts(run.losses or [], run.metrics or []),
-        validations=_validations(run.metrics or []),
+        charts=run_charts(run.losses, run.metrics),
+        validations=_validations(run.metrics),
         classes=_classes(run, results.scores),
-        missed=_listed(missed),
+        missed=missed,
         tolerance=f"{TOLERANCE:g}",
         legend=_legend(run, results),
         tables=_case_tables(run, results.scores),
-        environment=_environment(run.starts),
     )
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _what(run: RunFiles) -> list[str]:
@@ -74,23 +67,6 @@ def _what(run: RunFiles) -> list[str]:
         parts += [f"loss: {start['loss']}"] if "loss" in start else []
         parts.append(f"begun {start.get('begun')}, riskmap_ext {start.get('riskmap_ext')}")
     return parts
-
-
-def _headline(run: RunFiles) -> list[tuple[str, str]]:
-    facts = []
-    if run.dice:
-        facts.append(("mean Dice", number(mean_without_nan(_means(run)))))
-        facts.append(("validation cases", str(len(run.dice))))
-    elif run.metrics and not math.isnan(run.metrics[-1]["mean_dice"]):
-        row = run.metrics[-1]
-        facts.append((f"mean Dice at step {row['step']:.0f}", number(row["mean_dice"])))
-    if run.leep is not None:
-        facts.append(("LEEP, nats", f"{run.leep.score:.3f}"))
-    if run.steps_done:
-        facts.append(("steps", f"{run.steps_done}"))
-    if run.metrics:
-        facts.append(("training time", duration(run.metrics[-1]["seconds"])))
-    return facts
 
 
 def _validations(metrics: Sequence[dict[str, float]]) -> Table | None:
@@ -109,18 +85,13 @@ def _validations(metrics: Sequence[dict[str, float]]) -> Table | None:
     return Table(title, ["step", *(_NAMES.get(n, n.removeprefix("dice_")) for n in known)], rows)
 
 
-def _means(run: RunFiles) -> list[float]:
-    rows = list((run.dice or {}).values())
-    return [mean_without_nan([row[i] for row in rows]) for i in range(len(run.classes))]
-
-
 def _classes(run: RunFiles, scores: Sequence[Score]) -> Table | None:
     """None where no Dice is known."""
     if run.dice:
         header = ["class", "mean Dice", "sd", "lowest", "highest", "cases with it"]
         header += ["missed", "extra", "surface Dice", "HD95, mm"] if scores else ["Dice 0"]
         rows = [_class_row(run.dice, i, name, scores) for i, name in enumerate(run.classes)]
-        mean = mean_without_nan(_means(run))
+        mean = mean_without_nan(run.class_means)
     else:
         last = run.metrics[-1] if run.metrics else {"mean_dice": math.nan}
         header = ["class", "mean Dice"]
@@ -153,7 +124,7 @@ def _class_row(
 def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
     if not run.dice:
         return []
-    means = {name: mean_without_nan(row) for name, row in run.dice.items()}
+    means = run.case_means
     names, which = list(means), "each case"
     most = max(_OPEN_ROWS, _MOST_CELLS // (len(run.classes) + 2))
     if len(names) > most:
@@ -192,40 +163,3 @@ def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:
         "scale": logs and ("logarithmic" if any(logs) else "linear"),
         "colours": [to_hex(shade, keep_alpha=True) for shade in RISK(np.linspace(0, 1, 9))],
     }
-
-
-def _environment(starts: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    last = starts[-1] if starts else {}
-
-    def said(key: str) -> str:
-        value = last.get(key)
-        return "not recorded" if value is None else f"{value}"
-
-    def memory(key: str) -> str:
-        size = last.get(key)
-        return f"{size / 2**20:,.0f} MiB" if isinstance(size, (int, float)) else "not recorded"
-
-    cases, seconds = last.get("cases"), last.get("seconds")
-    facts = [("begun", said("begun")), ("ended", said("ended"))]
-    if len(starts) > 1:
-        facts.append(("starts", f"{len(starts)} (resumed); what follows is of the last"))
-    if isinstance(cases, dict):
-        facts.append(("cases", ", ".join(f"{count} {kind}" for kind, count in cases.items())))
-    facts += [
-        ("time", duration(seconds) if isinstance(seconds, float) else "not recorded"),
-        ("peak memory", memory("peak_memory_bytes")),
-    ]
-    if last.get("gpu"):
-        facts.append(("GPU", f"{last['gpu']} (CUDA {last.get('cuda')})"))
-        facts.append(("peak GPU memory", memory("peak_gpu_memory_bytes")))
-    facts += [
-        ("device", said("device")),
-        ("CPU", f"{said('cpu')}, {said('cpus')} CPUs, {said('threads')} threads"),
-        ("system", said("system")),
-        ("versions", ", ".join(f"{name} {said(name)}" for name in _VERSIONS)),
-    ]
-    for start in starts[:-1]:
-        other = [f"{n} {start.get(n)}" for n in _VERSIONS if start.get(n) != last.get(n)]
-        if other:
-            facts.append((f"begun {start.get('begun')} with", ", ".join(other)))
-    return facts

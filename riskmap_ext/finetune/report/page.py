@@ -16,12 +16,18 @@ def render(template: str, **facts: Any) -> str:
     return _PAGES.get_template(template).render(facts)
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: Any) -> str | None:
+    if not isinstance(seconds, (int, float)):
+        return None
     if seconds < 100:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _mib(size: Any) -> str | None:
+    return f"{size / 2**20:,.0f} MiB" if isinstance(size, (int, float)) else None
 
 
 def _share(value: float, digits: str = ".2%") -> str:
@@ -39,8 +45,5 @@ _PAGES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_PAGES.filters |= {
-    "base64": lambda content: base64.b64encode(content).decode("ascii"),
-    "number": number,
-    "share": _share,
-}
+_PAGES.filters.update(duration=_duration, mib=_mib, number=number, share=_share)
+_PAGES.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
