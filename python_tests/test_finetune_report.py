@@ -314,7 +314,7 @@ class TestUnfinished:
         assert len(rows_of(output / "losses.csv")) == 5
         page = page_of(output)
         assert "Unfinished run (stopped, or still at work): 5 of 6 steps are recorded" in page.text
-        assert "stopped at step 6" in page.text
+        assert "last validation. It was stopped at step 6." in page.text
         assert "--resume" in page.text
         row = rows_of(output / "metrics.csv")[-1]
         shown = table(page, "class")
@@ -358,6 +358,14 @@ class TestLacking:
         page = page_of(copied)
         assert said in page.text
         assert page.open == []
+
+    def test_an_environment_of_few_words(self, copied: Path) -> None:
+        starts = [{"begun": "then", "torch": "1"}, {"begun": "now", "gpu": "G", "cuda": "12"}]
+        (copied / "environment.json").write_text(json.dumps({"starts": starts}))
+        text = page_of(copied).text
+        assert "CPUnot recorded, not recorded CPUs, not recorded threads" in text
+        assert "G (CUDA 12)" in text
+        assert "begun then withtorch 1" in text
 
     def test_an_older_run(self, copied: Path) -> None:
         for name in ("losses.csv", "leep.json", "environment.json"):

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from torch import Tensor
 
 from riskmap_ext._files import written_beside
 from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.pictures.slices import Slice, Volumes, class_colours, coloured, slice_of
+from riskmap_ext.finetune.pictures.slices import (
+    Slice,
+    Volumes,
+    class_colours,
+    coloured,
+    slice_of,
+    volumes_of,
+)
 
 # RGB of the voxels that the label has alone, the prediction has alone, or both in other classes.
 ERROR_COLOURS = {
@@ -83,12 +90,9 @@ def write_overlay(
     folder: Path, case: Case, classes: Sequence[str], prediction: Tensor | None, risk: Tensor | None
 ) -> None:
     """overlays/<case>.png; all volumes on the prepared grid."""
-    ras = case.grid.to_ras
-    weights = None if risk is None else ras(risk)
-    predictions = {} if prediction is None else {"prediction": ras(prediction)}
-    volumes = Volumes("", ras(case.image[0]), ras(case.label), weights, predictions)
+    row = replace(volumes_of(case, prediction, risk), name="")  # it is in the title
     path, zooms = folder / f"{case.name}.png", case.grid.ras_spacing()
-    comparison(path, [volumes], classes, case.name, zooms=zooms, cut=False)
+    comparison(path, [row], classes, case.name, zooms=zooms, cut=False)
 
 
 def comparison(

@@ -45,6 +45,14 @@ class Slice:
     predictions: dict[str, np.ndarray]
 
 
+def volumes_of(case: Case, prediction: Any | None, risk: Any | None) -> Volumes:
+    """Of a prepared case; prediction and risk are tensors or arrays on its grid."""
+    ras = case.grid.to_ras
+    predictions = {} if prediction is None else {"prediction": ras(prediction)}
+    weights = None if risk is None else ras(risk)
+    return Volumes(case.name, ras(case.image[0]), ras(case.label), weights, predictions)
+
+
 def slice_of(case: Volumes, zooms: Sequence[float] = (1.0, 1.0, 1.0), *, cut: bool = True) -> Slice:
     """The axial slice with most labelled area, or the middle one.
 
@@ -63,7 +71,7 @@ def slice_of(case: Volumes, zooms: Sequence[float] = (1.0, 1.0, 1.0), *, cut: bo
         array = np.asarray(array)
         if array.shape != image.shape:
             raise ValueError(f"{name}: expected the image's shape {image.shape}, got {array.shape}")
-        if whole and not np.array_equal(array, np.trunc(array)):
+        if whole and array.dtype.kind not in "biu" and not np.array_equal(array, np.trunc(array)):
             raise TypeError(f"{name}: expected class indices (whole numbers), got {array.dtype}")
         return np.maximum(array, 0).astype(int) if whole else array
 
@@ -133,9 +141,7 @@ def class_colours(num_classes: int) -> np.ndarray:
 
 def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
     """Image, labels and prediction side by side, [H, 3 W, 3] uint8."""
-    ras = case.grid.to_ras
-    volumes = Volumes(case.name, ras(case.image[0]), ras(case.label), None, {"": ras(prediction)})
-    shown = slice_of(volumes, cut=False)
+    shown = slice_of(volumes_of(case, prediction, None), cut=False)
     planes = [np.zeros_like(shown.labels), shown.labels, *shown.predictions.values()]
     colours = class_colours(max(int(plane.max()) for plane in planes) + 1)
     pictures = [coloured(shown.grey, plane, colours)[::-1] for plane in planes]

@@ -44,7 +44,6 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
         name=name,
         run=run,
         results=results,
-        what=_what(run),
         charts=run_charts(run.losses, run.metrics),
         validations=_validations(run.metrics),
         classes=_classes(run, results.scores),
@@ -53,20 +52,6 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
         legend=_legend(run, results),
         tables=_case_tables(run, results.scores),
     )
-
-
-def _what(run: RunFiles) -> list[str]:
-    parts = []
-    if run.config is not None:
-        source = run.config.source
-        kind = "Training" if source is None else f"Fine-tuning from {source.checkpoint}"
-        if source is not None and run.is_finished and not (run.metrics or run.losses):
-            kind = f"Maps of {source.checkpoint}, without any training"
-        parts.append(kind)
-    for start in run.starts[:1]:
-        parts += [f"loss: {start['loss']}"] if "loss" in start else []
-        parts.append(f"begun {start.get('begun')}, riskmap_ext {start.get('riskmap_ext')}")
-    return parts
 
 
 def _validations(metrics: Sequence[dict[str, float]]) -> Table | None:

@@ -16,7 +16,7 @@ from riskmap_ext.finetune.data.prepare import Case, prepare_cases
 from riskmap_ext.finetune.data.volumes import read_labels
 from riskmap_ext.finetune.metrics.surfaces import Score, score_masks
 from riskmap_ext.finetune.pictures.figures import Panels, panels
-from riskmap_ext.finetune.pictures.slices import Volumes
+from riskmap_ext.finetune.pictures.slices import Volumes, volumes_of
 from riskmap_ext.finetune.report.read import RunFiles
 
 # Of the surface Dice, in mm.
@@ -115,10 +115,7 @@ def _read(
     for structure, members in cases.structures.scored.items() if measured else ():
         masks = np.isin(prediction, members), np.isin(labels, members)
         scores.append(score_masks(name, structure, *masks, grid.spacing, TOLERANCE))
-    weights = None if risk is None else grid.to_ras(risk)
-    drawn = {"prediction": grid.to_ras(prediction)}
-    volumes = Volumes(name, grid.to_ras(case.image[0]), grid.to_ras(labels), weights, drawn)
-    return volumes, grid.ras_spacing(), scores
+    return volumes_of(case, prediction, risk), grid.ras_spacing(), scores
 
 
 def _risk(path: Path, case: Case) -> np.ndarray | None:

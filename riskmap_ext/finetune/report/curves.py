@@ -24,6 +24,7 @@ _MOST_POINTS = 250
 _LOG_SPAN = 30.0
 # Longer names stand one below the other.
 _LONG_NAME = 20
+_MOST_LETTERS = 55
 _WIDTH, _HEIGHT = 420, 270
 # Stand-ins for the page's colours, by their names there.
 _NAMES = ("ink", "soft", "line", *(f"l{i + 1}" for i in range(_COLOURS)))
@@ -104,7 +105,8 @@ def chart(
         axes = figure.subplots(gridspec_kw=edges)
         for line in lines:
             look = {"markevery": -(-len(line.points) // _MOST_MARKS), **line.look}
-            axes.plot(*np.transpose(line.points), label=line.name or None, **look)
+            label = line.name[:_MOST_LETTERS] + "…" * (len(line.name) > _MOST_LETTERS)
+            axes.plot(*np.transpose(line.points), label=label or None, **look)
         axes.update_datalim([(0, low), (0, high)])
         axes.autoscale_view()
         axes.set_xlim(0, max(1, *(x for x, _ in known)))
@@ -145,7 +147,8 @@ def _svg(figure: Figure) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", text, count=5)
-    text = re.sub(r'(?<=<g) id="[^"]*"| clip-path="[^"]*"|(?<=>)\s+(?=<)', "", text)
+    text = re.sub(r'(?<=<g) id="[^"]*"| (clip-path|transform)="(url|rotate\(-0 )[^"]*"', "", text)
+    text = re.sub(r" font-family: [^;\"]*;|(?<=>)\s+(?=<)", "", text)
     text = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d)\d+| ?\n", r"\1", d[0]), text)
     for name, stand_in in _COLOUR.items():
         text = text.replace(stand_in, f"var(--{name})")
