@@ -295,7 +295,7 @@ class TestFinished:
         def fail(*_: Any) -> None:
             raise RuntimeError("no such luck")
 
-        monkeypatch.setattr("riskmap_ext.finetune.report.build.run_page", fail)
+        monkeypatch.setattr("riskmap_ext.finetune.report.write.run_page", fail)
         assert finetune(config(root, tmp_path / "run", None), progress=False).history
         log = (tmp_path / "run" / "log.txt").read_text()
         assert "report.html was not written (RuntimeError: no such luck)" in log

@@ -1,4 +1,4 @@
-"""Pictures of segmentations and risk maps by matplotlib, which is slow to import."""
+"""Pictures of segmentations and risk maps by matplotlib; no global state is left."""
 
 from __future__ import annotations
 

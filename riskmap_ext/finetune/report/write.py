@@ -9,6 +9,8 @@ from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.folder.workspace import check_folder
+from riskmap_ext.finetune.report.build import run_page
+from riskmap_ext.finetune.report.cases import read_results
 from riskmap_ext.finetune.report.read import read_run
 
 REPORT_FILE = "report.html"
@@ -24,10 +26,6 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     Raises: InputError naming the folder that holds no run, or the file that is damaged or cannot be
         written.
     """
-    # They import matplotlib: slow, and not wanted by every run.
-    from riskmap_ext.finetune.report.build import run_page
-    from riskmap_ext.finetune.report.cases import read_results
-
     path = folder / REPORT_FILE if output is None else output
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: expected a file name that ends in .html, got {path}")

@@ -29,6 +29,7 @@ from riskmap_ext.finetune.metrics.dice import (
     mean_without_nan,
     structure_means,
 )
+from riskmap_ext.finetune.pictures.figures import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
@@ -296,9 +297,6 @@ def _draw(
     wanted = config.write.overlays
     drawn = cases if wanted is True else cases[: int(wanted)]
     for case in (processes or Processes()).share(drawn):
-        # matplotlib is slow to import, and not wanted by every run.
-        from riskmap_ext.finetune.pictures.figures import write_overlay
-
         prediction = None if predictions is None else predictions[case.name]
         risk = None if maps is None else maps.risk[case.name]
         write_overlay(config.output / "overlays", case, classes, prediction, risk)
