@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class TestLosses:
 
 
 class TestChart:
-    def chart(self, points: list[tuple[float, float]], **options: Any) -> str:
+    def chart(self, points: Sequence[tuple[float, float]], **options: Any) -> str:
         drawn = curves.chart([curves.Line("a <b> $x", points)], "t", "y", **options)
         return drawn.svg if drawn else ""
 
