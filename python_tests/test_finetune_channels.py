@@ -31,8 +31,6 @@ from riskmap_ext.finetune import (  # noqa: E402
     predict_images,
     prepare_cases,
 )
-from riskmap_ext.finetune.base.log import Log  # noqa: E402
-from riskmap_ext.finetune.base.processes import Processes  # noqa: E402
 from riskmap_ext.finetune.base.structures import structures_of  # noqa: E402
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, SourceConfig  # noqa: E402
 from riskmap_ext.finetune.data.datalist import list_cases  # noqa: E402
@@ -41,6 +39,7 @@ from riskmap_ext.finetune.data.sampling import Batch, CropSampler  # noqa: E402
 from riskmap_ext.finetune.metrics.dice import dice_per_structure  # noqa: E402
 from riskmap_ext.finetune.source.checkpoint import load_source  # noqa: E402
 from riskmap_ext.finetune.train.plan import make_plan  # noqa: E402
+from riskmap_ext.finetune.train.session import session  # noqa: E402
 from riskmap_ext.finetune.train.step import Stepper  # noqa: E402
 
 REGIONS = {"whole": ["box", "crate"], "core": "crate"}
@@ -459,8 +458,9 @@ def stepped(tmp_path: Path, parts: list[slice], **train: Any) -> dict[str, torch
         for p in parts
     ]
     torch.manual_seed(0)
-    plan = make_plan(config, device=CPU, processes=Processes(), log=Log(quiet=True), cases=cases)
-    Stepper(plan)(batches)
+    with session(config, progress=False) as run:
+        plan = make_plan(run, cases=cases)
+        Stepper(plan)(batches)
     return plan.models.network.state_dict()
 
 

@@ -9,7 +9,6 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import Problems
 from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log, some
@@ -31,6 +30,7 @@ from riskmap_ext.finetune.train.plan import (
     make_outline,
     resolved,
 )
+from riskmap_ext.finetune.train.session import session
 from riskmap_ext.finetune.train.step import loss_in_words
 
 # For reading whole volumes; of further ones the headers are enough.
@@ -67,14 +67,11 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
 
     Raises: InputError as finetune does, with a line for each problem.
     """
-    group = started()
-    log = Log(quiet=not (progress and group.is_main))
     config, resumed = check_start(config, resume)
     check_free(config.output)
-    device = device_of(config.device)
-    with torch_state(config.seed, config.threads, device):
-        outline = make_outline(config, device, group)
-    listing, models = outline.listing, outline.models
+    with session(config, progress=progress, processes=started()) as run:
+        outline = make_outline(run)
+    log, listing, models = run.log, outline.listing, outline.models
     _check_headers(listing)
     if resumed is not None:
         check_same_run(resolved(config, listing))
@@ -95,7 +92,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
         keys=models.keys,
         memory=outline.memory,
     )
-    log.table(_table(config, outline, result, f"{device}"))
+    log.table(_table(config, outline, result, f"{run.device}"))
     log(described(outline.memory, outline.store))
     for name, count in read.class_voxels.items():
         if count == 0:

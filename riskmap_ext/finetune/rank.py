@@ -11,10 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext import TransferStatistics
-from riskmap_ext.finetune.base.device import device_of, torch_state
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
-from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
 from riskmap_ext.finetune.folder.workspace import check_folder
@@ -22,6 +20,7 @@ from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.maps import SourceMapper
 from riskmap_ext.finetune.train.models import predictor_of_source
+from riskmap_ext.finetune.train.session import session
 
 
 @dataclass(frozen=True)
@@ -58,38 +57,33 @@ def rank_sources(
     """
     if not checkpoints:
         raise ConfigError("--source: expected at least one checkpoint, got none")
-    log = Log(quiet=not progress)
     check_folder("cache", config.cache or config.output / "cache")
-    device = device_of(config.device)
     shared = config.source or SourceConfig(checkpoint=checkpoints[0])
-    with torch_state(config.seed, config.threads, device):
+    config = config.model_copy(update={"source": shared})
+    with session(config, progress=progress) as run:
         sources = [
             load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
         ]
-        cases = cases or prepare_cases(config, log=log)
-        shared_config = config.model_copy(update={"source": shared})
+        cases = cases or prepare_cases(config, log=run.log)
         predictors = [
-            predictor_of_source(shared_config, source, cases.channels, device) for source in sources
+            predictor_of_source(config, source, cases.channels, run.device) for source in sources
         ]
         for note in cases.listing.notes:
-            log.warn(note)
+            run.log.warn(note)
         ranked = []
-        total = 2 * len(cases.train) * len(sources)
-        with log.counting("Source models", total) as advance:
+        with run.log.counting("Source models", 2 * len(cases.train) * len(sources)) as advance:
             for source, predictor in zip(sources, predictors, strict=True):
                 for warning in preparation_warnings(config, source, cases.spacings):
-                    log.warn(warning)
-                mapper = SourceMapper(
-                    config, source, predictor, len(cases.classes), progress=advance
-                )
+                    run.log.warn(warning)
+                mapper = SourceMapper(run, source, predictor, len(cases.classes), advance)
                 statistics = mapper.statistics(cases.train)
                 mapper.forget_logits()
                 ranked.append(_ranked(source, statistics))
     ranked.sort(key=lambda each: each.leep, reverse=True)
-    log.table(_table(ranked, len(cases.train)))
+    run.log.table(_table(ranked, len(cases.train)))
     for each in ranked:
         if each.tells_nothing:
-            log.warn(
+            run.log.warn(
                 f"{each.checkpoint} tells nothing about the target labels beyond how often "
                 "each occurs; its risk map is noise"
             )

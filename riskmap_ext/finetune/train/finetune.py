@@ -10,11 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from riskmap_ext.finetune.base.device import device_of, torch_state
+from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json
-from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import Processes, processes
+from riskmap_ext.finetune.base.processes import processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
@@ -22,7 +21,6 @@ from riskmap_ext.finetune.folder.records import note_end, note_start
 from riskmap_ext.finetune.folder.workspace import (
     RESUME_FILE,
     claimed_output,
-    told_when_stopped,
 )
 from riskmap_ext.finetune.metrics.dice import (
     dice_per_structure,
@@ -45,6 +43,7 @@ from riskmap_ext.finetune.train.plan import (
     make_plan,
     tell_plan,
 )
+from riskmap_ext.finetune.train.session import Session, session
 from riskmap_ext.finetune.train.step import loss_in_words
 
 
@@ -105,24 +104,13 @@ def finetune(
     """
     started = time.perf_counter()
     config = _checked(config, loss, weights)
-    device = device_of(config.device)
-    with processes(device) as group, contextlib.ExitStack() as held:
-        log = Log(quiet=not (progress and group.is_main))
+    with processes(device_of(config.device)) as group:
         config, resumed = group.together(lambda: check_start(config, resume))
-        with told_when_stopped(config, log), torch_state(config.seed, config.threads, device):
+        with session(config, progress=progress, processes=group) as run:
             plan = group.together(
-                lambda: make_plan(
-                    config,
-                    device=device,
-                    processes=group,
-                    log=log,
-                    cases=cases,
-                    resumed=resumed,
-                    loss=loss,
-                    weights=weights,
-                )
+                lambda: make_plan(run, cases=cases, resumed=resumed, loss=loss, weights=weights)
             )
-            group.on_main(lambda: held.enter_context(_output_folder(plan)))
+            group.on_main(lambda: run.held.enter_context(_output_folder(plan)))
             maps = _source_maps(plan)
             trained = Trainer(plan, _voxel_weights(plan, maps)).run()
             dice = _evaluate(plan, maps, trained.predictions)
@@ -152,27 +140,19 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     """
     if config.source is None:
         raise ConfigError("source: missing; the maps need a source model")
-    log = Log(quiet=not progress)
     check_start(config)
-    device = device_of(config.device)
-    with (
-        contextlib.ExitStack() as held,
-        told_when_stopped(config, log),
-        torch_state(config.seed, config.threads, device),
-    ):
+    with session(config, progress=progress) as run:
         source = load_source(config.source)
-        cases = prepare_cases(config, log=log)
-        predictor = predictor_of_source(config, source, cases.channels, device)
-        held.enter_context(claimed_output(config, log))
-        for warning in (
-            *cases.listing.notes,
-            *preparation_warnings(config, source, cases.spacings),
-        ):
-            log.warn(warning)
-        log.stage = "before all maps were made"
-        maps = map_cases(config, source, predictor, cases, cases.validation, log=log)
-        _draw(config, [*cases.train, *cases.validation], cases.classes, maps)
-    log(f"Done: {config.output}")
+        cases = prepare_cases(config, log=run.log)
+        predictor = predictor_of_source(config, source, cases.channels, run.device)
+        run.held.enter_context(claimed_output(config, run.log))
+        differences = preparation_warnings(config, source, cases.spacings)
+        for warning in (*cases.listing.notes, *differences):
+            run.log.warn(warning)
+        run.log.stage = "before all maps were made"
+        maps = map_cases(run, source, predictor, cases, cases.validation)
+        _draw(run, [*cases.train, *cases.validation], cases.classes, maps)
+        run.log(f"Done: {config.output}")
     return maps
 
 
@@ -230,15 +210,9 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
         return None
     # Maps of validation cases are only looked at: neither statistics nor training see them.
     shown = config.write.maps or bool(config.write.overlays)
+    validation = plan.cases.validation if shown else []
     return map_cases(
-        config,
-        models.source,
-        models.source_predictor,
-        plan.cases,
-        plan.cases.validation if shown else [],
-        log=plan.log,
-        processes=plan.processes,
-        store=plan.store,
+        plan, models.source, models.source_predictor, plan.cases, validation, plan.store
     )
 
 
@@ -281,22 +255,21 @@ def _evaluate(
         names = list(structures.scored)
         write_dice(config.output / "dice.csv", table, names)
         plan.log.table(dice_table(table, names, f"Dice of {len(table)} validation cases"))
-    _draw(config, cases.validation, structures.classes, maps, predictions, plan.processes)
+    _draw(plan, cases.validation, structures.classes, maps, predictions)
     return table
 
 
 def _draw(
-    config: Config,
+    session: Session,
     cases: Sequence[Case],
     classes: Sequence[str],
     maps: SourceMaps | None,
     predictions: Mapping[str, Tensor] | None = None,
-    processes: Processes | None = None,
 ) -> None:
     """overlays/ of as many cases as write.overlays says."""
-    wanted = config.write.overlays
+    wanted, folder = session.config.write.overlays, session.config.output / "overlays"
     drawn = cases if wanted is True else cases[: int(wanted)]
-    for case in (processes or Processes()).share(drawn):
+    for case in session.processes.share(drawn):
         prediction = None if predictions is None else predictions[case.name]
         risk = None if maps is None else maps.risk[case.name]
-        write_overlay(config.output / "overlays", case, classes, prediction, risk)
+        write_overlay(folder, case, classes, prediction, risk)

@@ -16,14 +16,13 @@ import riskmap_ext
 from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
-from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import Processes
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.predictor import Predictor
+from riskmap_ext.finetune.train.session import Session
 
 # Logits of the statistics pass are kept for the maps up to this size in all, else made again.
 _KEPT_BYTES = 2**30
@@ -58,16 +57,15 @@ class SourceMapper:
 
     def __init__(
         self,
-        config: Config,
+        session: Session,
         source: SourceModel,
         predictor: Predictor,
         num_classes: int,
-        *,
         progress: Callable[[str], Any],
-        processes: Processes | None = None,
         store: TensorStore | None = None,
     ) -> None:
         """store: whether the maps are held in memory, or stay in the cache's files."""
+        config = session.config
         window = {
             "patch_size": predictor.patch,
             "overlap": config.inference.overlap,
@@ -80,7 +78,7 @@ class SourceMapper:
         self._progress = progress
         self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
         self._regions = source.structures.table
-        self._group = processes or Processes()
+        self._group = session.processes
         self._on_disk = store is not None and store.folder is not None
         self._logits: dict[str, Tensor] = {}
 
@@ -250,29 +248,18 @@ def _write_leep(
 
 
 def map_cases(
-    config: Config,
+    session: Session,
     source: SourceModel,
     predictor: Predictor,
     cases: Cases,
     others: Sequence[Case],
-    *,
-    log: Log,
-    processes: Processes | None = None,
     store: TensorStore | None = None,
 ) -> SourceMaps:
     """Maps of the training cases and `others`; writes leep.json and maps/."""
-    group, train = processes or Processes(), cases.train
+    config, log, group, train = session.config, session.log, session.processes, cases.train
     total = 2 * len(group.share(train)) + len(train) + len(others)
     with log.counting("Source model", total) as advance:
-        mapper = SourceMapper(
-            config,
-            source,
-            predictor,
-            len(cases.classes),
-            progress=advance,
-            processes=group,
-            store=store,
-        )
+        mapper = SourceMapper(session, source, predictor, len(cases.classes), advance, store)
         maps = mapper.run(train, others)
     if group.is_main:
         _write_leep(config.output, maps, cases.classes, source.classes)

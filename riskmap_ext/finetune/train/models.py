@@ -9,7 +9,6 @@ from torch import nn
 
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
-from riskmap_ext.finetune.base.processes import Processes
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
 from riskmap_ext.finetune.data.datalist import Listing
@@ -30,6 +29,7 @@ from riskmap_ext.finetune.source.network import (
 )
 from riskmap_ext.finetune.source.predictor import Predictor
 from riskmap_ext.finetune.source.preparation import in_prepared_order
+from riskmap_ext.finetune.train.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,9 @@ class Models:
         return sum(each.numel() for each in self.network.parameters())
 
 
-def build_models(
-    config: Config, listing: Listing, device: torch.device, processes: Processes
-) -> Models:
+def build_models(session: Session, listing: Listing) -> Models:
     """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
+    config, device = session.config, session.device
     structures, channels = listing.structures, listing.channels
     source = None if config.source is None else load_source(config.source)
     source_predictor = (
@@ -75,7 +74,7 @@ def build_models(
     orient(network, wanted.orientation, config.data.slice_axis, dims)
     check_forward(network, patch, outputs, len(channels), "train.patch_size")
     # GPUs normalize over the batch of all processes.
-    if config.train.batch_size // (1 if device.type == "cuda" else processes.size) == 1:
+    if config.train.batch_size // (1 if device.type == "cuda" else session.processes.size) == 1:
         check_single_crops(network, patch, len(channels))
     predictor = Predictor(network, dims, patch, config.inference)
     check_forward(network, predictor.patch, outputs, len(channels), "inference.patch_size")

@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.processes import Processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing, list_cases
 from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
@@ -24,6 +21,7 @@ from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.preparation import preparation_warnings
 from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.finetune.train.models import Models, build_models
+from riskmap_ext.finetune.train.session import Session
 
 # (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
 LossFunction = Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
@@ -42,17 +40,13 @@ class Outline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Session):
     """Everything that is known once all inputs are checked.
 
     inputs: digest of the source and the training cases. resumed: what resume.pt holds. loss,
     weights: the caller's own.
     """
 
-    config: Config
-    log: Log
-    device: torch.device
-    processes: Processes
     cases: Cases
     store: TensorStore
     models: Models
@@ -75,46 +69,42 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
     return config, resumed
 
 
-def make_outline(config: Config, device: torch.device, processes: Processes) -> Outline:
+def make_outline(session: Session) -> Outline:
     """Checks what can be checked without reading a volume. Raises: InputError."""
-    _check_options(config, device, processes)
+    config = session.config
+    _check_options(session)
     listing = list_cases(config.data)
-    models = build_models(config, listing, device, processes)
+    models = build_models(session, listing)
     sources = [] if models.source is None else [models.source.structures]
     outputs = max(each.num_outputs for each in (listing.structures, *sources))
     memory = memory_need(config, listing, outputs)
-    store = volume_store(config, memory, device)
+    store = volume_store(config, memory, session.device)
     return Outline(listing=listing, models=models, memory=memory, store=store)
 
 
 def make_plan(
-    config: Config,
+    session: Session,
     *,
-    device: torch.device,
-    processes: Processes,
-    log: Log,
     cases: Cases | None = None,
     resumed: dict[str, Any] | None = None,
     loss: LossFunction | None = None,
     weights: WeightFunction | None = None,
 ) -> Plan:
     """Checks every input. Raises: InputError."""
+    config, log = session.config, session.log
     if cases is None:
-        outline = make_outline(config, device, processes)
+        outline = make_outline(session)
         models, store = outline.models, outline.store
         cases = prepare_cases(config, listing=outline.listing, store=store, log=log)
         log(described(outline.memory, store))
     else:
-        _check_options(config, device, processes)
-        models, store = build_models(config, cases.listing, device, processes), TensorStore()
+        _check_options(session)
+        models, store = build_models(session, cases.listing), TensorStore()
     flip_axes(cases.train[0], models.dims, config.train.augment)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
     return Plan(
-        config=resolved(config, cases.listing),
-        log=log,
-        device=device,
-        processes=processes,
+        **vars(session) | {"config": resolved(config, cases.listing)},
         cases=cases,
         store=store,
         models=models,
@@ -151,10 +141,10 @@ def check_inputs(resumed: dict[str, Any] | None, inputs: str) -> None:
         )
 
 
-def _check_options(config: Config, device: torch.device, processes: Processes) -> None:
+def _check_options(session: Session) -> None:
     """Keys that only the device or the number of processes can refuse."""
-    train = config.train
-    if train.amp == "fp16" and device.type != "cuda":
+    train, processes = session.config.train, session.processes
+    if train.amp == "fp16" and session.device.type != "cuda":
         raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
     if train.batch_size % processes.size:
         raise ConfigError(
