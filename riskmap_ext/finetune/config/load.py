@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,24 +89,26 @@ def parse_config(
     try:
         return Config.model_validate(content, context={"base": base})
     except ValidationError as error:
-        lines = [f"{origin}:"]
-        for problem in error.errors():
-            # Of a wrong key of a mapping, pydantic says that it is one.
-            names = [str(part) for part in problem["loc"] if part != "[key]"]
-            key = ".".join(names)
-            told = _told(problem, names)
-            lines.append(f"  {_place(key, places or {})}{key}{': ' if key else ''}{told}")
-        raise ConfigError("\n".join(lines)) from None
+        lines = (
+            f"  {_place(key, places or {})}{key}{': ' if key else ''}{told}"
+            for key, told in problems_of(error)
+        )
+        raise ConfigError("\n".join([f"{origin}:", *lines])) from None
+
+
+def problems_of(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Of each problem the key, and what was expected there and came."""
+    for problem in error.errors():
+        # Of a wrong key of a mapping, pydantic says that it is one.
+        names = [str(part) for part in problem["loc"] if part != "[key]"]
+        yield ".".join(names), _told(problem, names)
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Writes `key.sub=value` overrides into `content`; paths become absolute."""
-    pairs = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        pairs.append((override, key.strip(), equals, text))
     # The root comes first: relative paths below it start there.
-    for override, key, equals, text in sorted(pairs, key=lambda pair: pair[1] != "data.root"):
+    pairs = [(*map(str.strip, each.partition("=")), each) for each in overrides]
+    for key, equals, text, override in sorted(pairs, key=lambda pair: pair[0] != "data.root"):
         *above, last = key.split(".")
         if not equals or not all((*above, last)):
             raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
@@ -141,13 +142,9 @@ def _told(problem: Any, names: Sequence[str]) -> str:
         return "missing"
     if kind == "value_error":
         return str(context["error"])
+    names = re.findall(r"'(.*?)'", context["expected"]) if kind == "literal_error" else []
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    told = f"{message}, got {problem['input']!r}"
-    if kind == "literal_error" and isinstance(problem["input"], str):
-        by_lower = {name.lower(): name for name in re.findall(r"'(.*?)'", context["expected"])}
-        near = difflib.get_close_matches(problem["input"].lower(), by_lower, n=1)
-        told += "".join(f"; did you mean {by_lower[name]!r}?" for name in near)
-    return told
+    return f"{message}, got {problem['input']!r}{near_names(str(problem['input']), names)}"
 
 
 def _section_at(names: Sequence[str]) -> type[BaseModel]:

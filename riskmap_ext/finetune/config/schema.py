@@ -50,7 +50,7 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-def _expected(text: str) -> WrapValidator:
+def expected(text: str) -> WrapValidator:
     """Says in one line what a key takes that allows several kinds of values."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -72,17 +72,17 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
 Sizes = Annotated[list[PositiveInt], _LIST]
-Spacing = Annotated[list[Positive], Len(3, 3), _expected("[x, y, z] in mm, each above 0")]
+Spacing = Annotated[list[Positive], Len(3, 3), expected("[x, y, z] in mm, each above 0")]
 Interval = Annotated[
     list[Annotated[float, _NUMBER]], Len(2, 2), Predicate(lambda pair: pair[0] <= pair[1])
 ]
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
 FilePaths = Annotated[list[FilePath], Len(1)]
-Folder = Annotated[FilePath, _expected("a folder")]
+Folder = Annotated[FilePath, expected("a folder")]
 Names = Annotated[list[str], Len(1), AfterValidator(check_names)]
 ClassNames = Annotated[list[str], Len(2), AfterValidator(check_names)]
-Member = Annotated[int | str, _expected("the number or name of a class")]
-Channel = Annotated[Count | str, _expected("the number or name of a channel")]
+Member = Annotated[int | str, expected("the number or name of a class")]
+Channel = Annotated[Count | str, expected("the number or name of a channel")]
 Orientation = Annotated[str, AfterValidator(check_orientation)]
 Axis = Literal["sagittal", "coronal", "axial"]
 
@@ -94,7 +94,7 @@ class _Section(BaseModel):
 class CaseConfig(_Section):
     """One image (a file for each channel, or one for all) with its label."""
 
-    image: Annotated[FilePath | FilePaths, _expected("a file, or a list with one for each channel")]
+    image: Annotated[FilePath | FilePaths, expected("a file, or a list with one for each channel")]
     """Image file; or a list with one for each channel, all on one grid. A 4-D file holds all
     channels in its last axis."""
     label: FilePath
@@ -124,12 +124,12 @@ class DataConfig(_Section):
     cases: list[CaseConfig] | None = None
     """Images with their labels, one by one."""
     channels: Annotated[
-        PositiveInt | Names | None, _expected("a number >= 1 or a list of channel names")
+        PositiveInt | Names | None, expected("a number >= 1 or a list of channel names")
     ] = None
     """How many channels an image has, or their names. Left out, as the data set says
     (`channel_names`, `modality`), or the number of files of a case."""
     image_suffix: Annotated[
-        str | Names, _expected("a text, or a list with one for each channel")
+        str | Names, expected("a text, or a list with one for each channel")
     ] = ""
     """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
     passed over, so a suffix also chooses the contrast. A list, such as `[_T1w, _FLAIR]`, has one
@@ -137,23 +137,23 @@ class DataConfig(_Section):
     label_suffix: str = ""
     """What follows the case's name in the label's file name, such as `_seg`."""
     train: Annotated[
-        PositiveInt | list[str] | None, _expected("a number >= 1 or a list of case names")
+        PositiveInt | list[str] | None, expected("a number >= 1 or a list of case names")
     ] = None
     """Training cases: how many, in the order of the list (by name for folders), or their names.
     Left out, all that are not for validation."""
     validation: Annotated[
-        Count | list[str] | None, _expected("a number >= 0 or a list of case names")
+        Count | list[str] | None, expected("a number >= 0 or a list of case names")
     ] = None
     """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
     out), or their names. Left out, those of the datalist, or none."""
     classes: Annotated[
-        ClassNames | None, _expected("two or more distinct names, background first")
+        ClassNames | None, expected("two or more distinct names, background first")
     ] = None
     """Distinct class names, background first. Left out, from the datalist or the names in
     `label_map`."""
     label_map: Annotated[
         dict[int, int | str] | FilePath | None,
-        _expected("label value: class, or a file with such a table"),
+        expected("label value: class, or a file with such a table"),
     ] = None
     """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
     or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
@@ -223,14 +223,14 @@ class NetworkConfig(_Section):
 class SourceConfig(_Section):
     """The frozen source model: where the weights and the transfer risk come from."""
 
-    checkpoint: Annotated[FilePath, _expected("a file, or the folder of a MONAI bundle")]
+    checkpoint: Annotated[FilePath, expected("a file, or the folder of a MONAI bundle")]
     """A checkpoint of this package; of nnU-Net v2 (`checkpoint_final.pth`); a MONAI bundle (its
     folder or its `models/model.pt`); or any file of tensors and plain types with a state dict in
     it. Files with other objects are not loaded, as that would run their code."""
     network: NetworkConfig | None = None
     """Needed for a bare state dict; left out, as the checkpoint or bundle says."""
     classes: Annotated[
-        PositiveInt | Names | None, _expected("a number >= 1 or a list of class names")
+        PositiveInt | Names | None, expected("a number >= 1 or a list of class names")
     ] = None
     """Class names, background first, or their number: needed for a bare state dict. Left out, as
     the checkpoint or bundle says."""
@@ -265,7 +265,7 @@ class RiskConfig(_Section):
     """What the hardest voxel weighs beyond 1, scheme `linear`."""
     range: Annotated[
         Literal["dataset", "image"] | Interval,
-        _expected("dataset, image or [lo, hi] with lo <= hi"),
+        expected("dataset, image or [lo, hi] with lo <= hi"),
     ] = "dataset"
     """Hardness that is stretched to the full weight: from the least to the largest over the
     training set, per image, or `[lo, hi]` in nats."""
@@ -291,7 +291,7 @@ class LossConfig(_Section):
     """Voxels the cross-entropy is summed over."""
     class_weights: Annotated[
         Literal["sqrt_inverse_frequency"] | list[NonNegative] | None,
-        _expected("sqrt_inverse_frequency, a list of numbers >= 0 or null"),
+        expected("sqrt_inverse_frequency, a list of numbers >= 0 or null"),
     ] = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
     √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
@@ -318,7 +318,7 @@ class LossConfig(_Section):
     overwrite_logits: bool = False
     """Let the gradient take the memory of the logits, for many classes. Not for networks with a
     stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
-    fused_head: Annotated[Literal["auto"] | bool, _expected("auto, true or false")] = "auto"
+    fused_head: Annotated[Literal["auto"] | bool, expected("auto, true or false")] = "auto"
     """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits:
     with many classes they are most of its memory. `auto` does so from 16 outputs on where the
     network ends in one; `true` refuses a network that does not."""
@@ -414,7 +414,7 @@ class WriteConfig(_Section):
     """Transferability and risk maps."""
     predictions: bool = True
     """Segmentations of the validation cases."""
-    overlays: Annotated[bool | Count, _expected("true, false or a number >= 0")] = True
+    overlays: Annotated[bool | Count, expected("true, false or a number >= 0")] = True
     """Pictures of the validation cases, or how many of them."""
     tensorboard: bool = True
     """The columns of `metrics.csv`, and a validation case in pictures, as TensorBoard events."""
@@ -437,7 +437,7 @@ class Config(_Section):
     device: Annotated[
         str,
         Field(pattern=DEVICE.pattern),
-        _expected("auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA devices)"),
+        expected("auto, cpu, cuda or cuda:N (the driver runs on the CPU and on CUDA devices)"),
     ] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes CUDA where torch and this package have it."""
     threads: PositiveInt | None = None
