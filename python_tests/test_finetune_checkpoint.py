@@ -60,9 +60,9 @@ def test_source_is_frozen_and_complete(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"classes": None}, "does not say which network it belongs to"),
-        ({"network": None}, "its network entry cannot be used"),
-        ({"network": {"nam": "UNet"}}, "its network entry cannot be used"),
+        ({"classes": None}, "does not say which classes it has"),
+        ({"network": None}, "does not say which network it belongs to"),
+        ({"network": {"nam": "UNet"}}, "its network.name: missing; nam: unknown key; did you mean"),
         ({"regions": {"a": [0]}, "region_classes": [1]}, "its.regions.a: expected classes"),
     ],
 )
@@ -234,7 +234,7 @@ def test_keys_that_the_network_lacks_are_skipped(tmp_path):
     [
         (None, {}, "no such checkpoint"),
         (b"", {}, "is empty"),
-        (b"\xff\x00\x17", {}, "is not a torch checkpoint"),
+        (b"\xff\x00\x17", {}, "is of an unknown kind; expected a torch checkpoint"),
         (b"PK\x03\x04 cut", {}, "is damaged or incomplete"),
         (b"rubbish", {}, "is a text file; expected a torch checkpoint"),
         ([1, 2], {}, "expected a dictionary"),

@@ -211,7 +211,7 @@ def test_best_is_the_best_validation(run):
 def test_keys_are_reported(run):
     config, result = run
     written = json.loads((config.output / "keys.json").read_text())
-    assert written == result.keys.as_dict()
+    assert written == vars(result.keys)
     assert written["reinitialized"]
     assert written["loaded"]
     log = (config.output / "log.txt").read_text()

@@ -20,9 +20,7 @@ from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import check_forward, spatial_dims
 from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import KNOWN_NORMALIZATIONS
-
-_PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
+from riskmap_ext.finetune.source.preparation import KNOWN_NORMALIZATIONS, PREPARATION
 
 
 def predict_images(
@@ -183,12 +181,13 @@ def _predictor(
 
 def _preparation(model: SourceModel) -> DataConfig:
     """Raises: ConfigError where the images of the training were prepared in ways unknown here."""
-    known = {key: model.preprocessing[key] for key in _PREPARATION if key in model.preprocessing}
-    scheme = known.get("normalize")
-    if model.foreign and (scheme not in KNOWN_NORMALIZATIONS or "spacing" not in known):
+    known = {key: model.preprocessing[key] for key in PREPARATION if key in model.preprocessing}
+    scheme, spacing = known.get("normalize"), known.get("spacing")
+    slices = spacing is not None and len(spacing) == 2
+    if scheme not in KNOWN_NORMALIZATIONS or "spacing" not in known or slices:
         why = "in a way that its file does not say"
-        if "pixel_size" in model.preprocessing:
-            why = f"slice by slice with pixels of {model.preprocessing['pixel_size']} mm"
+        if slices:
+            why = f"slice by slice with pixels of {spacing} mm"
         if scheme is not None and scheme not in KNOWN_NORMALIZATIONS:
             why = f"with {scheme}"
         raise ConfigError(

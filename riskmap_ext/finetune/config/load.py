@@ -91,17 +91,17 @@ def parse_config(
     except ValidationError as error:
         lines = (
             f"  {_place(key, places or {})}{key}{': ' if key else ''}{told}"
-            for key, told in problems_of(error)
+            for key, told in problems_of(error, Config)
         )
         raise ConfigError("\n".join([f"{origin}:", *lines])) from None
 
 
-def problems_of(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """Of each problem the key, and what was expected there and came."""
+def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Of each problem the key, and what was expected there and came. model: what was validated."""
     for problem in error.errors():
         # Of a wrong key of a mapping, pydantic says that it is one.
         names = [str(part) for part in problem["loc"] if part != "[key]"]
-        yield ".".join(names), _told(problem, names)
+        yield ".".join(names), _told(problem, names, model)
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -131,11 +131,11 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
         section[last] = value
 
 
-def _told(problem: Any, names: Sequence[str]) -> str:
+def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
     """What was expected at a key, what came, and near names. problem: one of pydantic's errors."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        known = list(_section_at(names[:-1]).model_fields)
+        known = list(_section_at(names[:-1], model).model_fields)
         hint = near_names(names[-1], known) or f"; known keys are {', '.join(known)}"
         return f"unknown key{hint}"
     if kind == "missing":
@@ -147,8 +147,7 @@ def _told(problem: Any, names: Sequence[str]) -> str:
     return f"{message}, got {problem['input']!r}{near_names(str(problem['input']), names)}"
 
 
-def _section_at(names: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section_at(names: Sequence[str], section: type[BaseModel]) -> type[BaseModel]:
     for name in names:
         if name in section.model_fields:  # and no number of an item
             section = _section_in(section.model_fields[name].annotation) or section

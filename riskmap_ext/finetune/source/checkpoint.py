@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest
@@ -18,30 +17,20 @@ from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.file import (
-    SourceFile,
+    SourceModel,
+    checked,
     given_structures,
     numbered,
+    placed,
     read_checkpoint,
     state_dict_in,
     without_wrappers,
 )
-from riskmap_ext.finetune.source.monai_bundle import bundle_root, bundle_source, bundle_weights
+from riskmap_ext.finetune.source.monai_bundle import bundle_root, bundle_source
 from riskmap_ext.finetune.source.network import build_network, head_keys, without_channels
-from riskmap_ext.finetune.source.nnunet import is_nnunet, nnunet_source
+from riskmap_ext.finetune.source.nnunet import nnunet_source
 
 FORMAT = "riskmap_ext.checkpoint.1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceModel(SourceFile):
-    """The frozen source network, and what its file says of it."""
-
-    network: nn.Module
-    digest: str
-
-    @property
-    def classes(self) -> list[str]:
-        return self.structures.classes
 
 
 @dataclass
@@ -57,9 +46,6 @@ class KeyReport:
     mismatched: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, list[str]]:
-        return dict(vars(self))
 
     def summary(self) -> str:
         parts = [f"{len(self.loaded)} keys loaded"]
@@ -104,100 +90,82 @@ def load_source(source: SourceConfig) -> SourceModel:
     """
     path = source.checkpoint
     root = bundle_root(path)
-    weights = path if root is None else bundle_weights(path, root)
+    weights = path / "models" / "model.pt" if path == root else path
     content = read_checkpoint(weights)
     if content.get("format") == RESUME_FORMAT:
         raise CheckpointError(
             f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
         )
     state = state_dict_in(weights, content)
-    if content.get("format") == FORMAT and content.get("classes"):
-        found = _own(source, weights, content)
-    elif source.network is None and is_nnunet(path, content):
+    own = content if content.get("format") == FORMAT else {}
+    foreign = not own and source.network is None
+    if foreign and "network_weights" in content:
         found = nnunet_source(source, content)
-    elif source.network is None and root is not None:
+    elif foreign and root is not None:
         found = bundle_source(source, root)
     else:
-        found = _plain(source, weights, state)
+        found = _plain(source, weights, own, state)
     outputs, channels = found.structures.num_outputs, len(found.channels)
-    config = without_channels(found.config, outputs, channels, found.network_key)
-    network = build_network(config, outputs, channels)
-    _load(network, state, found, f"{_described(config)} with {outputs} outputs")
-    ordered = network.state_dict()
-    fingerprint = digest(
-        config.model_dump(mode="json"),
+    with placed("source." if source.network else f"{found.path}: "):
+        found.config = without_channels(found.config, outputs, channels)
+        found.network = build_network(found.config, outputs, channels)
+    _load(found, state)
+    found.network.eval().requires_grad_(False)
+    ordered = found.network.state_dict()
+    found.digest = digest(
+        found.config.model_dump(mode="json"),
         found.structures.regions,
         *(ordered[key] for key in sorted(ordered)),
     )
-    said = {**vars(found), "config": config}
-    return SourceModel(**said, network=network, digest=fingerprint)
+    return found
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], found: SourceFile, wanted: str) -> None:
+def _load(found: SourceModel, state: dict[str, Tensor]) -> None:
     """Raises: CheckpointError saying which network the file is of, as far as it tells."""
-    known = network.state_dict().keys()
+    known = found.network.state_dict().keys()
     state = without_wrappers(state, known)
     try:
-        network.load_state_dict(state)
+        found.network.load_state_dict(state)
     except RuntimeError as error:
+        wanted = f"{_described(found.config)} with {found.structures.num_outputs} outputs"
         why = f"no weight in it belongs to {wanted}: {found.told}"
         if state.keys() & known:
             lines = "; ".join(one_line(line) for line in str(error).splitlines()[1:4])
             why = f"the weights do not fit {wanted}: {found.told} ({lines})"
-        raise CheckpointError(f"{found.path}: {why}; {found.remedy}") from None
-    network.eval().requires_grad_(False)
+        raise CheckpointError(
+            f"{found.path}: {why}; source.network and source.classes, where they are given, must "
+            "be the model's own"
+        ) from None
 
 
-def _own(source: SourceConfig, path: Path, content: dict[str, Any]) -> SourceFile:
-    try:
-        config = source.network or NetworkConfig.model_validate(content.get("network"))
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: its network entry cannot be used ({error})") from None
-    stored = structures_of(
-        content["classes"], content.get("regions"), content.get("region_classes"), f"{path}: its"
-    )
-    name = (content.get("network") or {}).get("name")
-    return SourceFile(
+def _plain(
+    source: SourceConfig, path: Path, own: dict[str, Any], state: dict[str, Tensor]
+) -> SourceModel:
+    """own: of a checkpoint of this package. What a file does not say, `source` has to."""
+    config, structures = source.network, given_structures(source)
+    told = f"its keys are such as {', '.join(list(state)[:3])}"
+    if own.get("network") is not None:
+        config = config or checked(NetworkConfig, own["network"], f"{path}: its network.")
+    if own.get("classes"):
+        given = (own["classes"], own.get("regions"), own.get("region_classes"))
+        stored = structures_of(*given, f"{path}: its")
+        structures = structures or stored
+        name = (own.get("network") or {}).get("name")
+        told = f"it holds {name} with {stored.num_outputs} outputs"
+    missing = "which network it belongs to; set source.network.name and source.network.args"
+    if config is not None:
+        missing = "which classes it has; set source.classes to their number or names"
+    if config is None or structures is None:
+        raise CheckpointError(f"{path}: does not say {missing}")
+    count = config.args.get("in_channels", 1)
+    return SourceModel(
         path=path,
         config=config,
-        structures=given_structures(source) or stored,
-        channels=[str(name) for name in content.get("channels") or _channels(config)],
-        preprocessing=content.get("preprocessing") or {},
-        network_key="source.network.args" if source.network else f"{path}: network.args",
-        told=f"it holds {name} with {stored.num_outputs} outputs",
-        remedy="leave source.network and source.classes out to take the file's own",
-        foreign=False,
-    )
-
-
-def _plain(source: SourceConfig, path: Path, state: dict[str, Tensor]) -> SourceFile:
-    structures = given_structures(source)
-    if source.network is None:
-        raise CheckpointError(
-            f"{path}: does not say which network it belongs to; set source.network.name and "
-            "source.network.args"
-        )
-    if structures is None:
-        raise CheckpointError(
-            f"{path}: does not say which classes it has; set source.classes to their number or "
-            "names"
-        )
-    return SourceFile(
-        path=path,
-        config=source.network,
         structures=structures,
-        channels=_channels(source.network),
-        preprocessing={},
-        network_key="source.network.args",
-        told=f"its keys are such as {', '.join(list(state)[:3])}",
-        remedy="set source.network and source.classes to the model's own",
+        channels=own.get("channels") or numbered("channel", count if type(count) is int else 1),
+        preprocessing=own.get("preprocessing") or {},
+        told=told,
     )
-
-
-def _channels(config: NetworkConfig) -> list[str]:
-    """Channels by their number, which the network's arguments may say."""
-    count = config.args.get("in_channels", 1)
-    return numbered("channel", count if isinstance(count, int) else 1)
 
 
 def start_from_source(

@@ -7,36 +7,37 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import yaml
-from torch import Tensor
+from pydantic import BaseModel, ValidationError
+from torch import Tensor, nn
 
 from riskmap_ext._checkpoints import load_plain
-from riskmap_ext.finetune.base.errors import CheckpointError, one_line
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, one_line
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.data.datalist import EXTENSIONS
 
+Section = TypeVar("Section", bound=BaseModel)
 # Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
 _STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFile:
-    """What a source's file says of its network, whatever tool has written it.
+@dataclass(kw_only=True)
+class SourceModel:
+    """The frozen source network, and what its file says of it, whatever tool has written it.
 
-    network_key: where `config` stands. told: what the file itself says of its network, for
-    messages. remedy: what to do where the weights do not fit. preprocessing: as plan.preprocessing
-    has it, as far as it is known; `normalize` may be a scheme that the driver lacks. notes:
-    warnings for the log. foreign: it is of another tool.
+    told: what the file itself says of its network, for messages. preprocessing: as a run's
+    `preparation`, as far as it is known; `normalize` may be a scheme that the driver lacks, and
+    `spacing` has two numbers where the depth of slices is not known. notes: warnings for the log.
     """
 
     path: Path
@@ -44,22 +45,41 @@ class SourceFile:
     structures: Structures
     channels: list[str]
     preprocessing: dict[str, Any]
-    network_key: str
     told: str
-    remedy: str
     notes: list[str] = field(default_factory=list)
-    foreign: bool = True
+    network: nn.Module = field(init=False)
+    digest: str = field(init=False)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.structures.classes
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Says of which network it is that an argument cannot be used."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from None
+
+
+def checked(model: type[Section], content: Any, place: str) -> Section:
+    """A pydantic model of a file's keys. Raises: CheckpointError beginning with `place`."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        told = "; ".join(f"{key}: {why}" for key, why in problems_of(error, model))
+        raise CheckpointError(f"{place}{told}") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Raises: CheckpointError with what the file is instead."""
     if not path.is_file():
-        why = "no such checkpoint"
+        there = sorted(each.name for each in path.parent.glob("*"))
+        why = f"no such checkpoint; its folder holds {some(there) or 'nothing'}"
         if path.is_dir():
-            why = (
-                "is a folder; expected a checkpoint file, or the folder of a MONAI bundle (with "
-                "configs and models in it)"
-            )
+            why = "is a folder; expected a checkpoint file, or a MONAI bundle's folder"
         if folds := sorted(each.name for each in path.glob("fold_*")):
             why = f"is a folder of nnU-Net; take {folds[0]}/checkpoint_final.pth in it"
         raise CheckpointError(f"{path}: {why} (source.checkpoint)")
@@ -82,33 +102,26 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"cannot be read ({error.strerror})"
     with path.open("rb") as file:
         start = file.read(512)
-    expected = "expected a torch checkpoint (source.checkpoint)"
-    if not start:
-        return f"is empty; {expected}"
-    if path.name.lower().endswith((*EXTENSIONS, ".img")):
-        return f"is an image; {expected}"
-    if not start.startswith((b"PK", b"\x80")):
+    if start.startswith((b"PK", b"\x80")):
+        if "TorchScript" in str(error):
+            return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            return (
+                "holds objects other than tensors and plain types"
+                + (f" (such as {found[1]})" if found else "")
+                + ", and is not loaded, since that would run its code; save the model's "
+                "state_dict() alone"
+            )
+        what = "is damaged or incomplete, or an archive to be unpacked"
+    elif path.name.lower().endswith((*EXTENSIONS, ".img")):
+        what = "is an image"
+    else:
         try:
-            start.decode("utf-8")
+            what = "is a text file" if start.decode("utf-8") else "is empty"
         except UnicodeDecodeError:
-            return "is not a torch checkpoint; expected one (source.checkpoint)"
-        return f"is a text file; {expected}"
-    if "TorchScript" in str(error):
-        return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        example = f" (such as {found[1]})" if found else ""
-        return (
-            f"holds objects other than tensors and plain types{example}, and is not loaded, "
-            "since that would run its code; save the model's state_dict() alone"
-        )
-    try:
-        names = zipfile.ZipFile(path).namelist()
-    except (OSError, zipfile.BadZipFile):
-        names = []
-    if names and not any(name.endswith("data.pkl") for name in names):
-        return f"is a zip archive of files; unpack it; {expected}"
-    return f"is damaged or incomplete; {expected}"
+            what = "is of an unknown kind"
+    return f"{what}; expected a torch checkpoint (source.checkpoint)"
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
@@ -132,16 +145,12 @@ def state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     else:
         expected = f"a state dict, or one under {', '.join(_STATE_KEYS)}"
         raise CheckpointError(f"{path}: no weights in it; expected {expected}")
-    bad = [
-        key
-        for key, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
+    floating = {key: value for key, value in state.items() if value.is_floating_point()}
+    bad = [key for key, value in floating.items() if not value.isfinite().all()]
     if bad:
-        shown = some(bad, 3)
         raise CheckpointError(
-            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors ({shown}); its "
-            "training has failed, choose another checkpoint"
+            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors "
+            f"({some(bad, 3)}); its training has failed, choose another checkpoint"
         )
     return state
 
@@ -174,4 +183,4 @@ def stored_orientation(source: SourceConfig, why: str) -> tuple[str, list[str]]:
     if source.orientation is not None:
         return source.orientation, []
     otherwise = "RAS is assumed (source.orientation=LPS, for example, says otherwise)"
-    return "RAS", [f"{why}; {otherwise}"]
+    return "RAS", [f"{source.checkpoint}: {why}; {otherwise}"]

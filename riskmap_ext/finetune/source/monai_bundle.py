@@ -9,21 +9,24 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext.finetune.base.errors import CheckpointError
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, check_orientation
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.source.file import (
-    SourceFile,
+    SourceModel,
     given_structures,
     numbered,
+    placed,
     read_mapping,
     stored_orientation,
 )
 from riskmap_ext.finetune.source.network import (
+    IN_ARGUMENTS,
     OUT_ARGUMENTS,
     channel_parameter,
     monai_class,
@@ -37,8 +40,6 @@ _NETS = re.compile(r"(monai\.networks\.nets\.(\w+\.)?)?(?P<name>\w+)")
 # Of the layouts of the specification: _target_, and name or path with args before it.
 _CLASS_KEYS = ("_target_", "name", "<name>", "path", "<path>")
 _ARGS_KEYS = ("args", "<args>")
-# What MONAI takes for itself, with the value that it has to have here; None: any.
-_SETTINGS = {"_desc_": None, "_requires_": None, "_disabled_": False, "_mode_": "default"}
 # Arguments that older versions of MONAI's networks took and that change no weight.
 _RETIRED = ("img_size",)
 _NO_CHANGE = (
@@ -48,55 +49,37 @@ _NO_CHANGE = (
     "EnsureType",
     "CastToType",
     "ToTensor",
-    "Orientation",
 )
 _SET_BOTH = "set source.network and source.classes"
 
 
 def bundle_root(path: Path) -> Path | None:
     """The folder of the bundle that `path` is, or whose weights it is; None where it is of none."""
-    if path.is_dir():
-        inside = (path / "models").is_dir() or (path / "configs").is_dir()
-        return path if inside else None
-    root = path.parent.parent
-    return root if path.parent.name == "models" and _config_files(root) else None
+    root = path if path.is_dir() else path.parent.parent
+    of_bundle = path.is_dir() or path.parent.name == "models"
+    return root if of_bundle and (root / "configs").is_dir() else None
 
 
-def bundle_weights(path: Path, root: Path) -> Path:
-    """models/model.pt of a bundle's folder. Raises: CheckpointError where there is none."""
-    if path.is_file():
-        return path
-    weights = root / "models" / "model.pt"
-    if weights.is_file():
-        return weights
-    there = ", ".join(sorted(each.name for each in (root / "models").glob("*"))) or "nothing"
-    hint = "; model.ts is TorchScript, which is not loaded" if "model.ts" in there else ""
-    raise CheckpointError(f"{weights}: missing in this MONAI bundle; models holds {there}{hint}")
-
-
-def _config_files(root: Path) -> list[Path]:
-    files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
-    return [file for file in files if file.is_file()]
-
-
-def bundle_source(source: SourceConfig, root: Path) -> SourceFile:
+def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
     """Raises: CheckpointError naming the file and what is missing or would have to be evaluated."""
     file, key, config = _definition(root)
     place = f"{file}: {key}"
     network = _network(config, config[key], place)
     metadata_file = root / "configs" / "metadata.json"
     metadata = read_mapping(metadata_file) if metadata_file.is_file() else {}
-    outputs = _count(network, OUT_ARGUMENTS, place)
-    channels = _count(network, ("in_channels",), place)
-    dims = spatial_dims(network, place)
-    preprocessing = _preprocessing(config)
+    with placed(f"{place}: "):
+        outputs, channels = _count(network, OUT_ARGUMENTS), _count(network, IN_ARGUMENTS)
+        dims = spatial_dims(network)
+    preprocessing, seen = _preprocessing(config)
     size = _looked_up(metadata, "network_data_format::inputs::image::spatial_shape")
     if isinstance(size, list) and len(size) == dims and all(type(n) is int and n > 0 for n in size):
         preprocessing["patch_size"] = size
     notes: list[str] = []
     if dims == 3:
-        seen, notes = _seen_orientation(source, config, root)
-        network = network.model_copy(update={"orientation": seen})
+        if seen is None:
+            why = "the bundle does not say in which order of axes it was trained"
+            seen, notes = stored_orientation(source, why)
+        network.orientation = seen
         for name in ("patch_size", "spacing"):
             if preprocessing.get(name) is not None:
                 preprocessing[name] = arranged(preprocessing[name], seen, PREPARED["axial"])
@@ -104,41 +87,31 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceFile:
         # Nor does it say which slices it sees.
         preprocessing.pop("spacing", None)
     names = _channel_names(metadata, "inputs::image", channels)
-    structures = given_structures(source) or _structures(metadata_file, metadata, config, outputs)
-    return SourceFile(
+    return SourceModel(
         path=source.checkpoint,
         config=network,
-        structures=structures,
+        structures=given_structures(source)
+        or _structures(metadata_file, metadata, config, outputs),
         channels=names or numbered("channel", channels),
         preprocessing=preprocessing,
-        network_key=place,
         told=f"{file} describes {network.name}",
-        remedy=f"{_SET_BOTH} to the model's own",
         notes=notes,
     )
 
 
 def _definition(root: Path) -> tuple[Path, str, dict[str, Any]]:
     """The file with the first description of a network, its key, and the content of the file."""
-    files = _config_files(root)
-    if not files:
-        raise CheckpointError(
-            f"{root / 'configs'}: expected inference or train as .json or .yaml in this MONAI "
-            f"bundle, got neither; {_SET_BOTH} to use models/model.pt"
-        )
-    configs = {file: read_mapping(file) for file in files}
+    files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
+    configs = {file: read_mapping(file) for file in files if file.is_file()}
     found = [(file, key) for file, each in configs.items() for key in _NETWORKS if key in each]
     for file, key in found:
         if isinstance(configs[file][key], dict):
             return file, key, configs[file]
-    for file, key in found:
-        raise CheckpointError(
-            f"{file}: {key}: expected a class of monai.networks.nets with plain arguments, got "
-            f"{configs[file][key]!r}, which is not evaluated; {_SET_BOTH}"
-        )
+    got = ", ".join(f"{key}: {configs[file][key]!r} in {file.name}" for file, key in found)
     raise CheckpointError(
-        f"{root / 'configs'}: expected {' or '.join(_NETWORKS)} in one of "
-        f"{', '.join(file.name for file in files)}; got none; {_SET_BOTH}"
+        f"{root / 'configs'}: expected inference or train as .json or .yaml with network_def, a "
+        f"class of monai.networks.nets with plain arguments; got {got or 'none'}, and nothing is "
+        f"evaluated; {_SET_BOTH}"
     )
 
 
@@ -152,14 +125,11 @@ def _network(config: dict[str, Any], definition: dict[str, Any], place: str) -> 
             f"{place}.{class_key}: expected a class of monai.networks.nets, got {target!r}, which "
             f"is not imported; {_SET_BOTH}"
         )
-    args = {name: value for name, value in definition.items() if name not in _CLASS_KEYS}
+    # MONAI takes _desc_, _requires_, _disabled_ and _mode_ for itself; the weights are the proof.
+    args = {k: v for k, v in definition.items() if k not in _CLASS_KEYS and not k.startswith("_")}
     inner = next((args.pop(name) for name in _ARGS_KEYS if name in args), None)
     if isinstance(inner, dict):
         args = {**inner, **args}
-    for name, expected in _SETTINGS.items():
-        value = args.pop(name, expected)
-        if expected is not None and value != expected:
-            raise CheckpointError(f"{place}.{name}: expected {expected!r}, got {value!r}")
     for name in _RETIRED:
         if name not in inspect.signature(network).parameters:
             args.pop(name, None)
@@ -203,12 +173,14 @@ def _looked_up(config: Any, identifier: str) -> Any:
     return config
 
 
-def _count(network: NetworkConfig, names: tuple[str, ...], place: str) -> int:
-    parameter = channel_parameter(network, names, place)
+def _count(network: NetworkConfig, names: tuple[str, ...]) -> int:
+    parameter = channel_parameter(network, names)
     value = network.args.get(parameter.name, parameter.default)
     if type(value) is not int or value < 1:
         got = "nothing" if value is parameter.empty else repr(value)
-        raise CheckpointError(f"{place}.{parameter.name}: expected a number of channels, got {got}")
+        raise ConfigError(
+            f"network.args.{parameter.name}: expected a number of channels, got {got}"
+        )
     return value
 
 
@@ -262,13 +234,15 @@ def _transforms(config: dict[str, Any], key: str) -> list[tuple[str, dict[str, A
     return found
 
 
-def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
-    """What the bundle's transforms make of an image, as far as the driver has words for it."""
+def _preprocessing(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What the bundle's transforms make of an image, as far as the driver has words for it.
+
+    Also the letters of the axes of the volumes that the network sees.
+    """
     transforms = _transforms(config, "preprocessing")
-    if not transforms:
-        return {}
-    made: dict[str, Any] = {"spacing": None}
+    made: dict[str, Any] = {"spacing": None} if transforms else {}
     scales: list[str] = []
+    seen = None
     for name, transform in transforms:
         whole = transform.get("subtrahend") is None and transform.get("divisor") is None
         if name == "Spacing":
@@ -282,24 +256,12 @@ def _preprocessing(config: dict[str, Any]) -> dict[str, Any]:
         elif name == "NormalizeIntensity" and whole:
             scales.append("zscore")
             made["image_foreground"] = "nonzero" if transform.get("nonzero") is True else "all"
+        elif name == "Orientation":
+            canonical = transform.get("as_closest_canonical") is True
+            with suppress(ValueError):
+                seen = check_orientation("RAS" if canonical else transform.get("axcodes"))
         elif name not in _NO_CHANGE:
             scales.append(str(transform.get("_target_")))
-    return {**made, "normalize": ", ".join(scales) or "none"}
-
-
-def _seen_orientation(
-    source: SourceConfig, config: dict[str, Any], root: Path
-) -> tuple[str, list[str]]:
-    """Letters of the axes of the volumes that the network sees; warnings."""
-    for name, transform in _transforms(config, "preprocessing"):
-        if name != "Orientation":
-            continue
-        canonical = transform.get("as_closest_canonical") is True
-        try:
-            seen = check_orientation("RAS" if canonical else transform.get("axcodes"))
-        except ValueError:
-            continue
-        if seen is not None and len(seen) == 3:
-            return seen, []
-    why = f"{root}: the bundle does not say in which order of axes it was trained"
-    return stored_orientation(source, why)
+    if transforms:
+        made["normalize"] = ", ".join(scales) or "none"
+    return made, seen if seen is None or len(seen) == 3 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,7 @@ from riskmap_ext._arguments import near_names
 from riskmap_ext._head import WORTH_FUSING, known_network
 from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
-from riskmap_ext.finetune.source.nnunet_networks import (
-    NAMES,
-    nnunet_args,
-    nnunet_class,
-    nnunet_dims,
-)
+from riskmap_ext.finetune.source.nnunet_networks import NAMES, nnunet_args, nnunet_class
 from riskmap_ext.nn import DeferredLogits, fuse_head
 
 IN_ARGUMENTS = ("in_channels", "input_channels")
@@ -43,49 +38,50 @@ def network_class(name: str) -> type[nn.Module]:
     return found
 
 
-def spatial_dims(network: NetworkConfig, key: str = "network.args") -> int:
-    """2 or 3: whether the network sees slices or volumes. Raises: ConfigError naming `key`."""
+def _parameters(network: NetworkConfig) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(network_class(network.name)).parameters
+
+
+def spatial_dims(network: NetworkConfig) -> int:
+    """2 or 3: whether the network sees slices or volumes. Raises: ConfigError."""
+    parameter = _parameters(network).get("spatial_dims")
     if network.name in NAMES:
-        return nnunet_dims(network.args, key)
-    parameters = inspect.signature(network_class(network.name)).parameters
-    default = parameters["spatial_dims"].default if "spatial_dims" in parameters else 3
-    dims = network.args.get("spatial_dims", default)
+        return 2 if nnunet_args(network.args)["conv_op"] is nn.Conv2d else 3
+    dims = network.args.get("spatial_dims", parameter.default if parameter else 3)
     if type(dims) is not int or dims not in (2, 3):
+        got = "nothing" if dims is inspect.Parameter.empty else repr(dims)
         raise ConfigError(
-            f"{key}.spatial_dims: expected 2 (slices) or 3 (volumes), got "
-            + ("nothing" if dims is inspect.Parameter.empty else repr(dims))
+            f"network.args.spatial_dims: expected 2 (slices) or 3 (volumes), got {got}"
         )
     return dims
 
 
-def channel_parameter(network: NetworkConfig, names: Sequence[str], key: str) -> inspect.Parameter:
-    """The one of `names` that the network takes. Raises: ConfigError beginning with `key`."""
-    parameters = inspect.signature(network_class(network.name)).parameters
-    found = next((parameters[name] for name in names if name in parameters), None)
-    if found is None:
-        raise ConfigError(
-            f"{key}: {network.name} takes no {' or '.join(names)}; expected a segmentation network "
-            "such as UNet, DynUNet, SegResNet or SwinUNETR"
-        )
-    return found
+def channel_parameter(network: NetworkConfig, names: Sequence[str]) -> inspect.Parameter:
+    """The one of `names` that the network takes. Raises: ConfigError."""
+    parameters = _parameters(network)
+    for name in names:
+        if name in parameters:
+            return parameters[name]
+    raise ConfigError(
+        f"network.name: {network.name} takes no {' or '.join(names)}; expected a segmentation "
+        "network such as UNet, DynUNet, SegResNet or SwinUNETR"
+    )
 
 
-def without_channels(
-    network: NetworkConfig, num_outputs: int, channels: int, key: str
-) -> NetworkConfig:
+def without_channels(network: NetworkConfig, num_outputs: int, channels: int) -> NetworkConfig:
     """`network` without the arguments that follow from the data and the classes.
 
-    Raises: ConfigError where they are given and say something else; `key` is where they stand.
+    Raises: ConfigError where they are given and say something else.
     """
     fixed = dict.fromkeys(IN_ARGUMENTS, (channels, "the number of image channels"))
     fixed |= dict.fromkeys(OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
+    args = dict(network.args)
     for name, (expected, why) in fixed.items():
-        if network.args.get(name, expected) != expected:
+        if (given := args.pop(name, expected)) != expected:
             raise ConfigError(
-                f"{key}.{name}: expected {expected} ({why}), got {network.args[name]!r}; it can be "
-                "left out"
+                f"network.args.{name}: expected {expected} ({why}), got {given!r}; it can be left "
+                "out"
             )
-    args = {name: value for name, value in network.args.items() if name not in fixed}
     return network.model_copy(update={"args": args})
 
 
@@ -94,11 +90,9 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
 
     Raises: ConfigError naming the argument that the class does not take or refuses.
     """
-    cls = network_class(network.name)
-    parameters = inspect.signature(cls).parameters
-    out_name = channel_parameter(network, OUT_ARGUMENTS, "network.name").name
+    cls, parameters = network_class(network.name), _parameters(network)
     # The channels follow from the data and the classes, whatever the arguments say.
-    args = {**network.args, out_name: num_outputs}
+    args = {**network.args, channel_parameter(network, OUT_ARGUMENTS).name: num_outputs}
     args |= {name: channels for name in IN_ARGUMENTS if name in parameters}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else sorted(set(args) - set(parameters))
@@ -142,6 +136,7 @@ def check_forward(
     network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
 ) -> None:
     """Runs one blank patch through the network, so that a misfit is told before any work."""
+    takes = "sizes divisible by the product of the network's strides usually fit"
     try:
         with eval_mode(network):
             blank = _blank(network, size, channels)
@@ -149,14 +144,12 @@ def check_forward(
     except Exception as error:  # whatever the network's layers raise
         raise ConfigError(
             f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
-            f"({one_line(error)[:300]}); sizes divisible by the product of the network's strides "
-            "usually do"
+            f"({one_line(error)[:300]}); {takes}"
         ) from None
     if shape != [1, num_outputs, *size]:
         raise ConfigError(
             f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
-            f"{shape}, expected {[1, num_outputs, *size]}; sizes divisible by the product of the "
-            "network's strides usually keep their size"
+            f"{shape}, expected {[1, num_outputs, *size]}; {takes}"
         )
 
 

@@ -20,7 +20,7 @@ _LAYERS: dict[str, tuple[str, ...]] = {
     "nonlin": ("LeakyReLU", "ReLU", "PReLU", "ELU", "GELU", "SiLU", "Mish"),
     "block": ("BasicBlockD", "BottleneckD"),
 }
-_PACKAGES = ("torch.nn.", "dynamic_network_architectures.building_blocks.residual.")
+_BLOCKS = "dynamic_network_architectures.building_blocks.residual."
 
 
 def nnunet_class(name: str) -> type[nn.Module]:
@@ -36,12 +36,7 @@ def nnunet_class(name: str) -> type[nn.Module]:
     return getattr(unet, name)
 
 
-def nnunet_dims(args: Mapping[str, Any], key: str) -> int:
-    """2 or 3, by the convolution."""
-    return 2 if _layer_name("conv_op", args.get("conv_op"), key) == "Conv2d" else 3
-
-
-def nnunet_args(args: Mapping[str, Any], key: str = "network.args") -> dict[str, Any]:
+def nnunet_args(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with classes in the place of their names.
 
     Raises: ConfigError for a name that is not in the list: nothing else is imported.
@@ -49,22 +44,18 @@ def nnunet_args(args: Mapping[str, Any], key: str = "network.args") -> dict[str,
     from dynamic_network_architectures.building_blocks import residual
 
     made = dict(args)
-    for argument in _LAYERS:
-        if argument == "conv_op" or made.get(argument) is not None:
-            name = _layer_name(argument, made.get(argument), key)
-            made[argument] = getattr(residual if argument == "block" else nn, name)
+    for argument, known in _LAYERS.items():
+        value = made.get(argument)
+        if value is None and argument != "conv_op":
+            continue
+        # torch.nn.modules.conv.Conv3d, torch.nn.Conv3d or Conv3d.
+        package, _, name = str(value).rpartition(".")
+        if name not in known or not f"{package}.".startswith(("torch.nn.", _BLOCKS, ".")):
+            prefix = "" if argument == "block" else "torch.nn."
+            raise ConfigError(
+                f"network.args.{argument}: expected one of "
+                f"{', '.join(prefix + each for each in known)}, got "
+                + ("nothing" if value is None else repr(value))
+            )
+        made[argument] = getattr(residual if argument == "block" else nn, name)
     return made
-
-
-def _layer_name(argument: str, value: Any, key: str) -> str:
-    """Conv3d of torch.nn.modules.conv.Conv3d, torch.nn.Conv3d or Conv3d."""
-    known = _LAYERS[argument]
-    text = value if isinstance(value, str) else ""
-    package, name = text.rpartition(".")[::2]
-    if name not in known or (package and not f"{package}.".startswith(_PACKAGES)):
-        prefix = "" if argument == "block" else "torch.nn."
-        raise ConfigError(
-            f"{key}.{argument}: expected one of {', '.join(prefix + each for each in known)}, got "
-            + ("nothing" if value is None else repr(value))
-        )
-    return name

@@ -12,6 +12,8 @@ from riskmap_ext.finetune.source.checkpoint import SourceModel
 
 # Of data.normalize; sources of other tools may have been trained with more.
 KNOWN_NORMALIZATIONS = ("zscore", "none")
+# Keys of data that a checkpoint keeps.
+PREPARATION = ("spacing", "normalize", "image_foreground", "slice_axis")
 _SUFFERS = "its logits and the maps may suffer"
 
 
@@ -19,15 +21,8 @@ def preparation(
     config: Config, patch: list[int], image_suffix: list[str] | None = None
 ) -> dict[str, Any]:
     """As a checkpoint keeps it."""
-    data = config.data
-    return {
-        "spacing": data.spacing,
-        "normalize": data.normalize,
-        "image_foreground": data.image_foreground,
-        "slice_axis": data.slice_axis,
-        "patch_size": patch,
-        "image_suffix": image_suffix,
-    }
+    told = config.data.model_dump(include=set(PREPARATION))
+    return told | {"patch_size": patch, "image_suffix": image_suffix}
 
 
 def preparation_warnings(
@@ -39,29 +34,20 @@ def preparation_warnings(
     """
     warnings = list(source.notes)
     mine, theirs = preparation(config, []), source.preprocessing
-    for key in ("normalize", "image_foreground", "slice_axis"):
-        if key not in theirs or mine[key] == theirs[key]:
-            continue
+    keys = ["normalize", "slice_axis"]
+    if mine["normalize"] != "none":
+        keys.append("image_foreground")
+    differing = [key for key in keys if key in theirs and mine[key] != theirs[key]]
+    for key in differing:
+        how = f"trained with data.{key}={theirs[key]}"
         if key == "normalize" and theirs[key] not in KNOWN_NORMALIZATIONS:
-            warnings.append(
-                f"the source's images were normalized by {theirs[key]}, which data.normalize does "
-                f"not have; this run has {mine[key]}; {_SUFFERS}"
-            )
-        elif key != "image_foreground" or mine["normalize"] != "none":
-            warnings.append(
-                f"the source was trained with data.{key}={theirs[key]}, this run has {mine[key]}; "
-                + _SUFFERS
-            )
+            how = f"normalized by {theirs[key]}, which data.normalize does not have"
+        warnings.append(f"the source was {how}, this run has {mine[key]}; {_SUFFERS}")
     spacing = in_prepared_order(source, theirs.get("spacing"), config)
     if "spacing" in theirs and not _same_spacing(spacing, config, spacings):
         warnings.append(
             f"the source was trained with data.spacing={spacing}, this run has "
             f"{mine['spacing']}; {_SUFFERS}"
-        )
-    if "pixel_size" in theirs and not _same_spacing(theirs["pixel_size"], config, spacings):
-        warnings.append(
-            f"the source was trained on slices with pixels of {theirs['pixel_size']} mm, this run "
-            f"has others (data.spacing={mine['spacing']}); {_SUFFERS}"
         )
     return warnings
 
@@ -81,8 +67,8 @@ def _same_spacing(
     mine = config.data.spacing
     if theirs is None:
         return mine is None
-    return all(_close(theirs, each) for each in (spacings if mine is None else [mine]))
-
-
-def _close(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(one, other, strict=False))
+    return all(
+        math.isclose(a, b, rel_tol=0.01)
+        for each in (spacings if mine is None else [mine])
+        for a, b in zip(theirs, each, strict=False)
+    )

@@ -185,7 +185,7 @@ def _output_folder(plan: Plan) -> Iterator[None]:
         for note in config.notes:
             plan.log.warn(note)
         if keys is not None and resumed is None:
-            write_json(config.output / "keys.json", keys.as_dict())
+            write_json(config.output / "keys.json", vars(keys))
         yield
 
 

@@ -68,7 +68,7 @@ def build_models(session: Session, listing: Listing) -> Models:
     dims = spatial_dims(wanted)
     patch = patch_size(config, dims)
     outputs = structures.num_outputs
-    wanted = without_channels(wanted, outputs, len(channels), "network.args")
+    wanted = without_channels(wanted, outputs, len(channels))
     _check_class_weights(config, structures)
     network = build_network(wanted, outputs, len(channels)).to(device)
     orient(network, wanted.orientation, config.data.slice_axis, dims)
@@ -124,7 +124,7 @@ def predictor_of_source(
     """Of images with these channels. Raises: ConfigError where the source sees others."""
     assert config.source is not None
     seen = _source_channels(config.source.channels, source, channels)
-    dims = spatial_dims(source.config, "source.network.args")
+    dims = spatial_dims(source.config)
     # The source sees windows of the size it was trained with.
     patch = in_prepared_order(source, source.preprocessing.get("patch_size"), config)
     network = source.network.to(device)
