@@ -234,7 +234,7 @@ def test_bundles_without_their_parts(tmp_path: Path, bundle: Path) -> None:
     (bundle / "configs" / "metadata.json").write_text("{'single': 'quotes'}")
     assert "metadata.json: cannot be read as JSON" in refusal(bundle)
     (bundle / "configs" / "inference.json").write_text("[1]")
-    assert "inference.json: expected a mapping, got list" in refusal(bundle)
+    assert "inference.json: expected keys with values, got [1]" in refusal(bundle)
     (bundle / "configs" / "inference.json").unlink()
     assert "expected inference or train as .json or .yaml" in refusal(bundle)
     network = {"name": "UNet", "args": {k: v for k, v in BUNDLE_NETWORK.items() if k[0] != "_"}}

@@ -197,8 +197,8 @@ def test_bad_overrides(tmp_path, override, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (None, "no such configuration"),
-        ("a: [1", "not valid YAML"),
+        (None, "No such file"),
+        ("a: [1", "cannot be read as YAML ("),
         ("- 1", "expected keys"),
         (
             "train:\n  steps: 1\n  lr: 1\n  steps: 2",
@@ -206,7 +206,7 @@ def test_bad_overrides(tmp_path, override, told):
         ),
         ("output: a\noutput: a", "line 2: the key output is given twice, first in line 1"),
         ("output: 2020-13-45", "no timestamp: month must be in 1..12; a text goes in quotes"),
-        ("seed: !!int x", "not valid YAML (no int: "),
+        ("seed: !!int x", "cannot be read as YAML (no int: "),
         ("output: &a [*a]", "line 1: an alias (*) of this value is within itself"),
         (
             "data: &d {root: x, more: {on: *d}}",
@@ -284,7 +284,7 @@ def test_merged_keys_may_be_given_again():
 
 
 def test_a_folder_is_no_configuration(tmp_path):
-    with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load_config(tmp_path)
 
 

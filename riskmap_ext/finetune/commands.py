@@ -107,13 +107,12 @@ def _rank(
     The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
     what it gains over the class frequencies alone.
     """
-    from riskmap_ext.finetune.config.load import load_config, located
+    from riskmap_ext.finetune.config.load import located_config
     from riskmap_ext.finetune.rank import rank_sources, write_ranking
 
     _check_file(output)
     first = f"source.checkpoint={source[0]}"
-    settings = load_config(config, [*(overrides or []), first])
-    with located(config, overrides or []):
+    with located_config(config, [*(overrides or []), first]) as settings:
         ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
     if output is not None:
         write_ranking(output, ranked)
@@ -198,12 +197,11 @@ def _finetune(
     Without `source` in the configuration it trains the network from scratch: that is how a source
     model is made.
     """
-    from riskmap_ext.finetune.config.load import load_config, located
+    from riskmap_ext.finetune.config.load import located_config
     from riskmap_ext.finetune.dry_run import check_run
     from riskmap_ext.finetune.train.finetune import finetune
 
-    settings = load_config(config, overrides or [])
-    with located(config, overrides or []):
+    with located_config(config, overrides or []) as settings:
         work = check_run if dry_run else finetune
         work(settings, progress=not quiet, resume=resume)
 

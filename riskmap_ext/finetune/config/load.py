@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from riskmap_ext._arguments import near_names
 from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.config.schema import BELOW_ROOT, Config
-from riskmap_ext.finetune.config.yaml_text import read_yaml
+from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 
 _PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "source.checkpoint")
 _KEYS_BELOW_ROOT = tuple(f"data.{key}" for key in BELOW_ROOT)
@@ -29,43 +29,30 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises: ConfigError naming the file, the key and what was expected.
     """
-    path = Path(path)
-    try:
-        content, lines = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys such as output, data, source; got {content!r}")
-    apply_overrides(content, overrides)
-    places = _places(lines, overrides)
-    return parse_config(content, base=path.resolve().parent, origin=str(path), places=places)
+    return _read(path, overrides)[0]
 
 
 @contextmanager
-def located(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Adds the place of the key to a ConfigError that begins with one, for a file just loaded."""
+def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[Config]:
+    """load_config; a ConfigError within that begins with a key also gets the key's place."""
+    config, places = _read(path, overrides)
     try:
-        yield
+        yield config
     except ConfigError as error:
         found = re.match(r"([a-z_]+(\.[a-z_0-9]+)*): ", str(error))
-        try:
-            _, lines = read_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):  # changed since
-            raise error from None
-        place = _place(found[1], _places(lines, overrides)) if found else ""
+        place = _place(found[1], places) if found else ""
         raise type(error)(f"{path}: {place}{error}" if place else str(error)) from None
 
 
-def _places(lines: Mapping[str, int], overrides: Sequence[str]) -> dict[str, str]:
+def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """Also the place of each key."""
+    path = Path(path)
+    content, lines = read_mapping(path)
     places = {key: f"line {line}" for key, line in lines.items()}
-    given = {override.partition("=")[0].strip(): "command line" for override in overrides}
-    return places | given
+    places |= {override.partition("=")[0].strip(): "command line" for override in overrides}
+    apply_overrides(content, overrides)
+    base = path.resolve().parent
+    return parse_config(content, base=base, origin=str(path), places=places), places
 
 
 def _place(key: str, places: Mapping[str, str]) -> str:

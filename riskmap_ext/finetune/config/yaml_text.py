@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line
 
 
 class _Loader(yaml.SafeLoader):
@@ -17,6 +21,21 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"no {kind}: {error}; a text goes in quotes", node.start_mark
             ) from None
+
+
+def read_mapping(
+    path: Path, kind: type[InputError] = ConfigError
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The keys of a file; dotted key -> its line, of YAML. Raises: `kind` naming the file."""
+    language = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, lines = (json.loads(text), {}) if language == "JSON" else read_yaml(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise kind(f"{path}: cannot be read as {language} ({one_line(error)})") from None
+    if not isinstance(content, dict):
+        raise kind(f"{path}: expected keys with values, got {content!r}")
+    return content, lines
 
 
 def read_yaml(text: str) -> tuple[Any, dict[str, int]]:

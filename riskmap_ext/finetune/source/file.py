@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import pickle
 import re
 import warnings
@@ -13,17 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from riskmap_ext._checkpoints import load_plain
-from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, one_line
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.data.datalist import EXTENSIONS
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -122,19 +119,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         except UnicodeDecodeError:
             what = "is of an unknown kind"
     return f"{what}; expected a torch checkpoint (source.checkpoint)"
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """The keys of a JSON or YAML file. Raises: CheckpointError."""
-    kind = "JSON" if file.suffix == ".json" else "YAML"
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if kind == "JSON" else read_yaml(text)[0]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file}: cannot be read as {kind} ({one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a mapping, got {type(content).__name__}")
-    return content
 
 
 def state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:

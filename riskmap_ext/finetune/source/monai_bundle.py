@@ -17,12 +17,12 @@ from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, check_orientation
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.source.file import (
     SourceModel,
     given_structures,
     numbered,
     placed,
-    read_mapping,
     stored_orientation,
 )
 from riskmap_ext.finetune.source.network import (
@@ -66,7 +66,7 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
     place = f"{file}: {key}"
     network = _network(config, config[key], place)
     metadata_file = root / "configs" / "metadata.json"
-    metadata = read_mapping(metadata_file) if metadata_file.is_file() else {}
+    metadata = _read(metadata_file) if metadata_file.is_file() else {}
     with placed(f"{place}: "):
         outputs, channels = _count(network, OUT_ARGUMENTS), _count(network, IN_ARGUMENTS)
         dims = spatial_dims(network)
@@ -102,7 +102,7 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
 def _definition(root: Path) -> tuple[Path, str, dict[str, Any]]:
     """The file with the first description of a network, its key, and the content of the file."""
     files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
-    configs = {file: read_mapping(file) for file in files if file.is_file()}
+    configs = {file: _read(file) for file in files if file.is_file()}
     found = [(file, key) for file, each in configs.items() for key in _NETWORKS if key in each]
     for file, key in found:
         if isinstance(configs[file][key], dict):
@@ -113,6 +113,10 @@ def _definition(root: Path) -> tuple[Path, str, dict[str, Any]]:
         f"class of monai.networks.nets with plain arguments; got {got or 'none'}, and nothing is "
         f"evaluated; {_SET_BOTH}"
     )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_mapping(file, CheckpointError)[0]
 
 
 def _network(config: dict[str, Any], definition: dict[str, Any], place: str) -> NetworkConfig:

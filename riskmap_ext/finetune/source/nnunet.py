@@ -23,12 +23,12 @@ from riskmap_ext.finetune.config.schema import (
     SourceConfig,
     expected,
 )
+from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.dataset_json import dataset_channels, dataset_labels
 from riskmap_ext.finetune.source.file import (
     SourceModel,
     checked,
     given_structures,
-    read_mapping,
     stored_orientation,
 )
 from riskmap_ext.finetune.source.nnunet_networks import NAMES
@@ -132,7 +132,7 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     model = path.resolve().parent.parent
     for folder in (model, path.resolve().parent):
         if (folder / f"{name}.json").is_file():
-            return read_mapping(folder / f"{name}.json")
+            return read_mapping(folder / f"{name}.json", CheckpointError)[0]
     raise CheckpointError(
         f"{path}: expected {name} in the init_args of this nnU-Net checkpoint, or {name}.json in "
         f"{model}; got neither"
