@@ -323,8 +323,8 @@ class TestNnunet:
             ({"channel_names": ["a"]}, "channel names: expected 0: name"),
             ({"labels": {"background": 0, "a": "x"}}, "labels: expected number: name"),
             ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels: expected distinct numbers"),
-            ({"dataset": {"a": 3}}, "dataset: a: expected images and label"),
-            ({"dataset": {}}, "dataset: expected cases"),
+            ({"dataset": {"a": 3}}, "dataset.a: Input should be a valid dictionary"),
+            ({"dataset": {}}, "dataset: Dictionary should have at least 1 item"),
             (
                 {"labels": {"background": 0, "a": [1, 2]}, "regions_class_order": 1},
                 "regions_class_order: expected 1 labels",

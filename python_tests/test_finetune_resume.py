@@ -21,7 +21,7 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import configuration, stop_at
 
 from riskmap_ext.finetune import finetune
-from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
+from riskmap_ext.finetune.base.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,7 +270,7 @@ class TestRefuses:
         output = self.stopped(root, source, tmp_path, monkeypatch)
         before = (output / "resume.pt").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr("riskmap_ext.finetune.base.files.write_torch", full)
-            with pytest.raises(CheckpointError, match=r"last\.pt: cannot be written"):
+            patch.setattr("torch.save", full)
+            with pytest.raises(InputError, match=r"last\.pt: cannot be written"):
                 finetune(config(root, output, source), progress=False, resume=True)
         assert (output / "resume.pt").read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
-from riskmap_ext._files import write_torch, written_beside
-from riskmap_ext.finetune.base.errors import CheckpointError, InputError
+from riskmap_ext._files import written_beside
+from riskmap_ext.finetune.base.errors import InputError
 
 
 @contextmanager
@@ -22,8 +24,8 @@ def _written(path: Path) -> Iterator[Path]:
     try:
         with written_beside(path) as partial:
             yield partial
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 
@@ -57,9 +59,24 @@ def write_nifti(
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Raises: CheckpointError naming the file, which is then as it was before."""
+    with _written(path) as partial:
+        torch.save(content, partial)
+
+
+def absent(path: Path, kind: str = "file") -> str:
+    """Why there is no `kind`, file or folder, to be read at `path`."""
+    other, there = ("folder", os.path.isdir) if kind == "file" else ("file", os.path.isfile)
+    why = f"is a {other}; expected a {kind}" if there(path) else f"no such {kind}, or no access"
+    return f"{path}: {why}"
+
+
+def read_text(path: Path, kind: str, raised: type[InputError]) -> str:
+    """A file in UTF-8; kind: what is expected there, such as JSON. Raises: `raised`."""
     try:
-        write_torch(path, content)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); is the disk full?") from None
+        return path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        raise raised(f"{path}: is a folder; expected a {kind} file") from None
+    except FileNotFoundError:
+        raise raised(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise raised(f"{path}: cannot be read as {kind} ({error})") from None

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
+from riskmap_ext.finetune.base.files import absent, read_text
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, DataConfig
-from riskmap_ext.finetune.data.dataset_json import DatasetLabels, dataset_channels, dataset_labels
+from riskmap_ext.finetune.config.schema import IGNORE_INDEX, CaseConfig, DataConfig
+from riskmap_ext.finetune.data.dataset_json import (
+    Entry,
+    dataset_channels,
+    dataset_labels,
+    entries,
+)
 from riskmap_ext.finetune.data.label_table import label_table, read_label_map
 
 # .img is the other half of .hdr.
@@ -53,21 +62,19 @@ class Listing:
     @property
     def label_map(self) -> dict[int, int | str] | None:
         """`data.label_map` in numbers; None where every value is its own index."""
-        table = self.label_table
+        table = {v: i for v, i in self.label_table.items() if (v, i) != (0, 0)}
         if all(value == index for value, index in table.items()):
             return None
-        named = {v: "ignore" if i == IGNORE_INDEX else i for v, i in table.items()}
-        return {value: index for value, index in named.items() if (value, index) != (0, 0)}
+        return {v: "ignore" if i == IGNORE_INDEX else i for v, i in table.items()}
 
 
 @dataclass(frozen=True)
 class _Found:
-    """All cases, before any is chosen, and what the data set itself says of them."""
+    """All cases, before any is chosen, and what the data set itself says, as keys of `data`."""
 
     cases: list[CaseFiles]
     validation: list[str] = field(default_factory=list)
-    labels: DatasetLabels = field(default_factory=DatasetLabels)
-    channels: list[str] | None = None
+    told: dict[str, Any] = field(default_factory=dict)
     image_suffix: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -89,22 +96,23 @@ def list_cases(data: DataConfig) -> Listing:
     by_name = {case.name: case for case in found.cases}
     train, validation = ([by_name[name] for name in names] for names in _split(data, found))
     cases = [*train, *validation]
-    labels, classes = _labels(data, found.labels)
-    listing = Listing(
+    labels = _labels(data, found.told)
+    classes = labels["classes"]
+    Problems(
+        absent(path)
+        for case in cases
+        for path in (*case.images, case.label)
+        if not os.path.isfile(path)
+    ).tell()
+    return Listing(
         train=train,
         validation=validation,
-        structures=structures_of(classes, labels.regions, labels.region_classes),
+        structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
         channels=_channels(data, found, cases),
-        label_table=label_table(labels.label_map, classes, labels.ignore),
+        label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),
         image_suffix=found.image_suffix,
         notes=found.notes,
     )
-    problems = Problems()
-    for path in (path for case in cases for path in (*case.images, case.label)):
-        with problems.collected():
-            _check_file(path)
-    problems.tell()
-    return listing
 
 
 def stem(path: Path) -> str:
@@ -115,31 +123,13 @@ def stem(path: Path) -> str:
 
 def volumes_in(folder: Path) -> list[Path]:
     """Image files directly in `folder`, sorted by name."""
-    _check_folder(folder)
-    try:
-        found = list(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+    if not (os.path.isdir(folder) and os.access(folder, os.R_OK)):
+        raise DataError(absent(folder, "folder"))
     return sorted(
         path
-        for path in found
+        for path in folder.iterdir()
         if path.name.lower().endswith(EXTENSIONS) and not path.name.startswith(".")
     )
-
-
-def _check_file(path: Path) -> None:
-    try:
-        if not path.is_file():
-            why = "is a folder; expected a file" if path.is_dir() else "no such file"
-            raise DataError(f"{path}: {why}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _check_folder(path: Path, key: str = "") -> None:
-    if not path.is_dir():
-        why = "is a file; expected a folder" if path.exists() else "no such folder"
-        raise DataError(f"{path}: {why}{key}")
 
 
 def _case_names(images: Sequence[Path]) -> list[str]:
@@ -147,36 +137,26 @@ def _case_names(images: Sequence[Path]) -> list[str]:
 
     sub-1/mri/T1.mgz and sub-2/mri/T1.mgz become sub-1_mri_T1 and sub-2_mri_T1.
     """
-    names = [stem(path) for path in images]
-    above = [[folder.name for folder in path.parents if folder.name] for path in images]
-    for depth in range(1, max(map(len, above), default=0) + 1):
-        counts = Counter(names)
-        for index, path in enumerate(images):
-            if counts[names[index]] > 1:
-                names[index] = "_".join([*reversed(above[index][:depth]), stem(path)])
-    # The same file twice: the long name would tell nothing more.
-    counts = Counter(names)
+    places = [(*path.parts[1:-1], stem(path)) for path in images]
+    # The same file twice shares its name: a longer one would tell nothing more.
+    counts = Counter(place[i:] for place in set(places) for i in range(len(place)))
     return [
-        stem(path) if counts[name] > 1 else name for name, path in zip(names, images, strict=True)
+        "_".join(next((p[i:] for i in range(len(p) - 1, 0, -1) if counts[p[i:]] == 1), p))
+        for p in places
     ]
 
 
 def _find(data: DataConfig) -> _Found:
     if data.cases is not None:
-        names = _case_names([case.images[0] for case in data.cases])
-        return _Found(
-            [
-                CaseFiles(case.name or name, case.images, case.label)
-                for case, name in zip(data.cases, names, strict=True)
-            ]
-        )
+        return _Found(_named(data.cases))
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
         return _pair_folders(data.images, data.labels, data, data.image_suffixes)
     root = data.root
     assert root is not None  # DataConfig asks for one of the four
-    _check_folder(root, " (data.root)")
+    if not os.path.isdir(root):
+        raise DataError(f"{absent(root, 'folder')} (data.root)")
     if (root / "dataset.json").is_file():
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
@@ -190,25 +170,23 @@ def _find(data: DataConfig) -> _Found:
 def _read_datalist(path: Path, data: DataConfig) -> _Found:
     """A Medical Segmentation Decathlon or MONAI datalist, or an nnU-Net dataset.json."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; expected a JSON file (data.datalist)") from None
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path, "JSON", DataError))
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with 'training', got {type(content)}")
-    labels, channels = dataset_labels(path, content), dataset_channels(path, content)
+    told = {**dataset_labels(path, content), "channels": dataset_channels(path, content)}
     if "training" not in content and "file_ending" in content:
-        found = _nnunet_cases(path, content, data, len(channels or [""]))
+        found = _nnunet_cases(path, content, data, len(told["channels"] or [""]))
     else:
-        training = _datalist_cases(path, content, "training")
-        validation = _datalist_cases(path, content, "validation")
+        training, validation = (
+            _named(entries(path, key, list[Entry], content.get(key) or []))
+            for key in ("training", "validation")
+        )
         if not training:
             raise DataError(f"{path}: expected a list 'training' of image and label pairs")
         found = _Found(training + validation, [case.name for case in validation])
-    return replace(found, labels=labels, channels=channels)
+    return replace(found, told=told)
 
 
 def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> _Found:
@@ -218,38 +196,21 @@ def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channel
         raise DataError(
             f"{path}: file_ending: expected one of {', '.join(EXTENSIONS)}, got {ending!r}"
         )
-    listed = content.get("dataset")
-    if listed is None:
-        suffixes = data.image_suffixes
-        if suffixes == [""]:
-            suffixes = [f"_{index:04d}" for index in range(channels)]
-        folder = path.parent
-        return _pair_folders(folder / "imagesTr", folder / "labelsTr", data, suffixes)
-    cases = []
-    for name, files in listed.items() if isinstance(listed, dict) else ():
-        if not (isinstance(files, dict) and isinstance(files.get("images"), list)):
-            raise DataError(f"{path}: dataset: {name}: expected images and label, got {files!r}")
-        images = tuple(path.parent / str(image) for image in files["images"])
-        cases.append(CaseFiles(str(name), images, path.parent / str(files.get("label"))))
-    if not cases:
-        raise DataError(f"{path}: dataset: expected cases with images and label, got {listed!r}")
-    return _Found(cases)
+    if content.get("dataset") is not None:
+        listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
+        return _Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
+    suffixes = data.image_suffixes
+    if suffixes == [""]:
+        suffixes = [f"_{index:04d}" for index in range(channels)]
+    return _pair_folders(path.parent / "imagesTr", path.parent / "labelsTr", data, suffixes)
 
 
-def _datalist_cases(path: Path, content: dict[str, Any], key: str) -> list[CaseFiles]:
-    pairs: list[tuple[tuple[Path, ...], Path]] = []
-    entries = content.get(key) or []
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: expected a list {key!r}, got {entries!r}")
-    for entry in entries:
-        if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
-            raise DataError(f"{path}: expected image and label in each {key!r}, got {entry!r}")
-        given = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-        if not given or not all(isinstance(name, str) for name in (*given, entry["label"])):
-            raise DataError(f"{path}: expected file names in each {key!r}, got {entry!r}")
-        pairs.append((tuple(path.parent / name for name in given), path.parent / entry["label"]))
-    names = _case_names([images[0] for images, _ in pairs])
-    return [CaseFiles(name, *pair) for name, pair in zip(names, pairs, strict=True)]
+def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
+    names = _case_names([case.images[0] for case in cases])
+    return [
+        CaseFiles(case.name or name, case.images, case.label)
+        for case, name in zip(cases, names, strict=True)
+    ]
 
 
 def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> _Found:
@@ -309,67 +270,51 @@ def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
     """Names of the training and validation cases; numbers count in the order of the list."""
     names = [case.name for case in found.cases]
-    train, validation = data.train, data.validation
-    for key, value in (("data.train", train), ("data.validation", validation)):
-        unknown = [n for n in value if n not in names] if isinstance(value, list) else []
-        if unknown:
-            shown = some(names)
-            raise ConfigError(f"{key}: no case is named {', '.join(unknown)}; there are {shown}")
-    named = set(train) if isinstance(train, list) else set()
-    if validation is None:
-        validation = [name for name in found.validation if name not in named]
-    named |= set(validation) if isinstance(validation, list) else set()
-    free = [name for name in names if name not in named]
-    if isinstance(train, int):
-        train, free = _taken(free, train, "data.train")
-    if isinstance(validation, int):
-        # The last ones where the others are for training.
-        first = 0 if train is not None else max(0, len(free) - validation)
-        free, held_out = free[:first], free[first:]
-        validation, _ = _taken(held_out, validation, "data.validation")
-    train = free if train is None else train
-    both = sorted(set(train) & set(validation))
-    if both:
+    wanted = {"data.train": data.train, "data.validation": data.validation}
+    if data.validation is None:
+        trained = data.train if isinstance(data.train, list) else []
+        wanted["data.validation"] = [name for name in found.validation if name not in trained]
+    named = {key: value for key, value in wanted.items() if isinstance(value, list)}
+    for key, value in named.items():
+        if unknown := ", ".join(name for name in value if name not in names):
+            raise ConfigError(f"{key}: no case is named {unknown}; there are {some(names)}")
+    free = [name for name in names if not any(name in value for value in named.values())]
+    for key, count in wanted.items():
+        if isinstance(count, int):
+            if count > len(free):
+                raise ConfigError(f"{key}: asks for {count} cases, but {len(free)} are left")
+            # The last ones for validation where the others are for training.
+            first = 0 if data.train is not None else len(free) - count
+            named[key] = free[first : first + count]
+            free = free[:first] + free[first + count :]
+    train, validation = named.get("data.train", free), named["data.validation"]
+    if both := sorted(set(train) & set(validation)):
         raise ConfigError(f"data.train and data.validation: both name {', '.join(both)}")
     if not train:
         raise ConfigError("data.train: no case is left for training")
     return train, validation
 
 
-def _taken(names: list[str], count: int, key: str) -> tuple[list[str], list[str]]:
-    """The first `count` of the names, and the others."""
-    if count > len(names):
-        raise ConfigError(f"{key}: asks for {count} cases, but {len(names)} are left")
-    return names[:count], names[count:]
-
-
-def _labels(data: DataConfig, own: DatasetLabels) -> tuple[DatasetLabels, list[str]]:
-    """What `data` says of the labels, or else the data set itself; the classes with it."""
-    labels = own
+def _labels(data: DataConfig, told: dict[str, Any]) -> dict[str, Any]:
+    """What `data` says of the labels, or else the data set itself."""
+    keys = ("classes", "label_map", "regions", "region_classes")
+    given = {key: value for key in keys if (value := getattr(data, key)) is not None}
+    if isinstance(data.label_map, Path):
+        given["label_map"] = read_label_map(data.label_map)
+    if "label_map" in given:
+        names = [name for name in given["label_map"].values() if name != "ignore"]
+        if names and all(isinstance(name, str) for name in names):
+            given.setdefault("classes", list(dict.fromkeys(["background", *names])))
     # Regions of the data set are of its own labels: no use where others are made of them.
-    if data.classes is not None or data.label_map is not None:
-        table = data.label_map
-        table = read_label_map(table) if isinstance(table, Path) else table
-        labels = DatasetLabels(data.classes or _named_in(table), table, own.ignore)
-    classes = labels.classes
-    if classes is None:
+    own = {"classes", "label_map"} & set(given)
+    dropped = keys if own else ["region_classes"] if "regions" in given else []
+    labels = {key: value for key, value in told.items() if key not in dropped} | given
+    if labels.get("classes") is None:
         raise ConfigError(
             "data.classes: missing; list the names of the classes, background first, "
             "such as [background, lesion]"
         )
-    if data.regions is not None:
-        labels = replace(labels, regions=data.regions, region_classes=None)
-    if data.region_classes is not None:
-        labels = replace(labels, region_classes=data.region_classes)
-    return labels, classes
-
-
-def _named_in(table: dict[int, int | str] | None) -> list[str] | None:
-    """The classes of a label map, if it names them all."""
-    names = [name for name in (table or {}).values() if name != "ignore"]
-    if not names or not all(isinstance(name, str) for name in names):
-        return None
-    return list(dict.fromkeys(["background", *map(str, names)]))
+    return labels
 
 
 def _channels(data: DataConfig, found: _Found, cases: Sequence[CaseFiles]) -> list[str]:
@@ -378,8 +323,8 @@ def _channels(data: DataConfig, found: _Found, cases: Sequence[CaseFiles]) -> li
     suffixes = [suffix.strip("_-. ") or suffix for suffix in found.image_suffix or []]
     if isinstance(data.channels, list):
         names = data.channels
-    elif data.channels is None and found.channels is not None:
-        names = found.channels
+    elif data.channels is None and found.told.get("channels"):
+        names = found.told["channels"]
     elif data.channels is None and len(suffixes) > 1:
         names = suffixes
     else:

@@ -1,32 +1,39 @@
-"""What a dataset.json (Decathlon, MONAI, nnU-Net) says of its labels and channels."""
+"""What a dataset.json (Decathlon, MONAI, nnU-Net) says of its cases, labels and channels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext.finetune.base.errors import DataError
+from pydantic import AliasChoices, AliasGenerator, ConfigDict, TypeAdapter, ValidationError
+
+from riskmap_ext.finetune.base.errors import DataError, each_problem
 from riskmap_ext.finetune.base.structures import check_names
+from riskmap_ext.finetune.config.schema import CaseConfig
 
 # Of int16.
 _MAX_CLASS = 32767
 
 
-@dataclass(frozen=True)
-class DatasetLabels:
-    """What is known of the label values.
+class Entry(CaseConfig):
+    """As in `data.cases`. Other tools add keys of their own; nnU-Net's list is `images`."""
 
-    classes are None where not every class has a name. label_map: for numbers with gaps.
+    model_config = ConfigDict(
+        extra="ignore",
+        alias_generator=AliasGenerator(validation_alias=lambda key: AliasChoices(key, f"{key}s")),
+    )
+
+
+def entries(path: Path, key: str, kind: Any, content: Any) -> Any:
+    """`content` as a list or dict (`kind`) of entries; their paths start from the file's folder.
+
+    Raises: DataError with a line for each problem.
     """
-
-    classes: list[str] | None = None
-    label_map: Mapping[int, int | str] | None = None
-    ignore: tuple[int, ...] = ()
-    regions: Mapping[str, Sequence[int | str]] | None = None
-    region_classes: Sequence[int | str] | None = None
+    try:
+        return TypeAdapter(kind).validate_python(content, context={"base": path.parent})
+    except ValidationError as error:
+        raise DataError([f"{path}: {line}" for line in each_problem(error, key)]) from None
 
 
 def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
@@ -34,63 +41,64 @@ def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
     given = content.get("channel_names", content.get("modality"))
     if given is None:
         return None
-    numbers = [str(index) for index in range(len(given))] if isinstance(given, dict) else None
-    if numbers is None or {str(key) for key in given} != set(numbers):
+    names = {str(key): str(name) for key, name in given.items()} if isinstance(given, dict) else {}
+    numbers = [str(index) for index in range(len(names))]
+    if not isinstance(given, dict) or set(names) != set(numbers):
         raise DataError(f"{path}: channel names: expected 0: name, 1: name, ..., got {given}")
-    by_number = {str(key): str(name) for key, name in given.items()}
-    return [by_number[number] for number in numbers] or None
+    return [names[number] for number in numbers] or None
 
 
-def dataset_labels(path: Path, content: dict[str, Any]) -> DatasetLabels:
-    """`labels` of a dataset.json: number: name, name: number, or nnU-Net's name: [numbers]."""
-    labels = content.get("labels")
-    if not isinstance(labels, dict) or not labels:
-        return DatasetLabels()
-    by_number = all(re.fullmatch(r"[0-9]+", str(key)) for key in labels)
+def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """`labels` of a dataset.json: number: name, name: number, or nnU-Net's name: [numbers].
+
+    Returns: keys of `data`, as far as it says them (label_map: for numbers with gaps), and under
+    `ignore` the numbers that it says to leave out.
+    """
+    given = content.get("labels")
+    if not isinstance(given, dict) or not given:
+        return {}
+    by_number = all(re.fullmatch(r"[0-9]+", str(key)) for key in given)
+    names = [str(name) for name in (given.values() if by_number else given)]
     try:
-        check_names([str(name) for name in (labels.values() if by_number else labels)])
+        check_names(names)
     except ValueError as error:
         raise DataError(f"{path}: labels: {error}") from None
-    if by_number:
-        labels = {str(name): int(key) for key, name in labels.items()}
-    numbers = [n for value in labels.values() for n in (value if _is_list(value) else [value])]
+    values = map(int, given) if by_number else given.values()
+    named = {
+        name: list(value) if _is_list(value) else [value]
+        for name, value in zip(names, values, strict=True)
+    }
+    numbers = [number for value in named.values() for number in value]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise DataError(f"{path}: labels: expected number: name, got {labels}")
-    ignored = tuple(v for n, v in labels.items() if n == "ignore" and isinstance(v, int))
-    named = {name: value for name, value in labels.items() if name != "ignore"}
-    if any(_is_list(value) for value in named.values()):
-        return _region_labels(path, content, named, ignored)
-    names = {value: name for name, value in sorted(named.items(), key=lambda item: item[1])}
-    if len(names) != len(named):
-        raise DataError(f"{path}: labels: expected distinct numbers, got {labels}")
-    if 0 not in names:
-        return DatasetLabels(ignore=ignored)
-    classes = list(names.values())
-    if list(names) == list(range(len(names))):
-        return DatasetLabels(classes, ignore=ignored)
-    return DatasetLabels(classes, {v: name for v, name in names.items() if v > 0}, ignored)
+        raise DataError(f"{path}: labels: expected number: name, got {given}")
+    ignored = {"ignore": named.pop("ignore", [])}
+    if any(_is_list(value) for name, value in given.items() if name in named):
+        return ignored | _region_labels(path, named, content.get("regions_class_order"))
+    by_value = {value: name for name, (value,) in sorted(named.items(), key=lambda item: item[1])}
+    if len(by_value) != len(named):
+        raise DataError(f"{path}: labels: expected distinct numbers, got {given}")
+    if 0 not in by_value:
+        return ignored
+    gaps = list(by_value) != list(range(len(by_value)))
+    table = {value: name for value, name in by_value.items() if value > 0} if gaps else None
+    return ignored | {"classes": list(by_value.values()), "label_map": table}
 
 
-def _region_labels(
-    path: Path, content: dict[str, Any], named: dict[str, Any], ignored: tuple[int, ...]
-) -> DatasetLabels:
+def _region_labels(path: Path, named: dict[str, list[int]], order: Any) -> dict[str, Any]:
     """nnU-Net's regions; a class takes the name of the region that is it alone."""
-    regions = {name: value if _is_list(value) else [value] for name, value in named.items()}
-    regions = {name: values for name, values in regions.items() if values != [0]}
+    regions = {name: values for name, values in named.items() if values != [0]}
     highest = max((number for values in regions.values() for number in values), default=0)
     if not 0 < highest <= _MAX_CLASS or not all(regions.values()):
         raise DataError(
             f"{path}: labels: expected numbers up to {_MAX_CLASS} for each region, got {named}"
         )
-    alone = {values[0]: name for name, values in regions.items() if len(values) == 1}
-    background = next((n for n, v in named.items() if v in (0, [0])), "background")
-    names = [alone.get(number, f"label {number}") for number in range(1, highest + 1)]
-    order = content.get("regions_class_order")
     if order is not None and not (_is_list(order) and len(order) == len(regions)):
         raise DataError(
             f"{path}: regions_class_order: expected {len(regions)} labels, got {order!r}"
         )
-    return DatasetLabels([background, *names], None, ignored, regions, order)
+    alone = {0: "background"} | {values[0]: n for n, values in named.items() if len(values) == 1}
+    names = [alone.get(number, f"label {number}") for number in range(highest + 1)]
+    return {"classes": names, "regions": regions, "region_classes": order}
 
 
 def _is_list(value: Any) -> bool:

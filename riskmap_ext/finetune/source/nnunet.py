@@ -190,12 +190,13 @@ def _structures(path: Path, dataset: dict[str, Any]) -> Structures:
         # As nnU-Net does, lists of one label each are no regions.
         labels = {name: (_listed(value) or [value])[0] for name, value in labels.items()}
     found = dataset_labels(path, {**dataset, "labels": labels})
-    if found.classes is None:
+    if "classes" not in found:
         raise CheckpointError(
             f"{path}: its dataset.json: labels: expected a name for each of the numbers from 0 on, "
             f"got {labels}"
         )
-    return structures_of(found.classes, found.regions, found.region_classes, f"{path}: its labels")
+    regions = found.get("regions"), found.get("region_classes")
+    return structures_of(found["classes"], *regions, f"{path}: its labels")
 
 
 def _listed(value: Any) -> list[Any]:
