@@ -16,8 +16,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -96,44 +94,33 @@ class Log:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Rate(unit),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            _Memory(),
             TextColumn("{task.fields[note]}", markup=False),
         )
         # Where there is no terminal, the log's lines tell how far it is.
         hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(title, total=total, completed=done, note="")
+            task = bar.add_task(title, total=total, completed=done, note="", rate="")
 
             def advance(note: str) -> None:
-                bar.update(task, advance=1, note=note)
+                speed = bar.tasks[0].speed
+                rate = f"{speed:.1f} {unit}/s" if speed else ""
+                bar.update(
+                    task, advance=1, rate=rate, note=", ".join(filter(None, (_held(), note)))
+                )
 
             yield advance
 
 
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {self._unit}/s" if speed else f"{MISSING} {self._unit}/s")
-
-
-class _Memory(ProgressColumn):
-    """What the process holds, and the most that a GPU has held for it."""
-
-    max_refresh = 1.0
-
-    def render(self, task: Task) -> Text:
-        parts = [gib(psutil.Process().memory_info().rss)]
-        if torch.cuda.is_initialized():
-            parts.append(f"GPU {gib(torch.cuda.max_memory_allocated())}")
-        return Text(", ".join(parts))
+def _held() -> str:
+    """Memory that the process holds, and the most that a GPU has held for it."""
+    found = gib(psutil.Process().memory_info().rss)
+    if torch.cuda.is_initialized():
+        found += f", GPU {gib(torch.cuda.max_memory_allocated())}"
+    return found
 
 
 def number(value: float) -> str:

@@ -78,24 +78,22 @@ def orient(network: nn.Module, wanted: str | None, slice_axis: str, dims: int) -
 
 class _Turn:
     def __init__(self, have: str, wanted: str) -> None:
-        from_axes = [axis_of(letter) for letter in have]
-        order = [from_axes.index(axis_of(letter)) for letter in wanted]
+        order = arranged(range(2, 2 + len(have)), have, wanted)
+        self._order = [0, 1, *order]
+        self._inverse = [0, 1, *(2 + order.index(place) for place in sorted(order))]
         self._flips = [2 + i for i, letter in enumerate(wanted) if letter not in have]
-        self._order = [0, 1, *(2 + place for place in order)]
-        self._inverse = [0, 1, *(2 + order.index(place) for place in range(len(order)))]
 
     def there(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         image, *others = inputs
         return self._flip(image.permute(self._order)).contiguous(), *others
 
-    def back(self, _: nn.Module, __: Any, output: Any) -> Any:
-        return self._returned(output)
-
-    def _returned(self, output: Any) -> Any:
+    def back(self, network: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, DeferredLogits):
-            return DeferredLogits(self._returned(output.features), output.weight, output.bias)
+            return DeferredLogits(
+                self.back(network, inputs, output.features), output.weight, output.bias
+            )
         if isinstance(output, (list, tuple)):
-            return type(output)(self._returned(each) for each in output)
+            return type(output)(self.back(network, inputs, each) for each in output)
         return self._flip(output).permute(self._inverse)
 
     def _flip(self, image: Tensor) -> Tensor:

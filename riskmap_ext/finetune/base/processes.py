@@ -41,26 +41,21 @@ class Processes:
 
         Raises: InputError of the first process that has; ToldElsewhere on the others.
         """
-        if self.size == 1:
-            return work()
         result, failed = None, None
         try:
             result = work()
         except InputError as error:
             failed = error
-        failures = self.gather(str(failed) if failed is not None else None)
-        first = next((rank for rank, text in enumerate(failures) if text is not None), None)
-        if first is None:
-            return result  # type: ignore[return-value]
-        if first == self.rank:
-            assert failed is not None
+        failures = enumerate(self.gather(None if failed is None else str(failed)))
+        first = next(((rank, text) for rank, text in failures if text is not None), None)
+        if failed is not None and first == (self.rank, str(failed)):
             raise failed
-        raise ToldElsewhere(failures[first])
+        if first is not None:
+            raise ToldElsewhere(first[1])
+        return result  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """The result of `work`, which the first process alone does."""
-        if self.size == 1:
-            return work()
         result = self.together(lambda: work() if self.is_main else None)
         return self.gather(result)[0]
 
@@ -98,8 +93,6 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if started().size < 2:
         yield Processes()
         return
-    if not dist.is_available():
-        raise ConfigError("torchrun: this build of torch has no torch.distributed")
     dist.init_process_group("gloo")
     try:
         yield _joined(device)

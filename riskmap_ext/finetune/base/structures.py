@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -64,11 +64,7 @@ class Structures:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
-        found: dict[str, Any] = {"classes": list(self.classes)}
-        if self.regions is not None:
-            found["regions"] = {name: list(members) for name, members in self.regions.items()}
-            found["region_classes"] = list(self.region_classes or [])
-        return found
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def check_names(names: list[str]) -> list[str]:
