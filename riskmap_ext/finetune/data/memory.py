@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,6 @@ from riskmap_ext.finetune.base.processes import local_size
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
 from riskmap_ext.finetune.data.resample import resampled_shape
-from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.data.volumes import read_header
 
 # A logit, its share of the sliding window's weights and sums, and its softmax.
@@ -64,8 +64,8 @@ def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
     return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, spacing))
 
 
-def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> TensorStore:
-    """Where the prepared volumes go, by data.storage.
+def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Path | None:
+    """The folder that prepared volumes go to, by data.storage; None: they stay in memory.
 
     Raises: DataError where memory cannot hold them, or not even one case's logits.
     """
@@ -82,13 +82,13 @@ def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Tens
             f"{gib(share)} is available for this process; set data.storage=disk"
         )
     if storage == "memory" or (storage == "auto" and need.volumes <= share / 2):
-        return TensorStore()
-    return TensorStore((config.cache or config.output / "cache") / "volumes")
+        return None
+    return (config.cache or config.output / "cache") / "volumes"
 
 
-def described(need: MemoryNeed, store: TensorStore) -> str:
+def described(need: MemoryNeed, store: Path | None) -> str:
     """One line for the log."""
-    where = "in memory" if store.folder is None else f"on disk, in {store.folder}"
+    where = "in memory" if store is None else f"on disk, in {store}"
     return (
         f"Volumes: about {gib(need.volumes)}, {where}; the largest case takes {gib(need.largest)} "
         f"more of {gib(available_memory())} available"

@@ -29,12 +29,12 @@ from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.data.resample import check_spacing, resample, transformed
-from riskmap_ext.finetune.data.storage import TensorStore
+from riskmap_ext.finetune.data.storage import kept
 from riskmap_ext.finetune.data.volumes import (
     Volume,
     grid_problems,
     read_image_files,
-    read_label_file,
+    read_label,
     voxel_sizes,
 )
 
@@ -58,11 +58,8 @@ class Grid:
         """The file's own voxels, with their axes in the prepared order."""
         file = volume.affine, volume.shape
         grid = cls(orientation, *file, volume.codes, *file)
-        return replace(
-            grid,
-            prepared_affine=grid._reoriented_affine(),
-            prepared_shape=grid._reoriented_shape(),
-        )
+        affine, shape = grid._full()
+        return replace(grid, prepared_affine=affine, prepared_shape=shape)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -76,22 +73,18 @@ class Grid:
 
     @property
     def resampled(self) -> bool:
-        return self.prepared_shape != self._reoriented_shape() or not np.allclose(
-            self.prepared_affine, self._reoriented_affine(), atol=1e-5
-        )
+        affine, shape = self._full()
+        same = np.allclose(self.prepared_affine, affine, atol=1e-5)
+        return self.prepared_shape != shape or not same
 
     def to_full(self, volume: Tensor, mode: str = "nearest") -> Tensor:
         """[..., *prepared] at the file's resolution, still in the prepared orientation."""
         if not self.resampled:
             return volume
-        full, _ = transformed(
-            volume,
-            self.prepared_affine,
-            SpatialResample(mode=mode, padding_mode="border", dtype=np.float32),
-            dst_affine=torch.as_tensor(self._reoriented_affine()),
-            spatial_size=self._reoriented_shape(),
-        )
-        return full
+        affine, shape = self._full()
+        transform = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
+        options = {"dst_affine": torch.as_tensor(affine), "spatial_size": shape}
+        return transformed(volume, self.prepared_affine, transform, **options)[0]
 
     def to_file(self, volume: Tensor | np.ndarray) -> np.ndarray:
         """A volume at the file's resolution in the file's own orientation."""
@@ -113,11 +106,11 @@ class Grid:
         file, prepared = io_orientation(self.affine), axcodes2ornt(self.orientation)
         return ornt_transform(prepared, file) if back else ornt_transform(file, prepared)
 
-    def _reoriented_affine(self) -> np.ndarray:
-        return self.affine @ inv_ornt_aff(self._transform(), self.shape)
-
-    def _reoriented_shape(self) -> tuple[int, ...]:
-        return tuple(self.shape[i] for i in np.argsort(self._transform()[:, 0]))
+    def _full(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Affine and shape of the file's voxels in the prepared order of axes."""
+        transform = self._transform()
+        shape = tuple(self.shape[i] for i in np.argsort(transform[:, 0]))
+        return self.affine @ inv_ornt_aff(transform, self.shape), shape
 
 
 @dataclass(frozen=True)
@@ -183,12 +176,12 @@ def prepare_cases(
     config: Config,
     *,
     listing: Listing | None = None,
-    store: TensorStore | None = None,
+    store: Path | None = None,
     log: Log | None = None,
 ) -> Cases:
     """Reads, checks and prepares every case of `config.data`.
 
-    listing: of list_cases, where it is known. store: where the volumes are kept; None: in memory.
+    listing: of list_cases, where it is known. store: folder of the volumes; None: in memory.
     log: shows how far it is.
 
     Raises: DataError with one line per problem, after all files were looked at; ConfigError.
@@ -207,7 +200,7 @@ def each_case(
     listing: Listing,
     data: DataConfig,
     problems: Problems,
-    store: TensorStore | None = None,
+    store: Path | None = None,
     log: Log | None = None,
     until: float = math.inf,
 ) -> Iterator[Case]:
@@ -221,7 +214,7 @@ def each_case(
             if time.monotonic() > until:
                 return
             with problems.collected():
-                yield read_case(entry, data, listing, store or TensorStore())
+                yield read_case(entry, data, listing, store)
             advance(entry.name)
 
 
@@ -236,17 +229,17 @@ def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int
     """
     volume = read_image_files(paths, channels)
     label = np.zeros(volume.shape, dtype=np.int16)
-    return _prepare(CaseFiles(name, tuple(paths), paths[0]), volume, label, data, TensorStore())
+    return _prepare(CaseFiles(name, tuple(paths), paths[0]), volume, label, data, None)
 
 
-def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: TensorStore) -> Case:
+def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: Path | None) -> Case:
     """Raises: DataError with a line for each problem of the files."""
     problems = Problems()
     image = label = values = None
     with problems.collected():
         image = read_image_files(files.images, len(listing.channels))
     with problems.collected():
-        label = read_label_file(files.label)
+        label = read_label(files.label)
         values = _label_values(label, data, listing)
     if image is not None and label is not None:
         problems += grid_problems(image, label)
@@ -262,7 +255,7 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
     low, high = int(values.min()), int(values.max())
     if high - low > _MAX_LABEL_SPAN:
         raise DataError(f"{path}: label values from {low} to {high}: is it a label image?")
-    offset = (values.astype(np.int64) - low).ravel()
+    offset = (values - low).ravel()
     present = (np.flatnonzero(np.bincount(offset)) + low).tolist()
     others = [value for value in present if value not in listing.label_table]
     if others and data.other_labels == "error":
@@ -282,7 +275,7 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
 
 
 def _prepare(
-    files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: TensorStore
+    files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: Path | None
 ) -> Case:
     mask = _image_foreground(volume.values, data.image_foreground)
     normalized = [_normalize(channel, mask, data.normalize) for channel in volume.values]
@@ -298,12 +291,12 @@ def _prepare(
         shape = tuple(prepared[1].shape)
         grid = replace(grid, prepared_affine=affine, prepared_shape=shape)
     content = digest(*prepared, list(grid.spacing))
-    kept = dict(zip(("image", "label", "mask"), prepared, strict=True))
+    tensors = dict(zip(("image", "label", "mask"), prepared, strict=True))
     if grid.resampled:
-        kept["full_label"] = full_label
-    kept = store.keep(f"case-{content[:32]}", kept)
-    kept.setdefault("full_label", kept["label"])
-    return Case(name=files.name, files=files, grid=grid, digest=content, **kept)
+        tensors["full_label"] = full_label
+    tensors = kept(store, f"case-{content[:32]}", tensors)
+    tensors.setdefault("full_label", tensors["label"])
+    return Case(name=files.name, files=files, grid=grid, digest=content, **tensors)
 
 
 def _image_foreground(image: np.ndarray, kind: str) -> np.ndarray:

@@ -74,12 +74,11 @@ def check_spacing(
         raise DataError(f"{made}; expected {_MIN_SIZE} or more along each axis: use finer voxels")
     voxels = int(np.prod([float(n) for n in result]))
     needed, available = voxels * _BYTES_PER_VOXEL, available_memory()
-    if voxels > _MAX_VOXELS:
-        raise DataError(f"{made}: {voxels:.2g} voxels; expected less than 2^31: use coarser voxels")
-    if needed > available / 2:
+    if voxels > _MAX_VOXELS or needed > available / 2:
         raise DataError(
-            f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half "
-            f"of the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
+            f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half of "
+            f"the {available / 2**30:.3g} GiB of memory available, and less than 2^31 voxels: use "
+            "coarser voxels"
         )
 
 

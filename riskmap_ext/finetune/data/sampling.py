@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, AugmentConfig, TrainConfig
 from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.data.storage import TensorStore
+from riskmap_ext.finetune.data.storage import kept
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class CropSampler:
         *,
         seed: int,
         device: torch.device,
-        store: TensorStore | None = None,
+        store: Path | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         """part: (rank, processes); each process draws its share of one and the same batch."""
@@ -98,9 +99,8 @@ class CropSampler:
         self._train = train
         self._device = device
         self._with_risk = risk is not None
-        self._files = store or TensorStore()
-        disk = self._files.folder is not None
-        self._home = torch.device("cpu") if disk else _storage_device(cases, device)
+        self._folder = store
+        self._home = torch.device("cpu") if store else _storage_device(cases, device)
         rank, processes = part
         share = train.batch_size // processes
         self._mine = slice(rank * share, (rank + 1) * share)
@@ -155,14 +155,14 @@ class CropSampler:
         foreground = foreground[np.argsort(label[foreground], kind="stable")]
         _, first = np.unique(label[foreground], return_index=True)
         inside = case.image[:, case.mask].numpy()
-        kept = {"image": image.contiguous(), "guides": guides.contiguous()}
-        if self._files.folder is not None:
+        tensors = {"image": image.contiguous(), "guides": guides.contiguous()}
+        if self._folder is not None:
             made_of = digest(case.digest, risk, self._dims)
-            kept = self._files.keep(f"crops-{made_of[:32]}", kept)
+            tensors = kept(self._folder, f"crops-{made_of[:32]}", tensors)
         return _Volume(
             name=case.name,
-            image=kept["image"].to(self._home),
-            guides=kept["guides"].to(self._home),
+            image=tensors["image"].to(self._home),
+            guides=tensors["guides"].to(self._home),
             spacing=np.array(case.grid.spacing[: self._dims]),
             foreground=foreground,
             class_voxels=np.split(foreground, first[1:]),

@@ -60,25 +60,29 @@ def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
     return replace(volumes[0], values=np.concatenate(values))
 
 
-def read_label_file(path: Path) -> Volume:
-    """Whole numbers [X, Y, Z]. Raises: DataError naming the file."""
+def read_label(path: Path) -> Volume:
+    """Whole numbers [X, Y, Z], int64. Raises: DataError naming the file."""
     volume = _open(path)
-    _check_whole(volume)
-    return volume
+    with np.errstate(invalid="ignore"):  # of what is not finite or beyond int64
+        odd = volume.values[volume.values % 1 != 0]
+        whole = volume.values.astype(np.int64)
+    if odd.size:
+        raise DataError(
+            f"{path}: {odd.size} label values are not whole numbers, such as {odd.flat[0]:g}; "
+            "resample labels with nearest neighbours"
+        )
+    return replace(volume, values=whole)
 
 
 def read_labels(first: Path, second: Path) -> list[Volume]:
-    """Two label files of one grid, as int64.
-
-    Raises: DataError naming the file: no whole numbers, or another grid than the first's.
-    """
-    volumes = [_open(path) for path in (first, second)]
-    problems = Problems(grid_problems(*volumes))
-    for volume in volumes:
+    """Two label files of one grid. Raises: DataError naming the file, or both of other grids."""
+    volumes, problems = [], Problems()
+    for path in (first, second):
         with problems.collected():
-            _check_whole(volume)
+            volumes.append(read_label(path))
     problems.tell()
-    return [replace(volume, values=volume.values.astype(np.int64)) for volume in volumes]
+    Problems(grid_problems(*volumes)).tell()
+    return volumes
 
 
 def read_header(path: Path, channels: int = 1) -> Volume:
@@ -177,18 +181,3 @@ def _image_values(volume: Volume) -> np.ndarray:
             f"{np.abs(volume.values.astype(np.float64)).max():.3g}); rescale the image"
         )
     return image.reshape(-1, *volume.shape)
-
-
-def _check_whole(volume: Volume) -> None:
-    """Values that should be labels."""
-    values = volume.values
-    if values.dtype.kind != "f":
-        return
-    if not np.isfinite(values).all():
-        raise DataError(f"{volume.path}: NaN or infinite label values")
-    odd = values[values != np.rint(values)]
-    if odd.size:
-        raise DataError(
-            f"{volume.path}: {odd.size} label values are not whole numbers, such as "
-            f"{odd.flat[0]:g}; resample labels with nearest neighbours"
-        )

@@ -18,7 +18,6 @@ from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, Cases
-from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.predictor import Predictor
@@ -62,7 +61,7 @@ class SourceMapper:
         predictor: Predictor,
         num_classes: int,
         progress: Callable[[str], Any],
-        store: TensorStore | None = None,
+        store: Path | None = None,
     ) -> None:
         """store: whether the maps are held in memory, or stay in the cache's files."""
         config = session.config
@@ -79,7 +78,7 @@ class SourceMapper:
         self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
         self._regions = source.structures.table
         self._group = session.processes
-        self._on_disk = store is not None and store.folder is not None
+        self._on_disk = store is not None
         self._logits: dict[str, Tensor] = {}
 
     def run(self, train: Sequence[Case], others: Sequence[Case] = ()) -> SourceMaps:
@@ -253,7 +252,7 @@ def map_cases(
     predictor: Predictor,
     cases: Cases,
     others: Sequence[Case],
-    store: TensorStore | None = None,
+    store: Path | None = None,
 ) -> SourceMaps:
     """Maps of the training cases and `others`; writes leep.json and maps/."""
     config, log, group, train = session.config, session.log, session.processes, cases.train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from riskmap_ext.finetune.data.datalist import Listing, list_cases
 from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
-from riskmap_ext.finetune.data.storage import TensorStore
 from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
 from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.preparation import preparation_warnings
@@ -36,7 +36,7 @@ class Outline:
     listing: Listing
     models: Models
     memory: MemoryNeed
-    store: TensorStore
+    store: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Plan(Session):
     """
 
     cases: Cases
-    store: TensorStore
+    store: Path | None
     models: Models
     inputs: str
     resumed: dict[str, Any] | None
@@ -99,7 +99,7 @@ def make_plan(
         log(described(outline.memory, store))
     else:
         _check_options(session)
-        models, store = build_models(session, cases.listing), TensorStore()
+        models, store = build_models(session, cases.listing), None
     flip_axes(cases.train[0], models.dims, config.train.augment)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
