@@ -49,26 +49,17 @@ def device_of(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not (count and kernels)):
         return torch.device("cpu")
     index = int(wanted[5:]) if wanted.startswith("cuda:") else None
+    why = None
     if index is not None and local_size() > 1:
-        raise ConfigError(
-            f"device: {wanted} for each of {local_size()} processes; expected cuda, which gives "
-            "each process a GPU of its own"
-        )
-    if (index or 0) >= count:
-        raise ConfigError(
-            f"device: {wanted} asked for, but torch {torch.__version__} sees "
-            f"{count} CUDA devices; set device=cpu"
-        )
-    if not kernels:
-        raise ConfigError(
-            f"device: {wanted} asked for, but riskmap_ext has no CUDA kernels here "
-            "(`riskmap info` says why); set device=cpu"
-        )
-    if local_size() > count:
-        raise ConfigError(
-            f"device: {local_size()} processes on this machine, but {count} CUDA devices; start as "
-            "many processes, or set device=cpu"
-        )
+        why = f"for each of {local_size()} processes; expected cuda, which gives each its own GPU"
+    elif max(index or 0, local_size() - 1) >= count:
+        why = f"asked for, but torch {torch.__version__} sees {count} CUDA devices for "
+        why += f"{local_size()} of the run's processes; start no more than that, or set device=cpu"
+    elif not kernels:
+        why = "asked for, but riskmap_ext has no CUDA kernels here (`riskmap info` says why); "
+        why += "set device=cpu"
+    if why is not None:
+        raise ConfigError(f"device: {wanted} {why}")
     index = local_rank() if local_size() > 1 else index
     return torch.device("cuda" if index is None else f"cuda:{index}")
 

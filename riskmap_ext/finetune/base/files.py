@@ -45,14 +45,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) 
         writer.writerows(rows)
 
 
-def write_nifti(
-    path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple[int, int] = (0, 2)
-) -> None:
+def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple[int, int]) -> None:
     """A NIfTI-1 file with `affine` in sform and qform; `codes` are (qform_code, sform_code)."""
     image = nib.Nifti1Image(volume, affine)
-    qform_code, sform_code = codes
-    image.set_qform(affine, code=qform_code)
-    image.set_sform(affine, code=sform_code)
+    image.set_qform(affine, code=codes[0])
+    image.set_sform(affine, code=codes[1])
     image.header.set_xyzt_units("mm")
     with _written(path) as partial:
         nib.save(image, partial)

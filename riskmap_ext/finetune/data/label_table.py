@@ -47,47 +47,46 @@ def read_label_map(path: Path) -> dict[int, int | str]:
 
     Raises: DataError naming the file and the line.
     """
-    lines = read_text(path, "CSV", DataError).splitlines()
-    rows = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    lines = enumerate(read_text(path, "CSV", DataError).splitlines(), start=1)
+    rows = [(number, line.strip()) for number, line in lines]
     rows = [(number, line) for number, line in rows if line and not line.startswith("#")]
     if not rows:
         raise DataError(f"{path}: no rows in it (data.label_map)")
     if re.match(r"-?\d+\s+\S+(\s+\d+){3,4}\s*$", rows[0][1]):
-        cells = [(number, line.split()) for number, line in rows]
-        pairs = [(number, cell[0], cell[1]) for number, cell in cells if len(cell) > 1]
+        value, name = 0, 1
+        cells = [line.split() for _, line in rows]
     else:
-        pairs = _columns(path, rows)
+        separator = max(",;\t", key=rows[0][1].count)
+        header, *cells = csv.reader([line for _, line in rows], delimiter=separator)
+        value, name = _columns(f"{path}: line {rows.pop(0)[0]}", header)
     table: dict[int, int | str] = {}
-    for number, value, name in pairs:
-        if not re.fullmatch(r"-?\d+", value):
-            raise DataError(f"{path}: line {number}: expected a whole number, got {value!r}")
-        if not name:
-            raise DataError(f"{path}: line {number}: expected a class name, got none")
-        if table.get(int(value), name) != name:
-            raise DataError(f"{path}: line {number}: {value} is {table[int(value)]} already")
-        if int(value) != 0:
-            table[int(value)] = name
+    for (number, line), row in zip(rows, cells, strict=True):
+        place = f"{path}: line {number}"
+        if len(row) <= max(value, name):
+            raise DataError(f"{place}: expected {max(value, name) + 1} columns, got {line!r}")
+        original, label = row[value].strip(), row[name].strip()
+        if not re.fullmatch(r"-?\d+", original):
+            raise DataError(f"{place}: expected a whole number, got {original!r}")
+        if not label:
+            raise DataError(f"{place}: expected a class name, got none")
+        if table.get(int(original), label) != label:
+            raise DataError(f"{place}: {original} is {table[int(original)]} already")
+        if int(original) != 0:
+            table[int(original)] = label
     if not table:
         raise DataError(f"{path}: no label value beside 0 in it (data.label_map)")
     return table
 
 
-def _columns(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str, str]]:
-    separator = max(",;\t", key=rows[0][1].count)
-    cells = list(csv.reader([line for _, line in rows], delimiter=separator))
-    head = [name.strip().lower() for name in cells[0]]
+def _columns(place: str, header: list[str]) -> tuple[int, int]:
+    """Of the label value and of the class name."""
+    head = [name.strip().lower() for name in header]
     # A name column goes by its own name before "label" could be taken for it.
     name = next((head.index(n) for n in _NAME_COLUMNS if n in head), None)
     value = next((head.index(n) for n in _VALUE_COLUMNS if n in head), None)
     if name is None or value is None:
         raise DataError(
-            f"{path}: line {rows[0][0]}: expected a header with a column "
-            f"{' or '.join(_VALUE_COLUMNS[:4])} and one {' or '.join(_NAME_COLUMNS[:2])}, got "
-            f"{rows[0][1]!r}"
+            f"{place}: expected a header with a column {' or '.join(_VALUE_COLUMNS[:4])} and one "
+            f"{' or '.join(_NAME_COLUMNS[:2])}, got {header}"
         )
-    found = []
-    for (number, line), row in zip(rows[1:], cells[1:], strict=True):
-        if len(row) <= max(name, value):
-            raise DataError(f"{path}: line {number}: expected {len(head)} columns, got {line!r}")
-        found.append((number, row[value].strip(), row[name].strip()))
-    return found
+    return value, name

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import number
-from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_counts, structure_means
+from riskmap_ext.finetune.metrics.dice import known_dice, mean_without_nan
 
 
 class Metrics:
@@ -76,30 +76,28 @@ class Metrics:
 
 def write_dice(path: Path, table: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
     """dice.csv: a row per case, then the mean over those that have the structure, and how many."""
-    count = len(names)
-    means = structure_means(table, count)
+    columns = known_dice(table, len(names))
+    means = list(map(mean_without_nan, columns))
     rows = [[name, *row, mean_without_nan(row)] for name, row in table.items()]
     rows.append(["mean", *means, mean_without_nan(means)])
-    counts = structure_counts(table, count)
-    rows.append(["cases_with_class", *counts, sum(value > 0 for value in counts)])
+    rows.append(["cases_with_class", *map(len, columns), sum(map(bool, columns))])
     write_csv(path, ["case", *names, "mean"], [map(_plain, row) for row in rows])
 
 
 def dice_table(table: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Table:
     """Dice per class or region over all cases, for the terminal and the log."""
-    count = len(names)
+    columns = known_dice(table, len(names))
     shown = Table(title=title)
     for column in ("class", "mean Dice", "lowest", "highest", "cases with the class"):
         shown.add_column(column, justify="left" if column == "class" else "right")
-    means, counts = structure_means(table, count), structure_counts(table, count)
-    for i, name in enumerate(names):
-        known = [row[i] for row in table.values() if not math.isnan(row[i])] or [math.nan]
-        cells = [number(v) for v in (means[i], min(known), max(known))]
-        shown.add_row(Text(name), *cells, f"{counts[i]} of {len(table)}")
-    scored = sum(value > 0 for value in counts)
+    for name, dice in zip(names, columns, strict=True):
+        lowest, highest = min(dice, default=math.nan), max(dice, default=math.nan)
+        cells = [number(value) for value in (mean_without_nan(dice), lowest, highest)]
+        shown.add_row(Text(name), *cells, f"{len(dice)} of {len(table)}")
     shown.add_section()
-    overall = number(mean_without_nan(means))
-    shown.add_row("mean", overall, "", "", f"{scored} of {count} classes")
+    overall = number(mean_without_nan([mean_without_nan(dice) for dice in columns]))
+    scored = f"{sum(map(bool, columns))} of {len(names)} classes"
+    shown.add_row("mean", overall, "", "", scored)
     return shown
 
 

@@ -48,9 +48,9 @@ def mean_without_nan(values: Sequence[float]) -> float:
 
 def structure_means(table: Mapping[str, Sequence[float]], count: int) -> list[float]:
     """Mean over cases of each of the `count` columns of {case: Dice per structure}."""
-    return [mean_without_nan([row[i] for row in table.values()]) for i in range(count)]
+    return [mean_without_nan(column) for column in known_dice(table, count)]
 
 
-def structure_counts(table: Mapping[str, Sequence[float]], count: int) -> list[int]:
-    """How many cases have each structure in their label."""
-    return [sum(not math.isnan(row[i]) for row in table.values()) for i in range(count)]
+def known_dice(table: Mapping[str, Sequence[float]], count: int) -> list[list[float]]:
+    """For each column, the Dice of the cases that have its structure in their label."""
+    return [[row[i] for row in table.values() if not math.isnan(row[i])] for i in range(count)]
