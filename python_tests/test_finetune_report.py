@@ -168,10 +168,10 @@ class TestFinished:
         assert [case.name for case in drawn] == order[::-1]
         for case in drawn:
             assert case.panels is not None
-            panels = ["image", "label", "prediction", "errors", "risk map"]
+            panels = ["image", "label", "risk map", "prediction", "errors"]
             assert list(case.panels.pictures) == panels
             assert case.panels.weights is not None
-            low, high, _ = case.panels.weights
+            low, high = case.panels.weights
             assert 1 <= low < high <= 10.001
         page = page_of(run)
         assert len(page.links) == 15
@@ -349,7 +349,7 @@ class TestLacking:
             ("keys.json", "There is no keys.json"),
             ("log.txt", "There is no log.txt"),
             ("metrics.csv", "No validation is recorded"),
-            ("predictions", "No surface Dice and HD95: there are no predictions in"),
+            ("predictions", "predictions/case03.nii.gz: no such file (write.predictions)"),
         ],
     )
     def test_is_said(self, copied: Path, name: str, said: str) -> None:

@@ -392,15 +392,10 @@ def _draw(path: Path, output: Path, arms: Sequence[ArmResult], settings: Setting
                     a.name: _volume(folder / a.key / "predictions" / f"{case}.nii.gz") for a in ARMS
                 },
                 scores={a.name: f"Dice {100 * results[a.key].subjects[case]:.1f}" for a in ARMS},
+                zooms=(settings.resolution,) * 3,
             )
         )
-    comparison(
-        path,
-        rows,
-        STRUCTURES,
-        "Test subjects (the median one of each seed)",
-        zooms=(settings.resolution,) * 3,
-    )
+    comparison(path, rows, STRUCTURES, "Test subjects (the median one of each seed)")
 
 
 def _volume(path: Path) -> np.ndarray:

@@ -6,18 +6,17 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, font_manager, rc_context, rcParams
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from riskmap_ext._files import written_beside
@@ -53,23 +52,21 @@ _WIDE_FONTS = (
     *("WenQuanYi Zen Hei", "Source Han Sans SC", "IPAexGothic", "Microsoft YaHei"),
     *("Hiragino Sans", "Malgun Gothic"),
 )
-# What is drawn on a slice: nothing, classes and their colours, or weights.
-Layer = tuple[np.ndarray, np.ndarray] | Normalize | None
 
 
 @dataclass(frozen=True)
 class Panels:
     """One slice of a case, a picture for each panel.
 
-    pictures: PNG files by name (image, label, prediction, errors, risk map). present: classes that
-    are seen. errors: voxels of the slice by kind. weights: smallest and largest of the case, and
-    whether they are drawn on a logarithmic scale; None without a risk map.
+    pictures: PNG files by name (image, label, risk map, prediction, errors). present: classes that
+    are seen. errors: voxels of the slice by kind. weights: smallest and largest of the case; None
+    without a risk map.
     """
 
     pictures: dict[str, bytes]
     present: list[int]
     errors: dict[str, int]
-    weights: tuple[float, float, bool] | None
+    weights: tuple[float, float] | None
 
 
 @contextmanager
@@ -90,51 +87,32 @@ def write_overlay(
     folder: Path, case: Case, classes: Sequence[str], prediction: Tensor | None, risk: Tensor | None
 ) -> None:
     """overlays/<case>.png; all volumes on the prepared grid."""
-    row = replace(volumes_of(case, prediction, risk), name="")  # it is in the title
-    path, zooms = folder / f"{case.name}.png", case.grid.ras_spacing()
-    comparison(path, [row], classes, case.name, zooms=zooms, cut=False)
+    comparison(
+        folder / f"{case.name}.png", [volumes_of(case, prediction, risk)], classes, case.name
+    )
 
 
-def comparison(
-    path: Path,
-    rows: Sequence[Volumes],
-    class_names: Sequence[str],
-    title: str,
-    *,
-    zooms: Sequence[float] = (1.0, 1.0, 1.0),
-    cut: bool = True,
-) -> Path:
-    """Writes a PNG of cases (rows) by image, labels, risk map and predictions (columns).
+def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], title: str) -> Path:
+    """Writes a PNG of cases (rows) by image, label, risk map and predictions (columns).
 
     Each row shows the slice with most labelled area, and the scores below the predictions. The rows
-    share the scale of the weights. The file is written beside and then renamed.
-
-    Raises: ValueError for no rows, rows with different columns, or arrays whose shapes differ.
+    have the same columns and share the scale of the weights. The file is written beside and then
+    renamed.
     """
-    if not rows:
-        raise ValueError("rows: expected at least one case, got none")
-    columns = _columns(rows[0])
-    for row in rows:
-        if _columns(row) != columns:
-            raise ValueError(
-                f"rows: expected the columns of {rows[0].name!r} ({', '.join(columns)}) in every "
-                f"row, got {', '.join(_columns(row))} in {row.name!r}"
-            )
-    slices = [slice_of(row, zooms, cut=cut) for row in rows]
-    present = _present([p for s in slices for p in (s.labels, *s.predictions.values())])
-    colours = class_colours(max(present, default=0) + 1)
-    norm = _norm([row.risk for row in rows if row.risk is not None])
+    slices = [slice_of(row) for row in rows]
+    present, colours = _classes(slices)
+    weights = _weights(rows)
+    drawn = [_pictures(shown, colours, weights) for shown in slices]
+    columns = list(drawn[0])
     panel = min(_INCHES, 14 / len(columns))
     heights = [_height(s, panel) for s in slices]
     size = panel * len(columns), sum(heights) + 0.3 * len(rows) + 1.1
     with drawn_alike({"font.size": 9, "axes.titlesize": 11}):
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
-        for line, row, shown in zip(grid, rows, slices, strict=True):
+        for line, row, shown, pictures in zip(grid, rows, slices, drawn, strict=True):
             for axes, name in zip(line, columns, strict=True):
-                classes = {"labels": shown.labels, **shown.predictions}.get(name)
-                weights = norm if name == RISK_COLUMN else None
-                _draw(axes, shown, weights if classes is None else (classes, colours))
+                _draw(axes, shown, pictures[name])
                 axes.set_xlabel(row.scores.get(name, ""))
             line[0].set_ylabel(row.name)
             _mark_sides(line[0], shown.axis, 9)
@@ -142,45 +120,55 @@ def comparison(
             axes.set_title(name)
         figure.suptitle(title)
         if RISK_COLUMN in columns:
-            _weight_bar(figure, grid[:, columns.index(RISK_COLUMN)], norm)
+            _weight_bar(figure, grid[:, columns.index(RISK_COLUMN)], weights)
         _legend(figure, [(class_names[i], colours[i]) for i in present], 2 * len(columns))
         with written_beside(path) as partial:
             figure.savefig(partial, format="png", dpi=_DPI)
     return path
 
 
-def panels(case: Volumes, zooms: Sequence[float] = (1.0, 1.0, 1.0)) -> Panels:
+def panels(case: Volumes) -> Panels:
     """The panels of one case with one prediction, drawn as `comparison` does."""
-    shown = slice_of(case, zooms)
-    (prediction,) = shown.predictions.values()
-    wrong = shown.labels != prediction
-    kinds = (wrong & (prediction == 0), wrong & (shown.labels == 0), wrong)
+    shown, weights = slice_of(case), _weights([case])
+    label, prediction = shown.classes.values()
+    wrong = label != prediction
+    kinds = (wrong & (prediction == 0), wrong & (label == 0), wrong)
     errors = np.select(kinds, range(1, len(kinds) + 1), 0)
-    present = _present([shown.labels, prediction])
-    colours = class_colours(max(present, default=0) + 1)
-    error_colours = np.array([(0, 0, 0), *ERROR_COLOURS.values()])
-    layers: dict[str, Layer] = {
-        "image": None,
-        "label": (shown.labels, colours),
-        "prediction": (prediction, colours),
-        "errors": (errors, error_colours),
-    }
-    weights = None
-    if case.risk is not None:
-        layers[RISK_COLUMN] = norm = _norm([case.risk])
-        weights = float(norm.vmin or 0), float(norm.vmax or 0), isinstance(norm, LogNorm)
     counts = {name: int((errors == i).sum()) for i, name in enumerate(ERROR_COLOURS, start=1)}
-    pictures = {name: _png(shown, layer) for name, layer in layers.items()}
-    return Panels(pictures, present, counts, weights)
+    present, colours = _classes([shown])
+    drawn = _pictures(shown, colours, weights)
+    error_colours = np.array([(0, 0, 0), *ERROR_COLOURS.values()])
+    drawn["errors"] = coloured(shown.grey, errors, error_colours, fine=_FINE)
+    pictures = {name: _png(shown, picture) for name, picture in drawn.items()}
+    return Panels(pictures, present, counts, None if case.risk is None else weights)
 
 
-def _columns(row: Volumes) -> list[str]:
-    risk = [] if row.risk is None else [RISK_COLUMN]
-    return ["image", "labels", *risk, *row.predictions]
+def _classes(slices: Sequence[Slice]) -> tuple[list[int], np.ndarray]:
+    """Those that are seen, and the colours of all up to them."""
+    planes = [plane for shown in slices for plane in shown.classes.values()]
+    present = sorted({int(value) for plane in planes for value in np.unique(plane)} - {0})
+    return present, class_colours(max(present, default=0) + 1)
 
 
-def _present(planes: Sequence[np.ndarray]) -> list[int]:
-    return sorted({int(value) for plane in planes for value in np.unique(plane)} - {0})
+def _weights(rows: Sequence[Volumes]) -> tuple[float, float]:
+    """Smallest and largest of those that are drawn."""
+    drawn = [row.risk[row.risk > 0] for row in rows if row.risk is not None]
+    values = np.concatenate([*drawn, np.ones(0)])
+    return (float(values.min()), float(values.max())) if values.size else (1.0, 1.0)
+
+
+def _pictures(
+    shown: Slice, colours: np.ndarray, weights: tuple[float, float]
+) -> dict[str, np.ndarray]:
+    """RGB of the image alone, and with each of what is drawn on it."""
+    classes = {n: coloured(shown.grey, c, colours, fine=_FINE) for n, c in shown.classes.items()}
+    grey = shown.grey[..., None].repeat(3, axis=-1)
+    pictures = {"image": grey, "label": classes["label"]}
+    if shown.risk is not None:
+        # Even steps of hardness; what is no weight stays clear.
+        shades = RISK(LogNorm(*weights)(shown.risk))
+        pictures[RISK_COLUMN] = grey + shades[..., 3:] * (shades[..., :3] - grey)
+    return pictures | classes
 
 
 def _height(shown: Slice, width: float = _INCHES) -> float:
@@ -188,33 +176,20 @@ def _height(shown: Slice, width: float = _INCHES) -> float:
     return float(np.clip(width * shown.aspect * rows / across, 1.0, 6.0))
 
 
-def _norm(risks: Sequence[np.ndarray]) -> Normalize:
-    """Logarithmic from about 3-fold weights on (even steps of hardness), linear below."""
-    values = np.concatenate([np.ones(0), *(r[np.isfinite(r) & (r > 0)] for r in risks)])
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    if high >= 3.0 * low > 0:
-        return LogNorm(low, high)
-    return Normalize(low, high if high > low * 1.01 else low + 1.0)
-
-
-def _draw(axes: Any, shown: Slice, layer: Layer) -> None:
-    how: dict[str, Any] = {"origin": "lower", "aspect": shown.aspect, "interpolation": "nearest"}
-    how["extent"] = (0, shown.grey.shape[1], 0, shown.grey.shape[0])
-    classes, colours = np.zeros_like(shown.labels), np.zeros((1, 3))
-    if isinstance(layer, tuple):
-        classes, colours = layer
-    axes.imshow(coloured(shown.grey, classes, colours, fine=_FINE), **how)
-    if isinstance(layer, Normalize) and shown.risk is not None:
-        hidden = ~(np.isfinite(shown.risk) & (shown.risk > 0))
-        axes.imshow(np.ma.masked_where(hidden, shown.risk), cmap=RISK, norm=layer, **how)
+def _draw(axes: Any, shown: Slice, picture: np.ndarray) -> None:
+    rows, across = shown.grey.shape
+    axes.imshow(
+        picture, origin="lower", aspect=shown.aspect, extent=(0, across, 0, rows),
+        interpolation="nearest",
+    )  # fmt: skip
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _png(shown: Slice, layer: Layer) -> bytes:
+def _png(shown: Slice, picture: np.ndarray) -> bytes:
     figure = Figure((_INCHES, _height(shown)), facecolor="black")
     axes = figure.add_axes((0, 0, 1, 1), facecolor="black")
-    _draw(axes, shown, layer)
+    _draw(axes, shown, picture)
     _mark_sides(axes, shown.axis, 14)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI)
@@ -232,13 +207,10 @@ def _mark_sides(axes: Any, axis: int, size: float) -> None:
         )  # fmt: skip
 
 
-def _weight_bar(figure: Figure, above: Any, norm: Normalize) -> None:
-    ticks = None
-    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
-        ticks = LogLocator(subs=(1, 2, 5) if norm.vmax > 10.1 * norm.vmin else (1, 1.5, 2, 3, 5, 7))
+def _weight_bar(figure: Figure, above: Any, weights: tuple[float, float]) -> None:
     bar = figure.colorbar(
-        ScalarMappable(norm, RISK), ax=above, location="bottom", aspect=30, panchor=False,
-        ticks=ticks, format="%g", label="voxel weight",
+        ScalarMappable(LogNorm(*weights), RISK), ax=above, location="bottom", aspect=30,
+        panchor=False, ticks=np.geomspace(*weights, 3), format="%.3g", label="voxel weight",
     )  # fmt: skip
     bar.minorticks_off()
     bar.ax.set_facecolor("#888888")

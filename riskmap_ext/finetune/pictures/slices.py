@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Volumes:
 
     image: real. labels, predictions: class indices; class 0 and negative ones (ignored) are not
     drawn. risk: voxel weights >= 0; 0 is not drawn. scores: free text for predictions by name.
+    zooms: voxel size along each axis.
     """
 
     name: str
@@ -31,71 +32,56 @@ class Volumes:
     risk: np.ndarray | None = None
     predictions: Mapping[str, np.ndarray] = field(default_factory=dict)
     scores: Mapping[str, str] = field(default_factory=dict)
+    zooms: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """[rows, columns] across `axis`; a pixel is `aspect` as high as wide. grey: in [0, 1]."""
+    """[rows, columns] across `axis`; a pixel is `aspect` as high as wide.
+
+    grey: in [0, 1]. classes: of the label, then of each prediction.
+    """
 
     axis: int
     aspect: float
     grey: np.ndarray
-    labels: np.ndarray
+    classes: dict[str, np.ndarray]
     risk: np.ndarray | None
-    predictions: dict[str, np.ndarray]
 
 
 def volumes_of(case: Case, prediction: Any | None, risk: Any | None) -> Volumes:
-    """Of a prepared case; prediction and risk are tensors or arrays on its grid."""
+    """Of a prepared case, without its name; prediction and risk: tensors or arrays on its grid."""
     ras = case.grid.to_ras
     predictions = {} if prediction is None else {"prediction": ras(prediction)}
     weights = None if risk is None else ras(risk)
-    return Volumes(case.name, ras(case.image[0]), ras(case.label), weights, predictions)
+    volumes = ras(case.image[0]), ras(case.label), weights, predictions
+    return Volumes("", *volumes, zooms=case.grid.ras_spacing())
 
 
-def slice_of(case: Volumes, zooms: Sequence[float] = (1.0, 1.0, 1.0), *, cut: bool = True) -> Slice:
+def slice_of(case: Volumes) -> Slice:
     """The axial slice with most labelled area, or the middle one.
 
-    Where axial slices are thin strips, the plane with most voxels is taken. zooms: voxel size along
-    each axis. cut: to where the image is bright enough to be body, two pixels wider.
-
-    Raises:
-        ValueError: an array that is not 3-D, is empty, or whose shape differs from the image's.
-        TypeError: labels or a prediction that are not whole numbers.
+    Where axial slices are thin strips, the plane with most voxels is taken. It is cut to what is
+    labelled or bright enough to be body, and two pixels around it.
     """
-    image = np.asarray(case.image)
-    if image.ndim != 3 or image.size == 0:
-        raise ValueError(f"image: expected a non-empty 3-D array, got shape {image.shape}")
-
-    def fitting(name: str, array: Any, *, whole: bool = True) -> np.ndarray:
-        array = np.asarray(array)
-        if array.shape != image.shape:
-            raise ValueError(f"{name}: expected the image's shape {image.shape}, got {array.shape}")
-        if whole and array.dtype.kind not in "biu" and not np.array_equal(array, np.trunc(array)):
-            raise TypeError(f"{name}: expected class indices (whole numbers), got {array.dtype}")
-        return np.maximum(array, 0).astype(int) if whole else array
-
-    of = f" of {case.name!r}"
-    labels = fitting("labels" + of, case.labels)
-    predictions = {k: fitting(f"prediction {k!r}{of}", p) for k, p in case.predictions.items()}
-    risk = None if case.risk is None else fitting("risk" + of, case.risk, whole=False)
-    axis = 2 if 4 * min(image.shape[:2]) >= image.shape[2] else int(np.argmin(image.shape))
+    sizes = case.image.shape
+    axis = 2 if 4 * min(sizes[:2]) >= sizes[2] else int(np.argmin(sizes))
     across, up = (a for a in range(3) if a != axis)
-    area = (labels > 0).sum(axis=(across, up))
-    index = int(area.argmax()) if area.any() else image.shape[axis] // 2
-    grey = _grey(image)
-    body = np.take(grey, index, axis).T > 0.1
-    hits = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
-    box = tuple(slice(max(h[0] - 2, 0), h[-1] + 3) if h.size else slice(None) for h in hits)
-    box = box if cut else ()
+    area = (case.labels > 0).sum(axis=(across, up))
+    index = int(area.argmax()) if area.any() else sizes[axis] // 2
 
     def plane(volume: np.ndarray) -> np.ndarray:
-        return np.take(volume, index, axis).T[box]
+        return np.take(volume, index, axis).T
 
-    drawn = {name: plane(prediction) for name, prediction in predictions.items()}
-    weights = None if risk is None else plane(risk)
-    aspect = float(zooms[up]) / float(zooms[across])
-    return Slice(axis, aspect, plane(grey), plane(labels), weights, drawn)
+    grey = plane(_grey(case.image))
+    maps = {"label": case.labels, **case.predictions}
+    classes = {name: np.maximum(plane(each), 0).astype(int) for name, each in maps.items()}
+    seen = np.any([grey > 0.1, *(each > 0 for each in classes.values())], axis=0)
+    hits = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    box = tuple(slice(max(h[0] - 2, 0), h[-1] + 3) if h.size else slice(None) for h in hits)
+    classes = {name: each[box] for name, each in classes.items()}
+    weights = None if case.risk is None else plane(case.risk)[box]
+    return Slice(axis, case.zooms[up] / case.zooms[across], grey[box], classes, weights)
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -141,8 +127,8 @@ def class_colours(num_classes: int) -> np.ndarray:
 
 def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:
     """Image, labels and prediction side by side, [H, 3 W, 3] uint8."""
-    shown = slice_of(volumes_of(case, prediction, None), cut=False)
-    planes = [np.zeros_like(shown.labels), shown.labels, *shown.predictions.values()]
+    shown = slice_of(volumes_of(case, prediction, None))
+    planes = [np.zeros_like(shown.classes["label"]), *shown.classes.values()]
     colours = class_colours(max(int(plane.max()) for plane in planes) + 1)
     pictures = [coloured(shown.grey, plane, colours)[::-1] for plane in planes]
     return (255 * np.concatenate(pictures, axis=1)).astype(np.uint8)

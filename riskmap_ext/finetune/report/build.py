@@ -137,7 +137,6 @@ def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:
     shown = [case.panels for case in results.drawn if case.panels]
     present = sorted({i for panels in shown for i in panels.present})
     colours = class_colours(max(present, default=0) + 1)
-    logs = [panels.weights[2] for panels in shown if panels.weights]
     if not shown:
         return None
     return {
@@ -145,6 +144,7 @@ def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:
             (run.classes[i - 1], to_hex(colours[i])) for i in present if i <= len(run.classes)
         ],
         "errors": [(_ERRORS.get(k, k), to_hex(colour)) for k, colour in ERROR_COLOURS.items()],
-        "scale": logs and ("logarithmic" if any(logs) else "linear"),
-        "colours": [to_hex(shade, keep_alpha=True) for shade in RISK(np.linspace(0, 1, 9))],
+        "weights": [to_hex(shade, keep_alpha=True) for shade in RISK(np.linspace(0, 1, 9))]
+        if any(panels.weights for panels in shown)
+        else [],
     }
