@@ -16,7 +16,7 @@ from rich.table import Table
 import riskmap_ext
 from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.log import MISSING
-from riskmap_ext.finetune.report.curves import dots
+from riskmap_ext.finetune.report.curves import Line, chart
 from riskmap_ext.finetune.report.page import render
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ def write_page(
 ) -> None:
     """Writes a page that needs no other file: pictures and style are in it."""
     header, rows = _cells(arms, kinds)
+    lines = [Line(k.name, [*enumerate(_points(arms, k.key))]) for k in kinds]
     content = render(
         "demo/page.html.j2",
         title="riskmap demo",
         findings=findings(sources, arms),
-        chart=dots({k.name: _points(arms, k.key) for k in kinds}, "Mean Dice of each seed"),
+        chart=chart(lines, "Mean Dice of each seed", (0, 100), x_label="seed"),
         header=header,
         rows=rows,
         caption=_caption(arms),

@@ -70,14 +70,14 @@ class Panels:
 
 
 @contextmanager
-def drawn_alike(style: Mapping[str, Any] | None = None) -> Iterator[None]:
+def drawn_alike(style: Mapping[str, Any]) -> Iterator[None]:
     """With `style` of rcParams, and names in any script and with any signs: $ is no formula.
 
     By a font that has their letters, else as boxes, without a word.
     """
     present = set(font_manager.get_font_names())
     family = [*rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
-    settings: dict[Any, Any] = {"font.family": family, "text.parse_math": False, **(style or {})}
+    settings: dict[Any, Any] = {"font.family": family, "text.parse_math": False, **style}
     with warnings.catch_warnings(), rc_context(settings):
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
