@@ -10,20 +10,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.colors import to_hex
 
-from riskmap_ext.finetune.base.log import MISSING, number
+from riskmap_ext.finetune.base.log import MISSING, gib, number
 from riskmap_ext.finetune.metrics.dice import mean_without_nan
 from riskmap_ext.finetune.metrics.surfaces import EXTRA, FOUND, MISSED, Score
 from riskmap_ext.finetune.pictures.figures import ERROR_COLOURS, RISK
 from riskmap_ext.finetune.pictures.slices import class_colours
 from riskmap_ext.finetune.report.cases import TOLERANCE, CaseResults
 from riskmap_ext.finetune.report.curves import run_charts, thinned
-from riskmap_ext.finetune.report.page import render
-from riskmap_ext.finetune.report.read import RunFiles
+from riskmap_ext.finetune.report.page import duration, render
+from riskmap_ext.finetune.report.read import Leep, RunFiles
 
 # Further lists are folded up.
 _OPEN_ROWS = 12
 # Larger tables would make the file large.
 _MOST_CELLS = 12000
+# Further source classes are counted.
+_MOST_COLUMNS = 30
 _NAMES = {"train_loss": "loss", "mean_dice": "mean Dice", "lr": "learning rate"}
 _ERRORS = {"missed": "missed (label alone)", "extra": "extra (prediction alone)"}
 
@@ -51,6 +53,8 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
         tolerance=f"{TOLERANCE:g}",
         legend=_legend(run, results),
         tables=_case_tables(run, results.scores),
+        conditional=_conditional(run.leep) if run.leep else None,
+        starts=_starts(run.starts),
     )
 
 
@@ -130,6 +134,48 @@ def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
 def _cell(score: Score, column: str) -> str:
     """Outcomes other than found as words."""
     return f"{getattr(score, column):.3f}" if score.outcome == FOUND else score.outcome
+
+
+def _conditional(leep: Leep) -> Table:
+    """P(y|z) with its margins, for the source classes with most of the mass, in their order."""
+    mass = leep.source_frequencies
+    shown = sorted(sorted(range(len(mass)), key=lambda z: -mass[z])[:_MOST_COLUMNS])
+    title = "P(label | source class)"
+    if rest := len(mass) - len(shown):
+        left = _percent(max(0.0, 1 - sum(mass[z] for z in shown)))
+        title += f": the {len(shown)} source classes with most mass are shown; "
+        title += f"{rest} with {left} of it are left out"
+    rows = [
+        [name, *(f"{row[z]:.3g}" for z in shown), _percent(share)]
+        for name, row, share in zip(
+            leep.classes, leep.conditional, leep.class_frequencies, strict=True
+        )
+    ]
+    rows.append(["of all mass", *(_percent(mass[z]) for z in shown), ""])
+    names = [leep.source_classes[z] for z in shown]
+    return Table(title, ["target class", *names, "of all voxels"], rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _starts(starts: Sequence[dict[str, Any]]) -> Table | None:
+    """What environment.json says, a column for each start of the run."""
+    keys = dict.fromkeys(key for start in starts for key in start)
+    rows = [[key, *(_said(key, start.get(key)) for start in starts)] for key in keys]
+    header = ["start", "1", *(f"{i} (resumed)" for i in range(2, len(starts) + 1))]
+    return Table("", header, rows) if starts else None
+
+
+def _said(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {kind}" for kind, count in value.items())
+    if isinstance(value, (int, float)) and key == "seconds":
+        return duration(value)
+    if isinstance(value, (int, float)) and key.endswith("_bytes"):
+        return gib(value)
+    return MISSING if value is None else str(value)
 
 
 def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:

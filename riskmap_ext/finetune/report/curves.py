@@ -77,9 +77,10 @@ def chart(
 
     log: a logarithmic axis where the values are positive and span much.
     """
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
-    if not values:
+    known = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
+    if not known:
         return None
+    steps, values = zip(*known, strict=True)
     log = log and min(values) > 0 and max(values) / min(values) > _LOG_SPAN
     with rc_context(_STYLE):
         figure = Figure((5.8, 3.6), layout="constrained")
@@ -89,8 +90,7 @@ def chart(
         for line in lines:
             every = -(-len(line.points) // _MOST_MARKS)
             drawn += axes.plot(*np.transpose(line.points), markevery=every, **line.look)
-        axes.set(xlabel=x_label, ylim=y_range)
-        axes.set_xlim(left=0)
+        axes.set(xlabel=x_label, xlim=(0, max(1, *steps)), ylim=y_range)
         axes.locator_params(axis="x", integer=True)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
-from riskmap_ext.finetune.base.structures import structures_of
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
@@ -23,8 +21,6 @@ from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_means
 # A configuration alone is no run.
 _SIGNS = ("log.txt", "metrics.csv", "dice.csv", "leep.json")
 _METRICS = ("step", "train_loss", "mean_dice", "lr", "seconds")
-# Further source classes are counted.
-_MOST_COLUMNS = 30
 
 
 class Leep(BaseModel):
@@ -49,20 +45,6 @@ class Leep(BaseModel):
         if found != (rows, columns, rows) or {*map(len, self.conditional)} - {columns}:
             raise ValueError(f"expected a table of {rows} x {columns}")
         return self
-
-    @property
-    def shown(self) -> list[int]:
-        """Source classes for a table: those with most of the mass, in their order."""
-        order = np.argsort(-np.array(self.source_frequencies), kind="stable")
-        return sorted(order[:_MOST_COLUMNS].tolist())
-
-    @property
-    def mass_left_out(self) -> float:
-        return max(0.0, 1 - sum(self.source_frequencies[z] for z in self.shown))
-
-
-class _Environment(BaseModel):
-    starts: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -124,10 +106,7 @@ def read_run(folder: Path) -> RunFiles:
     if dice_header and len(dice) < 3:
         raise _damaged(folder / "dice.csv", "expected cases, their mean and their number")
     classes = dice_header[1:-1] or [n.removeprefix("dice_") for n in header if n[:5] == "dice_"]
-    if not classes and config is not None and config.data.classes:
-        regions = config.data.regions, config.data.region_classes
-        classes = list(structures_of(config.data.classes, *regions).scored)
-    environment = _json(folder / ENVIRONMENT_FILE, _Environment) or _Environment()
+    environment = _json(folder / ENVIRONMENT_FILE, dict[str, list[dict[str, Any]]]) or {}
     log = _text(folder / "log.txt")
     return RunFiles(
         folder=folder,
@@ -142,7 +121,7 @@ def read_run(folder: Path) -> RunFiles:
         dice={name: row[:-1] for name, *row in dice[:-2]},
         leep=_json(folder / LEEP_FILE, Leep),
         keys=_json(folder / "keys.json", dict[str, list[str]]),
-        starts=environment.starts,
+        starts=environment.get("starts", []),
         log=None if log is None else log.splitlines(),
     )
 
