@@ -206,10 +206,9 @@ def start_from_source(
             report.loaded.append(key)
     if not report.loaded:
         raise CheckpointError(
-            f"{source.path}: none of its weights fits the network: the file holds "
-            f"{_described(source.config)}, and network says {_described(config)}; leave network "
-            "out to take the file's, or set source.initialize=false to take only the risk map "
-            "from it"
+            f"{source.path}: none of its weights fits network: the file holds "
+            f"{_described(source.config)}, network says {_described(config)}; leave network out, "
+            "or set source.initialize=false to take only the risk map from the file"
         )
     network.load_state_dict({key: theirs[key] for key in report.loaded}, strict=False)
     return report

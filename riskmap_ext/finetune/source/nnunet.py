@@ -90,15 +90,13 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceMod
     configuration = checked(_Configuration, content, place)
     if configuration.previous_stage:
         raise CheckpointError(
-            f"{path}: is the second stage of a cascade ({name}), which also needs the first "
-            "stage's segmentation of each image; take a model of 2d, 3d_lowres or 3d_fullres"
+            f"{path}: is the second stage of a cascade ({name}), which needs the segmentations of "
+            "the first; take a model of 2d, 3d_lowres or 3d_fullres"
         )
     dims = len(configuration.patch_size)
     if len(configuration.spacing) < dims:
-        raise CheckpointError(
-            f"{place}spacing: expected {dims} numbers, as patch_size has, got "
-            f"{configuration.spacing}"
-        )
+        got = configuration.spacing
+        raise CheckpointError(f"{place}spacing: expected {dims} numbers, as patch_size, got {got}")
     made_of = configuration.architecture or _old_architecture(content, dims, place)
     architecture = checked(_Architecture, made_of, f"{place}architecture.")
     network = architecture.network_class_name.rpartition(".")[2]

@@ -29,9 +29,8 @@ def nnunet_class(name: str) -> type[nn.Module]:
         from dynamic_network_architectures.architectures import unet
     except ImportError as error:
         raise ConfigError(
-            f"network.name: {name} is a network of nnU-Net and needs the package "
-            f"dynamic_network_architectures ({error}); install it with: "
-            "pip install dynamic-network-architectures"
+            f"network.name: {name} needs the package of nnU-Net's networks ({error}); install it "
+            "with: pip install dynamic-network-architectures"
         ) from None
     return getattr(unet, name)
 
