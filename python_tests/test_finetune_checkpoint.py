@@ -62,7 +62,7 @@ def test_source_is_frozen_and_complete(checkpoint):
     [
         ({"classes": None}, "does not say which classes it has"),
         ({"network": None}, "does not say which network it belongs to"),
-        ({"network": {"nam": "UNet"}}, "its network.name: missing; nam: unknown key; did you mean"),
+        ({"network": {"nam": "UNet"}}, "its network.name: missing; network.nam: unknown key; did"),
         ({"regions": {"a": [0]}, "region_classes": [1]}, "its.regions.a: expected classes"),
     ],
 )

@@ -145,7 +145,7 @@ def _plain(
     config, structures = source.network, given_structures(source)
     told = f"its keys are such as {', '.join(list(state)[:3])}"
     if own.get("network") is not None:
-        config = config or checked(NetworkConfig, own["network"], f"{path}: its network.")
+        config = config or checked(NetworkConfig, own["network"], path, "network")
     if own.get("classes"):
         given = (own["classes"], own.get("regions"), own.get("region_classes"))
         stored = structures_of(*given, f"{path}: its")

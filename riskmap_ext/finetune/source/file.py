@@ -61,13 +61,13 @@ def placed(place: str) -> Iterator[None]:
         raise ConfigError(f"{place}{error}") from None
 
 
-def checked(model: type[Section], content: Any, place: str) -> Section:
-    """A pydantic model of a file's keys. Raises: CheckpointError beginning with `place`."""
+def checked(model: type[Section], content: Any, path: Path, section: str) -> Section:
+    """A pydantic model of a section of a file. Raises: CheckpointError naming file and keys."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        told = "; ".join(f"{key}: {why}" for key, why in problems_of(error, model))
-        raise CheckpointError(f"{place}{told}") from None
+        told = (f"{section}{key and '.'}{key}: {why}" for key, why in problems_of(error, model))
+        raise CheckpointError(f"{path}: its {'; '.join(told)}") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -80,14 +80,13 @@ class _Architecture(BaseModel):
 def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceModel:
     """Raises: CheckpointError naming the file and what is missing or cannot work."""
     path = source.checkpoint
-    made_with = checked(_MadeWith, content.get("init_args") or {}, f"{path}: its init_args: ")
-    place = f"{path}: its plans: "
-    plans = checked(_Plans, made_with.plans or _beside(path, "plans"), place)
+    made_with = checked(_MadeWith, content.get("init_args") or {}, path, "init_args")
+    plans = checked(_Plans, made_with.plans or _beside(path, "plans"), path, "plans")
     dataset = made_with.dataset_json or _beside(path, "dataset")
     name = made_with.configuration or path.resolve().parent.parent.name.rpartition("__")[2]
-    content = _with_inherited(plans.configurations, name, place)
-    place += f"configurations.{name}."
-    configuration = checked(_Configuration, content, place)
+    content = _with_inherited(plans.configurations, name, f"{path}: its plans.configurations")
+    section = f"plans.configurations.{name}"
+    configuration = checked(_Configuration, content, path, section)
     if configuration.previous_stage:
         raise CheckpointError(
             f"{path}: is the second stage of a cascade ({name}), which needs the segmentations of "
@@ -96,9 +95,13 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceMod
     dims = len(configuration.patch_size)
     if len(configuration.spacing) < dims:
         got = configuration.spacing
-        raise CheckpointError(f"{place}spacing: expected {dims} numbers, as patch_size, got {got}")
-    made_of = configuration.architecture or _old_architecture(content, dims, place)
-    architecture = checked(_Architecture, made_of, f"{place}architecture.")
+        raise CheckpointError(
+            f"{path}: its {section}.spacing: expected {dims} numbers, as patch_size has, got {got}"
+        )
+    made_of = configuration.architecture or _old_architecture(
+        content, dims, f"{path}: its {section}"
+    )
+    architecture = checked(_Architecture, made_of, path, f"{section}.architecture")
     network = architecture.network_class_name.rpartition(".")[2]
     args = {k: v for k, v in architecture.arch_kwargs.items() if k != "deep_supervision"}
     structures = given_structures(source) or _structures(path, dataset)
@@ -143,7 +146,7 @@ def _with_inherited(given: dict[str, dict[str, Any]], name: Any, place: str) -> 
     while wanted is not None:
         if wanted not in list(left):
             raise CheckpointError(
-                f"{place}expected a configuration {wanted!r} (by its init_args, or by a folder "
+                f"{place}: expected a configuration {wanted!r} (by its init_args, or by a folder "
                 f"TRAINER__PLANS__CONFIGURATION), got {', '.join(given) or 'none'}"
             )
         # Taken out, so that none inherits from itself.
@@ -176,7 +179,7 @@ def _old_architecture(old: Mapping[str, Any], dims: int, place: str) -> dict[str
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{place}architecture: expected it, or UNet_class_name with the numbers of old plans; "
+            f"{place}.architecture: expected it, or UNet_class_name with the numbers of old plans; "
             f"{error} is missing or cannot be used"
         ) from None
     return {"network_class_name": f"{_PACKAGE}{name}", "arch_kwargs": args}
