@@ -323,8 +323,8 @@ class TestNnunet:
             ({"channel_names": ["a"]}, "channel names: expected 0: name"),
             ({"labels": {"background": 0, "a": "x"}}, "labels: expected number: name"),
             ({"labels": {"background": 0, "a": 1, "b": 1}}, "labels: expected distinct numbers"),
-            ({"dataset": {"a": 3}}, "dataset.a: Input should be a valid dictionary"),
-            ({"dataset": {}}, "dataset: Dictionary should have at least 1 item"),
+            ({"dataset": {"a": 3}}, "dataset.a: input should be a valid dictionary"),
+            ({"dataset": {}}, "dataset: dictionary should have at least 1 item"),
             (
                 {"labels": {"background": 0, "a": [1, 2]}, "regions_class_order": 1},
                 "regions_class_order: expected 1 labels",
@@ -386,7 +386,7 @@ class TestLabelTables:
 
     def test_missing_table(self, tmp_path):
         write_cases(tmp_path, 3)
-        with pytest.raises(DataError, match=r"none\.csv: no such file"):
+        with pytest.raises(DataError, match=r"none\.csv: cannot be read as text \(.*No such file"):
             read(tmp_path, classes=None, label_map=str(tmp_path / "none.csv"))
 
     def test_table_of_real_labels(self):

@@ -131,18 +131,18 @@ def test_decathlon_datalist(tmp_path):
     ("text", "told"),
     [
         ("{", "JSON"),
-        ("[]", "expected an object"),
+        ("[]", "expected keys with values, got []"),
         ("{}", "list 'training'"),
-        ('{"training": [{"image": "x"}]}', "training.0.label: Field required"),
+        ('{"training": [{"image": "x"}]}', "training.0.label: missing"),
         (
             '{"training": [{"image": ["a", 1], "label": "c"}]}',
             "training.0.image: expected a file, or a list with one for each",
         ),
         ('{"training": [1], "labels": {"a": "b"}}', "labels"),
-        ('{"training": 5}', "training: Input should be a valid list, got 5"),
+        ('{"training": 5}', "training: input should be a valid list, got 5"),
         (
             '{"training": [], "validation": "x"}',
-            "validation: Input should be a valid list, got 'x'",
+            "validation: input should be a valid list, got 'x'",
         ),
         ('{"training": [1], "labels": {"0": "b", "\u00b2": "a"}}', "labels"),
         ('{"training": [1], "labels": {"b": 0, "whole": []}}', "for each region"),
@@ -216,7 +216,9 @@ def test_folders_and_files_in_each_others_place(root):
     assert f"{file}: is a file; expected a folder" in problem(
         root, images=str(file), labels="labels"
     )
-    assert f"{folder}: is a folder; expected a JSON file" in problem(root, datalist=str(folder))
+    assert f"{folder}: cannot be read as YAML ([Errno 21] Is a directory" in problem(
+        root, datalist=str(folder)
+    )
 
 
 def test_class_names_of_a_datalist_are_distinct(root):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pydantic import ValidationError
-
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names it and how to put it right."""
@@ -53,15 +51,6 @@ class ToldElsewhere(InputError):
 
 class Terminated(KeyboardInterrupt):
     """A request to end (SIGTERM): treated as Ctrl-C is."""
-
-
-def each_problem(error: ValidationError, key: str) -> list[str]:
-    """A line for each value below `key` that does not fit: what was expected and what came."""
-    return [
-        f"{'.'.join(map(str, (key, *each['loc'])))}: "
-        f"{each['msg'].removeprefix('Value error, ')}, got {each['input']!r}"
-        for each in error.errors()
-    ]
 
 
 def one_line(error: object) -> str:

@@ -65,15 +65,3 @@ def absent(path: Path, kind: str = "file") -> str:
     other, there = ("folder", os.path.isdir) if kind == "file" else ("file", os.path.isfile)
     why = f"is a {other}; expected a {kind}" if there(path) else f"no such {kind}, or no access"
     return f"{path}: {why}"
-
-
-def read_text(path: Path, kind: str, raised: type[InputError]) -> str:
-    """A file in UTF-8; kind: what is expected there, such as JSON. Raises: `raised`."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        raise raised(f"{path}: is a folder; expected a {kind} file") from None
-    except FileNotFoundError:
-        raise raised(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise raised(f"{path}: cannot be read as {kind} ({error})") from None

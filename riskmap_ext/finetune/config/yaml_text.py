@@ -29,7 +29,7 @@ def read_mapping(
     """The keys of a file; dotted key -> its line, of YAML. Raises: `kind` naming the file."""
     language = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content, lines = (json.loads(text), {}) if language == "JSON" else read_yaml(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise kind(f"{path}: cannot be read as {language} ({one_line(error)})") from None

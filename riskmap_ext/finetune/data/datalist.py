@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -14,10 +13,11 @@ from typing import Annotated, Any
 from annotated_types import Len
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import absent, read_text
+from riskmap_ext.finetune.base.files import absent
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX, CaseConfig, DataConfig
+from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.dataset_json import (
     Entry,
     dataset_channels,
@@ -169,12 +169,7 @@ def _find(data: DataConfig) -> _Found:
 
 def _read_datalist(path: Path, data: DataConfig) -> _Found:
     """A Medical Segmentation Decathlon or MONAI datalist, or an nnU-Net dataset.json."""
-    try:
-        content = json.loads(read_text(path, "JSON", DataError))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object with 'training', got {type(content)}")
+    content, _ = read_mapping(path, DataError)
     told = {**dataset_labels(path, content), "channels": dataset_channels(path, content)}
     if "training" not in content and "file_ending" in content:
         found = _nnunet_cases(path, content, data, len(told["channels"] or [""]))

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import AliasChoices, AliasGenerator, ConfigDict, TypeAdapter, ValidationError
 
-from riskmap_ext.finetune.base.errors import DataError, each_problem
+from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.base.structures import check_names
+from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import CaseConfig
 
 # Of int16.
@@ -33,7 +34,12 @@ def entries(path: Path, key: str, kind: Any, content: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_python(content, context={"base": path.parent})
     except ValidationError as error:
-        raise DataError([f"{path}: {line}" for line in each_problem(error, key)]) from None
+        raise DataError(
+            [
+                f"{path}: {'.'.join(filter(None, (key, place)))}: {told}"
+                for place, told in problems_of(error, Entry)
+            ]
+        ) from None
 
 
 def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from riskmap_ext.finetune.base.errors import DataError
-from riskmap_ext.finetune.base.files import read_text
 from riskmap_ext.finetune.base.structures import class_index
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX
 
@@ -47,8 +46,11 @@ def read_label_map(path: Path) -> dict[int, int | str]:
 
     Raises: DataError naming the file and the line.
     """
-    lines = enumerate(read_text(path, "CSV", DataError).splitlines(), start=1)
-    rows = [(number, line.strip()) for number, line in lines]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}) (data.label_map)") from None
+    rows = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     rows = [(number, line) for number, line in rows if line and not line.startswith("#")]
     if not rows:
         raise DataError(f"{path}: no rows in it (data.label_map)")
