@@ -386,7 +386,7 @@ class TestLabelTables:
 
     def test_missing_table(self, tmp_path):
         write_cases(tmp_path, 3)
-        with pytest.raises(DataError, match=r"none\.csv: cannot be read as text \(.*No such file"):
+        with pytest.raises(DataError, match=r"none\.csv: no such file"):
             read(tmp_path, classes=None, label_map=str(tmp_path / "none.csv"))
 
     def test_table_of_real_labels(self):

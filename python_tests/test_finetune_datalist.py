@@ -216,9 +216,7 @@ def test_folders_and_files_in_each_others_place(root):
     assert f"{file}: is a file; expected a folder" in problem(
         root, images=str(file), labels="labels"
     )
-    assert f"{folder}: cannot be read as YAML ([Errno 21] Is a directory" in problem(
-        root, datalist=str(folder)
-    )
+    assert f"{folder}: is a folder; expected a file" in problem(root, datalist=str(folder))
 
 
 def test_class_names_of_a_datalist_are_distinct(root):

@@ -1,4 +1,4 @@
-"""Files written beside and then renamed, so that none is ever half-written."""
+"""Texts read, and files written beside and then renamed, so that none is ever half-written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from riskmap_ext._files import written_beside
-from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext.finetune.base.errors import DataError, InputError
 
 
 @contextmanager
@@ -27,6 +27,21 @@ def _written(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
+
+
+def read_text(path: Path, kind: type[InputError] = DataError) -> str:
+    """Of a file in UTF-8, with or without its mark. Raises: `kind` naming the file and why."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        why = "no such file"
+    except IsADirectoryError:
+        why = "is a folder; expected a file"
+    except OSError as error:
+        why = f"cannot be read ({error.strerror or error})"
+    except UnicodeDecodeError:
+        why = "is damaged (no text in UTF-8)"
+    raise kind(f"{path}: {why}")
 
 
 def write_text(path: Path, text: str) -> None:

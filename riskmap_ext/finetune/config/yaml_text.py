@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line
+from riskmap_ext.finetune.base.files import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,11 +28,10 @@ def read_mapping(
     path: Path, kind: type[InputError] = ConfigError
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The keys of a file; dotted key -> its line, of YAML. Raises: `kind` naming the file."""
-    language = "JSON" if path.suffix == ".json" else "YAML"
+    language, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path, kind)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         content, lines = (json.loads(text), {}) if language == "JSON" else read_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise kind(f"{path}: cannot be read as {language} ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise kind(f"{path}: expected keys with values, got {content!r}")

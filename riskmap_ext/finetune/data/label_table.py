@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.files import read_text
 from riskmap_ext.finetune.base.structures import class_index
 from riskmap_ext.finetune.config.schema import IGNORE_INDEX
 
@@ -46,10 +47,7 @@ def read_label_map(path: Path) -> dict[int, int | str]:
 
     Raises: DataError naming the file and the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error}) (data.label_map)") from None
+    lines = read_text(path).splitlines()
     rows = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     rows = [(number, line) for number, line in rows if line and not line.startswith("#")]
     if not rows:

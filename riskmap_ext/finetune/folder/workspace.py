@@ -14,7 +14,7 @@ import yaml
 
 from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.base.files import write_text
+from riskmap_ext.finetune.base.files import read_text, write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.config.schema import Config
@@ -74,8 +74,8 @@ def check_same_run(config: Config) -> None:
     """Raises: ConfigError naming the keys in which `config` differs from the unfinished run."""
     path = config.output / "config.yaml"
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        before = yaml.safe_load(read_text(path, ConfigError))
+    except yaml.YAMLError as error:
         raise ConfigError(f"output: {path} cannot be read ({error})") from None
     changed = _differences(before, yaml.safe_load(config.to_yaml()))
     changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.files import read_text
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
@@ -131,14 +132,7 @@ def _damaged(path: Path, why: object) -> DataError:
 
 
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError([f"{path}: cannot be read ({error.strerror or error})"]) from None
-    except UnicodeDecodeError:
-        raise _damaged(path, "no text in UTF-8") from None
+    return read_text(path) if path.exists() else None
 
 
 def _config(path: Path, text: str) -> tuple[Config | None, str | None]:
