@@ -31,8 +31,8 @@ from riskmap_ext.finetune import (  # noqa: E402
     predict_images,
     prepare_cases,
 )
-from riskmap_ext.finetune.base.structures import structures_of  # noqa: E402
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, SourceConfig  # noqa: E402
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, structures_of  # noqa: E402
+from riskmap_ext.finetune.config.schema import SourceConfig  # noqa: E402
 from riskmap_ext.finetune.data.datalist import list_cases  # noqa: E402
 from riskmap_ext.finetune.data.memory import memory_need  # noqa: E402
 from riskmap_ext.finetune.data.sampling import Batch, CropSampler  # noqa: E402

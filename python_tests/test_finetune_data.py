@@ -30,7 +30,7 @@ from finetune_data import (
 
 from riskmap_ext.finetune import ConfigError, DataError, parse_config, prepare_cases
 from riskmap_ext.finetune.base.device import available_memory
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 
 ORIENTATIONS = [
     "".join(codes)

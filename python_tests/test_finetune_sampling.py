@@ -13,7 +13,8 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import SHAPE, configuration, write_cases
 
 from riskmap_ext.finetune import Case, ConfigError, prepare_cases
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, AugmentConfig, TrainConfig
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
+from riskmap_ext.finetune.config.schema import AugmentConfig, TrainConfig
 from riskmap_ext.finetune.data.sampling import Batch, CropSampler
 
 STILL = {"affine_probability": 0, "intensity_probability": 0, "noise_probability": 0}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import riskmap_ext
 from benchmarks.transfer.sources import Sources
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, class_voxels
 from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.nn import RiskWeightedLoss

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from riskmap_ext import weighted_loss
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.nn import RiskWeightedLoss
 

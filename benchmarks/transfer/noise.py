@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.transfer.scenario import Noise
 from riskmap_ext._files import digest
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, Cases
 
 _WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1))

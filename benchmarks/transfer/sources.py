@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import riskmap_ext
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
+from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import patch_size

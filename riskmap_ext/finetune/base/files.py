@@ -17,6 +17,9 @@ import torch
 from riskmap_ext._files import written_beside
 from riskmap_ext.finetune.base.errors import DataError, InputError
 
+# .img is the other half of .hdr.
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
+
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from riskmap_ext.finetune.base.errors import ConfigError
 
+# Of labels that count nowhere.
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True)
 class Structures:

@@ -28,7 +28,6 @@ from riskmap_ext.finetune.base.device import DEVICE
 from riskmap_ext.finetune.base.orientation import check_orientation
 from riskmap_ext.finetune.base.structures import check_names
 
-IGNORE_INDEX = -100
 BELOW_ROOT = ("datalist", "images", "labels")
 
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 from annotated_types import Len
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import absent
+from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, absent
 from riskmap_ext.finetune.base.log import some
-from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, CaseConfig, DataConfig
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
+from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.dataset_json import (
     Entry,
@@ -25,9 +25,6 @@ from riskmap_ext.finetune.data.dataset_json import (
     entries,
 )
 from riskmap_ext.finetune.data.label_table import label_table, read_label_map
-
-# .img is the other half of .hdr.
-EXTENSIONS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def list_cases(data: DataConfig) -> Listing:
 
 def stem(path: Path) -> str:
     """The file name without the image format's ending."""
-    ending = next((e for e in EXTENSIONS if path.name.lower().endswith(e)), "")
+    ending = next((e for e in IMAGE_ENDINGS if path.name.lower().endswith(e)), "")
     return path.name[: len(path.name) - len(ending)]
 
 
@@ -128,7 +125,7 @@ def volumes_in(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name.lower().endswith(EXTENSIONS) and not path.name.startswith(".")
+        if path.name.lower().endswith(IMAGE_ENDINGS) and not path.name.startswith(".")
     )
 
 
@@ -187,9 +184,9 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
 def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> _Found:
     """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
     ending = str(content["file_ending"])
-    if ending.lower() not in EXTENSIONS:
+    if ending.lower() not in IMAGE_ENDINGS:
         raise DataError(
-            f"{path}: file_ending: expected one of {', '.join(EXTENSIONS)}, got {ending!r}"
+            f"{path}: file_ending: expected one of {', '.join(IMAGE_ENDINGS)}, got {ending!r}"
         )
     if content.get("dataset") is not None:
         listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.base.files import read_text
-from riskmap_ext.finetune.base.structures import class_index
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, class_index
 
 _VALUE_COLUMNS = ("value", "index", "id", "label", "labelid", "roi_index", "no.")
 _NAME_COLUMNS = ("class", "name", "labelname", "structure", "roi_name", "region")

@@ -25,8 +25,8 @@ from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import DataError, Problems
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.orientation import PREPARED, slice_axis_of
-from riskmap_ext.finetune.base.structures import Structures
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, DataConfig
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
+from riskmap_ext.finetune.config.schema import Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.data.resample import check_spacing, resample, transformed
 from riskmap_ext.finetune.data.storage import kept

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, AugmentConfig, TrainConfig
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
+from riskmap_ext.finetune.config.schema import AugmentConfig, TrainConfig
 from riskmap_ext.finetune.data.prepare import Case
 from riskmap_ext.finetune.data.storage import kept
 

@@ -9,8 +9,7 @@ import torch
 from monai.metrics import DiceHelper
 from torch import Tensor
 
-from riskmap_ext.finetune.base.structures import Structures
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
 
 
 def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures) -> list[float]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from riskmap_ext.finetune.base.errors import DataError, InputError
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import prepare_cases
 from riskmap_ext.finetune.data.volumes import read_image_files, read_labels
 from riskmap_ext.finetune.metrics.surfaces import Score, score_masks

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from riskmap_ext._checkpoints import load_plain
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
+from riskmap_ext.finetune.base.files import IMAGE_ENDINGS
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.data.datalist import EXTENSIONS
 
 Section = TypeVar("Section", bound=BaseModel)
 # Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
@@ -111,7 +111,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
                 "state_dict() alone"
             )
         what = "is damaged or incomplete, or an archive to be unpacked"
-    elif path.name.lower().endswith((*EXTENSIONS, ".img")):
+    elif path.name.lower().endswith((*IMAGE_ENDINGS, ".img")):
         what = "is an image"
     else:
         try:

@@ -16,7 +16,7 @@ import riskmap_ext
 from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, Cases
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.source.checkpoint import SourceModel

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.config.schema import IGNORE_INDEX, Config, TrainConfig
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX
+from riskmap_ext.finetune.config.schema import Config, TrainConfig
 from riskmap_ext.finetune.data.prepare import Cases
 from riskmap_ext.finetune.data.sampling import Batch
 from riskmap_ext.finetune.source.network import first_output
