@@ -59,6 +59,7 @@ def test_the_rest_is_for_training(root):
         ({"train": 4}, "asks for 4 cases, but 3"),
         ({"train": 2, "validation": 2}, "data.validation: asks for 2 cases, but 1"),
         ({"train": ["case00"], "validation": ["case00"]}, "both name case00"),
+        ({"train": ["case00", "case00"]}, "data.train: names case00 more than once"),
         ({"train": ["case09"]}, "no case is named case09"),
         ({"train": None, "validation": 3}, "no case is left"),
         ({"train": None, "validation": 4}, "data.validation: asks for 4 cases, but 3 are left"),

@@ -121,6 +121,23 @@ def test_labels_are_read(root, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_a_batch_that_memory_does_not_hold(root, tmp_path):
+    config = configuration(root, tmp_path / "out", train={"batch_size": 10**9})
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 1000000000 crops of .* take .*GiB"):
+        check_run(config, progress=False)
+
+
+def test_problems_of_headers_and_of_voxels_are_told_at_once(root, tmp_path):
+    label = phantom(0)[1]
+    label[0, 0, 0] = 9
+    save(root / "labels" / "case00.nii.gz", label)
+    save(root / "labels" / "case01.nii.gz", label[..., :-1])
+    with pytest.raises(DataError) as error:
+        check_run(configuration(root, tmp_path / "out"), progress=False)
+    assert "case00.nii.gz: label values 9 are not in" in str(error.value)
+    assert str(error.value).count("case01.nii.gz: expected the grid of its image") == 1
+
+
 def test_a_class_without_voxels_is_told(root, tmp_path, capsys):
     data = {"classes": ["background", "box", "crate", "barrel"]}
     check_run(configuration(root, tmp_path / "out", data=data))
@@ -155,6 +172,8 @@ def test_a_folder_in_use(root, tmp_path):
         for resume in (False, True):
             with pytest.raises(ConfigError, match="is in use by a run"):
                 check_run(config, progress=False, resume=resume)
+        with pytest.raises(ConfigError, match="is in use by a run"):
+            check_run(configuration(root, tmp_path / "out"), progress=False)
     check_run(config, progress=False)
 
 

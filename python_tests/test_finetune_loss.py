@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -92,6 +94,10 @@ def test_weights_that_do_not_fit(root, source, tmp_path, weights, message):
     sections = {"source": {"checkpoint": str(source)}, "risk": {"use": True}}
     with pytest.raises(ValueError, match=message):
         finetune(configuration(root, tmp_path / "out", **sections), progress=False, weights=weights)
+    again = configuration(root, tmp_path / "out", overwrite=True, **sections)
+    nothing: Any = lambda maps, cases: None  # noqa: E731
+    with pytest.raises(TypeError, match="weights: expected case names with tensors, got NoneType"):
+        finetune(again, progress=False, weights=nothing)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class TestScores:
         return predictions, references
 
     def test_outcomes_and_values(self, tmp_path: Path) -> None:
-        scores = score_files(*self.folders(tmp_path), progress=False)
+        scores = score_files(*map(str, self.folders(tmp_path)), progress=False)
         by = {(score.case, score.structure): score for score in scores}
         assert {key: score.outcome for key, score in by.items()} == {
             ("a", "1"): "found",

@@ -472,6 +472,11 @@ class TestErrors:
         [
             ("metrics.csv", "step,lr\n", "expected the columns step, .* seconds; no train_loss"),
             ("losses.csv", "step,loss,lr\n1,2\n", "row 2: expected 3 columns, got 2"),
+            (
+                "dice.csv",
+                "case,foo,mean\na,1,1\nmean,1,1\nn,1,1\n",
+                "other classes than metrics",
+            ),
             ("leep.json", '{"score": "x"}', "score: Input should be a valid number"),
             ("keys.json", '{"loaded": 3}', "loaded: Input should be a valid (array|list)"),
         ],

@@ -26,6 +26,7 @@ from finetune_data import (
 
 import riskmap_ext
 from riskmap_ext.finetune import (
+    ConfigError,
     finetune,
     load_config,
     make_maps,
@@ -152,6 +153,16 @@ def test_predictions_have_the_grid_of_the_image(run, root):
         assert written.shape == image.shape
         assert written.get_data_dtype() == np.uint8
         np.testing.assert_allclose(written.affine, image.affine)
+
+
+def test_cases_of_another_data_section_are_refused(run, tmp_path):
+    config, _ = run
+    cases = prepare_cases(config)
+    data = config.data.model_copy(update={"normalize": "none"})
+    other = config.model_copy(update={"data": data, "output": tmp_path / "out"})
+    with pytest.raises(ConfigError, match=r"cases: prepared with data\.normalize='zscore'.*'none'"):
+        finetune(other, cases=cases, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_maps_are_those_of_the_library(run, root, source):

@@ -25,6 +25,9 @@ def main() -> None:
         if (error.name or "").split(".")[0] == "riskmap_ext":
             raise
         _fail(f"the package {error.name} is missing; install it with: {_EXTRA}")
+    except KeyboardInterrupt:  # before a command has begun
+        print("riskmap: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
     except ToldElsewhere:  # another process of the run says it
         raise SystemExit(2) from None
     except InputError as error:

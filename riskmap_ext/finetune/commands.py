@@ -278,7 +278,7 @@ def _predict(
         except ValueError:
             sizes = []
         if not sizes or min(sizes) < 1:
-            raise InputError(f"--patch-size: expected whole numbers, got {patch_size!r}")
+            raise InputError(f"--patch-size: expected whole numbers from 1 on, got {patch_size!r}")
     inference = InferenceConfig(patch_size=sizes, overlap=overlap)
     predict_images(
         checkpoint,

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext.finetune.base.errors import Problems
-from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.processes import started
 from riskmap_ext.finetune.config.schema import Config
@@ -68,11 +67,9 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     Raises: InputError as finetune does, with a line for each problem.
     """
     config, resumed = check_start(config, resume)
-    check_free(config.output)
     with session(config, progress=progress, processes=started()) as run:
         outline = make_outline(run)
     log, listing, models = run.log, outline.listing, outline.models
-    _check_headers(listing)
     if resumed is not None:
         check_same_run(resolved(config, listing))
     read = _read_some(config, outline, log)
@@ -107,7 +104,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     return result
 
 
-def _check_headers(listing: Listing) -> None:
+def _header_problems(listing: Listing) -> Problems:
     problems = Problems()
     for case in (*listing.train, *listing.validation):
         with problems.collected():
@@ -116,7 +113,7 @@ def _check_headers(listing: Listing) -> None:
             problems += grid_problems(image, read_header(case.label))
             for path in case.images[1:]:
                 problems += grid_problems(image, read_header(path))
-    problems.tell()
+    return problems
 
 
 def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
@@ -137,6 +134,7 @@ def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
             counts += class_voxels([case], len(counts))
             digests.append(case.digest)
             spacings.append(case.grid.spacing)
+    problems = Problems(dict.fromkeys([*_header_problems(listing), *problems]))
     problems.tell()
     if len(digests) == len(train) and not counts.any():
         raise all_ignored(listing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
@@ -21,8 +22,8 @@ from riskmap_ext.finetune.metrics.surfaces import ABSENT, EXTRA, FOUND, MISSED, 
 
 
 def score_files(
-    predictions: Path,
-    references: Path,
+    predictions: str | os.PathLike[str],
+    references: str | os.PathLike[str],
     *,
     structures: Mapping[str, Sequence[int]] | None = None,
     tolerance: float = 1.0,
@@ -44,7 +45,7 @@ def score_files(
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ConfigError(f"--tolerance: expected a number >= 0 in mm, got {tolerance!r}")
     log = Log(quiet=not progress)
-    pairs = _pairs(predictions, references, partial)
+    pairs = _pairs(Path(predictions), Path(references), partial)
     wanted = structures or _values_of(pairs.values())
     scores = []
     with log.counting("Scoring", len(pairs)) as advance:

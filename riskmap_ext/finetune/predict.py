@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from riskmap_ext.finetune.source.preparation import KNOWN_NORMALIZATIONS, PREPAR
 
 
 def predict_images(
-    checkpoint: Path,
-    images: Sequence[Path],
-    output: Path,
+    checkpoint: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     *,
     suffix: Sequence[str] | None = None,
     orientation: str | None = None,
@@ -57,6 +58,7 @@ def predict_images(
     Returns: the files written. Raises: InputError naming the file, before the first prediction
     where its header shows it; images that turn out bad later are named when all others are done.
     """
+    checkpoint, output = Path(checkpoint), Path(output)
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
@@ -64,7 +66,7 @@ def predict_images(
     channels = len(model.channels)
     if suffix is None and channels > 1:
         suffix = model.preprocessing.get("image_suffix")
-    files = _files(images, list(suffix or [""]), model.channels)
+    files = _files([Path(each) for each in images], list(suffix or [""]), model.channels)
     targets = {name: output / f"{name}.nii.gz" for name in files}
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:

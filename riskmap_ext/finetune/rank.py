@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -43,7 +44,7 @@ class RankedSource:
 
 def rank_sources(
     config: Config,
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[str | os.PathLike[str]],
     *,
     cases: Cases | None = None,
     progress: bool = True,
@@ -55,15 +56,14 @@ def rank_sources(
 
     Raises: InputError naming the file and what does not fit, before any model is run.
     """
-    if not checkpoints:
+    paths = [Path(each) for each in checkpoints]
+    if not paths:
         raise ConfigError("--source: expected at least one checkpoint, got none")
     check_folder("cache", config.cache or config.output / "cache")
-    shared = config.source or SourceConfig(checkpoint=checkpoints[0])
+    shared = config.source or SourceConfig(checkpoint=paths[0])
     config = config.model_copy(update={"source": shared})
     with session(config, progress=progress) as run:
-        sources = [
-            load_source(shared.model_copy(update={"checkpoint": path})) for path in checkpoints
-        ]
+        sources = [load_source(shared.model_copy(update={"checkpoint": path})) for path in paths]
         cases = cases or prepare_cases(config, log=run.log)
         predictors = [
             predictor_of_source(config, source, cases.channels, run.device) for source in sources

@@ -71,10 +71,11 @@ class Log:
 
     def table(self, table: Table) -> None:
         self.console.print(table)
+        title, table.title = table.title, None
         plain = Console(width=120, no_color=True, highlight=False)
         with plain.capture() as captured:
             plain.print(table)
-        self.note(captured.get().rstrip())
+        self.note(f"{title}\n{captured.get().rstrip()}")
 
     def _write(self) -> None:
         if self._path is not None:

@@ -270,6 +270,8 @@ def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
     for key, value in named.items():
         if unknown := ", ".join(name for name in value if name not in names):
             raise ConfigError(f"{key}: no case is named {unknown}; there are {some(names)}")
+        if twice := ", ".join(sorted({name for name in value if value.count(name) > 1})):
+            raise ConfigError(f"{key}: names {twice} more than once")
     free = [name for name in names if not any(name in value for value in named.values())]
     for key, count in wanted.items():
         if isinstance(count, int):

@@ -139,6 +139,7 @@ class Cases:
     train: list[Case]
     validation: list[Case]
     listing: Listing
+    data: DataConfig
 
     @property
     def structures(self) -> Structures:
@@ -193,7 +194,7 @@ def prepare_cases(
     count = len(listing.train)
     if all((case.label == IGNORE_INDEX).all() for case in cases[:count]):
         raise all_ignored(listing)
-    return Cases(cases[:count], cases[count:], listing)
+    return Cases(cases[:count], cases[count:], listing, config.data)
 
 
 def each_case(

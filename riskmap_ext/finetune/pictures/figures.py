@@ -218,9 +218,11 @@ def _weight_bar(figure: Figure, above: Any, weights: tuple[float, float]) -> Non
 
 
 def _legend(figure: Figure, classes: Sequence[tuple[str, Any]], columns: int) -> None:
-    handles = [Patch(color=colour, label=name) for name, colour in classes[:_LEGEND_CLASSES]]
+    names = [name for name, _ in classes[:_LEGEND_CLASSES]]
+    handles = [Patch(color=colour) for _, colour in classes[:_LEGEND_CLASSES]]
     if rest := len(classes) - len(handles):
-        handles.append(Patch(color="none", label=f"and {rest} more"))
+        handles.append(Patch(color="none"))
+        names.append(f"and {rest} more")
     if handles:
         square: dict[str, Any] = {"handlelength": 1.0, "handleheight": 1.0, "frameon": False}
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, **square)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, **square)

@@ -126,13 +126,15 @@ def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
     by_case = {(score.case, score.structure): score for score in scores}
     columns = {f"Surface Dice at {TOLERANCE:g} mm": "surface_dice", "HD95 in mm": "hd95"}
     for title, column in columns.items() if scores else ():
-        rows = [[n, *(_cell(by_case[n, c], column) for c in run.classes)] for n in names]
+        rows = [[n, *(_cell(by_case.get((n, c)), column) for c in run.classes)] for n in names]
         tables.append(Table(f"{title} of {which}", header, rows, open=False))
     return tables
 
 
-def _cell(score: Score, column: str) -> str:
+def _cell(score: Score | None, column: str) -> str:
     """Outcomes other than found as words."""
+    if score is None:  # of a class that the configuration does not have
+        return MISSING
     return f"{getattr(score, column):.3f}" if score.outcome == FOUND else score.outcome
 
 

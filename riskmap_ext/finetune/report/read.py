@@ -106,7 +106,10 @@ def read_run(folder: Path) -> RunFiles:
     dice_header, dice = _table(folder / "dice.csv", ("case", "mean"), names=1)
     if dice_header and len(dice) < 3:
         raise _damaged(folder / "dice.csv", "expected cases, their mean and their number")
-    classes = dice_header[1:-1] or [n.removeprefix("dice_") for n in header if n[:5] == "dice_"]
+    known = [n.removeprefix("dice_") for n in header if n[:5] == "dice_"]
+    if known and dice_header and dice_header[1:-1] != known:
+        raise _damaged(folder / "dice.csv", f"other classes than metrics.csv: {', '.join(known)}")
+    classes = dice_header[1:-1] or known
     environment = _json(folder / ENVIRONMENT_FILE, dict[str, list[dict[str, Any]]]) or {}
     log = _text(folder / "log.txt")
     return RunFiles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,9 @@ REPORT_FILE = "report.html"
 _ENDINGS = (".html", ".htm")
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(
+    folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes the report of the run in `folder`, finished or not; returns its path.
 
     output: OUTPUT/report.html where None. What the folder lacks (older runs, `write` keys that were
@@ -26,7 +29,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     Raises: InputError naming the folder that holds no run, or the file that is damaged or cannot be
         written.
     """
-    path = folder / REPORT_FILE if output is None else output
+    folder = Path(folder)
+    path = folder / REPORT_FILE if output is None else Path(output)
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: expected a file name that ends in .html, got {path}")
     run = read_run(folder)

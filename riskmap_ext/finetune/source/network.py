@@ -142,6 +142,8 @@ def check_forward(
             blank = _blank(network, size, channels)
             shape = list(first_output(network(blank), blank).shape)
     except Exception as error:  # whatever the network's layers raise
+        if "alloc" in str(error) or "out of memory" in str(error):
+            takes = "it needs more memory than there is"
         raise ConfigError(
             f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
             f"({one_line(error)[:300]}); {takes}"

@@ -223,6 +223,8 @@ def _voxel_weights(plan: Plan, maps: SourceMaps | None) -> Mapping[str, Tensor] 
     if plan.weights is None:
         return maps.risk
     weights = plan.weights(maps, plan.cases.train)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected case names with tensors, got {type(weights).__name__}")
     for case in plan.cases.train:
         if case.name not in weights:
             raise ValueError(

@@ -260,6 +260,6 @@ class Trainer:
         write_json(path, {"step": step, "cases": cases})
         raise InputError(
             f"train: the loss is not finite any more from step {step} on, with crops of "
-            f"{', '.join(dict.fromkeys(cases))} ({path}); lower train.lr ({train.lr:g}) or set "
-            "train.grad_clip"
+            f"{', '.join(dict.fromkeys(cases))} ({path}); lower train.lr ({train.lr:g}) or "
+            f"{'set' if train.grad_clip is None else 'lower'} train.grad_clip"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest
+from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.lock import check_free
+from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing, list_cases
 from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
@@ -61,6 +65,7 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
 
     Returns: the configuration, and what resume.pt holds where there is a run to go on with.
     """
+    check_free(config.output)
     resumed = unfinished_run(config) if resume else None
     if resumed is None:
         if resume:  # nothing that would be lost
@@ -77,6 +82,7 @@ def make_outline(session: Session) -> Outline:
     models = build_models(session, listing)
     sources = [] if models.source is None else [models.source.structures]
     outputs = max(each.num_outputs for each in (listing.structures, *sources))
+    _check_batch(session, models, len(listing.channels), listing.structures.num_outputs)
     memory = memory_need(config, listing, outputs)
     store = volume_store(config, memory, session.device)
     return Outline(listing=listing, models=models, memory=memory, store=store)
@@ -99,6 +105,7 @@ def make_plan(
         log(described(outline.memory, store))
     else:
         _check_options(session)
+        _check_cases(config, cases)
         models, store = build_models(session, cases.listing), None
     flip_axes(cases.train[0], models.dims, config.train.augment)
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
@@ -150,6 +157,29 @@ def _check_options(session: Session) -> None:
         raise ConfigError(
             f"train.batch_size: expected a multiple of the {processes.size} processes of torchrun, "
             f"got {train.batch_size}"
+        )
+
+
+def _check_batch(session: Session, models: Models, channels: int, outputs: int) -> None:
+    """Crops, logits and their gradient alone must fit; what the network keeps is unknown."""
+    train = session.config.train
+    voxels = train.batch_size // session.processes.size * math.prod(models.patch)
+    needed, available = voxels * (4 * channels + 8 * outputs), available_memory()
+    if session.device.type == "cpu" and needed > available:
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} crops of {models.patch} take {gib(needed)} or "
+            f"more, and {gib(available)} of memory is available"
+        )
+
+
+def _check_cases(config: Config, cases: Cases) -> None:
+    """That they are of this `data` section; where volumes are kept changes nothing."""
+    mine, theirs = (data.model_dump(exclude={"storage"}) for data in (config.data, cases.data))
+    if changed := [key for key in mine if mine[key] != theirs[key]]:
+        key = changed[0]
+        raise ConfigError(
+            f"cases: prepared with data.{key}={theirs[key]!r}, the configuration has "
+            f"{mine[key]!r}; prepare_cases makes them for it"
         )
 
 
