@@ -51,18 +51,21 @@ def write_page(
 ) -> None:
     """Writes a page that needs no other file: pictures and style are in it."""
     header, rows = _cells(arms, kinds)
-    lines = [Line(k.name, [*enumerate(_points(arms, k.key))]) for k in kinds]
+    seeds = len(_points(arms, BASELINE))
+    lines = [Line(k.name, [*enumerate(_points(arms, k.key))], {"linestyle": ":"}) for k in kinds]
     content = render(
         "demo/page.html.j2",
         title="riskmap demo",
         findings=findings(sources, arms),
-        chart=chart(lines, "Mean Dice of each seed", (0, 100), x_label="seed"),
+        chart=chart(
+            lines, "Mean Dice of each seed", (0, 100), x_label="seed", x_range=(-0.5, seeds - 0.5)
+        ),
         header=header,
         rows=rows,
         caption=_caption(arms),
         leep=_leep_line(sources),
         subjects=picture.read_bytes(),
-        seeds=_seeds(len(_points(arms, BASELINE))),
+        seeds=_seeds(seeds),
         s=settings,
         versions=f"riskmap_ext {riskmap_ext.__version__}, torch {torch.__version__}, "
         f"MONAI {monai.__version__}, Python {platform.python_version()}",

@@ -71,11 +71,13 @@ def chart(
     y_range: tuple[float | None, float | None] = (None, None),
     *,
     x_label: str = "step",
+    x_range: tuple[float, float] | None = None,
     log: bool = False,
 ) -> Chart | None:
     """None where no line has a finite point; each other one is a gap.
 
-    log: a logarithmic axis where the values are positive and span much.
+    x_range: from 0 to the last step where left out. log: a logarithmic axis where the values are
+    positive and span much.
     """
     known = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not known:
@@ -90,7 +92,7 @@ def chart(
         for line in lines:
             every = -(-len(line.points) // _MOST_MARKS)
             drawn += axes.plot(*np.transpose(line.points), markevery=every, **line.look)
-        axes.set(xlabel=x_label, xlim=(0, max(1, *steps)), ylim=y_range)
+        axes.set(xlabel=x_label, xlim=x_range or (0, max(1, *steps)), ylim=y_range)
         axes.locator_params(axis="x", integer=True)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
