@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from riskmap_ext.finetune.base.errors import Problems
+from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.processes import started
 from riskmap_ext.finetune.config.schema import Config
@@ -66,8 +67,11 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
 
     Raises: InputError as finetune does, with a line for each problem.
     """
+    group = started()
+    if group.is_main:  # two that look at once would each find the other
+        check_free(config.output)
     config, resumed = check_start(config, resume)
-    with session(config, progress=progress, processes=started()) as run:
+    with session(config, progress=progress, processes=group) as run:
         outline = make_outline(run)
     log, listing, models = run.log, outline.listing, outline.models
     if resumed is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import Log, number, some
 from riskmap_ext.finetune.data.datalist import files_by_name, stem
@@ -108,7 +108,7 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
     found, wanted = (files_by_name(folder) for folder in (predictions, references))
     if not found:
         raise DataError([f"{predictions}: no image in this folder"])
-    problems = []
+    problems = Problems()
     if missing := sorted(set(found) - set(wanted)):
         problems.append(f"{references}: no reference for {some(missing)} of {predictions}")
     if (missing := sorted(set(wanted) - set(found))) and not partial:
@@ -116,8 +116,7 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
             f"{predictions}: no prediction for {some(missing)} of {references}; --partial scores "
             "the others"
         )
-    if problems:
-        raise DataError(problems)
+    problems.tell()
     return {name: (path, wanted[name]) for name, path in sorted(found.items())}
 
 

@@ -113,7 +113,7 @@ def _files(
             f"--suffix: expected one for each of the {len(channels)} channels "
             f"({', '.join(channels)}), got {len(suffixes)}"
         )
-    problems: list[str] = []
+    problems = Problems()
     by_name: dict[str, dict[str, Path]] = {}
     for given in images:
         paths = volumes_in(given) if given.is_dir() else [given]
@@ -141,12 +141,11 @@ def _files(
             cases[name] = tuple(case[suffix] for suffix in suffixes)
     for files in cases.values():
         for path in files:
-            try:
+            with problems.collected():
                 read_header(path, len(channels) if len(files) == 1 else 1)
-            except DataError as error:
-                problems.extend(error.problems)
-    if problems or not cases:
-        raise DataError(problems or ["--image: expected at least one image, got none"])
+    problems.tell()
+    if not cases:
+        raise DataError("--image: expected at least one image, got none")
     return cases
 
 

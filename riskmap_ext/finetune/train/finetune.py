@@ -13,6 +13,7 @@ from torch import Tensor
 from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json
+from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.processes import processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
@@ -105,6 +106,7 @@ def finetune(
     started = time.perf_counter()
     config = _checked(config, loss, weights)
     with processes(device_of(config.device)) as group:
+        group.on_main(lambda: check_free(config.output))
         config, resumed = group.together(lambda: check_start(config, resume))
         with session(config, progress=progress, processes=group) as run:
             plan = group.together(
@@ -140,6 +142,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     """
     if config.source is None:
         raise ConfigError("source: missing; the maps need a source model")
+    check_free(config.output)
     check_start(config)
     with session(config, progress=progress) as run:
         source = load_source(config.source)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing, list_cases
@@ -65,7 +64,6 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
 
     Returns: the configuration, and what resume.pt holds where there is a run to go on with.
     """
-    check_free(config.output)
     resumed = unfinished_run(config) if resume else None
     if resumed is None:
         if resume:  # nothing that would be lost
