@@ -13,7 +13,7 @@ import numpy as np
 from nibabel import affines
 
 from riskmap_ext.finetune.base.device import available_memory
-from riskmap_ext.finetune.base.errors import DataError, Problems
+from riskmap_ext.finetune.base.errors import DataError, Problems, one_line
 
 # Corners of two files of one grid may lie this far apart, in voxels.
 _GRID_TOLERANCE = 0.1
@@ -127,7 +127,7 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything in its reader
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = one_line(f"{type(error).__name__}: {error}")
         raise DataError(f"{path}: cannot be read ({why})") from None
     if values.dtype.kind not in "biuf":
         raise DataError(f"{path}: expected real numbers in each voxel, got {values.dtype}")

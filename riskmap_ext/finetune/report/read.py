@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, one_line
 from riskmap_ext.finetune.base.files import read_text
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
@@ -148,7 +148,7 @@ def _config(path: Path, text: str) -> tuple[Config | None, str | None]:
     try:
         return parse_config(content, base=path.parent, origin=str(path)), None
     except ConfigError as error:
-        return None, " ".join(str(error).split())
+        return None, one_line(error)
 
 
 def _table(path: Path, columns: tuple[str, ...], names: int = 0) -> tuple[list[str], list[Any]]:

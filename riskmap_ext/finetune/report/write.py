@@ -6,7 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
-from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.base.files import write_text
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.folder.workspace import check_folder
@@ -47,5 +47,5 @@ def report_at_end(folder: Path, log: Log) -> None:
     try:
         write_report(folder)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         log.warn(f"{folder / REPORT_FILE} was not written ({reason})")

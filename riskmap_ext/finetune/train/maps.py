@@ -14,7 +14,7 @@ from torch import Tensor
 
 import riskmap_ext
 from riskmap_ext._files import digest, read_torch
-from riskmap_ext.finetune.base.errors import InputError
+from riskmap_ext.finetune.base.errors import InputError, one_line
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.data.prepare import Case, Cases
@@ -110,7 +110,7 @@ class SourceMapper:
             conditional=statistics.conditional.cpu(),
             transferability=transferability,
             risk=risk,
-            remark="; ".join(" ".join(str(w.message).split()) for w in caught) or None,
+            remark="; ".join(one_line(w.message) for w in caught) or None,
             num_cached=max(0, len(cases) - made),
             statistics=statistics,
         )
