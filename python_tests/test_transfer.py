@@ -21,7 +21,7 @@ from transfer_data import TOY
 
 from benchmarks.transfer import losses, runner, work
 from benchmarks.transfer.__main__ import main
-from benchmarks.transfer.arms import ARMS, DEFAULT
+from benchmarks.transfer.arms import ARMS, DEFAULT, PRIOR, RANDOM
 from benchmarks.transfer.scenario import load_scenarios, split
 from benchmarks.transfer.store import Store
 from riskmap_ext import weighted_loss
@@ -171,15 +171,16 @@ def test_arms_share_weights_crops_and_order(toy, monkeypatch):
     assert len(batches) == len(ARMS)
     assert len(batches[0]) == 2
     assert all(own == batches[0] for own in batches)
-    firsts: dict[bool, list[list[str]]] = {True: [], False: []}
+    firsts: dict[tuple[bool, str], list[str]] = {}
     for each, own in zip(ARMS.values(), weights, strict=True):
-        firsts[each.from_source].append(own)
-    for same in firsts.values():
-        assert all(own == same[0] for own in same)
-    assert firsts[True][0] != firsts[False][0]
+        assert firsts.setdefault((each.from_source, each.head), own) == own
+    fresh, source, prior = (firsts[k] for k in ((False, RANDOM), (True, RANDOM), (True, PRIOR)))
+    assert fresh != source
+    assert sum(one != other for one, other in zip(source, prior, strict=True)) == 1  # the bias
     stored = Store(toy / "rows").read()
     curves = {r["arm"]: [c["train_loss"] for c in stored.curves[r["run"]]] for r in stored.runs}
-    assert len({tuple(curve) for curve in curves.values()}) == len(ARMS)
+    assert curves.pop("prior_shift") == curves["prior_ce_dice"]  # it differs in prediction alone
+    assert len({tuple(curve) for curve in curves.values()}) == len(curves)
 
 
 def test_a_rate_that_diverges_counts_as_nothing_found(toy):

@@ -154,7 +154,7 @@ def fuse_head(
         ValueError: no such head; it names what was found in its place. The network is then as it
             was before.
     """
-    _require_bare(network)
+    require_bare(network)
     when = validate_choice("when", when, WHEN)
     if example_input is None:
         names = _known_heads(network, when)
@@ -173,7 +173,7 @@ def unfuse_head(network: nn.Module) -> list[str]:
         ValueError: a head with hooks or a parametrization, which would be lost; it names the head.
             The network is then as it was before.
     """
-    _require_bare(network)
+    require_bare(network)
     heads = {name: m for name, m in network.named_modules() if isinstance(m, FusedHead)}
     for name, head in heads.items():
         _check_unchanged(name, head)
@@ -182,7 +182,7 @@ def unfuse_head(network: nn.Module) -> list[str]:
     return list(heads)
 
 
-def _require_bare(network: Any) -> None:
+def require_bare(network: Any) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: expected a torch.nn.Module, got {type(network).__name__}")
     wrapped = isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel))

@@ -1,4 +1,4 @@
-"""Thin modules over the functional API, and the fused head of a network."""
+"""Thin modules over the functional API, and the output layer of a network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from riskmap_ext._arguments import (
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext._head import FusedHead, fuse_head, unfuse_head
 from riskmap_ext._loss_arguments import LossOptions, loss_options
+from riskmap_ext._prior import set_head_prior
 from riskmap_ext.ops.linear_weighted_loss import linear_weighted_loss
 from riskmap_ext.ops.weighted_loss import weighted_loss
 
-__all__ = ["DeferredLogits", "FusedHead", "RiskWeightedLoss", "fuse_head", "unfuse_head"]
+__all__ = [
+    "DeferredLogits",
+    "FusedHead",
+    "RiskWeightedLoss",
+    "fuse_head",
+    "set_head_prior",
+    "unfuse_head",
+]
 
 Logits = Tensor | DeferredLogits
 Scales = Tensor | Sequence[Tensor]

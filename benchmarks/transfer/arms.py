@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.transfer import location, losses
+from benchmarks.transfer import location, losses, offsets
 
+RANDOM, PRIOR = "random", "prior"  # where the fresh output layer starts
 _CE = {"ce_weight": 1.0, "dice_weight": 0.0}
 _CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
 
@@ -25,8 +26,8 @@ class Arm:
 
     What they leave out is as in BASE. own_loss and weights stand in the place of the loss section
     and of the risk maps; a class as own_loss is made for each run from its training cases, number
-    of classes and steps. sources: how many source networks weights is given. constants: of
-    own_loss and weights, for `definition`.
+    of classes and steps. sources: how many source networks weights is given. prepare: called with
+    plan and maps before the first step. constants: of own_loss and weights, for `definition`.
     """
 
     key: str
@@ -38,6 +39,8 @@ class Arm:
     own_loss: Callable[..., Any] | None = None
     weights: Callable[..., Any] | None = None
     sources: int = 1
+    head: str = RANDOM
+    prepare: Callable[..., None] | None = None
     constants: list[float] = field(default_factory=list)
 
     @property
@@ -49,7 +52,11 @@ class Arm:
     def definition(self) -> list[Any]:
         """What a run depends on, as plain values."""
         hooks = [f.__name__ if f else None for f in (self.own_loss, self.weights)]
-        return [self.loss, self.risk, self.from_source, *hooks, *self.constants]
+        found = [self.loss, self.risk, self.from_source, *hooks, *self.constants]
+        if self.head != RANDOM:
+            prepare = str(getattr(self.prepare, "__name__", self.prepare))
+            found += [self.head, prepare, *offsets.CONSTANTS]
+        return found
 
 
 REFERENCE = "ce_dice"
@@ -238,18 +245,75 @@ _PLACED = (
         own_loss=location.DoubtRefreshed,
     ),
 )
-ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_SCALES, *_PLACED)}
+
+
+def _at_prior(arm: Arm) -> Arm:
+    return replace(arm, key=f"prior_{arm.key}", name=f"prior, {arm.name}", head=PRIOR)
+
+
+def _with_offset(tau: float, fades: bool, key: str, name: str, risk: dict[str, Any] | None) -> Arm:
+    kind, what = ("fade", "falling to 0 over the steps") if fades else ("offset", "constant")
+    return Arm(
+        f"{kind}{10 * tau:.0f}_{key}",
+        f"{'fading' if fades else 'source'} offset {tau:g}, {name}",
+        f"logits + {tau:g} log((q + 0.01) / (f + 0.01)), {what}; q the source's class likelihoods",
+        risk=risk,
+        head=PRIOR,
+        prepare=offsets.TransferPrior(tau, fades),
+    )
+
+
+_BY_KEY = {arm.key: arm for arm in _EVERY}
+_LINEAR_MEANS = Arm(
+    "linear_mean_dice",
+    "linear class means + Dice",
+    "control: the linear risk map averaged within each class",
+    risk=_LINEAR,
+    weights=location.class_means,
+)
+_HEADS = (
+    _LINEAR_MEANS,
+    *(_at_prior(_BY_KEY[key]) for key in ("ce_dice", "class_dice", "linear_dice")),
+    _at_prior(_LINEAR_MEANS),
+    *(_at_prior(_BY_KEY[key]) for key in ("ce", "risk_ce")),
+    Arm(
+        "prior_shift",
+        "prior, CE + Dice, shifted",
+        "control: log of the linear map's class means added to the logits, in prediction alone",
+        head=PRIOR,
+        prepare=offsets.shifted,
+    ),
+)
+_OFFSETS = tuple(
+    _with_offset(tau, fades, *over)
+    for tau in (0.5, 0.7)
+    for fades in (False, True)
+    for over in (("ce_dice", "CE + Dice", None), ("linear_dice", "linear risk + Dice", _LINEAR))
+)
+ARMS = {arm.key: arm for arm in (*_EVERY, *_SETTINGS, *_SCALES, *_PLACED, *_HEADS, *_OFFSETS)}
 SETTINGS = tuple(arm.key for arm in (*_SETTINGS, *_SCALES))  # of the map, beside MAP
 SCALES = tuple(arm.key for arm in _SCALES)  # of these, the scale of its cross-entropy alone
 PLACED = tuple(arm.key for arm in _PLACED)  # held against WEIGHTS: location alone
 # On request. Beside arms with Dice, the first two are fairer peers than without it.
 EXTRA = ("focal_dice", "top_k_dice", "scratch_class")
-DEFAULT = tuple(key for key in ARMS if key not in (*EXTRA, *SETTINGS, *PLACED))
+DEFAULT = tuple(arm.key for arm in _EVERY if arm.key not in EXTRA)
+# The second round: in all of its scenarios, and beside them in the real ones.
+SECOND = (
+    *(REFERENCE, "class_dice", MAP, "prior_ce_dice", "prior_class_dice", "prior_linear_dice"),
+    *("offset5_ce_dice", "fade5_ce_dice"),
+)
+SECOND_MORE = (
+    *("linear_mean_dice", "prior_linear_mean_dice", "prior_shift"),
+    *("ce", "risk_ce", "prior_ce", "prior_risk_ce"),
+    *(arm.key for arm in _OFFSETS if arm.key not in SECOND),
+)
 GROUPS = {
     "default": DEFAULT,
     "extra": EXTRA,
     "settings": SETTINGS,
     "scales": SCALES,
     "placed": PLACED,
+    "second": SECOND,
+    "second-more": SECOND_MORE,
     "all": tuple(ARMS),
 }

@@ -105,7 +105,7 @@ class _Refreshed:
 
     def _over_mean(self, values: Tensor, label: Tensor) -> Tensor:
         """Of the class in the batch."""
-        total, count = _sums(values, label, self._num_classes)
+        total, count = class_sums(values, label, self._num_classes)
         return _relative(values, label, total / count.clamp(min=1))
 
 
@@ -276,12 +276,12 @@ def _means(values: Volumes, cases: Sequence[Case], num_classes: int) -> Tensor:
     total = torch.zeros(num_classes, dtype=torch.float64)
     count = torch.zeros_like(total)
     for case in cases:
-        sums = _sums(values[case.name], case.label, num_classes)
+        sums = class_sums(values[case.name], case.label, num_classes)
         total, count = total + sums[0], count + sums[1]
     return total / count.clamp(min=1)
 
 
-def _sums(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def class_sums(values: Tensor, label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Of each class: sum and number of voxels."""
     valid = label != IGNORE_INDEX
     index = label[valid].long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -45,30 +45,53 @@ def best_rate(
     None where a run of the tuning is missing.
     """
     at = scenario.tuned_at(length)
-    setup = setup_of(scenario, at, ARMS[arm])
-    found: dict[tuple[float, int], float] = {}
-    for row in runs:
-        where = (row["kind"], row["scenario"], row["length"], row["arm"], row["setup"])
-        if where == (TUNING, scenario.name, at, arm, setup):
-            found[float(row["lr"]), int(row["seed"])] = float(row["mean_dice"])
-    means = {}
-    for rate in sorted(scenario.tuning.rates):
-        dice = [found.get((rate, seed)) for seed in seeds]
-        if None in dice:
-            return None
-        means[rate] = sum(value for value in dice if value is not None) / len(dice)
-    return max(means, key=means.__getitem__)
+    dice = _tuned(runs, scenario, arm, at)
+    left = rates_left(dice, scenario, seeds)
+    if left is None or any((rate, seed) not in dice for rate in left for seed in seeds):
+        return None
+    return max(left, key=lambda rate: sum(dice[rate, seed] for seed in seeds))
 
 
-def tuning_tasks(wanted: Wanted, scenario: Scenario) -> list[Task]:
-    lengths = dict.fromkeys(scenario.tuned_at(each) for each in wanted.lengths_of(scenario))
-    return [
-        Task(scenario.name, seed, arm, length, rate, TUNING)
-        for length in lengths
-        for arm in wanted.arms
-        for rate in scenario.tuning.rates
-        for seed in wanted.tuning_of(scenario)
-    ]
+def rates_left(
+    dice: Mapping[tuple[float, int], float], scenario: Scenario, seeds: Sequence[int]
+) -> list[float] | None:
+    """Rates to go on with after the first seeds, ascending; None where runs of those are missing."""
+    rates, tuning = sorted(scenario.tuning.rates), scenario.tuning
+    if tuning.first is None:
+        return rates
+    first = seeds[: tuning.first]
+    if any((rate, seed) not in dice for rate in rates for seed in first):
+        return None
+    means = {rate: sum(dice[rate, seed] for seed in first) / len(first) for rate in rates}
+    best = max(means.values())
+    return [rate for rate in rates if 100 * (best - means[rate]) <= tuning.behind]
+
+
+def _tuned(
+    runs: Iterable[Row], scenario: Scenario, arm: str, at: str
+) -> dict[tuple[float, int], float]:
+    """(rate, seed) -> mean Dice."""
+    wanted = (TUNING, scenario.name, at, arm, setup_of(scenario, at, ARMS[arm]))
+    return {
+        (float(row["lr"]), int(row["seed"])): float(row["mean_dice"])
+        for row in runs
+        if (row["kind"], row["scenario"], row["length"], row["arm"], row["setup"]) == wanted
+    }
+
+
+def tuning_tasks(wanted: Wanted, scenario: Scenario, runs: Sequence[Row]) -> list[Task]:
+    """Those of the first seeds, and of the others for the rates that are left then."""
+    found = []
+    seeds = wanted.tuning_of(scenario)
+    for length in dict.fromkeys(scenario.tuned_at(each) for each in wanted.lengths_of(scenario)):
+        for arm in wanted.arms:
+            left = rates_left(_tuned(runs, scenario, arm, length), scenario, seeds)
+            for rate in scenario.tuning.rates:
+                count = len(seeds) if left and rate in left else scenario.tuning.first
+                found += [
+                    Task(scenario.name, seed, arm, length, rate, TUNING) for seed in seeds[:count]
+                ]
+    return found
 
 
 def final_tasks(wanted: Wanted, scenario: Scenario, runs: Sequence[Row]) -> list[Task]:
@@ -89,7 +112,7 @@ def final_tasks(wanted: Wanted, scenario: Scenario, runs: Sequence[Row]) -> list
 
 def count_runs(wanted: Wanted) -> int:
     return sum(
-        len(tuning_tasks(wanted, each))
+        len(tuning_tasks(wanted, each, ()))
         + len(wanted.seeds_of(each)) * len(wanted.arms) * len(wanted.lengths_of(each))
         for each in wanted.scenarios.values()
     )
@@ -129,6 +152,7 @@ def run(wanted: Wanted, place: Place, workers: int, say: Say = print) -> int:
     store = place.store()
     progress = _Progress(count_runs(wanted), workers, say)
     failed = 0
+    seen: set[Task] = set()
     pool = None
     if workers > 0:
         # Spawned, since a forked child inherits torch's thread pool in an unusable state.
@@ -136,18 +160,21 @@ def run(wanted: Wanted, place: Place, workers: int, say: Say = print) -> int:
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         for scenario in wanted.scenarios.values():
-            for phase in (TUNING, FINAL):
+            again = scenario.tuning.first is not None
+            for phase in (TUNING, *[TUNING] * again, FINAL):
                 runs = store.read().runs
                 tasks = (
-                    tuning_tasks(wanted, scenario)
+                    tuning_tasks(wanted, scenario, runs)
                     if phase == TUNING
                     else final_tasks(wanted, scenario, runs)
                 )
                 there = keys(runs)
                 new = [t for t in tasks if key_of(t, _setup(scenario, t)) not in there]
-                progress.left -= len(tasks) - len(new)
-                if len(tasks) > len(new):
-                    say(f"{scenario.name}: {len(tasks) - len(new)} {phase} runs are there")
+                done = {*tasks} - {*new} - seen
+                seen.update(tasks)
+                progress.left -= len(done)
+                if done:
+                    say(f"{scenario.name}: {len(done)} {phase} runs are there")
                 sources = [Task(scenario.name, seed) for seed in dict.fromkeys(t.seed for t in new)]
                 for batch in (sources, new):
                     failed += _do_all(pool, batch, place, progress)

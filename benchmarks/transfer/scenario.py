@@ -59,17 +59,24 @@ class Noise(_Section):
 
 
 class Tuning(_Section):
-    """Seeds 1000, 1001, ... and the learning rates tried; `at` the length of a name or at each."""
+    """Seeds 1000, 1001, ... and the learning rates tried; `at` the length of a name or at each.
+
+    first: rates that are `behind` Dice points below the best over so many seeds are given up; None:
+    all rates are tried with all seeds.
+    """
 
     rates: tuple[float, ...]
     seeds: Count
     at: str = "each"
+    first: Count | None = None
+    behind: float = 2.0
 
 
 class Scenario(_Section):
     """One problem. simulated: resolution and extent of the simulation; folder: of real images.
 
-    noise: in the labels that are trained on; the source's are as they are.
+    noise: in the labels that are trained on; the source's are as they are. held_out: real subjects
+    that learning rates are tested on, and no result.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Scenario(_Section):
     simulated: dict[str, Any] | None = None
     folder: str | None = None
     split: Literal["shuffled", "rotated"] = "shuffled"
+    held_out: Annotated[int, Field(ge=0)] = 0
     source: Source
     target: Target
     noise: Noise | None = None
@@ -86,6 +94,7 @@ class Scenario(_Section):
     lengths: dict[str, Count]
     curve: Count = 1
     seeds: Count
+    first_seed: Annotated[int, Field(ge=0, lt=TUNING_SEED)] = 0
     tuning: Tuning
 
     @model_validator(mode="after")
@@ -94,6 +103,9 @@ class Scenario(_Section):
             raise ValueError("expected one of simulated and folder")
         if self.simulated is not None and self.target.test is None:
             raise ValueError("target.test: expected a number of simulated subjects")
+        own = 0 if self.source.subjects == "train" else self.source.subjects
+        if self.held_out > own:
+            raise ValueError("held_out: expected no more than source.subjects, which take them in")
         if self.tuning.at not in ("each", *self.lengths):
             raise ValueError(f"tuning.at: expected 'each' or one of {sorted(self.lengths)}")
         return self
@@ -101,14 +113,13 @@ class Scenario(_Section):
     @property
     def definition(self) -> dict[str, Any]:
         """What the result of a run depends on, whatever the seed, arm, length and rate."""
-        apart = {"name", "title", "about", "lengths", "curve", "seeds", "tuning"}
-        if self.noise is None:
-            apart.add("noise")
+        apart = {"name", "title", "about", "lengths", "curve", "seeds", "first_seed", "tuning"}
+        apart |= {key for key in ("noise", "held_out") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude=apart)
 
     @property
     def final_seeds(self) -> range:
-        return range(self.seeds)
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def tuning_seeds(self) -> range:
@@ -136,7 +147,8 @@ class Split(BaseModel):
 def split(scenario: Scenario, seed: int) -> Split:
     """Who is learnt from and who is tested on; no name is in `test` and in another list.
 
-    shuffled: the cases in an order drawn from the seed, first the source's own, then `train`.
+    shuffled: the cases in an order drawn from the seed, first the source's own, then `train`. Those
+    held out are the tests of the tuning, else among the source's own.
     rotated: in the order of the names, begun one later with each seed.
     """
     source, target = scenario.source, scenario.target
@@ -162,8 +174,14 @@ def split(scenario: Scenario, seed: int) -> Split:
         rng = np.random.default_rng([seed, zlib.crc32(str(scenario.folder).encode())])
         order = [names[index] for index in rng.permutation(len(names))]
     count = 0 if source.subjects == "train" else source.subjects
+    tuning, reserved = seed >= TUNING_SEED, names[: scenario.held_out]
+    if reserved:
+        others = [name for name in order if name not in reserved]
+        order = others if tuning else reserved + others
     own, rest = order[:count], order[count:]
     train, test = rest[: target.train], rest[target.train :][: target.test]
+    if reserved and tuning:
+        test = reserved
     if not test:
         raise ValueError(f"{scenario.name}: {len(names)} cases leave none to test on")
     return Split(source=own or train, train=train, test=test)

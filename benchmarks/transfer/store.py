@@ -32,10 +32,11 @@ RUN_FIELDS = (
     *("train_cases", "test_cases", "scores", "mean_dice", "leep", "entropy", "step_ms", "seconds"),
     *("device", "cpu", "python", "torch", "monai", "riskmap_ext", "date"),
 )
-SCORE_FIELDS = ("run", "subject", "class", "dice", "hd95")
+_FIRST_SCORE_FIELDS = ("run", "subject", "class", "dice", "hd95")  # of the first rows
+SCORE_FIELDS = (*_FIRST_SCORE_FIELDS, "precision", "recall", "clean_dice", "clean_hd95")
 CURVE_FIELDS = ("run", "step", "train_loss", "mean_dice")
 KEY = ("scenario", "length", "arm", "lr", "seed", "kind", "setup")  # of runs that are the same
-_SHARES = {"dice", "mean_dice"}
+_SHARES = {"dice", "mean_dice", "precision", "recall", "clean_dice"}
 _NUMBERS = {"steps", "lr", "seed", "scores", "leep", "entropy", "step", *_SHARES}
 _FILES = {"runs": RUN_FIELDS, "scores": SCORE_FIELDS, "curves": CURVE_FIELDS}
 
@@ -136,7 +137,7 @@ def _contents(paths: Iterable[Path]) -> dict[Path, bytes]:
 
 
 def _lines(path: Path, content: bytes, fields: Sequence[str]) -> list[tuple[str, ...]]:
-    """Those below the header.
+    """Those below the header; what columns a file lacks at the end are empty.
 
     Raises: ValueError naming a file that holds no rows or has other columns.
     """
@@ -148,13 +149,15 @@ def _lines(path: Path, content: bytes, fields: Sequence[str]) -> list[tuple[str,
     if not text:
         return []
     header, *lines = map(tuple, csv.reader(io.StringIO(text)))
-    if header != tuple(fields):
+    if header not in (tuple(fields), _FIRST_SCORE_FIELDS):
         raise ValueError(f"{path}: expected the columns {', '.join(fields)}")
-    return lines
+    return [(*line, *[""] * (len(fields) - len(header))) for line in lines]
 
 
 def _check(path: Path, number: int, row: Row) -> None:
     for key in _NUMBERS & row.keys():
+        if key in SCORE_FIELDS and key not in _FIRST_SCORE_FIELDS and not row[key]:
+            continue
         try:
             value = float(row[key])
         except ValueError:

@@ -16,10 +16,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
+from scipy import ndimage
 
 import riskmap_ext
 from benchmarks import machine
-from benchmarks.transfer.arms import ARMS, BASE, Arm
+from benchmarks.transfer.arms import ARMS, BASE, RANDOM, Arm
 from benchmarks.transfer.noise import mislabelled
 from benchmarks.transfer.scenario import Noise, Scenario, data_root, load_scenarios, split
 from benchmarks.transfer.sources import Sources
@@ -32,7 +33,7 @@ from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE
-from riskmap_ext.finetune.metrics.surfaces import FOUND, MISSED, score_masks
+from riskmap_ext.finetune.metrics.surfaces import FOUND, MISSED, Score, score_masks
 from riskmap_ext.finetune.train.finetune import FinetuneResult, finetune
 from riskmap_ext.finetune.train.plan import LossFunction, WeightFunction
 
@@ -135,7 +136,13 @@ def source_of(scenario: Scenario, seed: int, place: Place, other: int = 0) -> Pa
         "data": _data(scenario, "source", seed, place),
         "network": scenario.network,
         "loss": BASE["loss"],
-        "train": {**scenario.train, "steps": source.steps, "lr": source.lr, "validate_every": 0},
+        "train": {
+            **scenario.train,
+            "steps": source.steps,
+            "lr": source.lr,
+            "validate_every": 0,
+            "head_init": RANDOM,
+        },
         **_COMMON,
     }
     folder = place.work / "sources" / digest(config, riskmap_ext.__version__)[:16]
@@ -209,6 +216,7 @@ def run_config(
             **scenario.train,
             "steps": steps,
             "lr": task.lr,
+            "head_init": arm.head,
             # Nothing is chosen by the test cases; the curve is only looked at.
             "validate_every": 0 if curve == 1 else math.ceil(steps / curve),
         },
@@ -236,9 +244,10 @@ def _run(
     # Trained before the run, whose own random numbers they would disturb.
     others = [source_of(scenario, task.seed, place, other) for other in range(1, arm.sources)]
     loss, weights = _hooks(arm, cases, config, [checkpoint, *others])
+    hooks: dict[str, Any] = {"loss": loss, "weights": weights, "prepare": arm.prepare}
     result: FinetuneResult | None = None
     try:
-        result = finetune(config, cases=cases, progress=False, loss=loss, weights=weights)
+        result = finetune(config, cases=cases, progress=False, **hooks)
     except InputError:
         # A rate that is too high for the arm: the run counts, with nothing found.
         if not (output / NONFINITE_FILE).is_file():
@@ -298,7 +307,7 @@ def _hooks(
 
 def _pair(scenario: Scenario, config: Config, cases: Cases, checkpoint: Path) -> str:
     """Equal where two arms differ in nothing but what makes the arm and its rate."""
-    train = config.train.model_dump(mode="json", exclude={"lr", "validate_every"})
+    train = config.train.model_dump(mode="json", exclude={"lr", "validate_every", "head_init"})
     weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return digest(
         config.seed,
@@ -328,16 +337,49 @@ def _scores(
         predicted = case.grid.from_file(np.asarray(file.dataobj))
     rows = []
     for index, name in enumerate(cases.classes[1:], start=1):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            score = score_masks(
-                case.name, name, predicted == index, label == index, case.grid.spacing, 1.0
-            )
-        if score.outcome in (FOUND, MISSED):
-            hd95 = "" if score.outcome == MISSED else f"{score.hd95:.3f}"
-            dice = f"{score.dice:.6f}"
-            rows.append({"subject": case.name, "class": name, "dice": dice, "hd95": hd95})
+        mask, reference = predicted == index, label == index
+        score = _score(name, mask, reference, case)
+        if score.outcome not in (FOUND, MISSED):
+            continue
+        kept = without_islands(mask)
+        clean = _score(name, kept, reference, case) if (kept != mask).any() else score
+        both = int((mask & reference).sum())
+        rows.append(
+            {
+                "subject": case.name,
+                "class": name,
+                "dice": f"{score.dice:.6f}",
+                "hd95": _distance(score),
+                "precision": f"{both / mask.sum():.6f}" if mask.any() else "",
+                "recall": f"{both / reference.sum():.6f}",
+                "clean_dice": f"{clean.dice:.6f}",
+                "clean_hd95": _distance(clean),
+            }
+        )
     return rows
+
+
+def _score(name: str, mask: np.ndarray, reference: np.ndarray, case: Case) -> Score:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return score_masks(case.name, name, mask, reference, case.grid.spacing, 1.0)
+
+
+def _distance(score: Score) -> str:
+    """Empty for a structure that was missed."""
+    return "" if score.outcome == MISSED else f"{score.hd95:.3f}"
+
+
+ISLAND = 0.2
+
+
+def without_islands(mask: np.ndarray) -> np.ndarray:
+    """Without components below ISLAND of the largest; voxels that touch at a corner are of one."""
+    components, count = ndimage.label(mask, np.ones([3] * mask.ndim))
+    sizes = np.bincount(components.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    kept: np.ndarray = (sizes >= max(1, ISLAND * sizes.max()))[components]
+    return kept
 
 
 def _mean(scores: list[dict[str, Any]]) -> float:

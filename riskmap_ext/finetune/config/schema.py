@@ -384,6 +384,10 @@ class TrainConfig(_Section):
     crop_balance: Literal["class", "voxel"] = "class"
     """How that voxel is drawn: each class equally often, or each voxel."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    head_init: Literal["prior", "random"] = "prior"
+    """Where a fresh output layer starts: `prior` adds the log frequency of each class in the
+    training cases (of a region: the logit of its frequency) to its bias, `random` leaves it as the
+    network makes it. A layer taken from the source stays as it is."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision; `fp16` is for CUDA only."""
     channels_last: bool = False

@@ -139,7 +139,7 @@ def check_forward(
     takes = "sizes divisible by the product of the network's strides usually fit"
     try:
         with eval_mode(network):
-            blank = _blank(network, size, channels)
+            blank = blank_image(network, size, channels)
             shape = list(first_output(network(blank), blank).shape)
     except Exception as error:  # whatever the network's layers raise
         if "alloc" in str(error) or "out of memory" in str(error):
@@ -165,7 +165,7 @@ def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -
     tried = copy.deepcopy(network).train()
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            tried(_blank(network, size, channels))
+            tried(blank_image(network, size, channels))
     except ValueError as error:
         raise ConfigError(
             f"train.batch_size: one crop of {list(size)} at a time is too little for the batch "
@@ -174,7 +174,8 @@ def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -
         ) from None
 
 
-def _blank(network: nn.Module, size: Sequence[int], channels: int) -> Tensor:
+def blank_image(network: nn.Module, size: Sequence[int], channels: int) -> Tensor:
+    """[1, channels, *size] on the network's device."""
     return torch.zeros(1, channels, *size, device=next(network.parameters()).device)
 
 

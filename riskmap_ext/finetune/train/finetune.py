@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +83,7 @@ def finetune(
     resume: bool = False,
     loss: LossFunction | None = None,
     weights: WeightFunction | None = None,
+    prepare: Callable[[Plan, SourceMaps | None], None] | None = None,
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
 
@@ -99,6 +100,8 @@ def finetune(
             for ignored voxels, risk [B, *P] or None, image foreground [B, *P]) -> a scalar.
         weights: in the place of the risk maps, with `risk.use`: (maps, training cases) -> case name
             -> voxel weights, such as a function of `maps.transferability`.
+        prepare: called with the plan and the maps before the first step, such as to put hooks on
+            `plan.models.network`.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
     ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
@@ -114,6 +117,8 @@ def finetune(
             )
             group.on_main(lambda: run.held.enter_context(_output_folder(plan)))
             maps = _source_maps(plan)
+            if prepare is not None:
+                prepare(plan, maps)
             trained = Trainer(plan, _voxel_weights(plan, maps)).run()
             dice = _evaluate(plan, maps, trained.predictions)
             seconds = _end(plan, started)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from riskmap_ext._prior import head_biases
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, orient
 from riskmap_ext.finetune.base.structures import Structures
@@ -19,6 +20,7 @@ from riskmap_ext.finetune.source.checkpoint import (
     start_from_source,
 )
 from riskmap_ext.finetune.source.network import (
+    blank_image,
     build_network,
     check_forward,
     check_single_crops,
@@ -35,7 +37,8 @@ from riskmap_ext.finetune.train.session import Session
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """keys: what became of the source's weights. fused: heads that the loss carries out, and in
-    not_fused why there are none in a network of many outputs."""
+    not_fused why there are none in a network of many outputs. fresh: biases of an output layer that
+    is not the source's, and in no_prior why they cannot start at the class prior."""
 
     source: SourceModel | None
     source_predictor: Predictor | None
@@ -46,6 +49,8 @@ class Models:
     keys: KeyReport | None
     fused: list[str]
     not_fused: str | None
+    fresh: dict[str, nn.Parameter]
+    no_prior: str | None
 
     @property
     def dims(self) -> int:
@@ -87,6 +92,13 @@ def build_models(session: Session, listing: Listing) -> Models:
     keys = None
     if source is not None and config.source is not None and config.source.initialize:
         keys = start_from_source(network, wanted, structures, source, config.source.head)
+    fresh: dict[str, nn.Parameter] = {}
+    no_prior = None
+    try:
+        fresh = head_biases(network, outputs, blank_image(network, patch, len(channels)))
+    except ValueError as error:
+        no_prior = str(error)
+    kept = [] if keys is None else keys.loaded
     return Models(
         source=source,
         source_predictor=source_predictor,
@@ -97,6 +109,8 @@ def build_models(session: Session, listing: Listing) -> Models:
         keys=keys,
         fused=fused,
         not_fused=not_fused,
+        fresh={name: bias for name, bias in fresh.items() if name not in kept},
+        no_prior=no_prior,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from riskmap_ext._files import digest
+from riskmap_ext._prior import add_prior, prior_logits
 from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.log import gib
@@ -106,6 +107,8 @@ def make_plan(
         _check_cases(config, cases)
         models, store = build_models(session, cases.listing), None
     flip_axes(cases.train[0], models.dims, config.train.augment)
+    if config.train.head_init == "prior":
+        add_prior(models.fresh, class_prior(cases))
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
     return Plan(
@@ -130,6 +133,14 @@ def resolved(config: Config, listing: Listing) -> Config:
         "channels": listing.channels,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=told)})
+
+
+def class_prior(cases: Cases) -> Tensor:
+    """What the outputs start at: log frequencies, or logits of the regions' frequencies."""
+    counts, table = cases.class_voxels, cases.structures.table
+    if table is None:
+        return prior_logits(counts)
+    return prior_logits(table.double() @ counts / counts.sum(), sigmoid=True)
 
 
 def inputs_digest(source: SourceModel | None, cases: list[str]) -> str:
@@ -209,6 +220,7 @@ def tell_plan(plan: Plan) -> None:
     if models.not_fused is not None:
         log(f"The loss takes whole logits, loss.fused_head does not apply: {models.not_fused}")
     _tell_source(plan)
+    _tell_head(plan)
     norms = [m for m in models.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if norms and plan.processes.size > 1 and plan.device.type != "cuda":
         log.warn(
@@ -234,6 +246,18 @@ def _tell_source(plan: Plan) -> None:
         )
     if len(keys.loaded) * 2 < len(plan.models.network.state_dict()):
         log.warn("less than half of the network's weights come from the source")
+
+
+def _tell_head(plan: Plan) -> None:
+    models, structures = plan.models, plan.cases.structures
+    if plan.config.train.head_init == "random" or plan.resumed is not None:
+        return
+    if models.no_prior is not None:
+        plan.log.warn(f"train.head_init: no class prior: {models.no_prior}")
+    elif models.fresh:
+        prior = zip(structures.outputs, class_prior(plan.cases), strict=True)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in prior)
+        plan.log(f"The output layer starts at the class prior: {told}")
 
 
 def _warn_of_small_volumes(plan: Plan) -> None:
