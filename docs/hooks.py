@@ -54,13 +54,13 @@ def pictures() -> dict[str, Path]:
     sys.path.append(str(ROOT))
     from benchmarks import chart, results
     from benchmarks.transfer.__main__ import OUT
-    from benchmarks.transfer.report import write_page
+    from benchmarks.transfer.second import write_pages
 
     page, stored = DRAWN / "evidence.md", ROOT / "docs" / "evidence.md"
-    write_page(OUT, page)
+    write_pages(OUT, page)
     if page.read_bytes() != stored.read_bytes():
         LOG.warning("%s: not what the rows say: python -m benchmarks.transfer report", stored)
-    drawn = {path.relative_to(DRAWN).as_posix(): path for path in DRAWN.glob("evidence/*.png")}
+    drawn = {path.relative_to(DRAWN).as_posix(): path for path in DRAWN.glob("evidence/*")}
     folder = ROOT / "benchmarks"
     for link in re.findall(r"\]\((results/[^)]*\.png)\)", (folder / "README.md").read_text()):
         rows = results.read((folder / link).with_suffix(".csv"))

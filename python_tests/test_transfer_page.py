@@ -17,6 +17,8 @@ from scipy.stats import t as student
 from benchmarks.transfer import evidence
 from benchmarks.transfer.__main__ import main
 from benchmarks.transfer.report import write_page
+from benchmarks.transfer.scenario import load_scenarios
+from benchmarks.transfer.second import write_pages
 from benchmarks.transfer.stats import Result, Signs, differences, interval
 from benchmarks.transfer.store import Store
 
@@ -108,12 +110,18 @@ def made_up(folder: Path, gains: dict[str, float], seeds: int = 6, **changed: st
         store.append(row, scores, curve)
 
 
+def first_round(rows: Path, page: Path) -> str:
+    """The page of the toy and of the scenarios of the first round."""
+    known = {name: each for name, each in load_scenarios().items() if each.round == 1}
+    toy = known["deep_structures_1"].model_copy(update={"name": "toy", "seeds": 6})
+    write_page(Store(rows).read(), page, {**known, "toy": toy})
+    return page.read_text()
+
+
 def test_page_from_made_up_rows(tmp_path):
     gains = {"scratch": -0.1, "ce": 0.0, "ce_dice": 0.1, "linear_dice": 0.2, "class_dice": 0.25}
     made_up(tmp_path / "rows", gains)
-    page = tmp_path / "evidence.md"
-    write_page(tmp_path / "rows", page)
-    text = page.read_text()
+    text = first_round(tmp_path / "rows", tmp_path / "page" / "first.md")
     (group,) = evidence.groups(Store(tmp_path / "rows").read())
     against = group.against("linear_dice", "ce_dice")
     assert against is not None
@@ -131,20 +139,16 @@ def test_page_from_made_up_rows(tmp_path):
     assert "tells 75 % of the label entropy 0.800" in text
     assert "30 runs that are compared and 0 for learning rates; on chip, cpu" in text
     for name in ("overview", "toy-differences", "toy-curves"):
-        assert f"](evidence/{name}.png)" in text
-        assert (tmp_path / "evidence" / f"{name}.png").stat().st_size > 5000
-    again = tmp_path / "again.md"
-    write_page(tmp_path / "rows", again)
-    assert again.read_text().replace("again/", "evidence/") == text
+        assert f"]({name}.png)" in text
+        assert (tmp_path / "page" / f"{name}.png").stat().st_size > 5000
+    assert first_round(tmp_path / "rows", tmp_path / "again" / "first.md") == text
 
 
 def test_page_says_how_few_and_what_is_left_out(tmp_path):
     made_up(tmp_path, {"ce_dice": 0.1, "linear_dice": 0.2}, seeds=3, scenario="lesions")
     made_up(tmp_path, {"linear_dice": 0.3}, seeds=2, scenario="lesions", setup="b", date="2021")
     made_up(tmp_path, {"class_dice": 0.3}, seeds=2, scenario="lesions", pair="other")
-    page = tmp_path / "evidence.md"
-    write_page(tmp_path, page)
-    text = page.read_text()
+    text = first_round(tmp_path, tmp_path / "page" / "first.md")
     assert "3 of 5: too few to decide" in text
     assert "2 runs of linear risk + Dice with another definition or rate" in text
     assert "2 runs of class weights + Dice from another source or on other cases" in text
@@ -163,9 +167,7 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
             "class_mean_dice": 0.3,
         },
     )
-    page = tmp_path / "evidence.md"
-    write_page(tmp_path, page)
-    text = page.read_text()
+    text = first_round(tmp_path, tmp_path / "page" / "first.md")
     section = text[text.index("## Does the location count?") :].split("\n## ")[0]
     (group,) = evidence.groups(Store(tmp_path).read())
     for arm, name in (("place_output", "output"), ("doubt_output", "doubt")):
@@ -180,8 +182,8 @@ def test_page_holds_factors_against_class_weights_alone(tmp_path):
     assert "class weights + Dice" in rivals
     assert "class and" not in rivals
     made_up(tmp_path / "none", gains)
-    write_page(tmp_path / "none", page)
-    assert "Does the location count?" not in page.read_text()
+    text = first_round(tmp_path / "none", tmp_path / "page" / "first.md")
+    assert "Does the location count?" not in text
 
 
 def test_rows_that_are_none_are_told(tmp_path, capsys):
@@ -203,8 +205,9 @@ def test_rows_that_are_none_are_told(tmp_path, capsys):
 
 
 def test_page_without_rows(tmp_path):
-    write_page(tmp_path / "none", tmp_path / "evidence.md")
-    assert "No runs are stored yet" in (tmp_path / "evidence.md").read_text()
+    write_pages(tmp_path / "none", tmp_path / "evidence.md")
+    for page in ("evidence.md", "evidence/first_round.md"):
+        assert "No runs are stored yet" in (tmp_path / page).read_text()
 
 
 def test_figures_in_prose_are_those_of_the_page():

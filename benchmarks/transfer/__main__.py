@@ -117,11 +117,11 @@ def _say(line: str) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from benchmarks.transfer.report import write_page
+    from benchmarks.transfer.second import write_pages
 
     if not options.out.is_dir():
         raise ValueError(f"--out: no folder of rows at {options.out}")
-    write_page(options.out, options.page, options.scenario_files)
+    write_pages(options.out, options.page, options.scenario_files)
     print(options.page)
     return 0
 

@@ -29,17 +29,17 @@ def overview(groups: Sequence[Group], path: Path) -> Path:
     return _save(figure, path)
 
 
-def differences(groups: Sequence[Group], path: Path) -> Path:
-    """All arms of a scenario against CE + Dice, a colour for each length."""
-    arms = [key for key in ARMS if key != REFERENCE and any(key in g.runs for g in groups)]
+def differences(groups: Sequence[Group], path: Path, base: str = REFERENCE) -> Path:
+    """All arms of a scenario against one of them, a colour for each length."""
+    arms = [key for key in ARMS if key != base and any(key in g.runs for g in groups)]
     figure = _figure(8, 1.2 + 0.34 * len(arms))
     found = {
-        f"{group.length}, {group.steps} steps": [group.against(arm, REFERENCE) for arm in arms]
+        f"{group.length}, {group.steps} steps": [group.against(arm, base) for arm in arms]
         for group in groups
     }
     axes = figure.subplots()
     _intervals(axes, [ARMS[arm].name for arm in arms], found)
-    axes.set_title(f"{groups[0].scenario}: minus {ARMS[REFERENCE].name}", fontsize=10)
+    axes.set_title(f"{groups[0].scenario}: minus {ARMS[base].name}", fontsize=10)
     return _save(figure, path)
 
 

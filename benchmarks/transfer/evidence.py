@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.transfer import stats
 from benchmarks.transfer.arms import ARMS
+from benchmarks.transfer.scenario import Scenario
 from benchmarks.transfer.stats import Interval, Result, Signs
 from benchmarks.transfer.store import Row, Rows
 from benchmarks.transfer.work import FINAL, TUNING
@@ -28,6 +29,7 @@ class Runs:
     results: list[Result] = field(repr=False)
     at_edge: bool  # the rate is the smallest or largest that was tried
     near_tie: bool  # another rate came within a point of it
+    scores: dict[tuple[int, str, str], Row] = field(repr=False)  # by seed, subject and class
 
     def mean(self) -> Interval:
         return stats.interval(stats.values(self.results))
@@ -40,6 +42,15 @@ class Runs:
                 for name, dice in row.items():
                     found.setdefault(name, []).append(dice)
         return {name: statistics.fmean(dice) for name, dice in found.items()}
+
+    def share(self, column: str) -> float:
+        """Mean of a column of the scores over seeds, subjects and classes that have it."""
+        known = [float(row[column]) for row in self.scores.values() if row[column]]
+        return statistics.fmean(known) if known else math.nan
+
+    def missed(self) -> float:
+        """Share of the structures of which nothing was found."""
+        return statistics.fmean(not row["hd95"] for row in self.scores.values())
 
     def step_ms(self) -> float:
         known = [float(row["step_ms"]) for row in self.rows if row["step_ms"]]
@@ -58,6 +69,7 @@ class Group:
     hd95_of_seeds: dict[str, dict[int, float]] = field(repr=False)
     curves: dict[str, list[tuple[float, float]]] = field(repr=False)
     left_out: list[str]
+    overlap: float  # subjects tested on per subject learnt from, where splits share them
     _against: dict[tuple[str, str], Interval] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -74,7 +86,9 @@ class Group:
             if not shared:
                 return None
             pairs = [[r for r in side if r.seed in shared] for side in (one, two)]
-            self._against[arm, other] = stats.interval(stats.differences(*pairs))
+            self._against[arm, other] = stats.interval(
+                stats.differences(*pairs), overlap=self.overlap
+            )
         return self._against[arm, other]
 
     def nearer(self, arm: str, other: str) -> Signs | None:
@@ -86,6 +100,17 @@ class Group:
         lower = sum(one[seed] < two[seed] for seed in shared)
         return Signs(lower, sum(one[seed] > two[seed] for seed in shared), len(shared))
 
+    def distances(self, arm: str, other: str, column: str = "hd95") -> tuple[float, float]:
+        """Median HD95 of both over the structures that both found; NaN where there are none."""
+        one, two = self.runs[arm].scores, self.runs[other].scores
+        both = [key for key in one if key in two and one[key][column] and two[key][column]]
+        if not both:
+            return math.nan, math.nan
+        of_one, of_two = (
+            statistics.median(float(rows[key][column]) for key in both) for rows in (one, two)
+        )
+        return of_one, of_two
+
     def leep(self) -> tuple[float, float]:
         """Mean LEEP score and label entropy over seeds."""
         rows = next(iter(self.runs.values())).rows
@@ -93,14 +118,14 @@ class Group:
         return statistics.fmean(leep), statistics.fmean(entropy)
 
 
-def groups(rows: Rows) -> list[Group]:
+def groups(rows: Rows, known: Mapping[str, Scenario] | None = None) -> list[Group]:
     """One for each scenario and length that has final runs."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows.runs:
         if row["kind"] == FINAL:
             found.setdefault((row["scenario"], row["length"]), []).append(row)
     return [
-        _group(*where, final, rows)
+        _group(*where, final, rows, (known or {}).get(where[0]))
         for where, final in sorted(found.items(), key=lambda item: _order(item[1]))
     ]
 
@@ -109,7 +134,9 @@ def _order(rows: Sequence[Row]) -> tuple[str, int]:
     return rows[0]["scenario"], int(rows[0]["steps"])
 
 
-def _group(scenario: str, length: str, final: list[Row], rows: Rows) -> Group:
+def _group(
+    name: str, length: str, final: list[Row], rows: Rows, scenario: Scenario | None
+) -> Group:
     left_out: list[str] = []
     chosen: dict[str, list[Row]] = {}
     for arm in (key for key in ARMS if any(row["arm"] == key for row in final)):
@@ -129,9 +156,14 @@ def _group(scenario: str, length: str, final: list[Row], rows: Rows) -> Group:
             len(rates) > 1 and lr in (min(rates), max(rates)),
             lr in rates
             and any(POINTS * (rates[lr] - dice) < 1 for rate, dice in rates.items() if rate != lr),
+            {
+                (int(row["seed"]), score["subject"], score["class"]): score
+                for row in own
+                for score in rows.scores[row["run"]]
+            },
         )
     return Group(
-        scenario,
+        name,
         length,
         max(int(row["steps"]) for row in final),
         runs,
@@ -142,7 +174,17 @@ def _group(scenario: str, length: str, final: list[Row], rows: Rows) -> Group:
         },
         {arm: _curve(each.rows, rows.curves) for arm, each in runs.items()},
         left_out,
+        _overlap(final, scenario),
     )
+
+
+def _overlap(final: Sequence[Row], scenario: Scenario | None) -> float:
+    """Real subjects come back in other splits; simulated ones do not."""
+    if scenario is None or scenario.simulated is not None:
+        return 0.0
+    row, own = final[0], scenario.source.subjects
+    learnt = int(row["train_cases"]) + (0 if own == "train" else own)
+    return int(row["test_cases"]) / learnt
 
 
 def _of_one_kind(arm: str, rows: list[Row], left_out: list[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The page of the evidence, from the stored rows alone."""
+"""The tables of the first round, from the stored rows alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ from benchmarks.transfer.arms import (
     WEIGHTS,
 )
 from benchmarks.transfer.evidence import POINTS, Group, groups
-from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
+from benchmarks.transfer.markdown import (
+    anchor,
+    by_scenario,
+    difference,
+    images,
+    mean,
+    millimetres,
+    number,
+    row,
+)
+from benchmarks.transfer.scenario import Scenario
 from benchmarks.transfer.stats import Interval
-from benchmarks.transfer.store import Rows, Store
+from benchmarks.transfer.store import Row, Rows
 from benchmarks.transfer.work import TUNING
 from riskmap_ext.finetune.base.files import write_text
 
@@ -33,48 +43,40 @@ _OTHERS = {
 }
 
 
-def write_page(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
-    """Writes the page, and its pictures into the folder of its name."""
-    known = load_scenarios(scenarios)
-    rows = Store(out).read()
-    found = groups(rows)
-    pictures = _draw(found, page)
-    write_text(page, "\n".join(_page(rows, found, known, pictures)).rstrip() + "\n")
+def write_page(rows: Rows, page: Path, known: dict[str, Scenario]) -> None:
+    """The page of the rows' scenarios that are known, and its pictures beside it."""
+    found = [group for group in groups(rows, known) if group.scenario in known]
+    own = [each for each in rows.runs if each["scenario"] in known]
+    pictures = _draw(found, page.parent)
+    write_text(page, "\n".join(_page(own, rows.cut, found, known, pictures)).rstrip() + "\n")
 
 
-def _draw(found: Sequence[Group], page: Path) -> dict[str, list[str]]:
+def _draw(found: Sequence[Group], folder: Path) -> dict[str, list[str]]:
     """Links to the pictures by scenario; that of all scenarios by the empty name."""
-    folder = page.with_suffix("")
-    for old in folder.glob("*.png"):
-        old.unlink()
     if not found:
         return {}
     made: dict[str, list[Path | None]] = {"": [charts.overview(found, folder / "overview.png")]}
-    for name, own in _by_scenario(found).items():
+    for name, own in by_scenario(found).items():
         made[name] = [
             charts.differences(own, folder / f"{name}-differences.png"),
             charts.curves(own, folder / f"{name}-curves.png"),
         ]
-    return {
-        name: [f"{folder.name}/{path.name}" for path in paths if path is not None]
-        for name, paths in made.items()
-    }
+    return {name: [path.name for path in paths if path is not None] for name, paths in made.items()}
 
 
 def _page(
-    rows: Rows, found: list[Group], known: dict[str, Scenario], pictures: dict[str, list[str]]
+    runs: Sequence[Row],
+    cut: int,
+    found: list[Group],
+    known: dict[str, Scenario],
+    pictures: dict[str, list[str]],
 ) -> Iterator[str]:
-    yield "<!-- Made from the stored rows by `python -m benchmarks.transfer report`. -->"
-    yield ""
-    yield "# Evidence"
+    yield "# First round"
     yield ""
     yield (
-        "When does the transfer risk map help, by how much, and against whom? The paper reports "
-        "+4.37 Dice points (FeTS 2021), +1.81 (iSeg-2019) and +2.9 (few-shot) over plain "
-        "fine-tuning, on data that is not open. Here the method meets its rivals on open and on "
-        "simulated data. Every number on this page is made from the stored rows "
-        "(`benchmarks/results/transfer`); its pictures are drawn when the site is built "
-        "(`make docs`)."
+        "The risk map against plain fine-tuning, class weights and others, all with a fresh output "
+        "layer that starts at random. [The page](../evidence.md) has the second round, whose "
+        "baseline is fairer and whose statistics allow for many comparisons: here nothing does."
     )
     yield ""
     if not found:
@@ -87,9 +89,9 @@ def _page(
         yield from _negative(found)
         yield from _settings(found)
         yield from _location(found)
-    yield from _what_was_run(rows, found, known)
+    yield from _what_was_run(runs, cut, found, known)
     yield from _how(found)
-    for name, own in _by_scenario(found).items():
+    for name, own in by_scenario(found).items():
         yield from _scenario(name, own, known.get(name), pictures.get(name, []))
 
 
@@ -104,7 +106,7 @@ def _summary(
     )
     yield ""
     yield from _gains(found, known, MAP)
-    yield from _images(pictures.get("", []), "paired differences of all scenarios")
+    yield from images(pictures.get("", []), "paired differences of all scenarios")
 
 
 def _weights(found: list[Group], known: dict[str, Scenario]) -> Iterator[str]:
@@ -138,8 +140,8 @@ def _surfaces(found: list[Group]) -> Iterator[str]:
         "apart: by a sign test over the seeds with p below 0.05, which 5 seeds cannot reach."
     )
     yield ""
-    yield _line("scenario", "steps", *(ARMS[key].name for key in (MAP, *others)))
-    yield _line(*["---"] * (3 + len(others)))
+    yield row("scenario", "steps", *(ARMS[key].name for key in (MAP, *others)))
+    yield row(*["---"] * (3 + len(others)))
     verdicts = {key: {"lower": 0, "higher": 0, "not told apart": 0} for key in others}
     for group in found:
         if MAP not in group.runs:
@@ -151,9 +153,9 @@ def _surfaces(found: list[Group]) -> Iterator[str]:
                 cells.append("")
                 continue
             verdicts[key][signs.told] += 1
-            cells.append(f"{_mm(group.hd95[key])}, {signs.lower} of {signs.seeds}")
-        name = f"[{group.scenario}](#{_anchor(group.scenario)})"
-        yield _line(name, f"{group.length}, {group.steps}", _mm(group.hd95[MAP]), *cells)
+            cells.append(f"{millimetres(group.hd95[key])}, {signs.lower} of {signs.seeds}")
+        name = f"[{group.scenario}](#{anchor(group.scenario)})"
+        yield row(name, f"{group.length}, {group.steps}", millimetres(group.hd95[MAP]), *cells)
     yield ""
     for key in others:
         told = ", ".join(f"{word} in {count}" for word, count in verdicts[key].items())
@@ -164,13 +166,13 @@ def _surfaces(found: list[Group]) -> Iterator[str]:
 def _gains(found: list[Group], known: dict[str, Scenario], arm: str) -> Iterator[str]:
     """What an arm gains over others, a row for each group that has one of them."""
     others = [key for key in _OTHERS[arm] if any(group.against(arm, key) for group in found)]
-    yield _line("scenario", "steps", "seeds", *(f"against {ARMS[key].name}" for key in others))
-    yield _line(*["---"] * (3 + len(others)))
+    yield row("scenario", "steps", "seeds", *(f"against {ARMS[key].name}" for key in others))
+    yield row(*["---"] * (3 + len(others)))
     for group in found:
-        cells = [_difference(group.against(arm, key)) for key in others]
-        name = f"[{group.scenario}](#{_anchor(group.scenario)})"
+        cells = [difference(group.against(arm, key)) for key in others]
+        name = f"[{group.scenario}](#{anchor(group.scenario)})"
         if any(cells):
-            yield _line(name, f"{group.length}, {group.steps}", _seeds(group, known), *cells)
+            yield row(name, f"{group.length}, {group.steps}", _seeds(group, known), *cells)
     yield ""
     for key in others:
         yield f"* {_verdict(found, arm, key)}"
@@ -214,7 +216,7 @@ def _negative(found: list[Group]) -> Iterator[str]:
             if key not in (MAP, "scratch", *SETTINGS, *PLACED)
         }
         better = [
-            f"{ARMS[key].name} ({_difference(each)})"
+            f"{ARMS[key].name} ({difference(each)})"
             for key, each in rivals.items()
             if each is not None and each.told == "ahead"
         ]
@@ -261,8 +263,8 @@ def _apart(found: list[Group], pairs: Mapping[str, str], title: str, about: str)
     if not shown:
         return
     yield from (title, "", about, "")
-    yield _line("arm", *(f"[{g.scenario}](#{_anchor(g.scenario)}), {g.length}" for g in shown))
-    yield _line(*["---"] * (1 + len(shown)))
+    yield row("arm", *(f"[{g.scenario}](#{anchor(g.scenario)}), {g.length}" for g in shown))
+    yield row(*["---"] * (1 + len(shown)))
     verdicts = {"ahead": 0, "behind": 0, "not told apart": 0}
     for key, other in pairs.items():
         cells = [group.against(key, other) for group in shown]
@@ -270,7 +272,7 @@ def _apart(found: list[Group], pairs: Mapping[str, str], title: str, about: str)
             if each is not None:
                 verdicts[each.told] += 1
         if any(cells):
-            yield _line(ARMS[key].short, *map(_difference, cells))
+            yield row(ARMS[key].short, *map(difference, cells))
     yield ""
     told = ", ".join(f"{word} in {count}" for word, count in verdicts.items())
     yield f"Of {sum(verdicts.values())} comparisons: {told}."
@@ -280,29 +282,28 @@ def _apart(found: list[Group], pairs: Mapping[str, str], title: str, about: str)
 def _told(each: Interval, other: str) -> str:
     """ "behind CE + Dice (...)" or "not told apart from CE + Dice (...)"."""
     word = "behind" if each.told == "behind" else "not told apart from"
-    return f"{word} {ARMS[other].name} ({_difference(each)})"
+    return f"{word} {ARMS[other].name} ({difference(each)})"
 
 
-def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) -> Iterator[str]:
+def _what_was_run(
+    stored: Sequence[Row], cut: int, found: list[Group], known: dict[str, Scenario]
+) -> Iterator[str]:
     yield "## What was run and what not"
     yield ""
     final = sum(len(runs.rows) for group in found for runs in group.runs.values())
-    tuning = sum(row["kind"] == TUNING for row in rows.runs)
-    machines = sorted({f"{row['cpu']}, {row['device']}" for row in rows.runs})
+    tuning = sum(row["kind"] == TUNING for row in stored)
+    machines = sorted({f"{row['cpu']}, {row['device']}" for row in stored})
     versions = sorted(
-        {
-            f"riskmap_ext {r['riskmap_ext']}, torch {r['torch']}, MONAI {r['monai']}"
-            for r in rows.runs
-        }
+        {f"riskmap_ext {r['riskmap_ext']}, torch {r['torch']}, MONAI {r['monai']}" for r in stored}
     )
     yield (
         f"{final} runs that are compared and {tuning} for learning rates"
-        + (f"; on {'; '.join(machines)}; {'; '.join(versions)}." if rows.runs else ".")
+        + (f"; on {'; '.join(machines)}; {'; '.join(versions)}." if stored else ".")
     )
     yield ""
-    yield _line("scenario", "what", "labelled / tested", "lengths and seeds run", "arms missing")
-    yield _line(*["---"] * 5)
-    by_name = _by_scenario(found)
+    yield row("scenario", "what", "labelled / tested", "lengths and seeds run", "arms missing")
+    yield row(*["---"] * 5)
+    by_name = by_scenario(found)
     for name in dict.fromkeys([*by_name, *known]):
         own = by_name.get(name, [])
         title = known[name].title if name in known else ""
@@ -316,11 +317,11 @@ def _what_was_run(rows: Rows, found: list[Group], known: dict[str, Scenario]) ->
             }
         )
         cases = ", ".join(f"{train} / {test}" for train, test in sizes)
-        yield _line(name, title, cases, done, ", ".join(_missing(own)))
+        yield row(name, title, cases, done, ", ".join(_missing(own)))
     yield ""
     notes = [f"{g.scenario}, {g.length}: {note}" for g in found for note in g.left_out]
-    if rows.cut:
-        notes.append(f"{rows.cut} lines of runs that were cut")
+    if cut:
+        notes.append(f"{cut} lines of runs that were cut")
     if notes:
         yield "Left out:"
         yield ""
@@ -339,11 +340,11 @@ def _missing(own: list[Group]) -> Iterator[str]:
 
 def _how(found: list[Group]) -> Iterator[str]:
     yield HOW.read_text(encoding="utf-8")
-    yield _line("arm", "what")
-    yield _line("---", "---")
+    yield row("arm", "what")
+    yield row("---", "---")
     for key, arm in ARMS.items():
         if not found or any(key in group.runs for group in found):
-            yield _line(arm.name, arm.what)
+            yield row(arm.name, arm.what)
     yield ""
 
 
@@ -368,82 +369,36 @@ def _scenario(
         yield ""
         yield from _table(group)
         yield from _classes(group)
-    yield from _images(pictures, name)
+    yield from images(pictures, name)
 
 
 def _table(group: Group) -> Iterator[str]:
-    yield _line(
+    yield row(
         *("arm", "rate", "mean Dice", f"against {ARMS[REFERENCE].name}"),
         *(f"against {ARMS[WEIGHTS].name}", "HD95, mm", "ms / step"),
     )
-    yield _line("---", *["---:"] * 6)
+    yield row("---", *["---:"] * 6)
     for key, runs in group.runs.items():
         hd95 = group.hd95[key]
-        yield _line(
+        yield row(
             f"**{ARMS[key].name}**" if key == MAP else ARMS[key].name,
             f"{runs.lr:g}{'‡' if runs.at_edge else ''}{' ≈' if runs.near_tie else ''}",
-            _mean(runs.mean()),
-            "" if key == REFERENCE else _difference(group.against(key, REFERENCE)),
-            "" if key == WEIGHTS else _difference(group.against(key, WEIGHTS)),
-            _mm(hd95),
-            _number(runs.step_ms(), ".1f"),
+            mean(runs.mean()),
+            "" if key == REFERENCE else difference(group.against(key, REFERENCE)),
+            "" if key == WEIGHTS else difference(group.against(key, WEIGHTS)),
+            millimetres(hd95),
+            number(runs.step_ms(), ".1f"),
         )
     yield ""
 
 
 def _classes(group: Group) -> Iterator[str]:
     table = {key: runs.classes() for key, runs in group.runs.items()}
-    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    names = list(dict.fromkeys(name for own in table.values() for name in own))
     if len(names) < 2:
         return
-    yield _line("Dice of", *names)
-    yield _line("---", *["---:"] * len(names))
-    for key, row in table.items():
-        yield _line(ARMS[key].name, *(_number(POINTS * row.get(n, math.nan), ".1f") for n in names))
+    yield row("Dice of", *names)
+    yield row("---", *["---:"] * len(names))
+    for key, own in table.items():
+        yield row(ARMS[key].name, *(number(POINTS * own.get(n, math.nan), ".1f") for n in names))
     yield ""
-
-
-def _mean(each: Interval) -> str:
-    if math.isnan(each.low):
-        return f"{POINTS * each.mean:.1f} (no interval)"
-    low, high = max(0.0, each.low), min(1.0, each.high)  # a Dice cannot lie beyond
-    return f"{POINTS * each.mean:.1f} ({POINTS * low:.1f} to {POINTS * high:.1f})"
-
-
-def _difference(each: Interval | None) -> str:
-    if each is None:
-        return ""
-    won = f"{each.won} of {each.seeds}"
-    if math.isnan(each.low):
-        return f"{POINTS * each.mean:+.1f} (no interval)"
-    low, high = POINTS * each.low, POINTS * each.high
-    return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f}), {won}".replace("-", "\u2212")
-
-
-def _mm(hd95: float) -> str:
-    return f"{hd95:.1f}" if math.isfinite(hd95) else "half missed"
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else ""
-
-
-def _by_scenario(found: Sequence[Group]) -> dict[str, list[Group]]:
-    own: dict[str, list[Group]] = {}
-    for group in found:
-        own.setdefault(group.scenario, []).append(group)
-    return own
-
-
-def _images(links: Sequence[str], what: str) -> Iterator[str]:
-    for link in links:
-        yield f"![{what}]({link})"
-        yield ""
-
-
-def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -55,7 +55,7 @@ def best_rate(
 def rates_left(
     dice: Mapping[tuple[float, int], float], scenario: Scenario, seeds: Sequence[int]
 ) -> list[float] | None:
-    """Rates to go on with after the first seeds, ascending; None where runs of those are missing."""
+    """Rates to go on with after the first seeds, ascending; None where runs of those lack."""
     rates, tuning = sorted(scenario.tuning.rates), scenario.tuning
     if tuning.first is None:
         return rates

@@ -75,13 +75,14 @@ class Tuning(_Section):
 class Scenario(_Section):
     """One problem. simulated: resolution and extent of the simulation; folder: of real images.
 
-    noise: in the labels that are trained on; the source's are as they are. held_out: real subjects
-    that learning rates are tested on, and no result.
+    round: of the evidence, 1 or 2. noise: in the labels that are trained on; the source's are as
+    they are. held_out: real subjects that learning rates are tested on, and no result.
     """
 
     name: str
     title: str
     about: str = ""
+    round: Count = 1
     simulated: dict[str, Any] | None = None
     folder: str | None = None
     split: Literal["shuffled", "rotated"] = "shuffled"
@@ -113,7 +114,8 @@ class Scenario(_Section):
     @property
     def definition(self) -> dict[str, Any]:
         """What the result of a run depends on, whatever the seed, arm, length and rate."""
-        apart = {"name", "title", "about", "lengths", "curve", "seeds", "first_seed", "tuning"}
+        apart = {"name", "title", "about", "round", "lengths", "curve", "seeds", "first_seed"}
+        apart.add("tuning")
         apart |= {key for key in ("noise", "held_out") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude=apart)
 

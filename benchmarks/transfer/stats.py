@@ -31,7 +31,8 @@ class Result:
 class Interval:
     """A mean with its interval of 95 %; low and high are NaN with less than two seeds or subjects.
 
-    won: seeds with a mean above 0.
+    won: seeds with a mean above 0. p: of no difference, two-sided, by the same bootstrap.
+    corrected_p: by a t test of the seeds' means whose variance is corrected for overlapping splits.
     """
 
     mean: float
@@ -40,6 +41,8 @@ class Interval:
     seeds: int
     subjects: int
     won: int
+    p: float = 1.0
+    corrected_p: float = 1.0
 
     @property
     def told(self) -> str:
@@ -78,7 +81,9 @@ def values(runs: Sequence[Result]) -> dict[int, dict[str, float]]:
     return {seed: run.subjects for seed, run in _by_seed(runs).items()}
 
 
-def interval(found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLES) -> Interval:
+def interval(
+    found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLES, overlap: float = 0.0
+) -> Interval:
     """The mean over seeds of the mean over subjects, by a bootstrap over both.
 
     Subjects that are each of one seed alone (simulated) are drawn anew within each drawn seed.
@@ -87,6 +92,9 @@ def interval(found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLE
     means, sqrt(n / (n - 1)) wider and with the t quantile of n - 1 degrees, gives the interval,
     n the number of seeds, or of subjects that come back where those are fewer: the percentiles of
     few draws are too narrow. Where subjects do not matter it is the t interval of the seeds' means.
+
+    overlap: of real splits, subjects tested on per subject learnt from. The variance of the mean of
+    J seeds is then (1 / J + overlap) s² (Nadeau and Bengio, Machine Learning 52, 2003), not s² / J.
     """
     seeds = [list(rows.items()) for rows in found.values()]
     if not seeds:
@@ -103,7 +111,25 @@ def interval(found: Mapping[int, Mapping[str, float]], resamples: int = RESAMPLE
         return Interval(mean, math.nan, math.nan, count, subjects, won)
     error = float(draw(seeds, resamples, rng).std()) * math.sqrt(drawn / (drawn - 1))
     reach = float(stats.t.ppf(0.5 + LEVEL / 2, drawn - 1)) * error
-    return Interval(mean, mean - reach, mean + reach, count, subjects, won)
+    corrected = float(np.std(means, ddof=1)) * math.sqrt(1 / count + overlap) if count > 1 else 0.0
+    return Interval(
+        *(mean, mean - reach, mean + reach, count, subjects, won),
+        *(_p(mean, error, drawn - 1), _p(mean, corrected, count - 1)),
+    )
+
+
+def _p(mean: float, error: float, freedom: int) -> float:
+    """Two-sided, of a t statistic."""
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
+def survivors(p: Sequence[float], rate: float = 1 - LEVEL) -> list[bool]:
+    """Which of the comparisons a false discovery rate leaves (Benjamini and Hochberg 1995)."""
+    if not p:
+        return []
+    return [bool(each <= rate) for each in stats.false_discovery_control(p)]
 
 
 def _nested(

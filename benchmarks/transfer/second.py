@@ -1,0 +1,260 @@
+"""The page of the evidence: the second round's main table, and the tables behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.transfer import charts, report
+from benchmarks.transfer.arms import ARMS, MAP, REFERENCE
+from benchmarks.transfer.evidence import POINTS, Group, groups
+from benchmarks.transfer.markdown import (
+    anchor,
+    by_scenario,
+    difference,
+    head,
+    images,
+    mean,
+    millimetres,
+    number,
+    row,
+)
+from benchmarks.transfer.scenario import FOLDER, Scenario, load_scenarios
+from benchmarks.transfer.stats import Interval, survivors
+from benchmarks.transfer.store import Rows, Store
+from riskmap_ext.finetune.base.files import write_text
+
+HERE = Path(__file__).parent
+BASELINE = "prior_ce_dice"
+# Column of the main table -> (arm, what it is held against).
+COMPARED = {
+    "class prior": (BASELINE, REFERENCE),
+    "class weights": ("prior_class_dice", BASELINE),
+    "risk map": (f"prior_{MAP}", BASELINE),
+    "source offset": ("offset5_ce_dice", BASELINE),
+    "fading offset": ("fade5_ce_dice", BASELINE),
+}
+# Where the output layer is the source's own there is no prior to start at.
+COMPARED_KEPT = {
+    "class weights": ("class_dice", REFERENCE),
+    "risk map": (MAP, REFERENCE),
+    "source offset": ("offset5_ce_dice", REFERENCE),
+    "fading offset": ("fade5_ce_dice", REFERENCE),
+    "risk CE over CE": ("risk_ce", "ce"),
+}
+FIRST, SECOND = "first_round.md", "second_round.md"
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A difference, and whether it holds among all comparisons of its page.
+
+    holds: by the bootstrap, corrected: by the variance corrected for overlapping splits too.
+    """
+
+    each: Interval
+    holds: bool
+    corrected: bool
+
+    def __str__(self) -> str:
+        mark = "" if not self.holds else " ●" if self.corrected else " ○"
+        return difference(self.each).partition("),")[0].removesuffix(")") + ")" + mark
+
+
+Marks = Mapping[tuple[str, str, str, str], Marked]  # by scenario, length, arm and other
+
+
+def marks(found: Sequence[Group], pairs: Sequence[tuple[str, str]]) -> Marks:
+    """Of all comparisons there are between the arms of the pairs."""
+    compared = {
+        (group.scenario, group.length, *pair): each
+        for group in found
+        for pair in dict.fromkeys(pairs)
+        if (each := group.against(*pair)) is not None and not math.isnan(each.low)
+    }
+    holds = survivors([each.p for each in compared.values()])
+    corrected = survivors([each.corrected_p for each in compared.values()])
+    return {
+        key: Marked(each, one, one and two)
+        for (key, each), one, two in zip(compared.items(), holds, corrected, strict=True)
+    }
+
+
+def write_pages(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
+    """Writes the page, and into the folder of its name the tables of both rounds and pictures."""
+    known = load_scenarios(scenarios)
+    rows = Store(out).read()
+    folder = page.with_suffix("")
+    for old in folder.glob("*.png"):
+        old.unlink()
+    first = {name for name, each in known.items() if each.round == 1}
+    report.write_page(rows, folder / FIRST, {name: known[name] for name in sorted(first)})
+    second = {name: each for name, each in known.items() if each.round == 2}
+    found = groups(rows, second)
+    found.sort(key=lambda group: list(second).index(group.scenario))
+    write_text(folder / SECOND, _text(_tables(found, second, folder)))
+    write_text(page, _text(_page(rows, found, second)))
+
+
+def _text(lines: Iterator[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
+    yield "<!-- Made from the stored rows by `python -m benchmarks.transfer report`. -->"
+    yield ""
+    yield "# Evidence"
+    yield ""
+    yield (HERE / "verdict.md").read_text(encoding="utf-8")
+    if not found:
+        yield "No runs are stored yet: `make bench-transfer` or `make bench-transfer-full`."
+        return
+    fresh = [group for group in found if BASELINE in group.runs]
+    kept = [group for group in found if group not in fresh]
+    marked = {
+        **marks(fresh, list(COMPARED.values())),
+        **marks(kept, list(COMPARED_KEPT.values())),
+    }
+    yield "## The main table"
+    yield ""
+    yield from _differences(fresh, known, COMPARED, marked)
+    yield "## Where the gain comes from"
+    yield ""
+    yield from _what_is_found(fresh, known)
+    if kept:
+        yield "## The same rare label in another contrast"
+        yield ""
+        yield from _differences(kept, known, COMPARED_KEPT, marked)
+    yield (HERE / "how_second.md").read_text(encoding="utf-8")
+    final = sum(len(runs.rows) for group in found for runs in group.runs.values())
+    tuning = sum(r["kind"] == "tuning" and r["scenario"] in known for r in rows.runs)
+    machines = ", ".join(sorted({r["cpu"] for r in rows.runs if r["scenario"] in known}))
+    yield f"{final} runs are compared, {tuning} chose learning rates; on {machines}."
+
+
+def _differences(
+    found: Sequence[Group],
+    known: Mapping[str, Scenario],
+    columns: Mapping[str, tuple[str, str]],
+    marked: Marks,
+) -> Iterator[str]:
+    base = next(iter(columns.values()))[1]
+    yield from head("data", "steps", ARMS[base].name, *columns)
+    for group in found:
+        runs = group.runs.get(base)
+        cells = [marked.get((group.scenario, group.length, *pair)) for pair in columns.values()]
+        yield row(
+            _where(group, known),
+            str(group.steps),
+            "" if runs is None else number(POINTS * runs.mean().mean, ".1f"),
+            *("" if each is None else str(each) for each in cells),
+        )
+    yield ""
+    for name, pair in columns.items():
+        told = [m for key, m in marked.items() if key[2:] == pair and _has(found, key)]
+        yield f"* {name}: {_counted(told)}."
+    yield ""
+
+
+def _has(found: Sequence[Group], key: tuple[str, str, str, str]) -> bool:
+    return any((group.scenario, group.length) == key[:2] for group in found)
+
+
+def _counted(told: Sequence[Marked]) -> str:
+    up = [m for m in told if m.holds and m.each.mean > 0]
+    down = [m for m in told if m.holds and m.each.mean < 0]
+    return (
+        f"ahead in {len(up)} of {len(told)} ({sum(m.corrected for m in up)} ●), behind in "
+        f"{len(down)} ({sum(m.corrected for m in down)} ●)"
+    )
+
+
+def _what_is_found(found: Sequence[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
+    """Precision, recall and surfaces of the arms of the main table."""
+    arms = list(dict.fromkeys(arm for arm, _ in COMPARED.values()))
+    yield from head("data", "steps", *(name for name in COMPARED))
+    for group in found:
+        cells = [_found(group, arm) if arm in group.runs else "" for arm in arms]
+        yield row(_where(group, known), str(group.steps), *cells)
+    yield ""
+
+
+def _found(group: Group, arm: str) -> str:
+    runs = group.runs[arm]
+    text = f"{runs.share('precision'):.2f} / {runs.share('recall'):.2f}"
+    mine, theirs = group.distances(arm, BASELINE)
+    text += f", {millimetres(mine)}" + ("" if arm == BASELINE else f" ({millimetres(theirs)})")
+    missed = 100 * runs.missed()
+    return text + (f", {missed:.0f} % missed" if missed >= 0.5 else "")
+
+
+def _where(group: Group, known: Mapping[str, Scenario]) -> str:
+    return f"[{group.scenario}](evidence/{SECOND}#{anchor(group.scenario)})"
+
+
+def _tables(found: list[Group], known: Mapping[str, Scenario], folder: Path) -> Iterator[str]:
+    yield "# Second round: all arms"
+    yield ""
+    yield (
+        f"Each arm against {ARMS[BASELINE].name} (against {ARMS[REFERENCE].name} where the output "
+        "layer is the source's). ● and ○ as on [the page](../evidence.md), over all comparisons "
+        "of this one. HD95: medians over the structures that both found, in brackets that of the "
+        "arm compared with. Without islands: components smaller than 20 % of the largest removed."
+    )
+    yield ""
+    base = {id(g): BASELINE if BASELINE in g.runs else REFERENCE for g in found}
+    pairs = [(arm, other) for arm in ARMS for other in (BASELINE, REFERENCE) if arm != other]
+    fresh = [group for group in found if base[id(group)] == BASELINE]
+    kept = [group for group in found if base[id(group)] == REFERENCE]
+    marked = {
+        **marks(fresh, [pair for pair in pairs if pair[1] == BASELINE]),
+        **marks(kept, [pair for pair in pairs if pair[1] == REFERENCE]),
+    }
+    for name, own in by_scenario(found).items():
+        yield f"## {name}"
+        yield ""
+        yield f"{known[name].title}. {known[name].about}"
+        yield ""
+        for group in own:
+            yield from _arms(group, base[id(group)], marked)
+        picture = charts.differences(own, folder / f"{name}-differences.png", base[id(own[0])])
+        yield from images([picture.name], name)
+
+
+def _arms(group: Group, base: str, marked: Marks) -> Iterator[str]:
+    leep, entropy = group.leep()
+    told = 1 + leep / entropy if entropy > 0 else math.nan
+    yield f"### {group.scenario}, {group.length}: {group.steps} steps"
+    yield ""
+    yield (
+        f"{group.seeds} seeds. LEEP of the source {leep:.3f} nats: it tells {100 * told:.0f} % of "
+        f"the label entropy {entropy:.3f}."
+    )
+    yield ""
+    yield from head(
+        *("arm", "rate", "mean Dice", f"against {ARMS[base].name}", "precision / recall"),
+        *("missed, %", "HD95, mm", "Dice without islands", "HD95 without islands, mm"),
+        numbers=True,
+    )
+    for key, runs in group.runs.items():
+        clean = group.distances(key, base, "clean_hd95")
+        mine, theirs = group.distances(key, base)
+        against = marked.get((group.scenario, group.length, key, base))
+        yield row(
+            f"**{ARMS[key].name}**" if key == base else ARMS[key].name,
+            f"{runs.lr:g}{'‡' if runs.at_edge else ''}{' ≈' if runs.near_tie else ''}",
+            mean(runs.mean()),
+            "" if against is None else str(against),
+            f"{runs.share('precision'):.2f} / {runs.share('recall'):.2f}",
+            f"{100 * runs.missed():.1f}",
+            _pair(mine, theirs, key == base),
+            number(POINTS * runs.share("clean_dice"), ".1f"),
+            _pair(*clean, key == base),
+        )
+    yield ""
+
+
+def _pair(mine: float, theirs: float, alone: bool) -> str:
+    return number(mine, ".1f") + ("" if alone else f" ({number(theirs, '.1f')})")
