@@ -75,16 +75,19 @@ bench-full: install
 
 # Rows go to benchmarks/results/transfer, the page to docs/evidence.md; what is stored is not run again.
 TRANSFER_OPTIONS ?= --workers 2
-TRANSFER_FIRST ?= brain_ixi,hippocampus_4,deep_structures_4,tissues_flair,lesions,deep_structures_1
+TRANSFER_SECOND = hippocampi,brains,structures,lesion_spots,tissues,patients
 bench-transfer: install
-	$(BIN)/python -m benchmarks.transfer run --scenarios deep_structures_4,hippocampus_4 --lengths short --seeds 0-2 \
-	  --tuning-seeds 1 $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --scenarios hippocampi --arms second --lengths short --seeds 10-12 \
+	  --tuning-seeds 2 $(TRANSFER_OPTIONS)
 	$(BIN)/python -m benchmarks.transfer report
 
 # What decides comes first, then the rest.
 bench-transfer-full: install
-	$(BIN)/python -m benchmarks.transfer run --scenarios $(TRANSFER_FIRST) $(TRANSFER_OPTIONS)
-	$(BIN)/python -m benchmarks.transfer run $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --scenarios $(TRANSFER_SECOND) --arms second $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --scenarios shifted_1,shifted_2,shifted_4 --arms kept $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --scenarios hippocampi_residual,brains_residual --arms prior $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --scenarios hippocampi,brains --arms second-more $(TRANSFER_OPTIONS)
+	$(BIN)/python -m benchmarks.transfer run --round 1 $(TRANSFER_OPTIONS)
 	$(BIN)/python -m benchmarks.transfer report
 
 instructions: install

@@ -219,7 +219,7 @@ def test_rows_of_the_first_round_have_no_precision(tmp_path):
 
 def test_scenarios_of_the_second_round():
     second = {name: each for name, each in load_scenarios().items() if each.round == 2}
-    assert len(second) == 9
+    assert len(second) == 11
     for each in second.values():
         assert each.tuning.seeds >= 4
         assert each.final_seeds[0] == 10

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="do the runs that are not stored yet")
     several: dict[str, Any] = {"type": _names, "metavar": "A,B"}
     run.add_argument("--scenarios", **several, help="default: all")
+    run.add_argument("--round", type=int, choices=(1, 2), help="scenarios of this round alone")
     run.add_argument(
         "--arms", **several, help=f"arms or {', '.join(GROUPS)}; default: {','.join(DEFAULT)}"
     )
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     scenarios = chosen(load_scenarios(options.scenario_files), options.scenarios)
+    if options.round is not None:
+        scenarios = {name: each for name, each in scenarios.items() if each.round == options.round}
     for name, each in list(scenarios.items()):
         if reason := each.missing():
             print(f"{name}: left out: {reason}")

@@ -315,5 +315,7 @@ GROUPS = {
     "placed": PLACED,
     "second": SECOND,
     "second-more": SECOND_MORE,
+    "prior": (REFERENCE, *(key for key in SECOND if key.startswith("prior")), "offset5_ce_dice"),
+    "kept": ("ce", "risk_ce", REFERENCE, "class_dice", MAP, "offset5_ce_dice", "fade5_ce_dice"),
     "all": tuple(ARMS),
 }
