@@ -92,7 +92,7 @@ def test_tiny_run_writes_table_picture_and_page(tiny):
 
 
 @pytest.mark.slow
-def test_arms_of_a_seed_differ_in_their_loss_alone(tiny):
+def test_arms_of_a_seed_differ_in_head_and_loss_alone(tiny):
     import yaml
 
     configs = {
@@ -101,43 +101,79 @@ def test_arms_of_a_seed_differ_in_their_loss_alone(tiny):
     }
     for config in configs.values():
         del config["output"]
-    different = {
-        section
-        for config in configs.values()
-        for section in config
-        if config[section] != configs["ce"][section]
+    reference = configs["ce_dice"]
+
+    def different(arm):
+        return {
+            f"{section}.{key}"
+            for section, values in configs[arm].items()
+            for key in (values if isinstance(values, dict) else ())
+            if values[key] != reference[section][key]
+        } | {
+            section
+            for section, values in configs[arm].items()
+            if not isinstance(values, dict) and values != reference[section]
+        }
+
+    assert different("random_ce_dice") == {"train.head_init"}
+    assert different("risk_dice") == {"risk.use"}
+    assert different("class_dice") == {"loss.class_weights"}
+    # The network of the demo has an output layer that can start there.
+    prior = {
+        arm.key
+        for arm in demo.ARMS
+        if "starts at the class prior"
+        in (tiny.output / "seed_0" / arm.key / "log.txt").read_text(encoding="utf-8")
     }
-    assert different == {"loss", "risk"}
+    assert prior == {"ce_dice", "risk_dice", "class_dice"}
 
 
 def test_findings_follow_the_numbers():
-    kinds = {"ce": [20, 20], "ce_dice": [50, 52], "class_dice": [60, 60]}
-
-    def told(risk):
+    def told(risk, weights=(60, 60), random=(20, 20)):
+        kinds = {"random_ce_dice": random, "ce_dice": [50, 52], "class_dice": weights}
         return demo_page.findings(sources(2), results(risk_dice=risk, **kinds))
 
     better = told([70, 70])
-    assert "+19.0 ± 1.4 Dice points, ahead in 2 of 2 seeds (higher in every seed)" in better[0]
-    assert "the map gave more than class weights do" in better[1]
-    worse = told([40, 40])
-    assert "-11.0 ± 1.4 Dice points, ahead in 0 of 2 seeds (lower or equal in every" in worse[0]
-    assert "class weights did as well or better" in worse[1]
-    assert "so the gain" not in worse[1]
+    assert "+31.0 ± 1.4 Dice points, ahead in 2 of 2 seeds (higher in every seed)" in better[0]
+    assert "+19.0 ± 1.4 Dice points, ahead in 2 of 2 seeds (higher in every seed)" in better[1]
+    assert "+9.0 ± 1.4 Dice points, ahead in 2 of 2 seeds (higher in every seed)" in better[2]
+    assert "the map and class weights each add" in better[2]
+    assert "+10.0 ± 0.0 Dice points" in better[3]
+    assert "the map gave more than class weights do." in better[3]
+    worse = told([40, 40], random=[60, 40])
+    assert "+1.0 ± 15.6 Dice points, ahead in 1 of 2 seeds (neither is ahead in every" in worse[0]
+    assert "-11.0 ± 1.4 Dice points, ahead in 0 of 2 seeds (lower in every seed)" in worse[1]
+    assert "only class weights added" in worse[2]
+    assert "plain class weights gave more" in worse[3]
+    assert "so the gain" not in worse[3]
     mixed = told([49, 61])
-    assert "ahead in 1 of 2 seeds (the seeds disagree" in mixed[0]
-    assert "not told apart from plain class weights" in mixed[1]
+    assert "ahead in 1 of 2 seeds (neither is ahead in every seed, so" in mixed[1]
+    assert "not told apart from plain class weights" in mixed[3]
+    assert "only the map added" in told([55, 55], weights=[49, 61])[2]
+    assert "neither weighting is shown to add" in told([49, 61], weights=[50, 52])[2]
+    ahead_of_weights = told([49, 61], weights=[40, 40])
+    assert "than class weights do, but it is not shown to add to the prior" in ahead_of_weights[3]
+    # A seed without a difference agrees with no direction.
+    tied = told([50, 40])
+    assert "-6.0 ± 8.5 Dice points, ahead in 0 of 2 seeds (neither is ahead in every" in tied[1]
     between = told([55, 55])
-    assert "needs no map here" in between[1]
-    assert "LEEP score on the structures is -0.100" in between[3]
-    assert "would score -0.150" in between[3]
-    warned = demo_page.findings(
-        sources(1, "it tells nothing"), results(risk_dice=[70, 70], **kinds)
-    )
-    assert warned[-1] == "seed 0: it tells nothing"
+    assert "so the gain needs no map here" in between[3]
+    assert "LEEP score on the structures is -0.100" in between[4]
+    assert "would score -0.150" in between[4]
+
+
+def test_one_seed_gives_no_findings_but_its_numbers():
+    arms = results(random_ce_dice=[20], ce_dice=[50], risk_dice=[70], class_dice=[60])
+    told = demo_page.findings(sources(1, "it tells nothing"), arms)
+    for line in told[:4]:
+        assert line.endswith("(one seed alone shows no spread, so nothing follows from it).")
+    assert told[-1] == "seed 0: it tells nothing"
 
 
 def test_terminal_table_shows_spread_and_pairs():
-    arms = results(ce=[10, 20], ce_dice=[50, 60], risk_dice=[55, 70], class_dice=[50, 40])
+    arms = results(
+        random_ce_dice=[10, 20], ce_dice=[50, 60], risk_dice=[55, 70], class_dice=[50, 40]
+    )
     console = Console(width=110)
     with console.capture() as captured:
         console.print(demo_page.terminal_table(sources(2), arms, demo.ARMS))

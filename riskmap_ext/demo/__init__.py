@@ -1,1 +1,1 @@
-"""The demo: simulated brains, a run for each loss, and a page that compares them."""
+"""The demo: simulated brains, a run for each way to train, and a page that compares them."""

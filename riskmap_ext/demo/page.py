@@ -66,6 +66,7 @@ def write_page(
         leep=_leep_line(sources),
         subjects=picture.read_bytes(),
         seeds=_seeds(seeds),
+        chance=2 ** (seeds - 1),
         s=settings,
         versions=f"riskmap_ext {riskmap_ext.__version__}, torch {torch.__version__}, "
         f"MONAI {monai.__version__}, Python {platform.python_version()}",
@@ -76,47 +77,70 @@ def write_page(
 
 def findings(sources: Sequence[SourceResult], arms: Sequence[ArmResult]) -> list[str]:
     """The results in sentences, built from this run's numbers alone."""
-    risk, control = _gaps(arms, "risk_dice"), _gaps(arms, "risk_dice", "class_dice")
+    prior = _gaps(arms, BASELINE, "random_ce_dice")
+    risk, weights = _gaps(arms, "risk_dice"), _gaps(arms, "class_dice")
+    control = _gaps(arms, "risk_dice", "class_dice")
     leep, entropy = fmean(s.leep for s in sources), fmean(s.label_entropy for s in sources)
     return [
-        f"Weighting by transfer risk against CE + Dice: {_told(risk)}.",
-        f"The same against class weights + Dice (square root of inverse class frequency, no source "
-        f"model involved): {_told(control)}. {_reading(risk, control)}",
-        f"CE + Dice against CE alone: {_told(_gaps(arms, BASELINE, 'ce'))}.",
+        f"The class prior against a random head, both with CE + Dice: {_told(prior)}.",
+        f"On top of the prior, risk + Dice against CE + Dice: {_told(risk)}.",
+        f"On top of the prior, class weights + Dice against CE + Dice: {_told(weights)}. "
+        f"{_added(risk, weights)}".rstrip(),
+        f"Risk + Dice against class weights + Dice, which need no source's map: {_told(control)}. "
+        f"{_reading(risk, control)}".rstrip(),
         f"The source network's LEEP score on the structures is {leep:.3f}; one that tells nothing "
         f"would score {-entropy:.3f}, a perfect one 0.",
         *(f"seed {s.seed}: {s.remark}" for s in sources if s.remark),
     ]
 
 
+def _added(risk: Sequence[float], weights: Sequence[float]) -> str:
+    """What the weighted arms add to the prior, where there are seeds to tell."""
+    if len(risk) == 1:
+        return ""
+    named = (("the map", risk), ("class weights", weights))
+    adding = [name for name, gaps in named if _direction(gaps) > 0]
+    if len(adding) == 2:
+        return "In this run the map and class weights each add to what the prior gives."
+    if adding:
+        return f"In this run only {adding[0]} added to what the prior gives in every seed."
+    return "In this run neither weighting is shown to add to what the prior gives."
+
+
 def _reading(risk: Sequence[float], control: Sequence[float]) -> str:
-    ahead = _ahead(control)
     if len(control) == 1:
         return ""
-    if 0 < ahead < len(control):
+    direction, gain = _direction(control), _direction(risk) > 0
+    if direction == 0:
         return "In this run the map is not told apart from plain class weights."
-    if ahead:
-        return "In this run the map gave more than class weights do."
-    gain = _ahead(risk) == len(risk)
-    so = ", so the gain from weighting needs no map here" if gain else ""
-    return f"In this run plain class weights did as well or better{so}."
+    if direction > 0:
+        but = "" if gain else ", but it is not shown to add to the prior"
+        return f"In this run the map gave more than class weights do{but}."
+    so = ", so the gain needs no map here" if gain else ""
+    return f"In this run plain class weights gave more{so}."
 
 
 def _told(gaps: Sequence[float]) -> str:
     """With what the seeds allow to say: a direction only where all of them agree."""
-    ahead, seeds = _ahead(gaps), len(gaps)
-    verdict = "the seeds disagree, so neither is shown to be better"
-    if ahead in (0, seeds):
-        verdict = "higher in every seed" if ahead else "lower or equal in every seed"
-    if seeds == 1:
+    verdict = {
+        1: "higher in every seed",
+        0: "neither is ahead in every seed, so neither is shown to be better",
+        -1: "lower in every seed",
+    }[_direction(gaps)]
+    if len(gaps) == 1:
         verdict = "one seed alone shows no spread, so nothing follows from it"
     spread = _spread(gaps, "+.1f")
-    return f"{spread} Dice points, ahead in {ahead} of {_seeds(seeds)} ({verdict})"
+    return f"{spread} Dice points, ahead in {_ahead(gaps)} of {_seeds(len(gaps))} ({verdict})"
 
 
 def _gaps(arms: Sequence[ArmResult], key: str, other: str = BASELINE) -> list[float]:
     """One arm minus another, seed by seed, in Dice points (0 to 100)."""
     return [a - b for a, b in zip(_points(arms, key), _points(arms, other), strict=True)]
+
+
+def _direction(gaps: Sequence[float]) -> int:
+    """1 or -1 where all seeds agree, else 0."""
+    return (min(gaps) > 0) - (max(gaps) < 0)
 
 
 def _ahead(gaps: Sequence[float]) -> int:

@@ -1,8 +1,9 @@
-"""The demo: few-shot fine-tuning on simulated brains, with and without the transfer risk map.
+"""The demo: few-shot fine-tuning on simulated brains, by head and by weights of the loss.
 
 Everything is offline and on the CPU. Per seed, a source network learns tissues on simulated T1
 brains; from it, networks are fine-tuned to find deep structures with a few labelled subjects. The
-arms of a seed share subjects, initial weights, crops and their order; only the loss differs.
+arms of a seed share subjects, source, crops and their order, and the initial weights but for the
+bias of the new output layer; that bias and the loss are all that differs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from riskmap_ext.demo.page import terminal_table, write_page
+from riskmap_ext.demo.page import BASELINE, terminal_table, write_page
 from riskmap_ext.demo.simulate import STRUCTURES, write_cohort
 from riskmap_ext.demo.workers import start_worker
 from riskmap_ext.finetune.base.errors import ConfigError
@@ -47,23 +48,27 @@ from riskmap_ext.finetune.train.finetune import finetune, make_maps
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune: `risk` and `loss` are sections of the driver's configuration."""
+    """One way to fine-tune.
+
+    In the driver's configuration head is train.head_init, risk is risk.use, and loss a section.
+    """
 
     key: str
     name: str
+    head: str
     risk: bool
     loss: dict[str, Any]
 
 
-_CE = {"ce_weight": 1.0, "dice_weight": 0.0}
 _CE_DICE = {"ce_weight": 1.0, "dice_weight": 1.0}
 ARMS = (
-    Arm("ce", "CE", False, _CE),
-    Arm("ce_dice", "CE + Dice", False, _CE_DICE),
-    Arm("risk_dice", "risk + Dice", True, _CE_DICE),
+    Arm("random_ce_dice", "CE + Dice, random head", "random", False, _CE_DICE),
+    Arm(BASELINE, "CE + Dice", "prior", False, _CE_DICE),
+    Arm("risk_dice", "risk + Dice", "prior", True, _CE_DICE),
     Arm(
         "class_dice",
         "class weights + Dice",
+        "prior",
         False,
         {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"},
     ),
@@ -325,7 +330,7 @@ def _config(
         "output": folder / (name or (arm.key if arm else "source")),
         "overwrite": True,
         "cache": folder / "cache",
-        # The same for every arm: it fixes the new head, the crops and their order.
+        # The same for every arm: it draws the new head, the crops and their order.
         "seed": seed,
         "device": "cpu",
         "threads": 1,
@@ -366,6 +371,7 @@ def _config(
         }
     else:
         config["source"] = {"checkpoint": folder / "source" / "last.pt"}
+        config["train"]["head_init"] = arm.head
         config["risk"] = {"use": arm.risk, "scheme": "exponential"}  # the paper's
     return parse_config(config, origin="demo")
 
@@ -378,7 +384,7 @@ def _draw(path: Path, output: Path, arms: Sequence[ArmResult], settings: Setting
         # Typical rather than best: the median over subjects of the mean over arms.
         means = {
             case: float(np.mean([r.subjects[case] for r in results.values()]))
-            for case in results["ce"].subjects
+            for case in results[BASELINE].subjects
         }
         case = sorted(means, key=means.__getitem__)[len(means) // 2]
         folder = _folder(output, seed)

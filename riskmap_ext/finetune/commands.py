@@ -80,7 +80,7 @@ def _demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps of each run.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
 ) -> None:
-    """Compare losses on simulated brains: offline, a few minutes on two cores."""
+    """Compare ways to fine-tune on simulated brains: offline, a few minutes on two cores."""
     from riskmap_ext.demo import run as demo
 
     demo.run(output=output, seeds=seeds, steps=steps, workers=workers)
