@@ -252,7 +252,8 @@ def _run(
         # A rate that is too high for the arm: the run counts, with nothing found.
         if not (output / NONFINITE_FILE).is_file():
             raise
-    scores = [score for case in cases.validation for score in _scores(case, cases, output, result)]
+    found = [_scores(case, cases, output, result, task.kind) for case in cases.validation]
+    scores = [score for rows in found for score in rows]
     leep = json.loads((output / LEEP_FILE).read_text(encoding="utf-8"))
     row = {
         "run": run,
@@ -326,9 +327,9 @@ def _tensors(content: Any) -> list[torch.Tensor]:
 
 
 def _scores(
-    case: Case, cases: Cases, output: Path, result: FinetuneResult | None
+    case: Case, cases: Cases, output: Path, result: FinetuneResult | None, kind: str
 ) -> list[dict[str, Any]]:
-    """A row for each class that the case's label has."""
+    """A row for each class that the case's label has; of a tuning its Dice alone."""
     label = case.full_label.numpy()
     if result is None:
         predicted = np.zeros_like(label)
@@ -338,6 +339,13 @@ def _scores(
     rows = []
     for index, name in enumerate(cases.classes[1:], start=1):
         mask, reference = predicted == index, label == index
+        if kind == TUNING:
+            both, total = int((mask & reference).sum()), int(mask.sum()) + int(reference.sum())
+            if reference.any():
+                rows.append(
+                    {"subject": case.name, "class": name, "dice": f"{2 * both / total:.6f}"}
+                )
+            continue
         score = _score(name, mask, reference, case)
         if score.outcome not in (FOUND, MISSED):
             continue
