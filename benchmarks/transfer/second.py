@@ -67,12 +67,12 @@ Marks = Mapping[tuple[str, str, str, str], Marked]  # by scenario, length, arm a
 
 
 def marks(found: Sequence[Group], pairs: Sequence[tuple[str, str]]) -> Marks:
-    """Of all comparisons there are between the arms of the pairs."""
+    """Of all comparisons there are between the arms of the pairs, but of runs that are the same."""
     compared = {
         (group.scenario, group.length, *pair): each
         for group in found
         for pair in dict.fromkeys(pairs)
-        if (each := group.against(*pair)) is not None and not math.isnan(each.low)
+        if (each := group.against(*pair)) is not None and each.low < each.high
     }
     holds = survivors([each.p for each in compared.values()])
     corrected = survivors([each.corrected_p for each in compared.values()])
@@ -92,8 +92,7 @@ def write_pages(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
     first = {name for name, each in known.items() if each.round == 1}
     report.write_page(rows, folder / FIRST, {name: known[name] for name in sorted(first)})
     second = {name: each for name, each in known.items() if each.round == 2}
-    found = groups(rows, second)
-    found.sort(key=lambda group: list(second).index(group.scenario))
+    found = [group for group in groups(rows, second) if group.scenario in second]
     write_text(folder / SECOND, _text(_tables(found, second, folder)))
     write_text(page, _text(_page(rows, found, second)))
 
@@ -132,6 +131,16 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     tuning = sum(r["kind"] == "tuning" and r["scenario"] in known for r in rows.runs)
     machines = ", ".join(sorted({r["cpu"] for r in rows.runs if r["scenario"] in known}))
     yield f"{final} runs are compared, {tuning} chose learning rates; on {machines}."
+    there = {(group.scenario, group.length) for group in found}
+    missing = [
+        f"{name} at {steps} steps"
+        for name, each in known.items()
+        for length, steps in each.lengths.items()
+        if (name, length) not in there
+    ]
+    if missing:
+        yield ""
+        yield f"Not run yet: {', '.join(missing)}."
 
 
 def _differences(
@@ -149,7 +158,7 @@ def _differences(
             _where(group, known),
             str(group.steps),
             "" if runs is None else number(POINTS * runs.mean().mean, ".1f"),
-            *("" if each is None else str(each) for each in cells),
+            *("-" if each is None else str(each) for each in cells),
         )
     yield ""
     for name, pair in columns.items():

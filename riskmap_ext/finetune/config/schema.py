@@ -254,8 +254,8 @@ class RiskConfig(_Section):
     """Give the map to the loss. With false it is made all the same, for the report: two passes of
     the source over the training cases. Without a source there is none."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
-    """How a weight follows from the hardness (docs/method.md). The paper has `exponential`, which
-    was ahead of `linear` in no comparison and behind in two (docs/evidence.md)."""
+    """How a weight follows from the hardness (docs/method.md). The paper has `exponential`;
+    `linear` was at least as good in every comparison of the first round (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
     alpha: Annotated[float, Field(gt=0, le=1), _NUMBER] = 0.5
