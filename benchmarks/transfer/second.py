@@ -119,7 +119,7 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     yield "## The main table"
     yield ""
     yield from _differences(fresh, known, COMPARED, marked)
-    yield "## Where the gain comes from"
+    yield "## What is found, and how exactly"
     yield ""
     yield from _what_is_found(fresh, known)
     if kept:
@@ -182,6 +182,11 @@ def _counted(told: Sequence[Marked]) -> str:
 
 def _what_is_found(found: Sequence[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
     """Precision, recall and surfaces of the arms of the main table."""
+    yield (
+        "Precision / recall, and the median HD95 in mm over the structures that the arm and the "
+        "class prior both found; in brackets the prior's own over the same structures."
+    )
+    yield ""
     arms = list(dict.fromkeys(arm for arm, _ in COMPARED.values()))
     yield from head("data", "steps", *(name for name in COMPARED))
     for group in found:
