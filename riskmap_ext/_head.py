@@ -154,7 +154,7 @@ def fuse_head(
         ValueError: no such head; it names what was found in its place. The network is then as it
             was before.
     """
-    require_bare(network)
+    _require_bare(network)
     when = validate_choice("when", when, WHEN)
     if example_input is None:
         names = _known_heads(network, when)
@@ -173,7 +173,7 @@ def unfuse_head(network: nn.Module) -> list[str]:
         ValueError: a head with hooks or a parametrization, which would be lost; it names the head.
             The network is then as it was before.
     """
-    require_bare(network)
+    _require_bare(network)
     heads = {name: m for name, m in network.named_modules() if isinstance(m, FusedHead)}
     for name, head in heads.items():
         _check_unchanged(name, head)
@@ -182,7 +182,7 @@ def unfuse_head(network: nn.Module) -> list[str]:
     return list(heads)
 
 
-def require_bare(network: Any) -> None:
+def require_unwrapped(network: Any) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: expected a torch.nn.Module, got {type(network).__name__}")
     wrapped = isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel))
@@ -191,6 +191,10 @@ def require_bare(network: Any) -> None:
             "network: expected the network itself, before torch.compile and "
             f"DistributedDataParallel, got {type(network).__name__}"
         )
+
+
+def _require_bare(network: Any) -> None:
+    require_unwrapped(network)
     if isinstance(network, torch.jit.ScriptModule):
         raise ValueError(
             "network: expected one that is not scripted or traced, as nothing in such a one can be "
@@ -251,7 +255,7 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     try:
         tried = _on_meta(network).train(when == "training")
     except Exception as error:  # a tensor of a graph that a module keeps, for one
-        raise ValueError(f"network: {kind} cannot be copied: {_one_line(error)}") from None
+        raise ValueError(f"network: {kind} cannot be copied: {one_line(error)}") from None
     unfuse_head(tried)
     # What the network's own hooks make of image and output is no part of it.
     tried._forward_pre_hooks.clear()
@@ -273,7 +277,7 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     except Exception as error:  # whatever the network's layers raise
         raise ValueError(
             f"example_input: {shape} does not go through {kind} on the meta device: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
     for hook in hooks:
         hook.remove()
@@ -299,7 +303,7 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     except Exception as error:  # DeferredLogits refuse in several ways
         raise ValueError(
             f"network: {kind} gives what {', '.join(names)} gives, and does something else with "
-            f"it, too: {_one_line(error)}"
+            f"it, too: {one_line(error)}"
         ) from None
     nodes = pytree.tree_leaves(given, is_leaf=lambda each: isinstance(each, DeferredLogits))
     if sum(isinstance(each, DeferredLogits) for each in nodes) < len(names):
@@ -411,5 +415,5 @@ def _as_convolution(head: FusedHead) -> nn.Module:
     return made.train(head.training)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from riskmap_ext._arguments import number_sequence, plain_tensor
+from riskmap_ext._arguments import number_sequence, plain_tensor, validate_flag
 from riskmap_ext._deferred import DeferredLogits
-from riskmap_ext._head import require_bare
+from riskmap_ext._head import one_line, require_unwrapped
 
 FLOOR = 1e-4  # of a frequency: a class without voxels starts at log 1e-4 = -9.2
+
+# The trial moves a bias down, as the prior does: what cuts logits off is seen. Steps that differ
+# tell channels apart and are far above the rounding of half precision.
+_STEPS = (-4.0, -5.0, -6.0, -7.0, -8.0)
+_ROOM = 0.01  # for convolutions whose sums are not quite the same twice
+_STILL, _MOVED, _OTHERWISE = "still", "moved", "otherwise"
 
 
 def set_head_prior(
@@ -30,31 +37,36 @@ def set_head_prior(
         \text{sigmoid: } b_c \mathrel{+}= \log\frac{f_c + 10^{-4}}{1 - f_c + 10^{-4}}
 
     A fresh output layer takes all classes for equally likely. With rare classes a short training
-    spends its steps on moving the bias; from the prior it starts with the network's features. Call
-    it once, after loading pretrained weights and before the first step, where the output layer is
-    fresh: it adds to the bias that is there.
+    spends its steps on moving the bias; from the prior it starts with the network's features (Lin
+    et al., Focal Loss for Dense Object Detection, ICCV 2017). Call it once, after loading
+    pretrained weights and before the first step, where the output layer is fresh: it adds to the
+    bias that is there. Do it before torch.compile and DistributedDataParallel, before or after
+    :func:`fuse_head` and the optimizer.
 
     A bias belongs to the output layer where each logit moves one to one with it, which a trial with
-    ``example_input`` tells. All outputs that the network gives in eval mode are set (nnU-Net's
-    scales of deep supervision).
+    ``example_input`` tells. All outputs [B, C, \*S] that the network gives in training are set
+    (deep supervision, in a list, a dict or a stack [B, scales, C, \*S]). Layers are in eval mode
+    for the trial, and modes, buffers and random states are as before afterwards.
 
     Args:
         frequencies: f, share of each class [C], or with ``sigmoid`` of each region [R], among the
             valid voxels of the training labels, 0 to 1; without ``sigmoid`` counts of voxels do as
             well, as they are divided by their sum. See ``TransferStatistics.class_frequencies``,
             or ``torch.bincount`` of the labels.
-        example_input: an image [B, channels, \*S] that the network's forward() takes.
+        example_input: an image [B, channels, \*S] that the network's forward() takes, on its
+            device; a small one will do.
         sigmoid: whether the outputs are regions of their own, not a softmax.
 
-    Returns: the names of the parameters that were changed.
+    Returns: the names of the parameters that were changed, in the network's order.
 
     Raises:
         TypeError: not a network, a tensor or numbers.
-        ValueError: frequencies out of range or as many as no output has channels; an output without
-            such a bias. The network is then as it was before.
+        ValueError: frequencies out of range or as many as no output has channels; an image that
+            does not go through the network; an output without such a bias, or with a frozen one.
+            The network is then as it was before.
     """
-    require_bare(network)
-    prior = prior_logits(frequencies, sigmoid=sigmoid)
+    require_unwrapped(network)
+    prior = prior_logits(frequencies, sigmoid=validate_flag("sigmoid", sigmoid))
     biases = head_biases(network, len(prior), plain_tensor("example_input", example_input))
     add_prior(biases, prior)
     return list(biases)
@@ -82,32 +94,43 @@ def prior_logits(frequencies: Tensor | Sequence[float], *, sigmoid: bool = False
 def head_biases(
     network: nn.Module, num_outputs: int, example_input: Tensor
 ) -> dict[str, nn.Parameter]:
-    """One bias for each output of the network, by name. Raises: ValueError where one has none."""
+    """By name; together they move each output once. Raises: ValueError where one has none."""
+    kind = type(network).__name__
+    if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError(f"network: expected {kind} with its lazy layers made: run an image first")
     candidates = {
         name: parameter
         for name, parameter in network.named_parameters()
-        if name.rpartition(".")[2] == "bias"
-        and list(parameter.shape) == [num_outputs]
-        and parameter.requires_grad
+        if list(parameter.shape) == [num_outputs] and parameter.is_floating_point()
     }
-    outputs = _outputs(network, example_input)
-    fitting = [each for each in outputs if each.dim() > 1 and each.shape[1] == num_outputs]
-    if not fitting:
-        got = ", ".join(str(list(each.shape)) for each in outputs) or "no tensor"
+    found: set[str] = set()
+    with _trial(network):
+        before = _outputs(network, num_outputs, example_input)
+        if not all(each.numel() and each.isfinite().all() for each in before):
+            raise ValueError(f"example_input: {kind} gives nothing, NaN or infinity for this image")
+        without = set(range(len(before)))
+        for name, bias in reversed(candidates.items()):
+            if not without:
+                break
+            effects = _effects(network, bias, before, example_input)
+            moved = {index for index, effect in enumerate(effects) if effect == _MOVED}
+            if moved and moved <= without and _OTHERWISE not in effects:
+                found.add(name)
+                without -= moved
+    if without:
         raise ValueError(
-            f"frequencies: expected as many as the network has output channels, got {num_outputs}; "
-            f"its output has the shape {got}"
+            f"network: nothing in {kind} is a bias of its output of shape "
+            f"{list(before[min(without)].shape)}: its last layer has none, something follows that "
+            "layer, or another output depends on it"
         )
-    found: dict[str, nn.Parameter] = {}
-    for output in fitting:
-        name = _bias_of(output, candidates)
-        if name is None:
-            raise ValueError(
-                f"network: nothing in {type(network).__name__} is a bias of its output of shape "
-                f"{list(output.shape)}: its last layer has none, or something follows that layer"
-            )
-        found[name] = candidates[name]
-    return found
+    biases = {name: bias for name, bias in candidates.items() if name in found}
+    frozen = [name for name, bias in biases.items() if not bias.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"network: expected an output layer that is trained, got {', '.join(frozen)} with "
+            "requires_grad=False"
+        )
+    return biases
 
 
 def add_prior(biases: Mapping[str, nn.Parameter], prior: Tensor) -> None:
@@ -116,35 +139,86 @@ def add_prior(biases: Mapping[str, nn.Parameter], prior: Tensor) -> None:
             bias.add_(prior.to(bias))
 
 
-def _outputs(network: nn.Module, example_input: Tensor) -> list[Tensor]:
+@contextmanager
+def _trial(network: nn.Module) -> Iterator[None]:
+    """What holds layers is in training, for all outputs; the layers themselves are in eval mode,
+    for statistics and dropout. Modes and buffers are as before afterwards."""
     modes = {module: module.training for module in network.modules()}
-    network.eval()
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
-        with torch.enable_grad():
-            output: Any = network(example_input)
+        for module in modes:
+            module.training = any(True for _ in module.children())
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return [
-        leaf.logits() if isinstance(leaf, DeferredLogits) else leaf
-        for leaf in pytree.tree_leaves(output)
-        if isinstance(leaf, (Tensor, DeferredLogits))
-    ]
+        for module, name, buffer, kept in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, kept):
+                with torch.no_grad():
+                    buffer.copy_(kept)
 
 
-def _bias_of(output: Tensor, candidates: Mapping[str, nn.Parameter]) -> str | None:
-    """The last of the candidates whose change by d changes each voxel's logit by d."""
-    if not candidates or not output.requires_grad:
-        return None
-    # Sums of zeros and ones are exact.
-    chance = torch.Generator().manual_seed(0)
-    factor = torch.randint(2, output.shape, generator=chance).to(output)
-    gradients = torch.autograd.grad(
-        output, list(candidates.values()), factor, retain_graph=True, allow_unused=True
-    )
-    wanted = factor.double().transpose(0, 1).flatten(1).sum(dim=1)
-    rtol = 1e-5 if output.dtype in (torch.float32, torch.float64) else 1e-2
-    for name, gradient in reversed(list(zip(candidates, gradients, strict=True))):
-        if gradient is not None and torch.allclose(gradient.double(), wanted, rtol=rtol):
-            return name
-    return None
+def _outputs(network: nn.Module, num_outputs: int, example_input: Tensor) -> list[Tensor]:
+    """[B, C, *S] each. Raises: ValueError where there is none."""
+    kind, shape = type(network).__name__, list(example_input.shape)
+    device = example_input.device
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.autocast(device.type, enabled=False),
+        ):
+            given: Any = network(example_input)
+    except Exception as error:  # whatever the network's layers raise
+        raise ValueError(
+            f"example_input: {shape} does not go through {kind}: {one_line(error)}"
+        ) from error
+    nodes = pytree.tree_leaves(given, is_leaf=lambda each: isinstance(each, DeferredLogits))
+    leaves = [each.logits() if isinstance(each, DeferredLogits) else each for each in nodes]
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    outputs: list[Tensor] = []
+    for each in tensors:
+        stack = each.dim() == example_input.dim() + 1 and each.shape[2] == num_outputs
+        outputs += each.unbind(1) if stack else [each]
+    fitting = [each for each in outputs if each.dim() > 2 and each.shape[1] == num_outputs]
+    if not fitting:
+        got = ", ".join(str(list(each.shape)) for each in tensors) or "no tensor"
+        raise ValueError(
+            f"frequencies: expected as many as the network has output channels, got {num_outputs}; "
+            f"its output has the shape {got}"
+        )
+    return fitting
+
+
+def _effects(
+    network: nn.Module, bias: nn.Parameter, before: list[Tensor], example_input: Tensor
+) -> list[str]:
+    """What a change of the bias does to each output."""
+    kept = bias.detach().clone()
+    steps = torch.tensor([_STEPS[i % len(_STEPS)] for i in range(len(kept))])
+    try:
+        bias.add_(steps.to(bias))
+        change = (bias.double() - kept.double()).tolist()  # after rounding
+        after = _outputs(network, len(kept), example_input)
+    finally:
+        bias.copy_(kept)
+    if [each.shape for each in after] != [each.shape for each in before]:
+        return [_OTHERWISE]
+    return [_effect(*pair, change, bias.dtype) for pair in zip(before, after, strict=True)]
+
+
+def _effect(before: Tensor, after: Tensor, steps: list[float], dtype: torch.dtype) -> str:
+    """Channel by channel, as there may be a hundred of them."""
+    precision = max(torch.finfo(each).eps for each in (before.dtype, dtype))
+    effects = set()
+    for one, other, step in zip(before.unbind(1), after.unbind(1), steps, strict=True):
+        low, high = (float(each) for each in (other.double() - one.double()).aminmax())
+        room = _ROOM + 2 * precision * float(torch.maximum(one.abs().max(), other.abs().max()))
+        moved, still = (by - room <= low and high <= by + room for by in (step, 0.0))
+        effects.add(_MOVED if moved else _STILL if still else _OTHERWISE)
+    return effects.pop() if len(effects) == 1 else _OTHERWISE
