@@ -25,6 +25,7 @@ from riskmap_ext.finetune.source.network import (
     check_forward,
     check_single_crops,
     fused_heads,
+    head_keys,
     patch_size,
     spatial_dims,
     without_channels,
@@ -38,7 +39,7 @@ from riskmap_ext.finetune.train.session import Session
 class Models:
     """keys: what became of the source's weights. fused: heads that the loss carries out, and in
     not_fused why there are none in a network of many outputs. fresh: biases of an output layer that
-    is not the source's, and in no_prior why they cannot start at the class prior."""
+    is not the source's and is to start at the class prior, and in no_prior why there are none."""
 
     source: SourceModel | None
     source_predictor: Predictor | None
@@ -94,11 +95,14 @@ def build_models(session: Session, listing: Listing) -> Models:
         keys = start_from_source(network, wanted, structures, source, config.source.head)
     fresh: dict[str, nn.Parameter] = {}
     no_prior = None
-    try:
-        fresh = head_biases(network, outputs, blank_image(network, patch, len(channels)))
-    except ValueError as error:
-        no_prior = str(error)
-    kept = [] if keys is None else keys.loaded
+    loaded = set() if keys is None else set(keys.loaded)
+    if config.train.head_init == "prior":
+        try:
+            found = head_biases(network, outputs, blank_image(network, patch, len(channels)))
+            fresh = {name: bias for name, bias in found.items() if name not in loaded}
+        except ValueError as error:
+            if not head_keys(wanted, outputs) <= loaded:
+                no_prior = str(error)
     return Models(
         source=source,
         source_predictor=source_predictor,
@@ -109,7 +113,7 @@ def build_models(session: Session, listing: Listing) -> Models:
         keys=keys,
         fused=fused,
         not_fused=not_fused,
-        fresh={name: bias for name, bias in fresh.items() if name not in kept},
+        fresh=fresh,
         no_prior=no_prior,
     )
 

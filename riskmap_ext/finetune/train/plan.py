@@ -107,7 +107,7 @@ def make_plan(
         _check_cases(config, cases)
         models, store = build_models(session, cases.listing), None
     flip_axes(cases.train[0], models.dims, config.train.augment)
-    if config.train.head_init == "prior":
+    if models.fresh:
         add_prior(models.fresh, class_prior(cases))
     inputs = inputs_digest(models.source, [case.digest for case in cases.train])
     check_inputs(resumed, inputs)
@@ -250,7 +250,7 @@ def _tell_source(plan: Plan) -> None:
 
 def _tell_head(plan: Plan) -> None:
     models, structures = plan.models, plan.cases.structures
-    if plan.config.train.head_init == "random" or plan.resumed is not None:
+    if plan.resumed is not None:
         return
     if models.no_prior is not None:
         plan.log.warn(f"train.head_init: no class prior: {models.no_prior}")
