@@ -316,6 +316,29 @@ def test_settings_of_the_page(folders: Path) -> None:
         assert loss == pytest.approx(float(bright.loss(network(batch["data"]), batch["target"])))
 
 
+@pytest.mark.parametrize("kind", ["parts", "ignored", "regions"])
+def test_the_pages_trainer_starts_at_the_prior(kind: str, source: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("nnunet")[2], names)
+    heads = []
+    for make in (nnunet.nnUNetTrainerRiskMap, names["nnUNetTrainerRiskMapPrior"]):
+        torch.manual_seed(0)
+        trainer = trainer_of(kind, make)
+        trainer.on_train_start()
+        heads.append([layer.bias.detach().clone() for layer in trainer.network.decoder.seg_layers])
+    shares = trainer.statistics.class_frequencies
+    expected = (shares + 1e-4).log()
+    if kind == "regions":
+        shares = torch.stack([shares[1] + shares[2], shares[2]])
+        expected = ((shares + 1e-4) / (1 - shares + 1e-4)).log()
+    for plain, prior in zip(*heads, strict=True):
+        torch.testing.assert_close(prior - plain, expected.float(), rtol=1e-5, atol=1e-5)
+    trainer.current_epoch = 1  # as --c has it
+    trainer.on_train_start()
+    for prior, layer in zip(heads[1], trainer.network.decoder.seg_layers, strict=True):
+        assert torch.equal(layer.bias, prior)
+
+
 class Fused(nnunet.nnUNetTrainerVoxelWeights):
     fused_head = True
 
