@@ -27,11 +27,11 @@ SAME: dict[str, Any] = {}
 
 @pytest.fixture(scope="module")
 def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One trained on the target itself, one on its merged classes, one not at all."""
+    """One trained on the target itself, one briefly on its merged classes, one not at all."""
     folder = tmp_path_factory.mktemp("sources")
     found = {}
-    for name, data in (("same", SAME), ("merged", MERGED)):
-        found[name] = train_source(root, folder / name, 60, data, lr=0.02)
+    for name, steps, data in (("same", 60, SAME), ("merged", 20, MERGED)):
+        found[name] = train_source(root, folder / name, steps, data, lr=0.02)
     found["untrained"] = folder / "untrained.pt"
     network = NetworkConfig.model_validate(NETWORK_2D)
     blank = build_network(network, 2)
