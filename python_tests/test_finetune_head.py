@@ -90,14 +90,10 @@ def test_mixed_precision(root: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_goes_on_where_it_was_stopped(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def assert_goes_on_in_the_same_bits(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any
 ) -> None:
-    sections: dict[str, Any] = {
-        "network": DYNUNET_2D,
-        "train": TRAIN,
-        "loss": {"fused_head": True},
-    }
+    """A run that is stopped at step 4 ends, in `stopped`, as the whole one."""
     finetune(configuration(root, tmp_path / "whole", **sections), progress=False)
     config = configuration(root, tmp_path / "stopped", **sections)
     with monkeypatch.context() as patch:
@@ -106,6 +102,17 @@ def test_goes_on_where_it_was_stopped(
             finetune(config, progress=False)
     finetune(config, progress=False, resume=True)
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_goes_on_where_it_was_stopped(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {
+        "network": DYNUNET_2D,
+        "train": TRAIN,
+        "loss": {"fused_head": True},
+    }
+    assert_goes_on_in_the_same_bits(root, tmp_path, monkeypatch, **sections)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

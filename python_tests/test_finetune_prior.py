@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import DYNUNET_2D, MERGED, NETWORK_2D, configuration, label_of, stop_at
-from test_finetune_head import PLAIN, assert_same_weights
+from finetune_data import DYNUNET_2D, MERGED, NETWORK_2D, configuration, label_of
+from test_finetune_head import PLAIN, assert_goes_on_in_the_same_bits
 
 from riskmap_ext.finetune import finetune
 from riskmap_ext.finetune.train import models
@@ -159,12 +159,5 @@ def test_goes_on_in_the_same_bits(
 ) -> None:
     """The prior is not added once more."""
     sections: dict[str, Any] = {"train": {"steps": 4, "validate_every": 2}, "network": PLAIN}
-    finetune(configuration(root, tmp_path / "whole", **sections), progress=False)
-    config = configuration(root, tmp_path / "stopped", **sections)
-    with monkeypatch.context() as patch:
-        stop_at(4, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config, progress=False)
-    finetune(config, progress=False, resume=True)
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert_goes_on_in_the_same_bits(root, tmp_path, monkeypatch, **sections)
     assert (tmp_path / "stopped" / "log.txt").read_text().count(TOLD) == 1
