@@ -252,7 +252,9 @@ def _at_prior(arm: Arm) -> Arm:
 
 
 def _with_offset(tau: float, fades: bool, key: str, name: str, risk: dict[str, Any] | None) -> Arm:
-    kind, what = ("fade", "falling to 0 over the steps") if fades else ("offset", "constant")
+    kind, what = (
+        ("fade", "falling to 0 over 80 % of the steps") if fades else ("offset", "constant")
+    )
     return Arm(
         f"{kind}{10 * tau:.0f}_{key}",
         f"{'fading' if fades else 'source'} offset {tau:g}, {name}",

@@ -119,10 +119,10 @@ class Group:
 
 
 def groups(rows: Rows, known: Mapping[str, Scenario] | None = None) -> list[Group]:
-    """One for each scenario and length that has final runs."""
+    """One for each scenario and length that has final runs; of the known ones where given."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows.runs:
-        if row["kind"] == FINAL:
+        if row["kind"] == FINAL and (known is None or row["scenario"] in known):
             found.setdefault((row["scenario"], row["length"]), []).append(row)
     return [
         _group(*where, final, rows, (known or {}).get(where[0]))

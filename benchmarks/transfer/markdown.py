@@ -17,13 +17,18 @@ def mean(each: Interval) -> str:
 
 
 def difference(each: Interval | None) -> str:
+    """With the seeds that were won, where there is an interval."""
     if each is None:
         return ""
-    won = f"{each.won} of {each.seeds}"
+    won = "" if math.isnan(each.low) else f", {each.won} of {each.seeds}"
+    return gain(each) + won
+
+
+def gain(each: Interval) -> str:
     if math.isnan(each.low):
         return f"{POINTS * each.mean:+.1f} (no interval)"
     low, high = POINTS * each.low, POINTS * each.high
-    return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f}), {won}".replace("-", "\u2212")
+    return f"{POINTS * each.mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "\u2212")
 
 
 def millimetres(hd95: float) -> str:

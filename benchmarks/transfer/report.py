@@ -45,7 +45,7 @@ _OTHERS = {
 
 def write_page(rows: Rows, page: Path, known: dict[str, Scenario]) -> None:
     """The page of the rows' scenarios that are known, and its pictures beside it."""
-    found = [group for group in groups(rows, known) if group.scenario in known]
+    found = groups(rows, known)
     own = [each for each in rows.runs if each["scenario"] in known]
     pictures = _draw(found, page.parent)
     write_text(page, "\n".join(_page(own, rows.cut, found, known, pictures)).rstrip() + "\n")

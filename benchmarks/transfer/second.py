@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from benchmarks.transfer.evidence import POINTS, Group, groups
 from benchmarks.transfer.markdown import (
     anchor,
     by_scenario,
-    difference,
+    gain,
     head,
     images,
     mean,
@@ -60,18 +60,17 @@ class Marked:
 
     def __str__(self) -> str:
         mark = "" if not self.holds else " ●" if self.corrected else " ○"
-        return difference(self.each).partition("),")[0].removesuffix(")") + ")" + mark
+        return gain(self.each) + mark
 
 
 Marks = Mapping[tuple[str, str, str, str], Marked]  # by scenario, length, arm and other
 
 
-def marks(found: Sequence[Group], pairs: Sequence[tuple[str, str]]) -> Marks:
-    """Of all comparisons there are between the arms of the pairs, but of runs that are the same."""
+def marks(comparisons: Iterable[tuple[Group, tuple[str, str]]]) -> Marks:
+    """Of a page's comparisons, each of two arms of a group; not of runs that are the same."""
     compared = {
         (group.scenario, group.length, *pair): each
-        for group in found
-        for pair in dict.fromkeys(pairs)
+        for group, pair in comparisons
         if (each := group.against(*pair)) is not None and each.low < each.high
     }
     holds = survivors([each.p for each in compared.values()])
@@ -92,7 +91,7 @@ def write_pages(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
     first = {name for name, each in known.items() if each.round == 1}
     report.write_page(rows, folder / FIRST, {name: known[name] for name in sorted(first)})
     second = {name: each for name, each in known.items() if each.round == 2}
-    found = [group for group in groups(rows, second) if group.scenario in second]
+    found = groups(rows, second)
     write_text(folder / SECOND, _text(_tables(found, second, folder)))
     write_text(page, _text(_page(rows, found, second)))
 
@@ -110,12 +109,14 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     if not found:
         yield "No runs are stored yet: `make bench-transfer` or `make bench-transfer-full`."
         return
-    fresh = [group for group in found if BASELINE in group.runs]
-    kept = [group for group in found if group not in fresh]
-    marked = {
-        **marks(fresh, list(COMPARED.values())),
-        **marks(kept, list(COMPARED_KEPT.values())),
-    }
+    fresh = [group for group in found if _base(group) == BASELINE]
+    kept = [group for group in found if _base(group) == REFERENCE]
+    marked = marks(
+        (group, pair)
+        for columns, own in ((COMPARED, fresh), (COMPARED_KEPT, kept))
+        for group in own
+        for pair in columns.values()
+    )
     yield "## The main table"
     yield ""
     yield from _differences(fresh, known, COMPARED, marked)
@@ -218,26 +219,25 @@ def _tables(found: list[Group], known: Mapping[str, Scenario], folder: Path) -> 
         "arm compared with. Without islands: components smaller than 20 % of the largest removed."
     )
     yield ""
-    base = {id(g): BASELINE if BASELINE in g.runs else REFERENCE for g in found}
-    pairs = [(arm, other) for arm in ARMS for other in (BASELINE, REFERENCE) if arm != other]
-    fresh = [group for group in found if base[id(group)] == BASELINE]
-    kept = [group for group in found if base[id(group)] == REFERENCE]
-    marked = {
-        **marks(fresh, [pair for pair in pairs if pair[1] == BASELINE]),
-        **marks(kept, [pair for pair in pairs if pair[1] == REFERENCE]),
-    }
+    marked = marks((g, (arm, _base(g))) for g in found for arm in g.runs if arm != _base(g))
     for name, own in by_scenario(found).items():
         yield f"## {name}"
         yield ""
         yield f"{known[name].title}. {known[name].about}"
         yield ""
         for group in own:
-            yield from _arms(group, base[id(group)], marked)
-        picture = charts.differences(own, folder / f"{name}-differences.png", base[id(own[0])])
+            yield from _arms(group, marked)
+        picture = charts.differences(own, folder / f"{name}-differences.png", _base(own[0]))
         yield from images([picture.name], name)
 
 
-def _arms(group: Group, base: str, marked: Marks) -> Iterator[str]:
+def _base(group: Group) -> str:
+    """What its arms are held against."""
+    return BASELINE if BASELINE in group.runs else REFERENCE
+
+
+def _arms(group: Group, marked: Marks) -> Iterator[str]:
+    base = _base(group)
     leep, entropy = group.leep()
     told = 1 + leep / entropy if entropy > 0 else math.nan
     yield f"### {group.scenario}, {group.length}: {group.steps} steps"
