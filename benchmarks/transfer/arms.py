@@ -61,7 +61,7 @@ class Arm:
 
 REFERENCE = "ce_dice"
 WEIGHTS = "class_dice"  # without a map
-MAP = "linear_dice"  # what the driver does unless asked
+MAP = "linear_dice"  # the default scheme
 PAPER, MEANS = "risk_dice", "class_mean_dice"  # the exponential map, and its means in each class
 _LINEAR = {"scheme": "linear"}
 _CLASS_DICE = {**_CE_DICE, "class_weights": "sqrt_inverse_frequency"}
@@ -104,7 +104,7 @@ _EVERY = (
     Arm(
         "linear_dice",
         "linear risk + Dice",
-        "scheme linear, 1 to 10: the driver's default",
+        "scheme linear, 1 to 10: the default scheme",
         risk=_LINEAR,
     ),
     Arm("risk_dice", "exponential risk + Dice", "the paper's scheme, with Dice", risk={}),

@@ -101,7 +101,7 @@ def _summary(
     yield "## Summary"
     yield ""
     yield (
-        f"What {ARMS[MAP].name}, the driver's default, gains over another arm: paired difference "
+        f"What {ARMS[MAP].name}, the default scheme, gains over another arm: paired difference "
         "of the mean Dice in points with its 95 % interval, and the seeds it won."
     )
     yield ""

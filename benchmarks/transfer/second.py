@@ -44,6 +44,14 @@ COMPARED_KEPT = {
     "fading offset": ("fade5_ce_dice", REFERENCE),
     "risk CE over CE": ("risk_ce", "ce"),
 }
+# What is in the map, and what it adds without Dice, as in the paper: where these arms were run.
+CONTROLS = {
+    "risk CE over CE": ("risk_ce", "ce"),
+    "the same from the prior": ("prior_risk_ce", "prior_ce"),
+    "map over its class means": (f"prior_{MAP}", "prior_linear_mean_dice"),
+    "class means over prior": ("prior_linear_mean_dice", BASELINE),
+    "shifted prediction over prior": ("prior_shift", BASELINE),
+}
 FIRST, SECOND = "first_round.md", "second_round.md"
 
 
@@ -111,9 +119,10 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
         return
     fresh = [group for group in found if _base(group) == BASELINE]
     kept = [group for group in found if _base(group) == REFERENCE]
+    controlled = [g for g in fresh if any({*pair} <= g.runs.keys() for pair in CONTROLS.values())]
     marked = marks(
         (group, pair)
-        for columns, own in ((COMPARED, fresh), (COMPARED_KEPT, kept))
+        for columns, own in ((COMPARED, fresh), (CONTROLS, controlled), (COMPARED_KEPT, kept))
         for group in own
         for pair in columns.values()
     )
@@ -123,6 +132,10 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     yield "## What is found, and how exactly"
     yield ""
     yield from _what_is_found(fresh, known)
+    if controlled:
+        yield "## What is in the map"
+        yield ""
+        yield from _differences(controlled, known, CONTROLS, marked)
     if kept:
         yield "## The same rare label in another contrast"
         yield ""
