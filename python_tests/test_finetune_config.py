@@ -338,7 +338,11 @@ def test_the_loss_section_has_the_options_of_the_loss(tmp_path):
         ({}, []),
         ({"risk": {"scheme": "power"}}, ["risk.scheme: there is no source"]),
         ({"risk": {"use": False, "scheme": "power"}}, []),
-        ({"source": {"checkpoint": "a.pt"}, "risk": {"scheme": "power"}}, []),
+        (
+            {"source": {"checkpoint": "a.pt"}, "risk": {"scheme": "power"}},
+            ["risk.scheme: the map is"],
+        ),
+        ({"source": {"checkpoint": "a.pt"}, "risk": {"use": True, "scheme": "power"}}, []),
         ({"loss": {"class_weights": [1, 2], "label_smoothing": 0.1}}, ["loss.class_weights weigh"]),
     ],
     ids=str,

@@ -45,7 +45,7 @@ def test_class_weights_and_the_map(root, source, tmp_path):
             )
             losses[use, weights] = finetune(config, progress=False).history[0]["train_loss"]
     default = configuration(root, tmp_path / "default", source={"checkpoint": str(source)})
-    assert finetune(default, progress=False).history[0]["train_loss"] == losses[True, None]
+    assert finetune(default, progress=False).history[0]["train_loss"] == losses[False, None]
     assert len(set(losses.values())) == 4
 
 
@@ -105,7 +105,7 @@ def test_weights_that_do_not_fit(root, source, tmp_path, weights, message):
     [
         ({}, {}, "cross-entropy, each voxel weighted by the linear risk map; soft Dice"),
         ({"risk": {"use": False}}, {}, "cross-entropy, unweighted; soft Dice"),
-        ({"source": None}, {}, "cross-entropy, unweighted; soft Dice"),
+        ({"source": None, "risk": {}}, {}, "cross-entropy, unweighted; soft Dice"),
         ({"loss": {"ce_weight": 0}}, {}, "soft Dice"),
         (
             {"risk": {"use": False}, "loss": {"class_weights": "sqrt_inverse_frequency"}},
@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit(root, source, tmp_path, weights, message):
     ids=str,
 )
 def test_the_loss_in_words(tmp_path, sections, hooks, told):
-    given = {"source": {"checkpoint": "a.pt"}, **sections}
+    given = {"source": {"checkpoint": "a.pt"}, "risk": {"use": True}, **sections}
     config = configuration(tmp_path, tmp_path, **given)
     assert loss_in_words(config, **hooks) == told
 

@@ -250,9 +250,11 @@ class SourceConfig(_Section):
 class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
-    use: bool = True
-    """Give the map to the loss. With false it is made all the same, for the report: two passes of
-    the source over the training cases. Without a source there is none."""
+    use: bool = False
+    """Give the map to the loss. It is made all the same where there is a source, for the report:
+    two passes over the training cases. Off by default: on top of an output layer that starts at the
+    class prior it finds more of a structure, less exactly, and its Dice is not ahead
+    (docs/evidence.md)."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
     """How a weight follows from the hardness (docs/method.md). The paper has `exponential`;
     `linear` was at least as good in every comparison of the first round (docs/evidence.md)."""
@@ -294,7 +296,7 @@ class LossConfig(_Section):
     ] = None
     """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
     √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
-    multiply the risk map unless `risk.use` is false, as it was wherever they were compared."""
+    multiply the risk map where `risk.use` is true."""
     label_smoothing: Fraction = 0.0
     """As in `torch.nn.functional.cross_entropy`. With class weights, the smoothed share of each
     class is multiplied by its weight: large ones can make a network predict rare classes
@@ -463,7 +465,7 @@ class Config(_Section):
             raise ValueError(
                 "network: expected a name and args, or a source whose network is taken; got neither"
             )
-        if self.source is None and self.risk.use and "use" in self.risk.model_fields_set:
+        if self.source is None and self.risk.use:
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
         given = {} if self.network is None else self.network.args
         if self.loss.overwrite_logits and given.get("deep_supervision"):
@@ -475,16 +477,19 @@ class Config(_Section):
 
     @property
     def uses_risk(self) -> bool:
-        return self.source is not None and self.risk.use
+        return self.risk.use
 
     @property
     def notes(self) -> list[str]:
         """Warnings of what is said and has no effect, or a bad one."""
         found = []
         given = self.risk.model_fields_set
-        if self.source is None and given and "use" not in given:
+        if given and "use" not in given:
             keys = ", ".join(f"risk.{key}" for key in sorted(given))
-            found.append(f"{keys}: there is no source, so that no map is made")
+            why = "there is no source, so that no map is made"
+            if self.source is not None:
+                why = "the map is for the report alone; risk.use=true gives it to the loss"
+            found.append(f"{keys}: {why}")
         if self.loss.label_smoothing > 0 and self.loss.class_weights is not None:
             found.append(
                 "loss.class_weights weigh what loss.label_smoothing spreads, too: strong ones can "
@@ -494,8 +499,4 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives the same run."""
-        plain = self.model_dump(mode="json")
-        if self.source is None:
-            # true (the default) is refused where there is no source.
-            plain["risk"]["use"] = False
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
