@@ -70,7 +70,7 @@ def test_a_bundle_says_everything(bundle: Path, inner: str) -> None:
     assert source.config.orientation == "RAS"
     assert source.preprocessing == {
         "spacing": [1.0, 1.0, 1.0],
-        "normalize": "zscore",
+        "normalize": "zscore_foreground",
         "image_foreground": "nonzero",
         "patch_size": [16, 16, 8],
     }
@@ -168,6 +168,20 @@ def test_a_run_from_a_bundle_goes_on_as_our_own(tmp_path: Path, root: Path, bund
     assert len(predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)) == 5
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_range_of_intensities(tmp_path: Path, root: Path, bundle: Path, clip: bool) -> None:
+    config = bundle_config(low=-57)
+    target = {"a_min": "@low", "a_max": 164, "b_min": -1.0, "b_max": 1.0, "clip": clip}
+    transform = {"_target_": "ScaleIntensityRanged", "keys": "image", **target}
+    config["preprocessing"]["transforms"][4] = transform
+    rewrite(bundle, config)
+    told = load(bundle).preprocessing
+    assert told["window"] == ([-57, 164] if clip else None)
+    assert told["mean_std"] == [53.5, 110.5]
+    written = predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
+    assert len(written) == 5
+
+
 def test_preprocessing_that_the_driver_lacks(tmp_path: Path, root: Path, bundle: Path) -> None:
     config = bundle_config()
     config["preprocessing"]["transforms"][4] = {"_target_": "ScaleIntensityRanged", "a_min": 0}
@@ -176,7 +190,7 @@ def test_preprocessing_that_the_driver_lacks(tmp_path: Path, root: Path, bundle:
         predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
     sections = {**RUN, "source": {"checkpoint": str(bundle)}}
     finetune(configuration(root, tmp_path / "a", **sections), progress=False)
-    assert "normalized by ScaleIntensityRanged" in (tmp_path / "a" / "log.txt").read_text()
+    assert "were prepared with ScaleIntensityRanged" in (tmp_path / "a" / "log.txt").read_text()
     rewrite(bundle, bundle_config(preprocessing="$make()"))
     with pytest.raises(ConfigError, match="in a way that its file does not say"):
         predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)

@@ -75,7 +75,7 @@ def test_an_nnunet_checkpoint_says_everything(tmp_path: Path, dims: int) -> None
         assert source.config.orientation == "AR"
         assert source.preprocessing["slice_axis"] == "axial"
         assert source.preprocessing["patch_size"] == [16, 12]
-        assert source.preprocessing["spacing"] == [1.0, 2.0]
+        assert source.preprocessing["spacing"] == [1.0, 2.0, None]
 
 
 @pytest.mark.usefixtures("networks")
@@ -248,12 +248,13 @@ def test_maps_and_ranks_with_nnunet(tmp_path: Path, root: Path) -> None:
 
 @pytest.mark.usefixtures("networks")
 def test_preprocessing_of_nnunet_is_told(tmp_path: Path, root: Path) -> None:
-    plans = nnunet_plans(normalization_schemes=["CTNormalization"])
+    plans = nnunet_plans(normalization_schemes=["CTNormalization"])  # without its fingerprint
     path = save_nnunet(tmp_path / "a.pth", nnunet_network(plans, 1, 3), plans, nnunet_dataset())
     sections: dict[str, Any] = {**RUN, "source": {"checkpoint": str(path), "orientation": "RAS"}}
+    sections["data"] = {"spacing": None}
     make_maps(configuration(root, tmp_path / "a", **sections), progress=False)
     log = (tmp_path / "a" / "log.txt").read_text()
-    assert "normalized by CTNormalization" in log
+    assert "were prepared with CTNormalization" in log
     assert "data.spacing=[1.0, 2.0, 3.0]" in log
     assert "source.orientation" not in log
     with pytest.raises(ConfigError, match="were prepared with CTNormalization"):
@@ -261,14 +262,13 @@ def test_preprocessing_of_nnunet_is_told(tmp_path: Path, root: Path) -> None:
 
     path = make_nnunet(tmp_path)
     sections = {**RUN, "source": {"checkpoint": str(path)}}
-    sections["data"] = {"spacing": [1.0, 2.0, 3.0], "image_foreground": "all"}
     make_maps(configuration(root, tmp_path / "b", **sections), progress=False)
     assert "may suffer" not in (tmp_path / "b" / "log.txt").read_text()
     window = InferenceConfig(overlap=0.5)
     found = predict_images(path, [root / "images"], tmp_path / "out", inference=window)
     assert len(found) == 5
-    with pytest.raises(ConfigError, match=r"slice by slice with pixels of \[1\.0, 2\.0\] mm"):
-        predict_images(make_nnunet(tmp_path, 2), [root / "images"], tmp_path / "no")
+    slices = make_nnunet(tmp_path, 2)
+    assert len(predict_images(slices, [root / "images"], tmp_path / "2d", progress=False)) == 5
 
 
 @pytest.mark.usefixtures("networks")

@@ -73,7 +73,8 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     config, resumed = check_start(config, resume)
     with session(config, progress=progress, processes=group) as run:
         outline = make_outline(run)
-    log, listing, models = run.log, outline.listing, outline.models
+    log, config = run.log, outline.config
+    listing, models = outline.listing, outline.models
     if resumed is not None:
         check_same_run(resolved(config, listing))
     read = _read_some(config, outline, log)

@@ -21,7 +21,7 @@ from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import check_forward, spatial_dims
 from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import KNOWN_NORMALIZATIONS, PREPARATION
+from riskmap_ext.finetune.source.preparation import own_preparation
 
 
 def predict_images(
@@ -174,7 +174,7 @@ def _predictor(
             f"{model.path}: does not say with which patches it was trained; give --patch-size"
         )
     orient(model.network, model.config.orientation, data.slice_axis, dims)
-    predictor = Predictor(model.network.to(device), dims, patch, inference)
+    predictor = Predictor(model.network.to(device), dims, patch, inference, geometry=data.geometry)
     outputs, channels = model.structures.num_outputs, len(model.channels)
     check_forward(model.network, predictor.patch, outputs, channels, "--patch-size")
     return predictor
@@ -182,17 +182,12 @@ def _predictor(
 
 def _preparation(model: SourceModel) -> DataConfig:
     """Raises: ConfigError where the images of the training were prepared in ways unknown here."""
-    known = {key: model.preprocessing[key] for key in PREPARATION if key in model.preprocessing}
-    scheme, spacing = known.get("normalize"), known.get("spacing")
-    slices = spacing is not None and len(spacing) == 2
-    if scheme not in KNOWN_NORMALIZATIONS or "spacing" not in known or slices:
-        why = "in a way that its file does not say"
-        if slices:
-            why = f"slice by slice with pixels of {spacing} mm"
-        if scheme is not None and scheme not in KNOWN_NORMALIZATIONS:
-            why = f"with {scheme}"
+    known, unknown = own_preparation(model)
+    if not {"normalize", "spacing"} <= known.keys() and not unknown:
+        unknown = ["in a way that its file does not say"]
+    if unknown:
         raise ConfigError(
-            f"{model.path}: its images were prepared {why}, which riskmap predict cannot do; "
-            "segment with the tool that it was trained with, or fine-tune it first"
+            f"{model.path}: its images were prepared {', '.join(unknown)}, which riskmap predict "
+            "cannot do; segment with the tool that it was trained with, or fine-tune it first"
         )
     return DataConfig(root=Path(), **known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -15,10 +15,11 @@ from riskmap_ext import TransferStatistics
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
+from riskmap_ext.finetune.data.datalist import list_cases
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
 from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.maps import SourceMapper
 from riskmap_ext.finetune.train.models import predictor_of_source
 from riskmap_ext.finetune.train.session import session
@@ -52,7 +53,8 @@ def rank_sources(
     """LEEP of each source on the training cases of `config`, the best first.
 
     A checkpoint is read as `source.checkpoint` is; `source.network` and `source.classes` of the
-    configuration hold for all of them. Statistics are kept in the cache and used by a later run.
+    configuration hold for all of them. What `data` leaves out is prepared for each source as its
+    own training had it. Statistics are kept in the cache and used by a later run.
 
     Raises: InputError naming the file and what does not fit, before any model is run.
     """
@@ -64,23 +66,29 @@ def rank_sources(
     config = config.model_copy(update={"source": shared})
     with session(config, progress=progress) as run:
         sources = [load_source(shared.model_copy(update={"checkpoint": path})) for path in paths]
-        cases = cases or prepare_cases(config, log=run.log)
+        runs = [run] * len(sources)
+        if cases is None:
+            runs = [replace(run, config=prepared_as_source(config, each)) for each in sources]
+        listing = list_cases(config.data) if cases is None else cases.listing
         predictors = [
-            predictor_of_source(config, source, cases.channels, run.device) for source in sources
+            predictor_of_source(own.config, source, listing.channels, run.device)
+            for own, source in zip(runs, sources, strict=True)
         ]
-        for note in cases.listing.notes:
+        for note in listing.notes:
             run.log.warn(note)
         ranked = []
-        with run.log.counting("Source models", 2 * len(cases.train) * len(sources)) as advance:
-            for source, predictor in zip(sources, predictors, strict=True):
-                for warning in preparation_warnings(config, source, cases.spacings):
+        with run.log.counting("Source models", 2 * len(listing.train) * len(sources)) as advance:
+            for own, source, predictor in zip(runs, sources, predictors, strict=True):
+                if cases is None or cases.data != own.config.data:
+                    cases = prepare_cases(own.config, listing=listing)
+                for warning in preparation_warnings(own.config, source, cases.spacings):
                     run.log.warn(warning)
-                mapper = SourceMapper(run, source, predictor, len(cases.classes), advance)
+                mapper = SourceMapper(own, source, predictor, len(cases.classes), advance)
                 statistics = mapper.statistics(cases.train)
                 mapper.forget_logits()
                 ranked.append(_ranked(source, statistics))
     ranked.sort(key=lambda each: each.leep, reverse=True)
-    run.log.table(_table(ranked, len(cases.train)))
+    run.log.table(_table(ranked, len(listing.train)))
     for each in ranked:
         if each.tells_nothing:
             run.log.warn(

@@ -71,10 +71,16 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
 Sizes = Annotated[list[PositiveInt], _LIST]
-Spacing = Annotated[list[Positive], Len(3, 3), expected("[x, y, z] in mm, each above 0")]
+Spacing = Annotated[
+    list[Positive | None], Len(3, 3), expected("[x, y, z] in mm, each above 0 or null")
+]
 Interval = Annotated[
     list[Annotated[float, _NUMBER]], Len(2, 2), Predicate(lambda pair: pair[0] <= pair[1])
 ]
+Pair = Annotated[list[Annotated[float, Field(allow_inf_nan=False), _NUMBER]], Len(2, 2)]
+Window = Annotated[Pair, Predicate(lambda pair: pair[0] < pair[1])]
+MeanStd = Annotated[Pair, Predicate(lambda pair: pair[1] > 0)]
+Normalization = Literal["zscore", "zscore_foreground", "rescale", "none"]
 FilePath = Annotated[Path, BeforeValidator(_absolute)]
 FilePaths = Annotated[list[FilePath], Len(1)]
 Folder = Annotated[FilePath, expected("a folder")]
@@ -168,14 +174,40 @@ class DataConfig(_Section):
     other_labels: Literal["error", "background", "ignore"] = "error"
     """What becomes of labels that are not in the map (or ≥ the number of classes)."""
     spacing: Spacing | None = None
-    """Voxel size `[x, y, z]` in mm to resample to; left out, as in the file. Refused where fewer
-    than 4 voxels would be left on an axis, or where a case would take more than half of the memory
-    available."""
-    normalize: Literal["zscore", "none"] = "zscore"
-    """`zscore`: mean 0 and standard deviation 1 over the image foreground."""
+    """Voxel size `[x, y, z]` in mm to resample to, null for the file's own; left out, as the source
+    was trained, or as in the file. An error where fewer than 4 voxels would be left on an axis, or
+    where a case would take more than half of the memory available."""
+    geometry: Literal["monai", "nnunet"] = "monai"
+    """How volumes are brought to `spacing` and cut into patches. `monai`: images linearly, voxel
+    centre on voxel centre; the border repeated where a patch is larger; windows in steps of one
+    size. `nnunet`: images by cubic splines, from edge to edge; 0 beyond the volume; windows spread
+    evenly. Left out, as the source's tool."""
+    crop: Literal["nonzero", "none"] = "none"
+    """`nonzero` cuts volumes to the box of voxels other than 0 first, as nnU-Net does. Outside it
+    segmentations are background. Left out, as the source."""
+    normalize: Annotated[
+        Normalization | Annotated[list[Normalization], Len(1)],
+        expected("zscore, zscore_foreground, rescale or none, or a list with one for each channel"),
+    ] = "zscore"
+    """`zscore`: mean 0 and standard deviation 1 over the image foreground; `zscore_foreground`: the
+    same, and 0 outside it; `rescale`: from 0 to 1 over the window, or from the least to the largest
+    intensity; `none`. A list has one for each channel. Left out, as the source, or `zscore`."""
+    window: Annotated[
+        Window | Annotated[list[Window | None], Len(1)] | None,
+        expected("[lo, hi] with lo < hi, or a list with such a pair or null for each channel"),
+    ] = None
+    """Intensities `[lo, hi]` that images are clipped to before they are normalized: for CT in
+    Hounsfield units, such as `[-175, 250]`. A list has one, or null, for each channel. Left out, as
+    the source."""
+    mean_std: Annotated[
+        MeanStd | Annotated[list[MeanStd | None], Len(1)] | None,
+        expected("[mean, std] with std > 0, or a list with such a pair or null for each channel"),
+    ] = None
+    """Mean and standard deviation for `zscore` in the place of the image's own, such as those of a
+    whole data set of CT. Left out, as the source."""
     image_foreground: Literal["nonzero", "otsu", "all"] = "nonzero"
     """How the brain or body is told from air: `nonzero`, `otsu` (a threshold: air is not 0), or
-    `all` voxels."""
+    `all` voxels. Left out, as the source was normalized, or `nonzero`."""
     slice_axis: Axis = "axial"
     """Which slices a 2-D network sees."""
     storage: Literal["auto", "memory", "disk"] = "auto"

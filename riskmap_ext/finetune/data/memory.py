@@ -14,7 +14,7 @@ from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.base.processes import local_size
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
-from riskmap_ext.finetune.data.resample import resampled_shape
+from riskmap_ext.finetune.data.resample import resampled_shape, wanted_spacing
 from riskmap_ext.finetune.data.volumes import read_header
 
 # A logit, its share of the sliding window's weights and sums, and its softmax.
@@ -53,7 +53,7 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
     )
 
 
-def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
+def _prepared_voxels(case: CaseFiles, spacing: list[float | None] | None) -> int:
     """How many voxels a case has once it is resampled; 0 for a file that reading it will name."""
     try:
         label = read_header(case.label)
@@ -61,7 +61,8 @@ def _prepared_voxels(case: CaseFiles, spacing: list[float] | None) -> int:
         return 0
     if spacing is None:
         return math.prod(label.shape)
-    return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, spacing))
+    wanted = wanted_spacing(spacing, label.spacing)
+    return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, wanted))
 
 
 def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Path | None:

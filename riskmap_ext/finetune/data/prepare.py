@@ -1,4 +1,4 @@
-"""Cases prepared for a network, and the way back to the grid of their files."""
+"""Cases prepared for a network."""
 
 from __future__ import annotations
 
@@ -11,106 +11,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.transforms import SpatialResample
-from nibabel.orientations import (
-    apply_orientation,
-    axcodes2ornt,
-    inv_ornt_aff,
-    io_orientation,
-    ornt_transform,
-)
 from torch import Tensor
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import DataError, Problems
 from riskmap_ext.finetune.base.log import Log, some
-from riskmap_ext.finetune.base.orientation import PREPARED, slice_axis_of
+from riskmap_ext.finetune.base.orientation import PREPARED
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
 from riskmap_ext.finetune.config.schema import Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
-from riskmap_ext.finetune.data.resample import check_spacing, resample, transformed
+from riskmap_ext.finetune.data.grid import Grid
+from riskmap_ext.finetune.data.intensity import crop_mask, image_foreground, normalized
+from riskmap_ext.finetune.data.resample import (
+    check_spacing,
+    resample,
+    resample_as_nnunet,
+    wanted_spacing,
+)
 from riskmap_ext.finetune.data.storage import kept
 from riskmap_ext.finetune.data.volumes import (
     Volume,
     grid_problems,
     read_image_files,
     read_label,
-    voxel_sizes,
 )
 
-_MIN_STD = 1e-8
 _MAX_LABEL_SPAN = 2**24
-
-
-@dataclass(frozen=True)
-class Grid:
-    """From the prepared grid of a case back to the file's own."""
-
-    orientation: str
-    affine: np.ndarray
-    shape: tuple[int, ...]
-    codes: tuple[int, int]
-    prepared_affine: np.ndarray
-    prepared_shape: tuple[int, ...]
-
-    @classmethod
-    def reoriented(cls, volume: Volume, orientation: str) -> Grid:
-        """The file's own voxels, with their axes in the prepared order."""
-        file = volume.affine, volume.shape
-        grid = cls(orientation, *file, volume.codes, *file)
-        affine, shape = grid._full()
-        return replace(grid, prepared_affine=affine, prepared_shape=shape)
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Voxel size of the prepared grid in mm."""
-        return voxel_sizes(self.prepared_affine)
-
-    @property
-    def axis_names(self) -> tuple[str, str, str]:
-        """The plane that each prepared axis is perpendicular to."""
-        return tuple(map(slice_axis_of, self.orientation))  # type: ignore[return-value]
-
-    @property
-    def resampled(self) -> bool:
-        affine, shape = self._full()
-        same = np.allclose(self.prepared_affine, affine, atol=1e-5)
-        return self.prepared_shape != shape or not same
-
-    def to_full(self, volume: Tensor, mode: str = "nearest") -> Tensor:
-        """[..., *prepared] at the file's resolution, still in the prepared orientation."""
-        if not self.resampled:
-            return volume
-        affine, shape = self._full()
-        transform = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
-        options = {"dst_affine": torch.as_tensor(affine), "spatial_size": shape}
-        return transformed(volume, self.prepared_affine, transform, **options)[0]
-
-    def to_file(self, volume: Tensor | np.ndarray) -> np.ndarray:
-        """A volume at the file's resolution in the file's own orientation."""
-        return apply_orientation(np.asarray(volume), self._transform(back=True))
-
-    def from_file(self, volume: np.ndarray) -> np.ndarray:
-        """A volume of the file's orientation in the prepared one; resolution as it is."""
-        return apply_orientation(volume, self._transform())
-
-    def to_ras(self, volume: Tensor | np.ndarray) -> np.ndarray:
-        """A prepared volume in canonical RAS order."""
-        return np.transpose(np.asarray(volume), [self.orientation.index(c) for c in "RAS"])
-
-    def ras_spacing(self) -> tuple[float, float, float]:
-        sizes = [self.spacing[self.orientation.index(letter)] for letter in "RAS"]
-        return tuple(sizes)  # type: ignore[return-value]
-
-    def _transform(self, back: bool = False) -> np.ndarray:
-        file, prepared = io_orientation(self.affine), axcodes2ornt(self.orientation)
-        return ornt_transform(prepared, file) if back else ornt_transform(file, prepared)
-
-    def _full(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Affine and shape of the file's voxels in the prepared order of axes."""
-        transform = self._transform()
-        shape = tuple(self.shape[i] for i in np.argsort(transform[:, 0]))
-        return self.affine @ inv_ornt_aff(transform, self.shape), shape
 
 
 @dataclass(frozen=True)
@@ -278,56 +204,28 @@ def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndar
 def _prepare(
     files: CaseFiles, volume: Volume, label: np.ndarray, data: DataConfig, store: Path | None
 ) -> Case:
-    mask = _image_foreground(volume.values, data.image_foreground)
-    normalized = [_normalize(channel, mask, data.normalize) for channel in volume.values]
     grid = Grid.reoriented(volume, PREPARED[data.slice_axis])
-    *channels, full_label, full_mask = (
-        torch.from_numpy(np.ascontiguousarray(grid.from_file(values)))
-        for values in (*normalized, label, mask)
-    )
-    prepared = [torch.stack(channels), full_label, full_mask]
+    image = np.stack([grid.from_file(channel) for channel in volume.values])
+    if data.crop == "nonzero" and image.any():
+        grid = grid.cropped(crop_mask(image))
+    full_label = torch.from_numpy(np.ascontiguousarray(grid.from_file(label)))
+    image = grid.crop(torch.from_numpy(image)).numpy()
+    mask = image_foreground(image, data)
+    image = normalized(image, mask, data)
+    prepared = [torch.from_numpy(image), grid.crop(full_label), torch.from_numpy(mask)]
     if data.spacing is not None:
-        check_spacing(files.image, grid.prepared_shape, grid.spacing, data.spacing)
-        prepared, affine = resample(prepared, grid.prepared_affine, data.spacing)
+        spacing = wanted_spacing(data.spacing, grid.spacing)
+        check_spacing(files.image, grid.prepared_shape, grid.spacing, spacing)
+        nnunet = data.geometry == "nnunet"
+        prepared, affine = (resample_as_nnunet if nnunet else resample)(
+            prepared, grid.prepared_affine, spacing
+        )
         shape = tuple(prepared[1].shape)
-        grid = replace(grid, prepared_affine=affine, prepared_shape=shape)
+        grid = replace(grid, prepared_affine=affine, prepared_shape=shape, nnunet=nnunet)
     content = digest(*prepared, list(grid.spacing))
     tensors = dict(zip(("image", "label", "mask"), prepared, strict=True))
-    if grid.resampled:
+    if not grid.is_full:
         tensors["full_label"] = full_label
     tensors = kept(store, f"case-{content[:32]}", tensors)
     tensors.setdefault("full_label", tensors["label"])
     return Case(name=files.name, files=files, grid=grid, digest=content, **tensors)
-
-
-def _image_foreground(image: np.ndarray, kind: str) -> np.ndarray:
-    """Brain or body rather than air, in any channel; everything where nothing would be left."""
-    if kind == "nonzero":
-        mask = (image != 0).any(axis=0)
-    elif kind == "otsu":
-        mask = np.any([channel > _otsu_threshold(channel) for channel in image], axis=0)
-    else:
-        mask = np.ones(image.shape[1:], dtype=bool)
-    return mask if mask.any() else np.ones(image.shape[1:], dtype=bool)
-
-
-def _otsu_threshold(image: np.ndarray) -> float:
-    """The grey level that splits the histogram with the largest variance between both parts."""
-    counts, edges = np.histogram(image, bins=256)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = counts.sum() - below
-    total = np.cumsum(counts * centres)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        difference = total / below - (total[-1] - total) / above
-        between = np.nan_to_num(below * above * difference**2)
-    return float(edges[int(between.argmax()) + 1])
-
-
-def _normalize(image: np.ndarray, mask: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "none":
-        return image
-    inside = image[mask].astype(np.float64)
-    mean, std = float(inside.mean()), float(inside.std())
-    # A constant image has nothing to scale by.
-    return (image - mean) / (std if std > _MIN_STD else 1.0)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Spacing
+from monai.transforms import Spacing, SpatialResample
+from scipy.ndimage import zoom
 from torch import Tensor
 
 from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.data.volumes import voxel_sizes
 
 _MAX_VOXELS = 2**31 - 1
 _MIN_SIZE = 4
@@ -31,12 +33,89 @@ def resample(
     out = []
     for volume, mode in zip(volumes, ("bilinear", "nearest", "nearest"), strict=True):
         transform = Spacing(pixdim=spacing, mode=mode, padding_mode="border")
-        values, moved = transformed(volume, affine, transform)
+        values, moved = _transformed(volume, affine, transform)
         out.append(values)
     return out, moved
 
 
-def transformed(
+def resized(
+    volume: Tensor, affine: np.ndarray, wanted: np.ndarray, shape: Sequence[int], mode: str
+) -> Tensor:
+    """[..., X, Y, Z] on the grid of another affine."""
+    transform = SpatialResample(mode=mode, padding_mode="border", dtype=np.float32)
+    options = {"dst_affine": torch.as_tensor(wanted), "spatial_size": shape}
+    return _transformed(volume, affine, transform, **options)[0]
+
+
+def resample_as_nnunet(
+    volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
+) -> tuple[list[Tensor], np.ndarray]:
+    """As `resample`, from edge to edge: the image by cubic splines, kept in its range."""
+    shape, sizes = volumes[1].shape, voxel_sizes(affine)
+    new = [round(n * size / to) for n, size, to in zip(shape, sizes, spacing, strict=True)]
+    out = [
+        resized_as_nnunet(volume, new, sizes, spacing, order=order)
+        for volume, order in zip(volumes, (3, 0, 0), strict=True)
+    ]
+    factors = np.divide(shape, new)
+    moved = affine.copy()
+    # The first voxel's outer corner stays where it is.
+    moved[:3, 3] += affine[:3, :3] @ ((factors - 1) / 2)
+    moved[:3, :3] *= factors
+    return out, moved
+
+
+def resized_as_nnunet(
+    volume: Tensor,
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    wanted: Sequence[float],
+    *,
+    order: int,
+) -> Tensor:
+    """[..., X, Y, Z] with `shape` voxels between the same edges; its type stays.
+
+    order: of the splines. Where voxels of either spacing are more than 3 times as long along one
+    axis, planes across it are resampled, and of these the nearest ones taken.
+    """
+    flat = volume.reshape(-1, *volume.shape[-3:])
+    coarse = _coarse_axis(spacing, wanted)
+    out = np.stack([_zoomed(each, shape, order, coarse) for each in flat.double().numpy()])
+    return torch.from_numpy(out).reshape(*volume.shape[:-3], *shape).to(volume.dtype)
+
+
+def _coarse_axis(*spacings: Sequence[float]) -> int | None:
+    for spacing in spacings:
+        if max(spacing) > 3 * min(spacing):
+            axes = [axis for axis, size in enumerate(spacing) if size == max(spacing)]
+            return axes[0] if len(axes) == 1 else None
+    return None
+
+
+def _zoomed(
+    values: np.ndarray, shape: Sequence[int], order: int, coarse: int | None = None
+) -> np.ndarray:
+    if values.shape == tuple(shape):
+        return values
+    if coarse is None:
+        factors = np.divide(shape, values.shape)
+        out: np.ndarray = zoom(values, factors, order=order, mode="nearest", grid_mode=True)
+        return out.clip(values.min(), values.max())  # splines overshoot
+    planes = np.moveaxis(values, coarse, 0)
+    rest = [size for axis, size in enumerate(shape) if axis != coarse]
+    have, wanted = len(planes), shape[coarse]
+    nearest = ((np.arange(wanted) + 0.5) * have / wanted).astype(int)
+    return np.moveaxis(
+        np.stack([_zoomed(each, rest, order) for each in planes])[nearest], 0, coarse
+    )
+
+
+def wanted_spacing(spacing: Sequence[float | None], own: Sequence[float]) -> list[float]:
+    """In mm; None is the file's own."""
+    return [size if wanted is None else wanted for wanted, size in zip(spacing, own, strict=True)]
+
+
+def _transformed(
     volume: Tensor, affine: np.ndarray, transform: Callable[..., Any], **options: Any
 ) -> tuple[Tensor, np.ndarray]:
     """A volume [..., X, Y, Z] and its affine after a transform of MONAI; its type stays."""

@@ -79,7 +79,7 @@ class CropSampler:
     The image is read linearly. Label, image foreground and risk map are read at the nearest voxel
     of the same grid: the weight belongs to the voxel's label, and a linear mix at a border would
     give one class the weight of the other. Voxels outside the volume repeat its border in the
-    image and are ignored in the label (weight 0).
+    image, or are 0 there, and are ignored in the label (weight 0).
     """
 
     def __init__(
@@ -93,8 +93,13 @@ class CropSampler:
         device: torch.device,
         store: Path | None = None,
         part: tuple[int, int] = (0, 1),
+        geometry: str = "monai",
     ) -> None:
-        """part: (rank, processes); each process draws its share of one and the same batch."""
+        """part: (rank, processes); each process draws its share of one and the same batch.
+
+        geometry: data.geometry.
+        """
+        self._padding = "zeros" if geometry == "nnunet" else "border"
         self._dims = len(patch)
         self._patch = np.array(patch)
         self._train = train
@@ -129,7 +134,7 @@ class CropSampler:
         ).to(self._home)
         images, guides = [], []
         for (volume, index, _), grid in zip(picks, grids, strict=True):
-            images.append(_read(volume.image[index], grid, "bilinear"))
+            images.append(_read(volume.image[index], grid, "bilinear", self._padding))
             guides.append(_read(volume.guides[index], grid, "nearest"))
         image, guide = (torch.cat(parts).to(self._device) for parts in (images, guides))
         outside = (grids.to(self._device).abs() > 1).any(dim=-1)
@@ -264,7 +269,7 @@ class CropSampler:
         return image
 
 
-def _read(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
+def _read(volume: Tensor, grid: Tensor, mode: str, padding: str = "border") -> Tensor:
     return F.grid_sample(
-        volume[None], grid[None], mode=mode, padding_mode="border", align_corners=False
+        volume[None], grid[None], mode=mode, padding_mode=padding, align_corners=False
     )

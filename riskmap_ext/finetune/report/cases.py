@@ -79,7 +79,7 @@ def _read(run: RunFiles, name: str, *, measured: bool) -> tuple[Volumes, list[Sc
     path = run.folder / "predictions" / f"{name}.nii.gz"
     if not path.exists():
         raise DataError(f"{path}: no such file (write.predictions)")
-    alone = {"train": [name], "validation": 0, "spacing": None}
+    alone = {"train": [name], "validation": 0, "spacing": None, "crop": "none"}
     data = run.config.data.model_copy(update=alone)
     cases = prepare_cases(run.config.model_copy(update={"data": data}))
     (case,) = cases.train

@@ -14,7 +14,7 @@ from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.files import write_checkpoint
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.config.schema import Config, NetworkConfig, SourceConfig
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.file import (
     SourceModel,
@@ -78,6 +78,11 @@ def save_checkpoint(
             "state_dict": state,
         },
     )
+
+
+def source_of(config: Config) -> SourceModel | None:
+    """The source of a run, if it has one. Raises: CheckpointError."""
+    return None if config.source is None else load_source(config.source)
 
 
 def load_source(source: SourceConfig) -> SourceModel:

@@ -238,6 +238,20 @@ def _transforms(config: dict[str, Any], key: str) -> list[tuple[str, dict[str, A
     return found
 
 
+def _window(transform: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """`window` and `mean_std` of a range of intensities that becomes another range."""
+    names = ("a_min", "a_max", "b_min", "b_max")
+    numbers = [_referenced(transform.get(name), config) for name in names]
+    if not all(type(each) in (int, float) for each in numbers) or numbers[0] >= numbers[1]:
+        return None
+    low, high, start, end = map(float, numbers)
+    if start >= end:
+        return None
+    unit = (high - low) / (end - start)
+    clips = _referenced(transform.get("clip"), config) is True
+    return {"mean_std": [low - start * unit, unit], "window": [low, high] if clips else None}
+
+
 def _preprocessing(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """What the bundle's transforms make of an image, as far as the driver has words for it.
 
@@ -258,8 +272,12 @@ def _preprocessing(config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
             if len(numbers) == 3 and good:
                 made["spacing"] = [float(each) for each in numbers]
         elif name == "NormalizeIntensity" and whole:
+            nonzero = transform.get("nonzero") is True
+            scales.append("zscore_foreground" if nonzero else "zscore")
+            made["image_foreground"] = "nonzero" if nonzero else "all"
+        elif name == "ScaleIntensityRange" and (given := _window(transform, config)):
             scales.append("zscore")
-            made["image_foreground"] = "nonzero" if transform.get("nonzero") is True else "all"
+            made |= given
         elif name == "Orientation":
             canonical = transform.get("as_closest_canonical") is True
             with suppress(ValueError):

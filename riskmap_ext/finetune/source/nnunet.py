@@ -35,6 +35,7 @@ from riskmap_ext.finetune.source.nnunet_networks import NAMES
 
 _PACKAGE = "dynamic_network_architectures."
 _REORIENTS = "NibabelIOWithReorient"
+_RESAMPLING = "resample_data_or_seg_to_shape"
 
 
 class _MadeWith(BaseModel):
@@ -48,6 +49,7 @@ class _MadeWith(BaseModel):
 class _Plans(BaseModel):
     configurations: dict[str, dict[str, Any]]
     image_reader_writer: Any = None
+    foreground_intensity_properties_per_channel: dict[str, dict[str, float]] = {}
     transpose_forward: Annotated[
         list[int],
         Predicate(lambda order: sorted(order) == [0, 1, 2]),
@@ -62,6 +64,7 @@ class _Configuration(BaseModel):
     previous_stage: Any = None
     normalization_schemes: list[str] = []
     use_mask_for_norm: list[bool] = []
+    resampling_fn_data: str = _RESAMPLING
 
 
 class _Architecture(BaseModel):
@@ -118,9 +121,14 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceMod
         preprocessing={
             "image_suffix": [f"_{index:04d}" for index in range(len(channels))],
             "patch_size": arranged(configuration.patch_size, seen, prepared),
-            "spacing": arranged(configuration.spacing[-dims:], seen, prepared),
+            # Slices stay as far apart as they are.
+            "spacing": [*arranged(configuration.spacing[-dims:], seen, prepared), None][:3],
+            "geometry": "nnunet"
+            if configuration.resampling_fn_data == _RESAMPLING
+            else configuration.resampling_fn_data,
+            "crop": "nonzero",
             **({"slice_axis": slice_axis} if dims == 2 else {}),
-            **_normalization(configuration),
+            **_normalization(configuration, plans),
         },
         told=f"it holds {network} with the {structures.num_outputs} outputs of its dataset.json "
         f"(configuration {name}); its trainer may have built another",
@@ -214,14 +222,38 @@ def _seen_orientation(source: SourceConfig, plans: _Plans) -> tuple[str, list[st
     return "".join(stored[::-1][axis] for axis in plans.transpose_forward), notes
 
 
-def _normalization(configuration: _Configuration) -> dict[str, Any]:
-    """`normalize` and `image_foreground`, or the name of a scheme that the driver lacks."""
-    schemes = sorted(set(configuration.normalization_schemes))
-    masked = set(configuration.use_mask_for_norm)
-    if schemes == ["ZScoreNormalization"]:
-        if len(masked) > 1:
-            return {"normalize": "ZScoreNormalization of some channels in the mask"}
-        return {"normalize": "zscore", "image_foreground": "nonzero" if True in masked else "all"}
-    if schemes == ["NoNormalization"]:
-        return {"normalize": "none"}
-    return {"normalize": ", ".join(schemes)} if schemes else {}
+def _normalization(configuration: _Configuration, plans: _Plans) -> dict[str, Any]:
+    """`normalize`, `window`, `mean_std` and `image_foreground`.
+
+    A scheme that the driver lacks is there by its name.
+    """
+    schemes = configuration.normalization_schemes
+    pairs = zip(schemes, configuration.use_mask_for_norm, strict=False)
+    masks = {mask for scheme, mask in pairs if scheme == "ZScoreNormalization"}
+    if len(masks) > 1:
+        return {"normalize": "ZScoreNormalization of some channels in the mask"}
+    masked = True in masks
+    channels = [_of_scheme(name, masked, plans, index) for index, name in enumerate(schemes)]
+    told: dict[str, Any] = {"image_foreground": "nonzero" if masked else "all"}
+    for key, values in zip(
+        ("normalize", "window", "mean_std"), zip(*channels, strict=True), strict=False
+    ):
+        # One for all channels, where they are alike.
+        told[key] = values[0] if values.count(values[0]) == len(values) else list(values)
+    return told if schemes else {}
+
+
+def _of_scheme(name: str, masked: bool, plans: _Plans, channel: int) -> tuple[Any, Any, Any]:
+    """normalize, window and mean_std of a channel."""
+    if name == "ZScoreNormalization":
+        return "zscore_foreground" if masked else "zscore", None, None
+    # Of the foreground's intensities in the training set.
+    told = plans.foreground_intensity_properties_per_channel.get(str(channel), {})
+    names = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    if name == "CTNormalization" and told.keys() >= {*names}:
+        low, high, mean, std = (told[each] for each in names)
+        return "zscore", [low, high], [mean, max(std, 1e-8)]
+    if name == "RGBTo01Normalization":
+        return "zscore", None, [0.0, 255.0]
+    kinds = {"NoNormalization": "none", "RescaleTo01Normalization": "rescale"}
+    return kinds.get(name, name), None, None

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.networks.utils import eval_mode
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from riskmap_ext.finetune.base.files import write_nifti
@@ -29,13 +36,15 @@ class Predictor:
         patch: Sequence[int],
         inference: InferenceConfig,
         channels: Sequence[int] | None = None,
+        geometry: str = "monai",
     ) -> None:
-        """channels: those of the image that the network sees; None: all."""
+        """channels: those of the image that it sees; None: all. geometry: data.geometry."""
         self.channels = None if channels is None else list(channels)
         self.patch = sizes_of("inference.patch_size", inference.patch_size or patch, dims)
+        count = inference.batch_size or _WINDOWS_AT_ONCE[dims]
         options: dict[str, Any] = {
             "roi_size": self.patch,
-            "sw_batch_size": inference.batch_size or _WINDOWS_AT_ONCE[dims],
+            "sw_batch_size": count,
             "overlap": inference.overlap,
             "mode": "gaussian",
             # Crops of training repeat the border in the same way.
@@ -43,9 +52,13 @@ class Predictor:
             # MONAI keeps the window's weights in the network's dimensions: no use for slices.
             "cache_roi_weight_map": dims == 3,
         }
-        self._infer = (
-            SliceInferer(spatial_dim=2, **options) if dims == 2 else SlidingWindowInferer(**options)
-        )
+        self._infer: Callable[[Tensor, Callable[[Tensor], Any]], Any]
+        if geometry == "nnunet":
+            self._infer = partial(_even_windows, self.patch, inference.overlap, count)
+        elif dims == 2:
+            self._infer = SliceInferer(spatial_dim=2, **options)
+        else:
+            self._infer = SlidingWindowInferer(**options)
         self._network = network
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -61,15 +74,77 @@ class Predictor:
         return first_output(self._network(window), window)
 
 
+def _even_windows(
+    patch: Sequence[int],
+    overlap: float,
+    count: int,
+    image: Tensor,
+    network: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Logits of an image [1, M, X, Y, Z] from windows that are spread evenly, as nnU-Net's are.
+
+    count: windows at once. A smaller image is padded with 0 on both sides.
+    """
+    size, dims = list(image.shape[2:]), len(patch)
+    patch = [*patch, *[1] * (3 - dims)]  # a slice is a window of one voxel's depth
+    missing = [max(0, wanted - have) for wanted, have in zip(patch, size, strict=True)]
+    both = [side for each in reversed(missing) for side in (each // 2, each - each // 2)]
+    image = F.pad(image[0], both)
+    steps = [
+        _starts(have, wanted, overlap if axis < dims else 0)
+        for axis, (have, wanted) in enumerate(zip(image.shape[1:], patch, strict=True))
+    ]
+    boxes = [
+        (
+            slice(None),
+            *(slice(start, start + each) for start, each in zip(starts, patch, strict=True)),
+        )
+        for starts in itertools.product(*steps)
+    ]
+    weight = _window_weight(patch).to(image.device)
+    sums: Tensor | None = None
+    weights = image.new_zeros(image.shape[1:])
+    for group in (boxes[start : start + count] for start in range(0, len(boxes), count)):
+        windows = torch.stack([image[box] for box in group])
+        logits = network(windows.squeeze(-1) if dims == 2 else windows)
+        logits = logits.float().reshape(len(group), -1, *patch)
+        if sums is None:
+            sums = logits.new_zeros((logits.shape[1], *image.shape[1:]))
+        for box, each in zip(group, logits, strict=True):
+            sums[box] += each * weight
+            weights[box[1:]] += weight
+    assert sums is not None
+    inner = [slice(each // 2, each // 2 + n) for each, n in zip(missing, size, strict=True)]
+    return (sums / weights)[(None, slice(None), *inner)]
+
+
+def _window_weight(patch: Sequence[int]) -> Tensor:
+    """A Gaussian around the middle with an eighth of the patch as its standard deviation."""
+    peak = np.zeros(patch)
+    peak[tuple(size // 2 for size in patch)] = 1
+    weight = gaussian_filter(peak, [size / 8 for size in patch], mode="constant")
+    return torch.from_numpy(weight / weight.max()).float().clamp(min=1e-8)
+
+
+def _starts(size: int, patch: int, overlap: float) -> list[int]:
+    """First voxels of windows that overlap by `overlap` or more and end at the border."""
+    count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
+    return [round(index * (size - patch) / max(1, count - 1)) for index in range(count)]
+
+
 def predict(
     predictor: Predictor, case: Case, structures: Structures, *, full: bool = False
 ) -> Tensor:
-    """Class indices int16 on the prepared grid or, with `full`, at the file's resolution."""
-    logits = predictor(case.image)
-    if not (full and case.grid.resampled):
-        return structures.segmentation(logits[0]).cpu()
-    values = case.grid.to_full(structures.probabilities(logits).cpu(), mode="bilinear")
-    return structures.segmentation(values[0], threshold=0.5)
+    """Class indices int16 on the prepared grid or, with `full`, of the file's whole volume."""
+    logits, grid = predictor(case.image), case.grid
+    if not (full and grid.resampled):
+        found = structures.segmentation(logits[0]).cpu()
+    elif grid.nnunet:
+        found = structures.segmentation(grid.to_box(logits[0].cpu(), mode="bilinear"))
+    else:
+        values = grid.to_box(structures.probabilities(logits).cpu(), mode="bilinear")
+        found = structures.segmentation(values[0], threshold=0.5)
+    return grid.uncropped(found) if full else found
 
 
 def write_segmentation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +32,7 @@ from riskmap_ext.finetune.pictures.figures import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.loop import Trainer
 from riskmap_ext.finetune.train.maps import SourceMaps, map_cases
 from riskmap_ext.finetune.train.models import predictor_of_source
@@ -151,6 +151,8 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     check_start(config)
     with session(config, progress=progress) as run:
         source = load_source(config.source)
+        config = prepared_as_source(config, source)
+        run = replace(run, config=config)
         cases = prepare_cases(config, log=run.log)
         predictor = predictor_of_source(config, source, cases.channels, run.device)
         run.held.enter_context(claimed_output(config, run.log))
@@ -254,6 +256,8 @@ def _evaluate(
         prediction = predictions[case.name]
         if case.grid.resampled:
             prediction = predict(plan.models.predictor, case, structures, full=True)
+        else:
+            prediction = case.grid.uncropped(prediction)
         mine[case.name] = dice_per_structure(prediction, case.full_label, structures)
         if config.write.predictions:
             path = config.output / "predictions" / f"{case.name}.nii.gz"

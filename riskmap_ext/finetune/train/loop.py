@@ -73,6 +73,7 @@ class Trainer:
             device=plan.device,
             store=plan.store,
             part=(group.rank, group.size),
+            geometry=config.data.geometry,
         )
         self._optimize = Stepper(plan)
         before = plan.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}

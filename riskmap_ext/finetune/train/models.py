@@ -16,7 +16,6 @@ from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.source.checkpoint import (
     KeyReport,
     SourceModel,
-    load_source,
     start_from_source,
 )
 from riskmap_ext.finetune.source.network import (
@@ -62,11 +61,10 @@ class Models:
         return sum(each.numel() for each in self.network.parameters())
 
 
-def build_models(session: Session, listing: Listing) -> Models:
+def build_models(session: Session, listing: Listing, source: SourceModel | None) -> Models:
     """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
     config, device = session.config, session.device
     structures, channels = listing.structures, listing.channels
-    source = None if config.source is None else load_source(config.source)
     source_predictor = (
         None if source is None else predictor_of_source(config, source, channels, device)
     )
@@ -82,7 +80,7 @@ def build_models(session: Session, listing: Listing) -> Models:
     # GPUs normalize over the batch of all processes.
     if config.train.batch_size // (1 if device.type == "cuda" else session.processes.size) == 1:
         check_single_crops(network, patch, len(channels))
-    predictor = Predictor(network, dims, patch, config.inference)
+    predictor = Predictor(network, dims, patch, config.inference, geometry=config.data.geometry)
     check_forward(network, predictor.patch, outputs, len(channels), "inference.patch_size")
     patch_it_sees = patch
     if wanted.orientation is not None:
@@ -148,7 +146,12 @@ def predictor_of_source(
     network = source.network.to(device)
     orient(network, source.config.orientation, config.data.slice_axis, dims)
     predictor = Predictor(
-        network, dims, patch or patch_size(config, dims), config.inference, channels=seen
+        network,
+        dims,
+        patch or patch_size(config, dims),
+        config.inference,
+        channels=seen,
+        geometry=config.data.geometry,
     )
     outputs = source.structures.num_outputs
     check_forward(network, predictor.patch, outputs, len(source.channels), "inference.patch_size")

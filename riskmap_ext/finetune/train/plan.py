@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need,
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
-from riskmap_ext.finetune.source.checkpoint import SourceModel
-from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.source.checkpoint import SourceModel, source_of
+from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.finetune.train.models import Models, build_models
 from riskmap_ext.finetune.train.session import Session
@@ -35,8 +35,12 @@ WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What headers and blank patches tell of a run, before a volume is read."""
+    """What headers and blank patches tell of a run, before a volume is read.
 
+    config: with the source's preparation.
+    """
+
+    config: Config
     listing: Listing
     models: Models
     memory: MemoryNeed
@@ -75,16 +79,17 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
 
 def make_outline(session: Session) -> Outline:
     """Checks what can be checked without reading a volume. Raises: InputError."""
-    config = session.config
     _check_options(session)
-    listing = list_cases(config.data)
-    models = build_models(session, listing)
+    listing = list_cases(session.config.data)
+    source = source_of(session.config)
+    config = prepared_as_source(session.config, source)
+    models = build_models(replace(session, config=config), listing, source)
     sources = [] if models.source is None else [models.source.structures]
     outputs = max(each.num_outputs for each in (listing.structures, *sources))
     _check_batch(session, models, len(listing.channels), listing.structures.num_outputs)
     memory = memory_need(config, listing, outputs)
     store = volume_store(config, memory, session.device)
-    return Outline(listing=listing, models=models, memory=memory, store=store)
+    return Outline(config=config, listing=listing, models=models, memory=memory, store=store)
 
 
 def make_plan(
@@ -99,13 +104,13 @@ def make_plan(
     config, log = session.config, session.log
     if cases is None:
         outline = make_outline(session)
-        models, store = outline.models, outline.store
+        config, models, store = outline.config, outline.models, outline.store
         cases = prepare_cases(config, listing=outline.listing, store=store, log=log)
         log(described(outline.memory, store))
     else:
         _check_options(session)
         _check_cases(config, cases)
-        models, store = build_models(session, cases.listing), None
+        models, store = build_models(session, cases.listing, source_of(config)), None
     flip_axes(cases.train[0], models.dims, config.train.augment)
     if models.fresh:
         add_prior(models.fresh, class_prior(cases))
