@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from finetune_data import DYNUNET_2D, configuration, settings, write_config
 
-from riskmap_ext.finetune import finetune
+from riskmap_ext.finetune import cross_validate, finetune
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -87,6 +88,26 @@ def test_same_statistics_and_loss_curve_as_one_process(
     for told in ("Done in", "The output layer starts at the class prior"):
         assert (two / "log.txt").read_text().count(told) == 1
     assert not list(two.rglob("resume.pt"))
+
+
+def test_cross_validation_and_its_resume(root: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"data": {"train": 4, "validation": 0, "folds": 2}, "train": TRAIN}
+    one = cross_validate(configuration(root, tmp_path / "one", **sections), progress=False)
+    two = tmp_path / "two"
+    config = write_config(tmp_path / "two.yaml", settings(root, two, **sections))
+    done = torchrun(config)
+    assert done.returncode == 0, done.stderr
+    before = (two / "fold_0" / "last.pt").stat().st_mtime_ns
+    for name in ("dice.csv", "log.txt", "report.html"):
+        (two / name).unlink()
+    shutil.rmtree(two / "fold_1")
+    done = torchrun(config, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (two / "fold_0" / "last.pt").stat().st_mtime_ns == before
+    assert (two / "report.html").exists()
+    assert (two / "log.txt").read_text().count("fold_0 of 2 folds, done before") == 1
+    found, expected = (numbers(run / "dice.csv", "fold") for run in (two, one.output))
+    assert found == pytest.approx(expected, rel=2e-4)
 
 
 def test_errors_are_told_once(root: Path, tmp_path: Path) -> None:

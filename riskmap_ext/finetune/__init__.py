@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
     from riskmap_ext.finetune.report.write import write_report
+    from riskmap_ext.finetune.train.cross_validation import CrossValidation, cross_validate
     from riskmap_ext.finetune.train.finetune import FinetuneResult, finetune, make_maps
 
 # Imported on first use, so that the command line can name a missing package of the extra.
@@ -34,6 +35,7 @@ _HOME = {
     "predict": ["predict_images"],
     "rank": ["RankedSource", "rank_sources"],
     "report.write": ["write_report"],
+    "train.cross_validation": ["CrossValidation", "cross_validate"],
     "train.finetune": ["FinetuneResult", "finetune", "make_maps"],
 }
 __all__ = sorted(name for names in _HOME.values() for name in names)

@@ -174,6 +174,7 @@ def _map(
     "riskmap finetune run.yaml --dry-run",
     "riskmap finetune run.yaml output=runs/b train.steps=2000",
     "riskmap finetune run.yaml --resume",
+    "riskmap finetune run.yaml --folds 5",
     "torchrun --nproc-per-node 2 -m riskmap_ext.finetune finetune run.yaml",
     processes=True,
 )
@@ -190,19 +191,29 @@ def _finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the whole plan; train and write nothing.")
     ] = False,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            help="Cross-validate: how many folds, or a file of splits such as nnU-Net's "
+            "splits_final.json; the same as data.folds."
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune a segmentation network with the transfer-risk-weighted loss.
 
     Without `source` in the configuration it trains the network from scratch: that is how a source
-    model is made.
+    model is made. With --folds it trains a run for each fold, in OUTPUT/fold_0, fold_1, ...
     """
     from riskmap_ext.finetune.config.load import located_config
     from riskmap_ext.finetune.dry_run import check_run
+    from riskmap_ext.finetune.train.cross_validation import cross_validate
     from riskmap_ext.finetune.train.finetune import finetune
 
-    with located_config(config, overrides or []) as settings:
-        work = check_run if dry_run else finetune
+    overrides = [*(overrides or []), *([] if folds is None else [f"data.folds={folds}"])]
+    with located_config(config, overrides) as settings:
+        train: Callable[..., Any] = finetune if settings.data.folds is None else cross_validate
+        work = check_run if dry_run else train
         work(settings, progress=not quiet, resume=resume)
 
 

@@ -18,10 +18,12 @@ from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.data.memory import MemoryNeed, described
 from riskmap_ext.finetune.data.prepare import all_ignored, class_voxels, each_case
 from riskmap_ext.finetune.data.sampling import flip_axes
+from riskmap_ext.finetune.data.splits import Split
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
 from riskmap_ext.finetune.folder.workspace import check_same_run
 from riskmap_ext.finetune.source.checkpoint import KeyReport
 from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.train.cross_validation import check_folds
 from riskmap_ext.finetune.train.plan import (
     Outline,
     check_inputs,
@@ -39,10 +41,14 @@ _SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a run would work on. class_voxels: class -> voxels in the training cases read."""
+    """What a run would work on. class_voxels: class -> voxels in the training cases read.
+
+    Of a cross-validation, train and validation are the cases of all `folds`.
+    """
 
     train: list[str]
     validation: list[str]
+    folds: list[Split]
     read: list[str]
     class_voxels: dict[str, int]
     parameters: int
@@ -75,6 +81,9 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
         outline = make_outline(run)
     log, config = run.log, outline.config
     listing, models = outline.listing, outline.models
+    folds: list[Split] = []
+    if config.data.folds is not None:
+        folds, _ = check_folds(resolved(config, listing), listing, resume)
     if resumed is not None:
         check_same_run(resolved(config, listing))
     read = _read_some(config, outline, log)
@@ -87,7 +96,9 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
         log.warn(warning)
     result = DryRun(
         train=[case.name for case in listing.train],
-        validation=[case.name for case in listing.validation],
+        validation=[case.name for case in listing.validation]
+        + [name for fold in folds for name in fold.val],
+        folds=folds,
         read=read.names,
         class_voxels=read.class_voxels,
         parameters=models.parameters,
@@ -101,7 +112,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
             log.warn(
                 f"no voxel of class {name} in the {len(read.digests)} training cases that were read"
             )
-    total = len(result.train) + len(result.validation)
+    total = len({*result.train, *result.validation})
     rest = total - len(read.names)
     by_header = f" ({rest} by their headers alone)" if rest else ""
     verdict = "nothing is in the way of this run, and nothing was written"
@@ -160,6 +171,7 @@ def _table(config: Config, outline: Outline, result: DryRun, device: str) -> Tab
         "output": str(config.output),
         "training cases": _names(result.train),
         "validation cases": _names(result.validation) or "none: no Dice",
+        "folds": ", ".join(f"{len(fold.train)} + {len(fold.val)} cases" for fold in result.folds),
         "channels": ", ".join(listing.channels) if len(listing.channels) > 1 else "",
         "training classes": shares,
         "regions": ", ".join(listing.structures.regions or []),

@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from riskmap_ext._files import written_beside
 from riskmap_ext.finetune.base.errors import DataError, InputError
@@ -45,6 +46,18 @@ def read_text(path: Path, kind: type[InputError] = DataError) -> str:
     except UnicodeDecodeError:
         why = "is damaged (no text in UTF-8)"
     raise kind(f"{path}: {why}")
+
+
+def read_json(path: Path, kind: Any) -> Any:
+    """The content as pydantic reads it into the type `kind`. Raises: DataError naming the file."""
+    try:
+        return TypeAdapter(kind).validate_json(read_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        why = f"{place}: {said}" if place else said
+        raise DataError(f"{path}: is damaged ({why})") from None
 
 
 def write_text(path: Path, text: str) -> None:

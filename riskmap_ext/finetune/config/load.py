@@ -17,7 +17,7 @@ from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.config.schema import BELOW_ROOT, Config
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 
-_PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "source.checkpoint")
+_PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "data.folds", "source.checkpoint")
 _KEYS_BELOW_ROOT = tuple(f"data.{key}" for key in BELOW_ROOT)
 
 

@@ -151,6 +151,13 @@ class DataConfig(_Section):
     ] = None
     """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
     out), or their names. Left out, those of the datalist, or none."""
+    folds: Annotated[
+        Annotated[int, Field(ge=2), _NUMBER] | FilePath | None,
+        expected("a number >= 2, or a file of splits"),
+    ] = None
+    """Cross-validation: a run for each of so many parts of the cases, drawn by `seed`, which
+    validates on it and trains on the others; or a file of splits, as nnU-Net's `splits_final.json`.
+    Numbers in `train` and `validation` then say how many cases are divided. Left out, one run."""
     classes: Annotated[
         ClassNames | None, expected("two or more distinct names, background first")
     ] = None
@@ -227,6 +234,9 @@ class DataConfig(_Section):
             raise ValueError(f"expected one of datalist, images + labels, cases; got {given}")
         if (self.images is None) != (self.labels is None):
             raise ValueError("expected images and labels together, got one of them")
+        lists = [key for key in ("train", "validation") if isinstance(getattr(self, key), list)]
+        if self.folds is not None and lists:
+            raise ValueError(f"folds divide the cases: expected no list beside them, got {lists}")
         if not given and self.root is None:
             raise ValueError(
                 "no data given: set root (a folder with dataset.json or with images/ and labels/), "
@@ -470,7 +480,7 @@ class Config(_Section):
     """Folder of statistics and maps, found again by content; runs may share one. Null:
     `OUTPUT/cache`."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
-    """Of weights, crops and augmentation."""
+    """Of weights, crops, augmentation and folds."""
     device: Annotated[
         str,
         Field(pattern=DEVICE.pattern),

@@ -260,7 +260,10 @@ def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 
 
 def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
-    """Names of the training and validation cases; numbers count in the order of the list."""
+    """Names of the training and validation cases; numbers count in the order of the list.
+
+    With folds all of them are to train on: each fold validates on its own part.
+    """
     names = [case.name for case in found.cases]
     wanted = {"data.train": data.train, "data.validation": data.validation}
     if data.validation is None:
@@ -286,7 +289,7 @@ def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
         raise ConfigError(f"data.train and data.validation: both name {', '.join(both)}")
     if not train:
         raise ConfigError("data.train: no case is left for training")
-    return train, validation
+    return (train, validation) if data.folds is None else (train + validation, [])
 
 
 def _labels(data: DataConfig, told: dict[str, Any]) -> dict[str, Any]:

@@ -60,12 +60,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """All cases of a run; runs with the same `data` section may share them."""
+    """All cases of a run; runs with the same `data` section may share them.
+
+    store: folder of the volumes; None: in memory.
+    """
 
     train: list[Case]
     validation: list[Case]
     listing: Listing
     data: DataConfig
+    store: Path | None = None
 
     @property
     def structures(self) -> Structures:
@@ -120,7 +124,7 @@ def prepare_cases(
     count = len(listing.train)
     if all((case.label == IGNORE_INDEX).all() for case in cases[:count]):
         raise all_ignored(listing)
-    return Cases(cases[:count], cases[count:], listing, config.data)
+    return Cases(cases[:count], cases[count:], listing, config.data, store)
 
 
 def each_case(

@@ -74,14 +74,26 @@ class Metrics:
             self._writer.close()
 
 
-def write_dice(path: Path, table: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
-    """dice.csv: a row per case, then the mean over those that have the structure, and how many."""
+def write_dice(
+    path: Path,
+    table: Mapping[str, Sequence[float]],
+    names: Sequence[str],
+    folds: Mapping[str, str] | None = None,
+) -> None:
+    """dice.csv: a row per case, then the mean over those that have the structure, and how many.
+
+    folds: case -> its fold, for a column of its own.
+    """
     columns = known_dice(table, len(names))
     means = list(map(mean_without_nan, columns))
-    rows = [[name, *row, mean_without_nan(row)] for name, row in table.items()]
+    rows: list[list[Any]] = [[n, *row, mean_without_nan(row)] for n, row in table.items()]
     rows.append(["mean", *means, mean_without_nan(means)])
     rows.append(["cases_with_class", *map(len, columns), sum(map(bool, columns))])
-    write_csv(path, ["case", *names, "mean"], [map(_plain, row) for row in rows])
+    header = ["case", *names, "mean"]
+    if folds is not None:
+        header.append("fold")
+        rows = [[*row, folds.get(row[0])] for row in rows]
+    write_csv(path, header, [map(_plain, row) for row in rows])
 
 
 def dice_table(table: Mapping[str, Sequence[float]], names: Sequence[str], title: str) -> Table:

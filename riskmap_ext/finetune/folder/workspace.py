@@ -16,8 +16,9 @@ from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import read_text, write_text
 from riskmap_ext.finetune.base.lock import locked
-from riskmap_ext.finetune.base.log import Log
+from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.data.splits import SPLITS_FILE, read_splits
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
@@ -27,6 +28,7 @@ _FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
     *("config.yaml", "keys.json", RESUME_FILE, "last.pt", "best.pt", "metrics.csv", "losses.csv"),
     *("dice.csv", LEEP_FILE, ENVIRONMENT_FILE, "report.html", NONFINITE_FILE, "log.txt"),
+    SPLITS_FILE,
 )
 _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
 
@@ -40,7 +42,7 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
         message = "stopped before anything was written"
         if log.is_open:
             message = f"stopped {log.stage}; {config.output} holds an unfinished run"
-            if (config.output / RESUME_FILE).exists():
+            if any((config.output / name).exists() for name in (RESUME_FILE, SPLITS_FILE)):
                 message += " (--resume goes on with it)"
             log.note(message)
         stop.args = (message,)
@@ -56,6 +58,10 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
     path = output / RESUME_FILE
     if finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
+    if config.data.folds is None and (output / SPLITS_FILE).exists():
+        raise ConfigError(
+            f"data.folds: {output} holds a cross-validation; expected its folds, got none"
+        )
     if not path.exists():
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
         if held:
@@ -133,11 +139,11 @@ def check_output(config: Config) -> list[str]:
     output = config.output
     check_folder("output", output)
     check_folder("cache", config.cache or output / "cache")
-    held = [n for n in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / n).exists()]
+    held = _held(output)
     if held and not config.overwrite:
         state = "already holds a run" if finished(output) else "holds an unfinished run"
         raise ConfigError(
-            f"output: {output} {state} ({', '.join(held)}); choose another folder, or set "
+            f"output: {output} {state} ({some(held)}); choose another folder, or set "
             "overwrite=true to replace it"
         )
     if config.source is not None and output in config.source.checkpoint.parents and held:
@@ -146,6 +152,20 @@ def check_output(config: Config) -> list[str]:
             "replaced; choose another folder"
         )
     return held
+
+
+def _held(output: Path) -> list[str]:
+    """What a run has left in the folder, and the runs of its folds."""
+    own = [name for name in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / name).exists()]
+    folds = sorted(output.glob("fold_*"))
+    return own + [f"{fold.name}/{name}" for fold in folds for name in _held(fold)]
+
+
+def fold_folders(output: Path) -> list[Path]:
+    """Of the cross-validation in `output`, in their order; none where it holds none."""
+    path = output / SPLITS_FILE
+    count = len(read_splits(path)) if path.exists() else 0
+    return [output / f"fold_{index}" for index in range(count)]
 
 
 def finished(output: Path) -> bool:

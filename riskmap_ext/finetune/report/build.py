@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.colors import to_hex
 
 from riskmap_ext.finetune.base.log import MISSING, gib, number
@@ -32,12 +33,13 @@ _ERRORS = {"missed": "missed (label alone)", "extra": "extra (prediction alone)"
 
 class Table(NamedTuple):
     title: str
-    header: Sequence[str]
+    header: list[str]
     rows: list[list[str]]
     open: bool = True
 
 
-def run_page(run: RunFiles, results: CaseResults) -> str:
+def run_page(run: RunFiles, results: CaseResults, reports: Mapping[str, str] | None = None) -> str:
+    """reports: of the folds, by their names, as links."""
     name = run.folder.resolve().name
     missed = [f"{s.structure} in {s.case}" for s in results.scores if s.outcome == MISSED]
     return render(
@@ -53,9 +55,22 @@ def run_page(run: RunFiles, results: CaseResults) -> str:
         tolerance=f"{TOLERANCE:g}",
         legend=_legend(run, results),
         tables=_case_tables(run, results.scores),
+        folds=_folds(run, reports or {}) if run.folds else None,
         conditional=_conditional(run.leep) if run.leep else None,
         starts=_starts(run.starts),
     )
+
+
+def _folds(run: RunFiles, reports: Mapping[str, str]) -> Table:
+    """Means over the cases of each fold, and of all."""
+    rows = []
+    for name, fold in (*run.folds.items(), ("all cases", run)):
+        link = (
+            Markup('<a href="{}">{}</a>').format(reports[name], name) if name in reports else name
+        )
+        means = fold.class_means or [math.nan] * len(run.classes)
+        rows.append([link, f"{len(fold.dice)}", *map(number, (mean_without_nan(means), *means))])
+    return Table("", ["fold", "validation cases", "mean Dice", *run.classes], rows)
 
 
 def _validations(metrics: Sequence[dict[str, float]]) -> Table | None:
@@ -78,7 +93,8 @@ def _classes(run: RunFiles, scores: Sequence[Score]) -> Table | None:
     """None where no Dice is known."""
     if run.dice:
         header = ["class", "mean Dice", "sd", "lowest", "highest", "cases with it"]
-        header += ["missed", "extra", "surface Dice", "HD95, mm"] if scores else ["Dice 0"]
+        surfaces = ["missed", "extra", "surface Dice", "HD95, mm", "median HD95"]
+        header += surfaces if scores else ["Dice 0"]
         rows = [_class_row(run.dice, i, name, scores) for i, name in enumerate(run.classes)]
         mean = mean_without_nan(run.class_means)
     else:
@@ -106,8 +122,8 @@ def _class_row(
     found = [score.hd95 for score in own if score.outcome == FOUND]
     counts = [sum(score.outcome == outcome for score in own) for outcome in (MISSED, EXTRA)]
     surface = number(mean_without_nan(there))
-    hd95 = f"{statistics.median(found):.2f}" if found else MISSING
-    return [*row, *(str(count or "-") for count in counts), surface, hd95]
+    hd95 = [f"{f(found):.2f}" if found else MISSING for f in (mean_without_nan, statistics.median)]
+    return [*row, *(str(count or "-") for count in counts), surface, *hd95]
 
 
 def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
@@ -123,6 +139,10 @@ def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
     rows = [[name, *map(number, (*run.dice[name], means[name]))] for name in names]
     header = ["case", *run.classes]
     tables = [Table(f"Dice of {which}", [*header, "mean"], rows, len(rows) <= _OPEN_ROWS)]
+    if run.folds:
+        tables[0].header.append("fold")
+        for row in rows:
+            row.append(run.fold_of[row[0]])
     by_case = {(score.case, score.structure): score for score in scores}
     columns = {f"Surface Dice at {TOLERANCE:g} mm": "surface_dice", "HD95 in mm": "hd95"}
     for title, column in columns.items() if scores else ():

@@ -55,7 +55,8 @@ def read_results(run: RunFiles) -> CaseResults:
             continue
         drawing, problem = None, None
         try:
-            volumes, own, why_none = _read(run, name, measured=remark is None)
+            fold = run.folds[run.fold_of[name]] if run.folds else run
+            volumes, own, why_none = _read(fold, name, measured=remark is None)
             remark = remark or why_none
             scores += own
             drawing = panels(volumes) if name in ranks else None

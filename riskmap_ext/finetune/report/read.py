@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, model_validator
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, one_line
-from riskmap_ext.finetune.base.files import read_text
+from riskmap_ext.finetune.base.files import read_json, read_text
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE
-from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished
+from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished, fold_folders
 from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_means
 
 # A configuration alone is no run.
@@ -54,7 +54,8 @@ class RunFiles:
 
     config: None where config.yaml is not one that this version can use, with the reason in
     config_problem. dice: case -> Dice of each class but the background, NaN where the label lacks
-    it. losses: (step, loss, lr). starts: of environment.json.
+    it. losses: (step, loss, lr). starts: of environment.json. folds: those that a cross-validation
+    has begun, by name; `dice` is that of all of them.
     """
 
     folder: Path
@@ -71,6 +72,11 @@ class RunFiles:
     keys: dict[str, list[str]] | None
     starts: list[dict[str, Any]]
     log: list[str] | None
+    folds: dict[str, RunFiles]
+
+    @property
+    def fold_of(self) -> dict[str, str]:
+        return {case: name for name, fold in self.folds.items() for case in fold.dice}
 
     @property
     def steps_done(self) -> int:
@@ -88,7 +94,8 @@ class RunFiles:
 
     @property
     def warnings(self) -> list[str]:
-        found = (line.partition(" Warning: ")[2] for line in self.log or [])
+        lines = (line for run in (*self.folds.values(), self) for line in run.log or [])
+        found = (line.partition(" Warning: ")[2] for line in lines)
         return list(dict.fromkeys(text for text in found if text))
 
 
@@ -102,31 +109,36 @@ def read_run(folder: Path) -> RunFiles:
     if not any((folder / name).exists() for name in _SIGNS):
         raise ConfigError(f"{folder}: holds no run (there is none of {', '.join(_SIGNS)})")
     config, problem = _config(folder / "config.yaml", config_text)
+    begun = [each for each in fold_folders(folder) if (each / "log.txt").exists()]
+    folds = {each.name: read_run(each) for each in begun}
     header, metrics = _table(folder / "metrics.csv", _METRICS)
-    dice_header, dice = _table(folder / "dice.csv", ("case", "mean"), names=1)
+    scores = _table(folder / "dice.csv", ("case", "mean"), names=1) if not folds else ([], [])
+    dice_header, dice = scores
     if dice_header and len(dice) < 3:
         raise _damaged(folder / "dice.csv", "expected cases, their mean and their number")
     known = [n.removeprefix("dice_") for n in header if n[:5] == "dice_"]
     if known and dice_header and dice_header[1:-1] != known:
         raise _damaged(folder / "dice.csv", f"other classes than metrics.csv: {', '.join(known)}")
-    classes = dice_header[1:-1] or known
+    classes = next((fold.classes for fold in folds.values() if fold.dice), dice_header[1:-1])
+    table = {name: row[:-1] for name, *row in dice[:-2]}
     environment = _json(folder / ENVIRONMENT_FILE, dict[str, list[dict[str, Any]]]) or {}
     log = _text(folder / "log.txt")
     return RunFiles(
         folder=folder,
         is_finished=finished(folder),
-        can_resume=(folder / RESUME_FILE).exists(),
+        can_resume=bool(folds) or (folder / RESUME_FILE).exists(),
         config_text=config_text,
         config=config,
         config_problem=problem,
-        classes=classes,
+        classes=classes or known,
         metrics=[dict(zip(header, row, strict=True)) for row in metrics],
         losses=_table(folder / "losses.csv", LOSS_HEADER)[1],
-        dice={name: row[:-1] for name, *row in dice[:-2]},
+        dice=table | {name: row for fold in folds.values() for name, row in fold.dice.items()},
         leep=_json(folder / LEEP_FILE, Leep),
         keys=_json(folder / "keys.json", dict[str, list[str]]),
         starts=environment.get("starts", []),
         log=None if log is None else log.splitlines(),
+        folds=folds,
     )
 
 
@@ -168,12 +180,4 @@ def _table(path: Path, columns: tuple[str, ...], names: int = 0) -> tuple[list[s
 
 
 def _json(path: Path, kind: Any) -> Any:
-    if (text := _text(path)) is None:
-        return None
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise _damaged(path, f"{place}: {said}" if place else said) from None
+    return read_json(path, kind) if path.exists() else None

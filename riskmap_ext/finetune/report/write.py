@@ -21,7 +21,9 @@ _ENDINGS = (".html", ".htm")
 def write_report(
     folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Writes the report of the run in `folder`, finished or not; returns its path.
+    """Writes the report of the run or cross-validation in `folder`, finished or not.
+
+    Returns: its path.
 
     output: OUTPUT/report.html where None. What the folder lacks (older runs, `write` keys that were
     false, images that have moved) is told in the report.
@@ -34,10 +36,17 @@ def write_report(
     if path.suffix.lower() not in _ENDINGS:
         raise ConfigError(f"--output: expected a file name that ends in .html, got {path}")
     run = read_run(folder)
-    check_folder("--output", path.absolute().parent)
+    start = path.absolute().parent
+    check_folder("--output", start)
+    reports = {name: fold.folder / REPORT_FILE for name, fold in run.folds.items()}
+    links = {
+        name: Path(os.path.relpath(report, start)).as_posix()
+        for name, report in reports.items()
+        if report.exists()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries; what matters is in the report
-        content = run_page(run, read_results(run))
+        content = run_page(run, read_results(run), links)
     write_text(path, content)
     return path
 

@@ -168,6 +168,8 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
 
 def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction | None) -> Config:
     """The configuration as the caller's own functions need it."""
+    if config.data.folds is not None:
+        raise ConfigError("data.folds: are for cross_validate; expected null for one run")
     if weights is not None and not config.uses_risk:
         raise ValueError(
             "weights: stand in the place of the risk map; expected a source and risk.use=true"
@@ -221,9 +223,7 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
     # Maps of validation cases are only looked at: neither statistics nor training see them.
     shown = config.write.maps or bool(config.write.overlays)
     validation = plan.cases.validation if shown else []
-    return map_cases(
-        plan, models.source, models.source_predictor, plan.cases, validation, plan.store
-    )
+    return map_cases(plan, models.source, models.source_predictor, plan.cases, validation)
 
 
 def _voxel_weights(plan: Plan, maps: SourceMaps | None) -> Mapping[str, Tensor] | None:

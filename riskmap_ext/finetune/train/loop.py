@@ -71,7 +71,7 @@ class Trainer:
             config.train,
             seed=config.seed,
             device=plan.device,
-            store=plan.store,
+            store=plan.cases.store,
             part=(group.rank, group.size),
             geometry=config.data.geometry,
         )

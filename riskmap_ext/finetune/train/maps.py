@@ -252,13 +252,12 @@ def map_cases(
     predictor: Predictor,
     cases: Cases,
     others: Sequence[Case],
-    store: Path | None = None,
 ) -> SourceMaps:
     """Maps of the training cases and `others`; writes leep.json and maps/."""
     config, log, group, train = session.config, session.log, session.processes, cases.train
     total = 2 * len(group.share(train)) + len(train) + len(others)
     with log.counting("Source model", total) as advance:
-        mapper = SourceMapper(session, source, predictor, len(cases.classes), advance, store)
+        mapper = SourceMapper(session, source, predictor, len(cases.classes), advance, cases.store)
         maps = mapper.run(train, others)
     if group.is_main:
         _write_leep(config.output, maps, cases.classes, source.classes)

@@ -56,7 +56,6 @@ class Plan(Session):
     """
 
     cases: Cases
-    store: Path | None
     models: Models
     inputs: str
     resumed: dict[str, Any] | None
@@ -101,16 +100,15 @@ def make_plan(
     weights: WeightFunction | None = None,
 ) -> Plan:
     """Checks every input. Raises: InputError."""
-    config, log = session.config, session.log
+    config = session.config
     if cases is None:
         outline = make_outline(session)
-        config, models, store = outline.config, outline.models, outline.store
-        cases = prepare_cases(config, listing=outline.listing, store=store, log=log)
-        log(described(outline.memory, store))
+        config, models = outline.config, outline.models
+        cases = read_cases(session, outline)
     else:
         _check_options(session)
         _check_cases(config, cases)
-        models, store = build_models(session, cases.listing, source_of(config)), None
+        models = build_models(session, cases.listing, source_of(config))
     flip_axes(cases.train[0], models.dims, config.train.augment)
     if models.fresh:
         add_prior(models.fresh, class_prior(cases))
@@ -119,13 +117,20 @@ def make_plan(
     return Plan(
         **vars(session) | {"config": resolved(config, cases.listing)},
         cases=cases,
-        store=store,
         models=models,
         inputs=inputs,
         resumed=resumed,
         loss=loss,
         weights=weights,
     )
+
+
+def read_cases(session: Session, outline: Outline) -> Cases:
+    """Raises: DataError with a line for each problem."""
+    listing, store = outline.listing, outline.store
+    cases = prepare_cases(outline.config, listing=listing, store=store, log=session.log)
+    session.log(described(outline.memory, store))
+    return cases
 
 
 def resolved(config: Config, listing: Listing) -> Config:
