@@ -1,4 +1,4 @@
-"""Cross-validation: its folds, their runs, and what they reach together."""
+"""Cross-validation: its folds, their runs, what they reach together, and their ensemble."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from finetune_data import configuration, rows_of, settings, stop_at, write_config
+from finetune_data import configuration, image_of, rows_of, settings, stop_at, write_config
 from html_page import Page
 
 from riskmap_ext.finetune import (
+    CheckpointError,
     Config,
     ConfigError,
     CrossValidation,
@@ -25,12 +28,17 @@ from riskmap_ext.finetune import (
     cross_validate,
     finetune,
     load_config,
+    predict_images,
     prepare_cases,
     write_report,
 )
+from riskmap_ext.finetune.config.schema import InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data import prepare
 from riskmap_ext.finetune.data.datalist import CaseFiles
+from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.splits import make_splits
+from riskmap_ext.finetune.source.checkpoint import load_source
+from riskmap_ext.finetune.source.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,6 +304,96 @@ class TestResume:
     def test_refuses_a_finished_one(self, whole: CrossValidation, root: Path, source: Path) -> None:
         with pytest.raises(ConfigError, match="holds a finished run"):
             cross_validate(config(root, whole.output, source), progress=False, resume=True)
+
+
+class TestEnsemble:
+    def test_two_equal_models_are_one(
+        self, whole: CrossValidation, root: Path, tmp_path: Path
+    ) -> None:
+        model = whole.output / "fold_0" / "last.pt"
+        for name, given in (("one", model), ("two", [model, model])):
+            predict_images(given, [root / "images"], tmp_path / name, progress=False)
+        for case in NAMES:
+            one, two = (tmp_path / name / f"{case}.nii.gz" for name in ("one", "two"))
+            assert one.read_bytes() == two.read_bytes()
+
+    def test_the_mean_of_the_folds(
+        self,
+        whole: CrossValidation,
+        root: Path,
+        tmp_path: Path,
+        riskmap: Callable[..., tuple[int, str, str]],
+    ) -> None:
+        image = image_of(root)
+        code, out, err = riskmap(
+            "predict", whole.output, "--image", image, "--output", tmp_path / "all"
+        )
+        assert code == 0, err
+        assert "the mean of 3 models" in out
+        models = [str(whole.output / f"fold_{index}" / "last.pt") for index in range(3)]
+        riskmap("predict", *models, "--image", image, "--output", tmp_path / "named")
+        found = tmp_path / "all" / image.name
+        assert found.read_bytes() == (tmp_path / "named" / image.name).read_bytes()
+        data = load_config(whole.output / "fold_0" / "config.yaml").data
+        case = read_image([image], "case00", data)
+        mean = torch.zeros(())
+        for model in models:
+            source = load_source(SourceConfig(checkpoint=Path(model)))
+            patch = source.preprocessing["patch_size"]
+            predictor = Predictor(source.network, 2, patch, InferenceConfig())
+            mean = mean + predictor(case.image).softmax(dim=1) / 3
+        labels = case.grid.from_file(np.asarray(nib.load(found).dataobj))
+        expected = mean[0].argmax(dim=0).numpy()
+        assert (labels == expected).mean() > 0.9999  # ties may fall to either side
+
+    @pytest.mark.parametrize("sections", [{}, {"data": {"spacing": [1.5, 1.5, 1.5]}}])
+    def test_regions_and_other_voxels(
+        self, sections: dict[str, Any], root: Path, tmp_path: Path
+    ) -> None:
+        data = {"regions": {"both": [1, 2], "crate": 2}, **sections.get("data", {})}
+        train = {"steps": 10, "lr": 0.02}
+        result = finetune(
+            configuration(root, tmp_path / "run", data=data, train=train), progress=False
+        )
+        for name, count in (("one", 1), ("two", 2)):
+            given = [result.checkpoint] * count
+            predict_images(given, [image_of(root)], tmp_path / name, progress=False)
+        one, two = (
+            np.asarray(nib.load(tmp_path / name / "case00.nii.gz").dataobj)
+            for name in ("one", "two")
+        )
+        assert one.max() == 2
+        assert np.array_equal(one, two)
+
+    def test_models_that_do_not_agree(
+        self, whole: CrossValidation, root: Path, source: Path, tmp_path: Path
+    ) -> None:
+        model = whole.output / "fold_0" / "last.pt"
+        content = torch.load(model, weights_only=True)
+        content["preprocessing"]["normalize"] = "none"
+        torch.save(content, tmp_path / "other.pt")
+        given = [model, source, tmp_path / "other.pt"]
+        with pytest.raises(CheckpointError) as told:
+            predict_images(given, [root / "images"], tmp_path / "out", progress=False)
+        first, second = str(told.value).splitlines()
+        assert first == (
+            f"{source}: expected classes as of {model}, ['background', 'box', 'crate']; got "
+            "['background', 'thing']"
+        )
+        assert (
+            second == f"{tmp_path / 'other.pt'}: expected normalize as of {model}, zscore; got none"
+        )
+        with pytest.raises(ConfigError, match="expected at least one, got none"):
+            predict_images([], [root / "images"], tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_unfinished_folds(self, whole: CrossValidation, root: Path, tmp_path: Path) -> None:
+        copied = Path(shutil.copytree(whole.output, tmp_path / "cv"))
+        shutil.rmtree(copied / "fold_1")
+        with pytest.raises(ConfigError, match=r"cv: fold_1 of its 3 folds are not finished"):
+            predict_images(copied, [root / "images"], tmp_path / "out", progress=False)
+        with pytest.raises(CheckpointError, match=r"is a folder of folds; .*fold_2/last\.pt"):
+            finetune(configuration(root, tmp_path / "a", source={"checkpoint": str(copied)}))
 
 
 class TestReport:

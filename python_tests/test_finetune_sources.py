@@ -281,7 +281,7 @@ def test_plans_beside_the_checkpoint(tmp_path: Path) -> None:
     told = refusal(path)
     assert "expected plans in the init_args" in told
     assert f"or plans.json in {folder}" in told
-    assert "take fold_0/checkpoint_final.pth in it" in refusal(folder)
+    assert f"is a folder of folds; take a checkpoint of one, such as {path}" in refusal(folder)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text("{")
     assert "cannot be read as JSON" in _told(path)

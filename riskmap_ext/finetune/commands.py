@@ -239,11 +239,16 @@ def _report(
 
 @_command(
     "riskmap predict runs/a/last.pt --image scans --output segmentations",
+    "riskmap predict runs/folds --image scans --output segmentations",
     "riskmap predict runs/a/last.pt --image scans --suffix _T1w,_FLAIR --output segmentations",
 )
 def _predict(
     checkpoint: Annotated[
-        Path, typer.Argument(help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI.")
+        list[Path],
+        typer.Argument(
+            help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI. Several, or the "
+            "folder of a cross-validation: by the mean of their probabilities."
+        ),
     ],
     image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],

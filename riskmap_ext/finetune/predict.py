@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.device import device_of
-from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, Problems
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
 from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import stem, volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
-from riskmap_ext.finetune.folder.workspace import check_folder
+from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import check_forward, spatial_dims
 from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import own_preparation
+from riskmap_ext.finetune.source.preparation import PREPARATION, own_preparation
 
 
 def predict_images(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     images: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
@@ -41,7 +41,8 @@ def predict_images(
 
     Args:
         checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation. Or
-            a checkpoint of another tool whose preparation `data` can express.
+            a checkpoint of another tool whose preparation `data` can express. Several of them, or
+            the folder of a cross-validation, segment by the mean of their probabilities.
         images: files, or folders of them. A case of several channels has a file for each, told by
             the suffix, or one 4-D file.
         suffix: what follows the case's name in the file names, one for each channel; None: as in
@@ -58,11 +59,13 @@ def predict_images(
     Returns: the files written. Raises: InputError naming the file, before the first prediction
     where its header shows it; images that turn out bad later are named when all others are done.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
+    output = Path(output)
     log = Log(quiet=not progress)
     check_folder("--output", output)
     where = device_of(device)
-    model = load_source(_source(checkpoint, orientation))
+    given = [checkpoint] if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+    models = [load_source(_source(path, orientation)) for path in _checkpoints(map(Path, given))]
+    model = models[0]
     channels = len(model.channels)
     if suffix is None and channels > 1:
         suffix = model.preprocessing.get("image_suffix")
@@ -71,13 +74,14 @@ def predict_images(
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:
         files = {name: paths for name, paths in files.items() if not targets[name].exists()}
-    data = _preparation(model)
-    predictor = _predictor(model, data, inference or InferenceConfig(), where)
-    for note in model.notes:
+    data = _agreed(models)
+    predictors = [_predictor(each, data, inference or InferenceConfig(), where) for each in models]
+    for note in dict.fromkeys(note for each in models for note in each.notes):
         log.warn(note)
+    many = f", the mean of {len(models)} models" if len(models) > 1 else ""
     log(
-        f"{len(files)} images, {len(model.classes)} classes ({', '.join(model.classes)}), "
-        f"windows of {predictor.patch}, on {where}"
+        f"{len(files)} images, {len(model.classes)} classes ({', '.join(model.classes)}){many}, "
+        f"windows of {predictors[0].patch}, on {where}"
     )
     written: list[Path] = []
     problems = Problems()
@@ -85,7 +89,7 @@ def predict_images(
         for name, paths in files.items():
             with problems.collected():
                 case = read_image(paths, name, data, channels)
-                segmentation = predict(predictor, case, model.structures, full=True)
+                segmentation = predict(predictors, case, model.structures, full=True)
                 write_segmentation(targets[name], case, segmentation, model.structures)
                 written.append(targets[name])
             advance(name)
@@ -94,6 +98,22 @@ def predict_images(
     problems.tell()
     log(f"Done: {output}")
     return written
+
+
+def _checkpoints(given: Iterable[Path]) -> list[Path]:
+    """With those of its folds for a cross-validation. Raises: ConfigError for unfinished folds."""
+    found = []
+    for path in given:
+        folds = fold_folders(path)
+        if missing := [fold.name for fold in folds if not finished(fold)]:
+            raise ConfigError(
+                f"{path}: {', '.join(missing)} of its {len(folds)} folds are not finished; go on "
+                "with riskmap finetune --resume, or name the checkpoints"
+            )
+        found += [fold / "last.pt" for fold in folds] or [path]
+    if not found:
+        raise ConfigError("checkpoint: expected at least one, got none")
+    return found
 
 
 def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
@@ -178,6 +198,28 @@ def _predictor(
     outputs, channels = model.structures.num_outputs, len(model.channels)
     check_forward(model.network, predictor.patch, outputs, channels, "--patch-size")
     return predictor
+
+
+def _agreed(models: Sequence[SourceModel]) -> DataConfig:
+    """How all models' images are prepared. Raises: CheckpointError naming what differs."""
+    prepared = [_preparation(model) for model in models]
+    facts = [
+        {
+            **vars(model.structures),
+            "channels": model.channels,
+            **data.model_dump(include=set(PREPARATION)),
+        }
+        for model, data in zip(models, prepared, strict=True)
+    ]
+    problems = [
+        f"{model.path}: expected {key} as of {models[0].path}, {facts[0][key]}; got {value}"
+        for model, mine in zip(models, facts, strict=True)
+        for key, value in mine.items()
+        if value != facts[0][key]
+    ]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return prepared[0]
 
 
 def _preparation(model: SourceModel) -> DataConfig:

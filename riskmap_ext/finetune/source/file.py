@@ -77,8 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         why = f"no such checkpoint; its folder holds {some(there) or 'nothing'}"
         if path.is_dir():
             why = "is a folder; expected a checkpoint file, or a MONAI bundle's folder"
-        if folds := sorted(each.name for each in path.glob("fold_*")):
-            why = f"is a folder of nnU-Net; take {folds[0]}/checkpoint_final.pth in it"
+        if folds := sorted((*path.glob("fold_*/last.pt"), *path.glob("fold_*/*.pth"))):
+            why = f"is a folder of folds; take a checkpoint of one, such as {folds[-1]}"
         raise CheckpointError(f"{path}: {why} (source.checkpoint)")
     try:
         with warnings.catch_warnings():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Predictor:
         }
         self._infer: Callable[[Tensor, Callable[[Tensor], Any]], Any]
         if geometry == "nnunet":
-            self._infer = partial(_even_windows, self.patch, inference.overlap, count)
+            self._infer = functools.partial(_even_windows, self.patch, inference.overlap, count)
         elif dims == 2:
             self._infer = SliceInferer(spatial_dim=2, **options)
         else:
@@ -133,17 +133,22 @@ def _starts(size: int, patch: int, overlap: float) -> list[int]:
 
 
 def predict(
-    predictor: Predictor, case: Case, structures: Structures, *, full: bool = False
+    predictors: Sequence[Predictor], case: Case, structures: Structures, *, full: bool = False
 ) -> Tensor:
-    """Class indices int16 on the prepared grid or, with `full`, of the file's whole volume."""
-    logits, grid = predictor(case.image), case.grid
-    if not (full and grid.resampled):
-        found = structures.segmentation(logits[0]).cpu()
-    elif grid.nnunet:
-        found = structures.segmentation(grid.to_box(logits[0].cpu(), mode="bilinear"))
-    else:
-        values = grid.to_box(structures.probabilities(logits).cpu(), mode="bilinear")
-        found = structures.segmentation(values[0], threshold=0.5)
+    """Class indices int16 on the prepared grid or, with `full`, of the file's whole volume.
+
+    Of several predictors the mean of their probabilities counts; in nnU-Net's geometry that of
+    their logits, as there.
+    """
+    grid, resampled = case.grid, full and case.grid.resampled
+    as_logits = grid.nnunet or (len(predictors) == 1 and not resampled)
+    made: Iterator[Tensor] = (predictor(case.image) for predictor in predictors)
+    if not as_logits:
+        made = map(structures.probabilities, made)
+    mean = functools.reduce(torch.add, made)[0] / len(predictors)
+    if resampled:
+        mean = grid.to_box(mean.cpu(), mode="bilinear")
+    found = structures.segmentation(mean, threshold=0.0 if as_logits else 0.5).cpu()
     return grid.uncropped(found) if full else found
 
 

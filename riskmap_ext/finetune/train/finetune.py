@@ -255,7 +255,7 @@ def _evaluate(
     for case in plan.processes.share(cases.validation):
         prediction = predictions[case.name]
         if case.grid.resampled:
-            prediction = predict(plan.models.predictor, case, structures, full=True)
+            prediction = predict([plan.models.predictor], case, structures, full=True)
         else:
             prediction = case.grid.uncropped(prediction)
         mine[case.name] = dice_per_structure(prediction, case.full_label, structures)

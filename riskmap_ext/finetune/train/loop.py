@@ -187,7 +187,7 @@ class Trainer:
         plan = self._plan
         shared = plan.processes.share(plan.cases.validation)
         structures = plan.cases.structures
-        return {case.name: predict(plan.models.predictor, case, structures) for case in shared}
+        return {case.name: predict([plan.models.predictor], case, structures) for case in shared}
 
     def _mean_dice(self, predictions: Mapping[str, Tensor]) -> list[float]:
         """Per structure, over all validation cases of all processes."""
