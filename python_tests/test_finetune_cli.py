@@ -38,6 +38,8 @@ def test_finetune_with_overrides(riskmap, config, tmp_path):
     ("override", "told"),
     [
         ("train.stepz=1", "train.stepz: unknown key; did you mean steps"),
+        ("tain.steps=10", "command line: tain.steps: unknown key; did you mean train.steps?"),
+        ("lr=1", "command line: lr: unknown key; did you mean train.lr?"),
         ("data.train=9", "data.train: asks for 9 cases"),
         ("data.root=/nowhere", "/nowhere: no such folder"),
         ("source.checkpoint=/none.pt", "/none.pt: no such checkpoint"),
@@ -99,6 +101,22 @@ def test_map_errors(riskmap, root, source, tmp_path):
     assert code == 2
     assert "none.nii.gz: no such file" in err
     assert not (tmp_path / "maps").exists()
+
+
+def test_folders_that_are_not_there(riskmap, root, source, tmp_path):
+    none, there = tmp_path / "none", root / "labels"
+    for command, keys in {
+        ("evaluate", "--prediction", there, "--reference", none): ["--reference"],
+        ("evaluate", "--prediction", none, "--reference", none): ["--prediction", "--reference"],
+        ("map", "--source", source, "--image", none, "--label", none, "--output", "x"): [
+            *("--image", "--label")
+        ],
+        ("predict", source, "--image", there, "--image", none, "--output", "x"): ["--image"],
+    }.items():
+        code, _, err = riskmap(*command)
+        assert code == 2
+        lines = [f"{key}: {none}: no such file or folder" for key in keys]
+        assert err == f"riskmap: error: {chr(10).join(lines)}\n"
 
 
 def test_map_of_files_that_share_a_name(riskmap, root, source, tmp_path):

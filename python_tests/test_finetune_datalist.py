@@ -163,6 +163,15 @@ def test_folders_that_are_not_there(tmp_path):
     assert str(tmp_path / "a") in problem(tmp_path, images="a", labels="b")
 
 
+def test_a_folder_without_nifti(root):
+    for path in (root / "images").iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".nrrd")))
+    told = problem(root)
+    assert f"{root / 'images'}: no NIfTI in it (found .nrrd): convert with dcm2niix" in told
+    (root / "labels").rename(root / "masks")
+    assert problem(root).endswith("imagesTr/ and labelsTr/ in it; found images/, masks/")
+
+
 def subjects(root: Path, places: list[str]) -> list[dict[str, str]]:
     """Entries of data.cases, one image and label below each of `places`."""
     for index, place in enumerate(places):

@@ -151,6 +151,51 @@ def test_a_folder_that_is_taken(root, tmp_path):
         check_run(config, progress=False)
 
 
+def test_all_that_is_in_the_way_is_told_at_once(riskmap, root, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("stopped")
+    save(root / "labels" / "case01.nii.gz", phantom(1)[1][:-1])
+    save(root / "labels" / "case02.nii.gz", np.full_like(phantom(2)[1], 7))
+    for unpaired in ("labels/case03.nii.gz", "images/case04.nii.gz"):
+        (root / unpaired).unlink(missing_ok=True)
+    content = settings(root, tmp_path / "out", source={"checkpoint": str(tmp_path / "none.pt")})
+    path = write_config(tmp_path / "run.yaml", content)
+    code, out, err = riskmap("finetune", path, "--dry-run", "data.train=1", "data.validation=2")
+    assert code == 2
+    assert "1 left out, no label: case03" in out
+    for told in (
+        "holds an unfinished run",
+        "none.pt: no such checkpoint",
+        "case01.nii.gz: expected the grid of its image",
+        "case02.nii.gz: label values 7 are not in",
+    ):
+        assert told in err
+    code, _, err = riskmap("finetune", path, "data.train=9", f"output={tmp_path / 'new'}")
+    assert "data.train: asks for 9 cases, but 3 are left; left out: case03: no label" in err
+    assert "none.pt: no such checkpoint" in err  # of the run itself, too
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_line_for_each_kind_of_problem(root, tmp_path):
+    write_cases(root, 9)
+    for index in range(9):
+        save(root / "labels" / f"case0{index}.nii.gz", phantom(index)[1][: -1 - index])
+    with pytest.raises(DataError) as error:
+        check_run(configuration(root, tmp_path / "out", data={"train": 8}), progress=False)
+    assert len(error.value.problems) == 9
+    head, line = str(error.value).splitlines()
+    assert head == "9 problems in the data:"
+    first = root / "labels" / "case00.nii.gz"
+    assert line.startswith(f"{first}: expected the grid of its image")
+    shown = ", ".join(f"case0{index}.nii.gz" for index in range(1, 5))
+    assert line.endswith(f"(and 8 more in {root / 'labels'}: {shown}, ...)")
+    entry = {"image": "none.nii.gz", "label": "none_seg.nii.gz"}
+    data = {"root": None, "cases": [entry], "train": None, "validation": None}
+    with pytest.raises(DataError, match="no such file") as error:
+        check_run(configuration(root, tmp_path / "out", data=data), progress=False)
+    assert str(error.value).endswith(f"(and 1 more in {Path.cwd()}: none_seg.nii.gz)")
+
+
 def test_of_a_run_that_is_gone_on_with(root, tmp_path, monkeypatch):
     config = configuration(root, tmp_path / "out", train={"steps": 4})
     stop_at(4, monkeypatch)
@@ -181,7 +226,7 @@ def test_labels_that_are_ignored_throughout(root, tmp_path):
     label_map = {0: "ignore", 1: "ignore", 2: "ignore"}
     config = configuration(root, tmp_path / "out", data={"label_map": label_map})
     for work in (check_run, finetune):
-        with pytest.raises(DataError, match=r"case01\.nii\.gz: every voxel is ignored"):
+        with pytest.raises(DataError, match=r"case00\.nii\.gz: every voxel is ignored .* case01"):
             work(config, progress=False)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from riskmap_ext.finetune.data.datalist import stem, volumes_in
+from riskmap_ext.finetune.base.files import stem
+from riskmap_ext.finetune.data.datalist import volumes_in
 
 FOLDER = Path(__file__).parent / "scenarios"
 ROOT = Path(__file__).resolve().parents[2]

@@ -388,19 +388,11 @@ def _structures(given: list[str]) -> dict[str, list[int]] | None:
 
 def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
     """The `data` section of --image and --label."""
-    for key, paths in (("image", image), ("label", label)):
-        if missing := [path for path in paths if not path.exists()]:
-            raise InputError(f"--{key}: {missing[0]}: no such file or folder")
+    from riskmap_ext.finetune.base.files import check_there
+
+    check_there(("--image", image), ("--label", label))
     if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
         return {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
-    folders = [
-        f"--{k} {p}" for k, v in (("image", image), ("label", label)) for p in v if p.is_dir()
-    ]
-    if folders:
-        raise InputError(
-            f"{', '.join(folders)}: is a folder; expected one folder for --image and one for "
-            "--label, or files for both"
-        )
     if len(image) != len(label):
         raise InputError(
             f"--image and --label: expected as many of each, got {len(image)} and {len(label)}"

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from riskmap_ext.finetune.base.errors import Problems
+from riskmap_ext.finetune.base.errors import Errors, Problems
 from riskmap_ext.finetune.base.lock import check_free
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.processes import started
@@ -73,23 +73,32 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
 
     Raises: InputError as finetune does, with a line for each problem.
     """
-    group = started()
-    if group.is_main:  # two that look at once would each find the other
-        check_free(config.output)
-    config, resumed = check_start(config, resume)
+    group, errors, read, resumed = started(), Errors(), None, None
+    with errors.collected():
+        if group.is_main:  # two that look at once would each find the other
+            check_free(config.output)
+        config, resumed = check_start(config, resume)
     with session(config, progress=progress, processes=group) as run:
-        outline = make_outline(run)
-    log, config = run.log, outline.config
-    listing, models = outline.listing, outline.models
-    folds: list[Split] = []
-    if config.data.folds is not None:
-        folds, _ = check_folds(resolved(config, listing), listing, resume)
-    if resumed is not None:
-        check_same_run(resolved(config, listing))
-    read = _read_some(config, outline, log)
+        listing, outline = make_outline(run, errors)
+    log, folds = run.log, list[Split]()
+    config = config if outline is None else outline.config
+    if listing is not None:
+        with errors.collected():
+            if config.data.folds is not None:
+                folds, _ = check_folds(resolved(config, listing), listing, resume)
+        with errors.collected():
+            if resumed is not None:
+                check_same_run(resolved(config, listing))
+        with errors.collected():
+            read = _read_some(config, listing, outline, log)
+    errors.tell()
+    assert listing is not None
+    assert outline is not None
+    assert read is not None
+    models = outline.models
     if len(read.digests) == len(listing.train):
         check_inputs(resumed, inputs_digest(models.source, read.digests))
-    warnings = [*listing.notes, *config.notes]
+    warnings = [*config.notes]
     if models.source is not None:
         warnings += preparation_warnings(config, models.source, read.spacings)
     for warning in warnings:
@@ -132,9 +141,8 @@ def _header_problems(listing: Listing) -> Problems:
     return problems
 
 
-def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
+def _read_some(config: Config, listing: Listing, outline: Outline | None, log: Log) -> _Read:
     """Raises: DataError with a line for each problem of the cases that were read."""
-    listing = outline.listing
     classes, train = listing.structures.classes, {case.name for case in listing.train}
     counts = torch.zeros(len(classes), dtype=torch.float64)
     names: list[str] = []
@@ -143,7 +151,7 @@ def _read_some(config: Config, outline: Outline, log: Log) -> _Read:
     problems = Problems()
     until = time.monotonic() + _SECONDS
     for case in each_case(listing, config.data, problems, log=log, until=until):
-        if not names:
+        if not names and outline is not None:
             flip_axes(case, outline.models.dims, config.train.augment)
         names.append(case.name)
         if case.name in train:

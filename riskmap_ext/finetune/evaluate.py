@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import write_csv
+from riskmap_ext.finetune.base.files import check_there, stem, write_csv
 from riskmap_ext.finetune.base.log import Log, number, some
-from riskmap_ext.finetune.data.datalist import files_by_name, stem
+from riskmap_ext.finetune.data.datalist import files_by_name
 from riskmap_ext.finetune.data.volumes import read_labels
 from riskmap_ext.finetune.metrics.surfaces import ABSENT, EXTRA, FOUND, MISSED, Score, score_masks
 
@@ -98,6 +98,7 @@ def summary(scores: Sequence[Score], tolerance: float) -> Table:
 
 
 def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tuple[Path, Path]]:
+    check_there(("--prediction", [predictions]), ("--reference", [references]))
     if predictions.is_dir() != references.is_dir():
         raise ConfigError(
             f"--prediction {predictions} and --reference {references}: expected two files or two "
@@ -105,10 +106,12 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
         )
     if not predictions.is_dir():
         return {stem(predictions): (predictions, references)}
-    found, wanted = (files_by_name(folder) for folder in (predictions, references))
-    if not found:
-        raise DataError([f"{predictions}: no image in this folder"])
-    problems = Problems()
+    problems, found, wanted = Problems(), dict[str, Path](), dict[str, Path]()
+    with problems.collected():
+        found = files_by_name(predictions)
+    with problems.collected():
+        wanted = files_by_name(references)
+    problems.tell()
     if missing := sorted(set(found) - set(wanted)):
         problems.append(f"{references}: no reference for {some(missing)} of {predictions}")
     if (missing := sorted(set(wanted) - set(found))) and not partial:

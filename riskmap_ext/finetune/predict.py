@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, Problems
+from riskmap_ext.finetune.base.files import check_there, stem
 from riskmap_ext.finetune.base.log import Log
 from riskmap_ext.finetune.base.orientation import orient
 from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
-from riskmap_ext.finetune.data.datalist import stem, volumes_in
+from riskmap_ext.finetune.data.datalist import volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
@@ -135,10 +136,11 @@ def _files(
         )
     problems = Problems()
     by_name: dict[str, dict[str, Path]] = {}
+    check_there(("--image", images))
     for given in images:
-        paths = volumes_in(given) if given.is_dir() else [given]
-        if not paths:
-            problems.append(f"{given}: no image in this folder")
+        paths = [given]
+        with problems.collected():
+            paths = volumes_in(given) if given.is_dir() else paths
         for path in paths:
             fitting = [s for s in suffixes if stem(path).endswith(s)]
             # Of _T1w and _ce_T1w the longer one, where both fit.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -19,13 +22,17 @@ class CheckpointError(InputError):
 
 
 class DataError(InputError):
-    """Image or label files; `problems` has one line for each, naming the file."""
+    """Image or label files; `problems` has one line for each, naming the file.
+
+    The message has one line for each kind of problem, with the names of the first files.
+    """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.kinds = _kinds(self.problems)
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the data:\n"
-        super().__init__(head + "\n".join(self.problems))
+        super().__init__(head + "\n".join(self.kinds))
 
 
 class Problems(list[str]):
@@ -45,12 +52,57 @@ class Problems(list[str]):
             raise DataError(self)
 
 
+class Errors(list[InputError]):
+    """Of several checks, to be told at once."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Takes over an InputError."""
+        try:
+            yield
+        except InputError as error:
+            self.append(error)
+
+    def tell(self) -> None:
+        """Raises: the one there is, a DataError of all, or else a ConfigError with their lines."""
+        if len(self) == 1:
+            raise self[0]
+        data = [error for error in self if isinstance(error, DataError)]
+        if data and len(data) == len(self):
+            raise DataError([line for error in data for line in error.problems])
+        if self:
+            lines = [line for error in self for line in getattr(error, "kinds", [str(error)])]
+            raise ConfigError("\n".join([f"{len(lines)} problems:", *lines]))
+
+
 class ToldElsewhere(InputError):
     """Another process of the run has failed, and says so itself."""
 
 
 class Terminated(KeyboardInterrupt):
     """A request to end (SIGTERM): treated as Ctrl-C is."""
+
+
+def _kinds(problems: Sequence[str]) -> list[str]:
+    """One line of those that differ in their file alone, with how many more there are and where."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for problem in problems:
+        place, _, why = problem.partition(": ")
+        path = Path(place)
+        # Words with digits or paths in them are the file's own.
+        folder, kind = (re.sub(r"\S*[\d/\\]\S*", "", text) for text in (path.parent.name, why))
+        key = (problem,) if path.name == place else (path.anchor, folder, kind)
+        alike.setdefault(key, []).append(problem)
+    lines = []
+    for line, *others in alike.values():
+        path, *paths = (Path(each.partition(": ")[0]) for each in (line, *others))
+        if others:
+            top = os.path.commonpath([each.parent for each in (path, *paths)])
+            names = dict.fromkeys(str(each.relative_to(top)) for each in paths if each != path)
+            shown = ", ".join([*names][:4]) + (", ..." if len(names) > 4 else "")
+            line += f" (and {len(others)} more{f' in {top}: {shown}' if names else ''})"
+        lines.append(line)
+    return lines
 
 
 def one_line(error: object) -> str:

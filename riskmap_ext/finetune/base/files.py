@@ -33,6 +33,16 @@ def _written(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
 
+def is_image(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_ENDINGS) and not path.name.startswith(".")
+
+
+def stem(path: Path) -> str:
+    """The file name without the image format's ending."""
+    ending = next((e for e in IMAGE_ENDINGS if path.name.lower().endswith(e)), "")
+    return path.name[: len(path.name) - len(ending)]
+
+
 def read_text(path: Path, kind: type[InputError] = DataError) -> str:
     """Of a file in UTF-8, with or without its mark. Raises: `kind` naming the file and why."""
     try:
@@ -89,6 +99,13 @@ def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     with _written(path) as partial:
         torch.save(content, partial)
+
+
+def check_there(*given: tuple[str, Sequence[Path]]) -> None:
+    """given: options with their paths. Raises: InputError naming all that are not there."""
+    pairs = [(key, path) for key, paths in given for path in paths if not os.path.exists(path)]
+    if pairs:
+        raise InputError("\n".join(f"{k}: {p}: no such file or folder" for k, p in pairs))
 
 
 def absent(path: Path, kind: str = "file") -> str:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from riskmap_ext._arguments import near_names
-from riskmap_ext.finetune.base.errors import ConfigError, one_line
+from riskmap_ext.finetune.base.errors import ConfigError, Errors, one_line
 from riskmap_ext.finetune.config.schema import BELOW_ROOT, Config
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 
@@ -34,25 +34,34 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 @contextmanager
 def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[Config]:
-    """load_config; a ConfigError within that begins with a key also gets the key's place."""
+    """load_config; lines of an error within that begin with a key also get the key's place."""
     config, places = _read(path, overrides)
     try:
         yield config
     except ConfigError as error:
-        found = re.match(r"([a-z_]+(\.[a-z_0-9]+)*): ", str(error))
-        place = _place(found[1], places) if found else ""
-        raise type(error)(f"{path}: {place}{error}" if place else str(error)) from None
+
+        def placed(found: re.Match[str]) -> str:
+            place = _place(found[1], places)
+            return f"{path}: {place}{found[0]}" if place else found[0]
+
+        told = re.sub(r"(?m)^([a-z_]+(?:\.[a-z_0-9]+)*): ", placed, str(error))
+        raise type(error)(told) from None
 
 
 def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
     """Also the place of each key."""
-    path = Path(path)
+    path, errors, config = Path(path), Errors(), None
     content, lines = read_mapping(path)
     places = {key: f"line {line}" for key, line in lines.items()}
     places |= {override.partition("=")[0].strip(): "command line" for override in overrides}
-    apply_overrides(content, overrides)
-    base = path.resolve().parent
-    return parse_config(content, base=base, origin=str(path), places=places), places
+    with errors.collected():
+        apply_overrides(content, overrides)
+    with errors.collected():
+        base = path.resolve().parent
+        config = parse_config(content, base=base, origin=str(path), places=places)
+    errors.tell()
+    assert config is not None
+    return config, places
 
 
 def _place(key: str, places: Mapping[str, str]) -> str:
@@ -92,30 +101,60 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[tupl
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Writes `key.sub=value` overrides into `content`; paths become absolute."""
+    """Writes `key.sub=value` overrides into `content`; paths become absolute.
+
+    Raises: ConfigError with a line for each that cannot be.
+    """
+    errors = Errors()
     # The root comes first: relative paths below it start there.
     pairs = [(*map(str.strip, each.partition("=")), each) for each in overrides]
     for key, equals, text, override in sorted(pairs, key=lambda pair: pair[0] != "data.root"):
-        *above, last = key.split(".")
-        if not equals or not all((*above, last)):
-            raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
-        try:
-            value, _ = read_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: not valid YAML ({one_line(error)})") from None
-        section: Any = content
-        for depth, part in enumerate(above, 1):
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                prefix = ".".join(above[:depth])
-                raise ConfigError(f"{override!r}: {prefix} is a value, not a section")
-        paths = _PATH_KEYS if section.get("root") else (*_PATH_KEYS, *_KEYS_BELOW_ROOT)
-        # An empty path is left for the configuration to refuse: here it would become this folder.
-        if key in paths and isinstance(value, str) and value.strip():
-            value = str(Path.cwd() / Path(value).expanduser())
-        section[last] = value
+        with errors.collected():
+            *above, last = key.split(".")
+            if not equals or not all((*above, last)):
+                raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
+            _check_key(key)
+            try:
+                value, _ = read_yaml(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{override!r}: not valid YAML ({one_line(error)})") from None
+            section: Any = content
+            for depth, part in enumerate(above, 1):
+                if section.get(part) is None:
+                    section[part] = {}
+                section = section[part]
+                if not isinstance(section, dict):
+                    prefix = ".".join(above[:depth])
+                    raise ConfigError(f"{override!r}: {prefix} is a value, not a section")
+            paths = _PATH_KEYS if section.get("root") else (*_PATH_KEYS, *_KEYS_BELOW_ROOT)
+            # An empty path, here this folder, is left for the configuration to refuse.
+            if key in paths and isinstance(value, str) and value.strip():
+                value = str(Path.cwd() / Path(value).expanduser())
+            section[last] = value
+    errors.tell()
+
+
+def _check_key(key: str) -> None:
+    """Raises: ConfigError with the key that was probably meant where there is none such."""
+    section: type[BaseModel] | None = Config
+    for depth, part in enumerate(key.split(".")):
+        if section is None:  # a value's own keys
+            return
+        if part not in section.model_fields:
+            known, everywhere = list(section.model_fields), [*_keys(Config)]
+            near = near_names(part, known) if depth else near_names(key, everywhere, 1)
+            if same := [each for each in everywhere if each.endswith(f".{key}")]:
+                near = f"; did you mean {' or '.join(same)}?"
+            hint = near or f"; known keys are {', '.join(known)}"
+            raise ConfigError(f"command line: {key}: unknown key{hint}")
+        section = _section_in(section.model_fields[part].annotation)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if (below := _section_in(field.annotation)) is not None:
+            yield from _keys(below, f"{prefix}{name}.")
 
 
 def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:

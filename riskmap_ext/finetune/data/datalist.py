@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from annotated_types import Len
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, absent
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, Errors, Problems
+from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, absent, is_image, stem
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
 from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
@@ -67,17 +67,22 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Found:
-    """All cases, before any is chosen, and what the data set itself says, as keys of `data`."""
+    """All cases, before any is chosen, and what the data set itself says, as keys of `data`.
+
+    left_out: name -> what the case lacks.
+    """
 
     cases: list[CaseFiles]
     validation: list[str] = field(default_factory=list)
     told: dict[str, Any] = field(default_factory=dict)
     image_suffix: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def list_cases(data: DataConfig) -> Listing:
+def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
     """The cases that `data` selects; no image is opened.
+
+    missing: takes the files that are not there, whose cases are left out; None: they are an error.
 
     Raises: ConfigError for a selection that cannot be made, DataError for missing files.
     """
@@ -91,42 +96,57 @@ def list_cases(data: DataConfig) -> Listing:
         if counts[name] > 1
     ).tell()
     by_name = {case.name: case for case in found.cases}
-    train, validation = ([by_name[name] for name in names] for names in _split(data, found))
+    errors, split = Errors(), ([*by_name], list[str]())
+    with errors.collected():
+        split = _split(data, found)
+    train, validation = ([by_name[name] for name in names] for names in split)
     cases = [*train, *validation]
-    labels = _labels(data, found.told)
-    classes = labels["classes"]
-    Problems(
-        absent(path)
-        for case in cases
-        for path in (*case.images, case.label)
-        if not os.path.isfile(path)
-    ).tell()
-    return Listing(
-        train=train,
-        validation=validation,
-        structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
-        channels=_channels(data, found, cases),
-        label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),
-        image_suffix=found.image_suffix,
-        notes=found.notes,
-    )
-
-
-def stem(path: Path) -> str:
-    """The file name without the image format's ending."""
-    ending = next((e for e in IMAGE_ENDINGS if path.name.lower().endswith(e)), "")
-    return path.name[: len(path.name) - len(ending)]
+    files = {case.name: (*case.images, case.label) for case in cases}
+    lost = {path for paths in files.values() for path in paths if not os.path.isfile(path)}
+    kept = [case for case in cases if not lost.intersection(files[case.name])]
+    with errors.collected():
+        problems = Problems(map(absent, sorted(lost)))
+        if missing is None or not kept:
+            problems.tell()
+        else:
+            missing.extend(problems)
+    channels: list[str] = []
+    with errors.collected():
+        channels = _channels(data, found, cases)
+    with errors.collected():
+        labels = _labels(data, found.told)
+        classes = labels["classes"]
+        listing = Listing(
+            train=[case for case in train if case in kept],
+            validation=[case for case in validation if case in kept],
+            structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
+            channels=channels,
+            label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),
+            image_suffix=found.image_suffix,
+            notes=_notes(found.left_out),
+        )
+    errors.tell()
+    return listing
 
 
 def volumes_in(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted by name."""
+    """Image files directly in `folder`, sorted by name. Raises: DataError where there are none."""
     if not (os.path.isdir(folder) and os.access(folder, os.R_OK)):
         raise DataError(absent(folder, "folder"))
-    return sorted(
-        path
+    if found := sorted(path for path in folder.iterdir() if is_image(path)):
+        return found
+    told = contents(folder)
+    raise DataError(f"{folder}: no NIfTI in it ({told}): convert with dcm2niix or SimpleITK")
+
+
+def contents(folder: Path) -> str:
+    """The kinds of files in a folder, and the folders in it, for messages."""
+    shown = {
+        f"{path.name}/" if path.is_dir() else path.suffix.lower() or path.name
         for path in folder.iterdir()
-        if path.name.lower().endswith(IMAGE_ENDINGS) and not path.name.startswith(".")
-    )
+        if not path.name.startswith(".")
+    }
+    return f"found {some(sorted(shown))}" if shown else "it is empty"
 
 
 def _case_names(images: Sequence[Path]) -> list[str]:
@@ -160,7 +180,8 @@ def _find(data: DataConfig) -> _Found:
         if (root / images).is_dir() and (root / labels).is_dir():
             return _pair_folders(root / images, root / labels, data, data.image_suffixes)
     raise DataError(
-        f"{root}: expected dataset.json, images/ and labels/, or imagesTr/ and labelsTr/ in it"
+        f"{root}: expected dataset.json, images/ and labels/, or imagesTr/ and labelsTr/ in it; "
+        f"{contents(root)}"
     )
 
 
@@ -207,10 +228,13 @@ def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
 
 def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> _Found:
     """suffixes: of the image files, one for each channel."""
-    by_channel = [files_by_name(images, suffix) for suffix in suffixes]
-    by_label = files_by_name(labels, data.label_suffix)
-    everywhere = set.intersection(*map(set, by_channel))
-    common = sorted(everywhere & by_label.keys())
+    problems, by_channel, by_label = Problems(), [dict[str, Path]()], dict[str, Path]()
+    with problems.collected():
+        by_channel = [files_by_name(images, suffix) for suffix in suffixes]
+    with problems.collected():
+        by_label = files_by_name(labels, data.label_suffix)
+    problems.tell()
+    common = set.intersection(*map(set, by_channel)) & by_label.keys()
     if not common and suffixes == [""] and by_channel[0]:
         numbers = sorted({name[-5:] for name in by_channel[0]})
         if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
@@ -225,20 +249,32 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
             f"{label}); set data.image_suffix and data.label_suffix to what follows the case's "
             "name, such as _T1w and _seg"
         )
-    notes = []
-    anywhere = set.union(*map(set, by_channel))
-    for folder, alone, why in (
-        (images, anywhere - everywhere, "without all of their channels"),
-        (images, everywhere - by_label.keys(), "without a partner"),
-        (labels, by_label.keys() - anywhere, "without a partner"),
-    ):
-        if alone:
-            notes.append(f"{folder}: {len(alone)} left out, {why}: {some(sorted(alone))}")
-    cases = [
-        CaseFiles(name, tuple(files[name] for files in by_channel), by_label[name])
-        for name in common
-    ]
-    return _Found(cases, image_suffix=suffixes, notes=notes)
+    return _paired(by_channel, by_label, suffixes)
+
+
+def _paired(
+    by_channel: list[dict[str, Path]], by_label: dict[str, Path], suffixes: list[str]
+) -> _Found:
+    """Cases of the files that share a name; of the others, what each lacks."""
+    cases, left_out = [], {}
+    for name in sorted(set().union(*by_channel, by_label)):
+        pairs = zip(suffixes, by_channel, strict=True)
+        lacks = [f"image {suffix}".strip() for suffix, files in pairs if name not in files]
+        lacks += ["label"] if name not in by_label else []
+        if lacks:
+            left_out[name] = f"no {' and '.join(lacks)}"
+        else:
+            images = tuple(files[name] for files in by_channel)
+            cases.append(CaseFiles(name, images, by_label[name]))
+    return _Found(cases, image_suffix=suffixes, left_out=left_out)
+
+
+def _notes(left_out: dict[str, str]) -> list[str]:
+    """A remark for each thing that cases lack."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        by_reason.setdefault(why, []).append(name)
+    return [f"{len(n)} left out, {why}: {some(n)}" for why, n in by_reason.items()]
 
 
 def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
@@ -270,16 +306,19 @@ def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
         trained = data.train if isinstance(data.train, list) else []
         wanted["data.validation"] = [name for name in found.validation if name not in trained]
     named = {key: value for key, value in wanted.items() if isinstance(value, list)}
+    asked = {name for value in named.values() for name in value}
+    lacking = sorted(found.left_out.items(), key=lambda item: item[0] not in asked)
+    told = "; left out: " + some([f"{name}: {why}" for name, why in lacking]) if lacking else ""
     for key, value in named.items():
         if unknown := ", ".join(name for name in value if name not in names):
-            raise ConfigError(f"{key}: no case is named {unknown}; there are {some(names)}")
+            raise ConfigError(f"{key}: no case is named {unknown}; there are {some(names)}{told}")
         if twice := ", ".join(sorted({name for name in value if value.count(name) > 1})):
             raise ConfigError(f"{key}: names {twice} more than once")
     free = [name for name in names if not any(name in value for value in named.values())]
     for key, count in wanted.items():
         if isinstance(count, int):
             if count > len(free):
-                raise ConfigError(f"{key}: asks for {count} cases, but {len(free)} are left")
+                raise ConfigError(f"{key}: asks for {count} cases, but {len(free)} are left{told}")
             # The last ones for validation where the others are for training.
             first = 0 if data.train is not None else len(free) - count
             named[key] = free[first : first + count]
@@ -288,7 +327,7 @@ def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
     if both := sorted(set(train) & set(validation)):
         raise ConfigError(f"data.train and data.validation: both name {', '.join(both)}")
     if not train:
-        raise ConfigError("data.train: no case is left for training")
+        raise ConfigError(f"data.train: no case is left for training{told}")
     return (train, validation) if data.folds is None else (train + validation, [])
 
 

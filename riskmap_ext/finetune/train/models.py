@@ -65,13 +65,11 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
     """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
     config, device = session.config, session.device
     structures, channels = listing.structures, listing.channels
+    wanted, patch = network_and_patch(config, source)
     source_predictor = (
         None if source is None else predictor_of_source(config, source, channels, device)
     )
-    wanted = _wanted_network(config, source)
-    dims = spatial_dims(wanted)
-    patch = patch_size(config, dims)
-    outputs = structures.num_outputs
+    dims, outputs = len(patch), structures.num_outputs
     wanted = without_channels(wanted, outputs, len(channels))
     _check_class_weights(config, structures)
     network = build_network(wanted, outputs, len(channels)).to(device)
@@ -116,14 +114,19 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
     )
 
 
-def _wanted_network(config: Config, source: SourceModel | None) -> NetworkConfig:
-    """With the source's order of axes where its weights are taken: kernels have directions."""
+def network_and_patch(
+    config: Config, source: SourceModel | None
+) -> tuple[NetworkConfig, list[int]]:
+    """What is wanted, as far as no case is needed.
+
+    The network has the source's order of axes where its weights are taken: kernels have directions.
+    """
     wanted = config.network or (source.config if source else None)
     assert wanted is not None  # Config asks for one of the two
     starts = source is not None and config.source is not None and config.source.initialize
     if starts and source is not None and wanted.orientation is None:
         wanted = wanted.model_copy(update={"orientation": source.config.orientation})
-    return wanted
+    return wanted, patch_size(config, spatial_dims(wanted))
 
 
 def _check_class_weights(config: Config, structures: Structures) -> None:

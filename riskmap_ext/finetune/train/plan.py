@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from riskmap_ext._files import digest
 from riskmap_ext._prior import add_prior, prior_logits
 from riskmap_ext.finetune.base.device import available_memory
-from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.errors import ConfigError, Errors, Problems
 from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing, list_cases
@@ -24,7 +24,7 @@ from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
 from riskmap_ext.finetune.source.checkpoint import SourceModel, source_of
 from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.maps import SourceMaps
-from riskmap_ext.finetune.train.models import Models, build_models
+from riskmap_ext.finetune.train.models import Models, build_models, network_and_patch
 from riskmap_ext.finetune.train.session import Session
 
 # (logits [B, C, *P], label, risk or None, foreground, as in Batch) -> a scalar.
@@ -76,13 +76,32 @@ def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str,
     return config, resumed
 
 
-def make_outline(session: Session) -> Outline:
-    """Checks what can be checked without reading a volume. Raises: InputError."""
-    _check_options(session)
-    listing = list_cases(session.config.data)
-    source = source_of(session.config)
-    config = prepared_as_source(session.config, source)
-    models = build_models(replace(session, config=config), listing, source)
+def make_outline(session: Session, errors: Errors) -> tuple[Listing | None, Outline | None]:
+    """What can be known without reading a volume, of the cases whose files are there.
+
+    errors: takes the InputErrors, each of a check of its own.
+    """
+    config, missing = session.config, Problems()
+    listing = outline = None
+    with errors.collected():
+        _check_options(session)
+    with errors.collected():
+        listing = list_cases(config.data, missing)
+        for note in listing.notes:
+            session.log.warn(note)
+        missing.tell()
+    with errors.collected():
+        source = source_of(config)
+        config = prepared_as_source(config, source)
+        if listing is None:
+            network_and_patch(config, source)
+        else:
+            outline = _outline(replace(session, config=config), listing, source)
+    return listing, outline
+
+
+def _outline(session: Session, listing: Listing, source: SourceModel | None) -> Outline:
+    config, models = session.config, build_models(session, listing, source)
     sources = [] if models.source is None else [models.source.structures]
     outputs = max(each.num_outputs for each in (listing.structures, *sources))
     _check_batch(session, models, len(listing.channels), listing.structures.num_outputs)
@@ -102,13 +121,18 @@ def make_plan(
     """Checks every input. Raises: InputError."""
     config = session.config
     if cases is None:
-        outline = make_outline(session)
+        errors = Errors()
+        _, outline = make_outline(session, errors)
+        errors.tell()
+        assert outline is not None
         config, models = outline.config, outline.models
         cases = read_cases(session, outline)
     else:
         _check_options(session)
         _check_cases(config, cases)
         models = build_models(session, cases.listing, source_of(config))
+        for note in cases.listing.notes:
+            session.log.warn(note)
     flip_axes(cases.train[0], models.dims, config.train.augment)
     if models.fresh:
         add_prior(models.fresh, class_prior(cases))
@@ -205,8 +229,6 @@ def _check_cases(config: Config, cases: Cases) -> None:
 def tell_plan(plan: Plan) -> None:
     """What will be trained, in the log."""
     log, cases, models, config = plan.log, plan.cases, plan.models, plan.config
-    for note in cases.listing.notes:
-        log.warn(note)
     log(
         f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
         + ", ".join(cases.classes)
