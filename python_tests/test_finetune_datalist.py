@@ -81,7 +81,8 @@ def test_suffixes_tell_contrasts_apart(tmp_path):
     assert [c.name for c in cases.train] == ["a", "b"]
     assert cases.train[0].files.image.name == "a_T2w.nii.gz"
     told = problem(tmp_path)
-    assert "a_T1w.nii.gz and a_seg.nii.gz" in told
+    assert "images/a_T1w.nii.gz and " in told
+    assert "labels/a_seg.nii.gz: no image and label" in told
     assert "data.image_suffix" in told
 
 
@@ -169,7 +170,57 @@ def test_a_folder_without_nifti(root):
     told = problem(root)
     assert f"{root / 'images'}: no NIfTI in it (found .nrrd): convert with dcm2niix" in told
     (root / "labels").rename(root / "masks")
-    assert problem(root).endswith("imagesTr/ and labelsTr/ in it; found images/, masks/")
+    assert problem(root).endswith("or sub-*/ of BIDS in it; found images/, masks/")
+
+
+def bids(root: Path, kind: str, label: str, places: tuple[str, ...]) -> None:
+    """An image of each place beside others, its label below derivatives/ (or beside: "")."""
+    for index, place in enumerate(places):
+        name, (image, values) = place.replace("/", "_"), phantom(index)
+        save(root / place / "anat" / f"{name}{kind}.nii.gz", image)
+        save(root / "derivatives" / "manual" / place / "anat" / f"{name}{label}.nii.gz", values)
+
+
+BIDS = ("sub-01/ses-1", "sub-01/ses-2", "sub-02/ses-1")
+
+
+def test_a_bids_tree(tmp_path):
+    bids(tmp_path, "_T1w", "_space-T1w_dseg", BIDS)
+    (tmp_path / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_T1w.json").write_text("{}")
+    cases = read(tmp_path)
+    assert [case.name for case in cases.train] == ["sub-01_ses-1", "sub-01_ses-2"]
+    assert cases.train[1].files.label.parts[-6:-3] == ("derivatives", "manual", "sub-01")
+    assert cases.listing.image_suffix == ["_T1w"]
+    # Sessions of one subject stay apart, subjects without sessions are cases as well.
+    for index, kind in enumerate(("_acq-x_T1w", "_label-box_mask")):
+        save(tmp_path / "sub-03" / "anat" / f"sub-03{kind}.nii.gz", phantom(3)[index])
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path)
+    assert str(error.value) == (
+        f"data.image_suffix: expected files of one kind in {tmp_path}, found _T1w (3), "
+        "_acq-x_T1w (1)"
+    )
+    with pytest.raises(
+        ConfigError, match=r"data\.label_suffix: .*_dseg \(3\), _label-box_mask \(1\)"
+    ):
+        read(tmp_path, image_suffix="_T1w")
+    cases = read(tmp_path, image_suffix="_T1w", label_suffix="_dseg")
+    assert cases.listing.notes == ["1 left out, no label: sub-03"]
+    assert read(tmp_path, image_suffix="_T1w", label_suffix="_mask", train=1, validation=0).train[
+        0
+    ].files.label.name == ("sub-03_label-box_mask.nii.gz")
+    with pytest.raises(ConfigError, match=r"names that end in '_FLAIR' in .*, found _T1w \(3\)"):
+        read(tmp_path, image_suffix=["_T1w", "_FLAIR"], label_suffix="_dseg")
+
+
+def test_two_images_of_a_session(tmp_path):
+    for run in ("_run-1_T1w", "_run-2_T1w"):
+        bids(tmp_path, run, "_seg", BIDS)
+    told = problem(tmp_path, image_suffix="_T1w")
+    assert "sub-01_ses-1 has sub-01_ses-1_run-1_T1w.nii.gz as well; a longer" in told
+    assert len(read(tmp_path, image_suffix="_run-2_T1w").train) == 2
+    channels = read(tmp_path, image_suffix=["_run-1_T1w", "_run-2_T1w"]).channels
+    assert channels == ["run-1_T1w", "run-2_T1w"]
 
 
 def subjects(root: Path, places: list[str]) -> list[dict[str, str]]:

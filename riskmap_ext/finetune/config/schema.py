@@ -118,8 +118,10 @@ class DataConfig(_Section):
     """Which files are read, and how labels and intensities are prepared."""
 
     root: FilePath | None = None
-    """Folder with `dataset.json`, or with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`).
-    Where it is set, relative `datalist`, `images` and `labels` start from it."""
+    """Folder with `dataset.json`, with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`), or
+    a BIDS tree: images of `sub-*/[ses-*/]anat/`, labels (`_dseg`, `_mask`, `_seg`, `_label-…`)
+    beside them or below `derivatives/`, paired by subject and session. Where it is set, relative
+    `datalist`, `images` and `labels` start from it."""
     datalist: FilePath | None = None
     """`dataset.json` of the Decathlon, of MONAI, or of nnU-Net."""
     images: FilePath | None = None

@@ -18,6 +18,7 @@ from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
 from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
+from riskmap_ext.finetune.data.bids import bids_pairs, is_bids
 from riskmap_ext.finetune.data.dataset_json import (
     Entry,
     dataset_channels,
@@ -179,9 +180,11 @@ def _find(data: DataConfig) -> _Found:
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
             return _pair_folders(root / images, root / labels, data, data.image_suffixes)
+    if is_bids(root):
+        return _paired(*bids_pairs(root, data.image_suffixes, data.label_suffix))
     raise DataError(
-        f"{root}: expected dataset.json, images/ and labels/, or imagesTr/ and labelsTr/ in it; "
-        f"{contents(root)}"
+        f"{root}: expected dataset.json, images/ and labels/, imagesTr/ and labelsTr/, or sub-*/ "
+        f"of BIDS in it; {contents(root)}"
     )
 
 
@@ -239,16 +242,6 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
         numbers = sorted({name[-5:] for name in by_channel[0]})
         if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
             return _pair_folders(images, labels, data, numbers)
-    if not common:
-        image, label = (
-            next((path.name for path in files.values()), "none")
-            for files in (by_channel[0], by_label)
-        )
-        raise DataError(
-            f"{images} and {labels}: no image and label of the same name (such as {image} and "
-            f"{label}); set data.image_suffix and data.label_suffix to what follows the case's "
-            "name, such as _T1w and _seg"
-        )
     return _paired(by_channel, by_label, suffixes)
 
 
@@ -266,6 +259,12 @@ def _paired(
         else:
             images = tuple(files[name] for files in by_channel)
             cases.append(CaseFiles(name, images, by_label[name]))
+    if not cases:
+        image, label = (next(iter(files.values()), "none") for files in (by_channel[0], by_label))
+        raise DataError(
+            f"{image} and {label}: no image and label of the same name; set data.image_suffix and "
+            "data.label_suffix to what follows the case's name, such as _T1w and _seg"
+        )
     return _Found(cases, image_suffix=suffixes, left_out=left_out)
 
 
