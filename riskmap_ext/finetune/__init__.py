@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
     from riskmap_ext.finetune.dry_run import DryRun, check_run
     from riskmap_ext.finetune.evaluate import score_files
+    from riskmap_ext.finetune.init import write_first_config
     from riskmap_ext.finetune.metrics.surfaces import Score
     from riskmap_ext.finetune.predict import predict_images
     from riskmap_ext.finetune.rank import RankedSource, rank_sources
@@ -31,6 +32,7 @@ _HOME = {
     "data.prepare": ["Case", "Cases", "prepare_cases"],
     "dry_run": ["DryRun", "check_run"],
     "evaluate": ["score_files"],
+    "init": ["write_first_config"],
     "metrics.surfaces": ["Score"],
     "predict": ["predict_images"],
     "rank": ["RankedSource", "rank_sources"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -215,6 +216,38 @@ def _finetune(
         train: Callable[..., Any] = finetune if settings.data.folds is None else cross_validate
         work = check_run if dry_run else train
         work(settings, progress=not quiet, resume=resume)
+
+
+@_command("riskmap init DATA", "riskmap init DATA --source a.pt --output b.yaml")
+def _init(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="With dataset.json, images/ and labels/, imagesTr/ and labelsTr/, or BIDS.",
+        ),
+    ],
+    source: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a source model to fine-tune.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.yaml", help="The file to write.")] = Path(
+        "run.yaml"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a first configuration for a folder of images and labels, with comments.
+
+    It runs as it is: paths, channels, classes, patch size and network are found in the files.
+    """
+    from riskmap_ext.finetune.init import write_first_config
+
+    path = write_first_config(
+        folder, output, source=source, overwrite=overwrite, progress=not quiet
+    )
+    if not quiet:
+        run = shlex.join(["riskmap", "finetune", str(path)])
+        typer.echo(f"Written: {path}. Next:\n  {run} --dry-run\n  {run}")
 
 
 @_command("riskmap report runs/a", "riskmap report runs/a --output a.html")

@@ -129,7 +129,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     return result
 
 
-def _header_problems(listing: Listing) -> Problems:
+def header_problems(listing: Listing) -> Problems:
     problems = Problems()
     for case in (*listing.train, *listing.validation):
         with problems.collected():
@@ -158,7 +158,7 @@ def _read_some(config: Config, listing: Listing, outline: Outline | None, log: L
             counts += class_voxels([case], len(counts))
             digests.append(case.digest)
             spacings.append(case.grid.spacing)
-    problems = Problems(dict.fromkeys([*_header_problems(listing), *problems]))
+    problems = Problems(dict.fromkeys([*header_problems(listing), *problems]))
     problems.tell()
     if len(digests) == len(train) and not counts.any():
         raise all_ignored(listing)

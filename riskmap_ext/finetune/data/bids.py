@@ -32,13 +32,13 @@ def bids_pairs(
 
     Raises: ConfigError naming the kinds to choose from, DataError for several files of one case.
     """
-    images, labels = _files(root, label_suffix)
+    images, labels = bids_files(root, label_suffix)
     found = [_chosen(root, images, suffix, "data.image_suffix") for suffix in image_suffix]
     by_label, _ = _chosen(root, labels, label_suffix, "data.label_suffix")
     return [files for files, _ in found], by_label, [suffix for _, suffix in found]
 
 
-def _files(root: Path, label_suffix: str) -> tuple[Files, Files]:
+def bids_files(root: Path, label_suffix: str = "") -> tuple[Files, Files]:
     """Images of the tree itself; labels of it and of derivatives/, however deep."""
     images: Files = []
     labels: Files = []

@@ -67,7 +67,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """All cases, before any is chosen, and what the data set itself says, as keys of `data`.
 
     left_out: name -> what the case lacks.
@@ -87,7 +87,7 @@ def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
 
     Raises: ConfigError for a selection that cannot be made, DataError for missing files.
     """
-    found = _find(data)
+    found = find_cases(data)
     counts = Counter(case.name for case in found.cases)
     Problems(
         f"data: more than one case is named {name} "
@@ -143,7 +143,9 @@ def volumes_in(folder: Path) -> list[Path]:
 def contents(folder: Path) -> str:
     """The kinds of files in a folder, and the folders in it, for messages."""
     shown = {
-        f"{path.name}/" if path.is_dir() else path.suffix.lower() or path.name
+        f"{path.name}/"
+        if path.is_dir()
+        else path.name[len(stem(path)) :] or path.suffix or path.name
         for path in folder.iterdir()
         if not path.name.startswith(".")
     }
@@ -164,9 +166,9 @@ def _case_names(images: Sequence[Path]) -> list[str]:
     ]
 
 
-def _find(data: DataConfig) -> _Found:
+def find_cases(data: DataConfig) -> Found:
     if data.cases is not None:
-        return _Found(_named(data.cases))
+        return Found(_named(data.cases))
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
@@ -188,7 +190,7 @@ def _find(data: DataConfig) -> _Found:
     )
 
 
-def _read_datalist(path: Path, data: DataConfig) -> _Found:
+def _read_datalist(path: Path, data: DataConfig) -> Found:
     """A Medical Segmentation Decathlon or MONAI datalist, or an nnU-Net dataset.json."""
     content, _ = read_mapping(path, DataError)
     told = {**dataset_labels(path, content), "channels": dataset_channels(path, content)}
@@ -201,11 +203,11 @@ def _read_datalist(path: Path, data: DataConfig) -> _Found:
         )
         if not training:
             raise DataError(f"{path}: expected a list 'training' of image and label pairs")
-        found = _Found(training + validation, [case.name for case in validation])
+        found = Found(training + validation, [case.name for case in validation])
     return replace(found, told=told)
 
 
-def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> _Found:
+def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> Found:
     """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
     ending = str(content["file_ending"])
     if ending.lower() not in IMAGE_ENDINGS:
@@ -214,7 +216,7 @@ def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channel
         )
     if content.get("dataset") is not None:
         listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
-        return _Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
+        return Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
     suffixes = data.image_suffixes
     if suffixes == [""]:
         suffixes = [f"_{index:04d}" for index in range(channels)]
@@ -229,7 +231,7 @@ def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
     ]
 
 
-def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> _Found:
+def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> Found:
     """suffixes: of the image files, one for each channel."""
     problems, by_channel, by_label = Problems(), [dict[str, Path]()], dict[str, Path]()
     with problems.collected():
@@ -247,7 +249,7 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
 
 def _paired(
     by_channel: list[dict[str, Path]], by_label: dict[str, Path], suffixes: list[str]
-) -> _Found:
+) -> Found:
     """Cases of the files that share a name; of the others, what each lacks."""
     cases, left_out = [], {}
     for name in sorted(set().union(*by_channel, by_label)):
@@ -265,7 +267,7 @@ def _paired(
             f"{image} and {label}: no image and label of the same name; set data.image_suffix and "
             "data.label_suffix to what follows the case's name, such as _T1w and _seg"
         )
-    return _Found(cases, image_suffix=suffixes, left_out=left_out)
+    return Found(cases, image_suffix=suffixes, left_out=left_out)
 
 
 def _notes(left_out: dict[str, str]) -> list[str]:
@@ -294,11 +296,7 @@ def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
     return named
 
 
-def _split(data: DataConfig, found: _Found) -> tuple[list[str], list[str]]:
-    """Names of the training and validation cases; numbers count in the order of the list.
-
-    With folds all of them are to train on: each fold validates on its own part.
-    """
+def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
     names = [case.name for case in found.cases]
     wanted = {"data.train": data.train, "data.validation": data.validation}
     if data.validation is None:
@@ -352,7 +350,7 @@ def _labels(data: DataConfig, told: dict[str, Any]) -> dict[str, Any]:
     return labels
 
 
-def _channels(data: DataConfig, found: _Found, cases: Sequence[CaseFiles]) -> list[str]:
+def _channels(data: DataConfig, found: Found, cases: Sequence[CaseFiles]) -> list[str]:
     """Names of the channels; each case has a file for each, or one file with all of them."""
     most = max(len(case.images) for case in cases)
     suffixes = [suffix.strip("_-. ") or suffix for suffix in found.image_suffix or []]
