@@ -28,6 +28,8 @@ def test_finetune_with_overrides(riskmap, config, tmp_path):
     assert (code, err) == (0, "")
     assert "step 1/1" in out
     assert "mean Dice" in out
+    assert f"Report: {output / 'report.html'}" in out
+    assert f"  riskmap predict {output / 'last.pt'} --image IMAGES --output FOLDER" in out
     assert (output / "last.pt").is_file()
     assert not (tmp_path / "out").exists()
     code, out, _ = riskmap("finetune", config, f"output={output}", "overwrite=true", "--quiet")

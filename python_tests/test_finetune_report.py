@@ -139,7 +139,8 @@ class TestFinished:
             assert row[3:5] == [f"{min(values):.3f}", f"{max(values):.3f}"]
             assert row[5] == f"{rows[-1][row[0]]} of 3"
         assert [row[5] for row in shown[:-1]] == ["3 of 3", "2 of 3"]
-        assert header[6:] == ["missed", "extra", "surface Dice", "HD95, mm", "median HD95"]
+        surfaces = ["mean NSD", "mean HD95, mm", "median HD95, mm"]
+        assert header[6:] == ["missed", "extra", *surfaces]
 
     def test_scores_are_those_of_evaluate(self, run: Path, root: Path, tmp_path: Path) -> None:
         for path in (run / "predictions").iterdir():

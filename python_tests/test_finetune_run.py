@@ -424,3 +424,11 @@ def test_random_state_and_threads_are_left_alone(root, tmp_path):
     finetune(configuration(root, tmp_path / "out"), progress=False)
     assert torch.equal(torch.random.get_rng_state(), expected)
     assert torch.get_num_threads() == threads
+
+
+def test_the_next_command_is_told(root, tmp_path, capsys):
+    output = tmp_path / "a run"
+    finetune(configuration(root, output, write={"report": False}))
+    told = capsys.readouterr().out
+    assert f"  riskmap predict '{output / 'last.pt'}' --image IMAGES" in told
+    assert f"  riskmap report '{output}'" in told

@@ -358,14 +358,14 @@ def _evaluate(
             help="Such as lesion=1 or whole=1,2,3; once for each structure or region.",
         ),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.")] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Of the NSD (surface Dice), in mm.")] = 1.0,
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out references without a prediction.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="CSV file, a row a structure a case.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare segmentations with reference labels: Dice, HD95, surface Dice.
+    """Compare segmentations with reference labels: Dice, HD95, NSD (surface Dice).
 
     Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
     that neither has is left out, one that only the prediction has is counted as extra.

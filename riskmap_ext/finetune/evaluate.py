@@ -1,4 +1,4 @@
-"""Segmentation files against reference labels: Dice, HD95, surface Dice, missed structures."""
+"""Segmentation files against reference labels: Dice, HD95, NSD, missed structures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def score_files(
         predictions, references: a file each, or a folder each; paired by name.
         structures: name -> the label values that make it up; regions may overlap. None: every value
             but 0 that occurs in a file of either side.
-        tolerance: of the surface Dice, in mm.
+        tolerance: of the NSD (surface Dice), in mm.
         partial: leave out references without a prediction, which is an error otherwise.
         progress: print the table and a progress bar.
 
@@ -73,12 +73,12 @@ def summary(scores: Sequence[Score], tolerance: float) -> Table:
     """A row for each structure. Missed structures count as Dice 0; nothing is averaged away."""
     cases = len({score.case for score in scores})
     table = Table(
-        title=f"{cases} cases; Dice: mean and lowest; SD: mean surface Dice at {tolerance:g} mm; "
-        "HD95: median in mm"
+        title=f"{cases} cases; NSD: surface Dice at {tolerance:g} mm; HD95 in mm",
     )
-    for column in ("structure", "in", "missed", "extra", "Dice", "lowest", "SD", "HD95"):
-        first = column == "structure"
-        table.add_column(column, justify="left" if first else "right", no_wrap=True)
+    for column in ("structure", "in", "missed", "extra"):
+        table.add_column(column, justify="left" if column == "structure" else "right", no_wrap=True)
+    for column in ("mean\nDice", "lowest\nDice", "mean\nNSD", "median\nHD95"):
+        table.add_column(column, justify="right")
     for structure in dict.fromkeys(score.structure for score in scores):
         own = [score for score in scores if score.structure == structure]
         there = [score for score in own if score.outcome in (FOUND, MISSED)]

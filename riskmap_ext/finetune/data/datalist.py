@@ -297,6 +297,10 @@ def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 
 
 def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
+    """Names of the training and validation cases; numbers count in the order of the list.
+
+    With folds all of them are to train on: each fold validates on its own part.
+    """
     names = [case.name for case in found.cases]
     wanted = {"data.train": data.train, "data.validation": data.validation}
     if data.validation is None:

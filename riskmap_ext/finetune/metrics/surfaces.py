@@ -1,4 +1,4 @@
-"""Dice, HD95 and surface Dice of one structure in one case."""
+"""Dice, HD95 and NSD (surface Dice) of one structure in one case."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _classes(run: RunFiles, scores: Sequence[Score]) -> Table | None:
     """None where no Dice is known."""
     if run.dice:
         header = ["class", "mean Dice", "sd", "lowest", "highest", "cases with it"]
-        surfaces = ["missed", "extra", "surface Dice", "HD95, mm", "median HD95"]
+        surfaces = ["missed", "extra", "mean NSD", "mean HD95, mm", "median HD95, mm"]
         header += surfaces if scores else ["Dice 0"]
         rows = [_class_row(run.dice, i, name, scores) for i, name in enumerate(run.classes)]
         mean = mean_without_nan(run.class_means)
@@ -144,7 +144,7 @@ def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
         for row in rows:
             row.append(run.fold_of[row[0]])
     by_case = {(score.case, score.structure): score for score in scores}
-    columns = {f"Surface Dice at {TOLERANCE:g} mm": "surface_dice", "HD95 in mm": "hd95"}
+    columns = {"NSD": "surface_dice", "HD95 in mm": "hd95"}
     for title, column in columns.items() if scores else ():
         rows = [[n, *(_cell(by_case.get((n, c)), column) for c in run.classes)] for n in names]
         tables.append(Table(f"{title} of {which}", header, rows, open=False))

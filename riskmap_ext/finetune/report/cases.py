@@ -17,7 +17,7 @@ from riskmap_ext.finetune.pictures.figures import Panels, panels
 from riskmap_ext.finetune.pictures.slices import Volumes, volumes_of
 from riskmap_ext.finetune.report.read import RunFiles
 
-# Of the surface Dice, in mm.
+# Of the NSD (surface Dice), in mm.
 TOLERANCE = 1.0
 # Voxels times classes times cases up to which surfaces are measured: a minute or so.
 _MOST_WORK = 1e9

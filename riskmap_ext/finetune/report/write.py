@@ -54,7 +54,7 @@ def write_report(
 def report_at_end(folder: Path, log: Log) -> None:
     """The report of a run that has just ended; its results are complete without it."""
     try:
-        write_report(folder)
+        log(f"Report: {write_report(folder)}")
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         log.warn(f"{folder / REPORT_FILE} was not written ({reason})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,6 +212,12 @@ def _end(plan: Plan, started: float) -> float:
         (output / RESUME_FILE).unlink(missing_ok=True)
         if plan.config.write.report:
             report_at_end(output, plan.log)
+    predict, report = (
+        shlex.join(["riskmap", *command])
+        for command in (("predict", f"{output / 'last.pt'}"), ("report", f"{output}"))
+    )
+    told = f"Next:\n  {predict} --image IMAGES --output FOLDER"
+    plan.log(told if plan.config.write.report else f"{told}\n  {report}")
     plan.log(f"Done in {seconds:.1f} s: {output}")
     return seconds
 
