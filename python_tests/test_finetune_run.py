@@ -426,6 +426,40 @@ def test_random_state_and_threads_are_left_alone(root, tmp_path):
     assert torch.get_num_threads() == threads
 
 
+class Tracker:
+    """Takes numbers as mlflow.log_metrics does."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.logged.append((step, metrics))
+
+
+def test_numbers_go_to_a_callback(root, tmp_path):
+    tracker = Tracker()
+    config = configuration(
+        root,
+        tmp_path / "run",
+        data={"classes": [*CLASSES, "barrel"]},  # which no label has
+        train={"steps": 30, "validate_every": 20},
+    )
+    finetune(
+        config,
+        progress=False,
+        callback=lambda step, numbers: tracker.log_metrics(numbers, step=step),
+    )
+    assert [step for step, _ in tracker.logged] == [20, 25, 30]
+    rows = rows_of(tmp_path / "run" / "metrics.csv")
+    for (step, numbers), row in zip(tracker.logged[::2], rows, strict=True):
+        known = {name: float(value) for name, value in row.items() if value != "nan"}
+        assert numbers == pytest.approx(known, rel=1e-5)
+        assert numbers["step"] == step
+        assert "dice_barrel" not in numbers
+    assert set(tracker.logged[1][1]) == {"train_loss", "lr"}
+
+
 def test_the_next_command_is_told(root, tmp_path, capsys):
     output = tmp_path / "a run"
     finetune(configuration(root, output, write={"report": False}))

@@ -34,7 +34,7 @@ from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
 from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
-from riskmap_ext.finetune.train.loop import Trainer
+from riskmap_ext.finetune.train.loop import Callback, Trainer
 from riskmap_ext.finetune.train.maps import SourceMaps, map_cases
 from riskmap_ext.finetune.train.models import predictor_of_source
 from riskmap_ext.finetune.train.plan import (
@@ -85,6 +85,7 @@ def finetune(
     loss: LossFunction | None = None,
     weights: WeightFunction | None = None,
     prepare: Callable[[Plan, SourceMaps | None], None] | None = None,
+    callback: Callback | None = None,
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
 
@@ -103,6 +104,9 @@ def finetune(
             -> voxel weights, such as a function of `maps.transferability`.
         prepare: called with the plan and the maps before the first step, such as to put hooks on
             `plan.models.network`.
+        callback: called with the step and numbers by name, such as to log them elsewhere: every 25
+            steps `train_loss` (mean since the last validation) and `lr`; at a validation the
+            columns of metrics.csv that are known, `dice_CLASS` and `mean_dice` among them.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
     ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
@@ -120,7 +124,7 @@ def finetune(
             maps = _source_maps(plan)
             if prepare is not None:
                 prepare(plan, maps)
-            trained = Trainer(plan, _voxel_weights(plan, maps)).run()
+            trained = Trainer(plan, _voxel_weights(plan, maps), callback).run()
             dice = _evaluate(plan, maps, trained.predictions)
             seconds = _end(plan, started)
     names = list(plan.cases.structures.scored)

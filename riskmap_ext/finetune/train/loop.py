@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -28,6 +28,8 @@ from riskmap_ext.finetune.train.plan import Plan
 from riskmap_ext.finetune.train.step import Stepper
 
 _CHECK_EVERY = 25
+# (step, numbers by name).
+Callback = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,13 @@ class Trainer:
     is undefined).
     """
 
-    def __init__(self, plan: Plan, risk: Mapping[str, Tensor] | None) -> None:
-        """risk: case name -> voxel weights."""
+    def __init__(
+        self, plan: Plan, risk: Mapping[str, Tensor] | None, callback: Callback | None = None
+    ) -> None:
+        """risk: case name -> voxel weights. callback: as of finetune()."""
         config, group, cases = plan.config, plan.processes, plan.cases
         self._plan = plan
+        self._callback = callback if group.is_main else None
         self._sampler = CropSampler(
             cases.train,
             risk,
@@ -121,10 +126,12 @@ class Trainer:
                         self._seconds_in_steps += time.perf_counter() - resumed_at
                         row = self._validate(step, loss)
                         self._keep(step, row)
+                        self._call_back(step, row)
                         note = f"Dice {number(row['mean_dice'])}"
                         resumed_at = time.perf_counter()
                     elif step % _CHECK_EVERY == 0:
-                        self._mean_loss()
+                        loss = self._mean_loss()
+                        self._call_back(step, {"train_loss": loss, "lr": self._recent[-1].lr})
                     advance(note)
         finally:
             self._losses.close()
@@ -181,6 +188,11 @@ class Trainer:
             f"{number(row['mean_dice'])}, lr {row['lr']:.2e}, {step / seconds:.1f} steps/s"
         )
         return row
+
+    def _call_back(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._callback is not None:
+            known = {name: value for name, value in numbers.items() if not math.isnan(value)}
+            self._callback(step, known)
 
     def _segment(self) -> dict[str, Tensor]:
         """Predictions of this process's share of the validation cases."""
