@@ -105,7 +105,7 @@ def test_what_it_writes_runs_as_it_is(
     assert config.output == tmp_path / "runs" / "the data"
     assert config.train.patch_size == [16, 24, 16]
     found = check_run(config, progress=False)
-    assert (len(found.train), len(found.validation)) == (4, 1)
+    assert [len(fold.val) for fold in found.folds] == [1] * 5
     names = ["box", "crate"] if "classes" in expected else ["label_1", "label_2"]
     assert list(found.class_voxels) == ["background", *names]
 
@@ -128,7 +128,8 @@ def test_what_it_finds_in_the_voxels(tmp_path):
     assert config.network.args["spatial_dims"] == 2
     assert config.train.patch_size == [16, 24]
     assert config.data.label_map == {40: "label_40", 80: "label_80"}
-    assert config.data.image_foreground == "otsu"  # CT
+    assert config.data.window == [-175, 250]  # CT
+    assert (config.data.normalize, config.data.image_foreground) == ("rescale", "otsu")
     text = (tmp_path / "run.yaml").read_text()
     assert "# spacing: [1.0, 1.0, 1.0]" in text
     # A table of the values has names for them.

@@ -27,8 +27,8 @@ from riskmap_ext.finetune.config.schema import DataConfig, SourceConfig
 from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.data.bids import bids_files
 from riskmap_ext.finetune.data.datalist import CaseFiles, Found, find_cases, list_cases, volumes_in
+from riskmap_ext.finetune.data.grid import Grid
 from riskmap_ext.finetune.data.label_table import read_label_map
-from riskmap_ext.finetune.data.prepare import Grid
 from riskmap_ext.finetune.data.volumes import (
     grid_problems,
     read_header,
@@ -97,7 +97,8 @@ def write_first_config(
         told=told,
         labels=labels,
         validation=None if found.validation else math.ceil(count / 5) if count > 1 else 0,
-        ct=lowest < _CT_BELOW,
+        # A source of CT has a window of its own.
+        ct=lowest < _CT_BELOW and not (model and model.preprocessing.get("window")),
         checkpoint=checkpoint and str(checkpoint),
         source=model,
         channels=listing.channels,

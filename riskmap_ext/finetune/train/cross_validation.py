@@ -28,7 +28,7 @@ from riskmap_ext.finetune.metrics.dice import mean_without_nan
 from riskmap_ext.finetune.report.read import RunFiles, read_run
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.train.finetune import finetune
-from riskmap_ext.finetune.train.plan import check_start, make_outline, read_cases, resolved
+from riskmap_ext.finetune.train.plan import check_start, read_cases, resolved, whole_outline
 from riskmap_ext.finetune.train.session import Session, session
 
 
@@ -110,7 +110,7 @@ def _checked(run: Session, resume: bool) -> tuple[Session, list[Split], Cases, b
     Raises: InputError.
     """
     group = run.processes
-    outline = group.together(lambda: make_outline(run))
+    outline = group.together(lambda: whole_outline(run))
     told = resolved(outline.config, outline.listing)
     splits, resumed = group.on_main(lambda: check_folds(told, outline.listing, resume))
     cases = group.together(lambda: read_cases(run, outline))

@@ -100,6 +100,15 @@ def make_outline(session: Session, errors: Errors) -> tuple[Listing | None, Outl
     return listing, outline
 
 
+def whole_outline(session: Session) -> Outline:
+    """Raises: InputError with all that is in the way."""
+    errors = Errors()
+    _, outline = make_outline(session, errors)
+    errors.tell()
+    assert outline is not None
+    return outline
+
+
 def _outline(session: Session, listing: Listing, source: SourceModel | None) -> Outline:
     config, models = session.config, build_models(session, listing, source)
     sources = [] if models.source is None else [models.source.structures]
@@ -121,10 +130,7 @@ def make_plan(
     """Checks every input. Raises: InputError."""
     config = session.config
     if cases is None:
-        errors = Errors()
-        _, outline = make_outline(session, errors)
-        errors.tell()
-        assert outline is not None
+        outline = whole_outline(session)
         config, models = outline.config, outline.models
         cases = read_cases(session, outline)
     else:
