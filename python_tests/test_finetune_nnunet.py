@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from finetune_data import configuration
+from finetune_data import configuration, real_data, rows_of
 from nnunet_data import nnunet_folders, prepare, write_raw_data_set
 
 pytest.importorskip("nnunetv2", reason="needs nnU-Net")
 pytest.importorskip("monai", reason="needs the extra 'finetune'")
 
-from riskmap_ext.finetune import finetune
+from riskmap_ext.finetune import finetune, load_config
 from riskmap_ext.finetune.config.schema import InferenceConfig, SourceConfig
 from riskmap_ext.finetune.predict import predict_images
 from riskmap_ext.finetune.source.checkpoint import load_source
@@ -156,3 +158,38 @@ def both(model: Path, image: Path, output: Path, orientation: str) -> tuple[np.n
         progress=False,
     )
     return segmented_by_nnunet(model, image), np.asarray(nib.load(mine).dataobj)
+
+
+def test_the_page_of_ten_scans(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, riskmap: Callable
+) -> None:
+    """Its commands, from an empty folder, with a source of CT and two steps a fold."""
+    organs = tmp_path / "organs" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    shutil.copytree(train(folder, "3d_fullres"), organs)
+    path = organs / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    configured = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    configured["normalization_schemes"] = ["CTNormalization"]
+    torch.save(content, path)
+    shutil.copytree(tmp_path / "organs", tmp_path / "other")
+    files = sorted((real_data("hippocampus") / "images").iterdir())[:11]
+    for image, place in zip(files, ["scans"] * 10 + ["new"], strict=True):
+        for kind in ("images", "labels"):
+            (tmp_path / place / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(image.parent.parent / kind / image.name, tmp_path / place / kind)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "ten_scans.md").read_text()
+    commands = re.findall(r"^riskmap (.*)$", page, re.MULTILINE)
+    assert [line.split()[0] for line in commands] == [
+        *("init", "rank", "finetune", "finetune", "predict", "evaluate")
+    ]
+    for line in commands:
+        short = ["train.steps=2", "threads=1"] if line.startswith("finetune") else []
+        code, _, err = riskmap(*line.split(), *short)
+        assert code == 0, err
+    run = tmp_path / "runs" / "scans"
+    assert len(json.loads((run / "splits_final.json").read_text())) == 5
+    assert len(rows_of(run / "dice.csv")) == 10
+    assert (run / "report.html").exists()
+    assert len(list((tmp_path / "segmentations").iterdir())) == 1
+    assert load_config(run / "config.yaml").data.window is not None

@@ -115,10 +115,11 @@ def test_readme_weights() -> None:
 
 
 def test_every_page_is_tried() -> None:
-    """nnU-Net's is tried by test_nnunet."""
+    """nnU-Net's is tried by test_nnunet, the ten scans by test_finetune_nnunet."""
     assert {page.stem for page in HOWTO.glob("*.md")} == {
         *NEEDS,
         "many_classes",
         "nnunet",
+        "ten_scans",
         "README",
     }
