@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from riskmap_ext._arguments import near_names
 from riskmap_ext.finetune.base.errors import ConfigError, Errors, one_line
-from riskmap_ext.finetune.config.schema import BELOW_ROOT, Config
+from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.config.types import BELOW_ROOT
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 
 _PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "data.folds", "source.checkpoint")

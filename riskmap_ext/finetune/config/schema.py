@@ -5,91 +5,45 @@ The text below a key is its description; docs/generate.py makes the reference of
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Len, Predicate
+from annotated_types import Len
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
 from riskmap_ext.finetune.base.device import DEVICE
-from riskmap_ext.finetune.base.orientation import check_orientation
-from riskmap_ext.finetune.base.structures import check_names
-
-BELOW_ROOT = ("datalist", "images", "labels")
-
-
-def _absolute(value: Any, info: ValidationInfo) -> Any:
-    """Relative paths start from the folder of the configuration's file, or from data.root."""
-    if not isinstance(value, (str, Path)):
-        return value
-    if not str(value).strip():
-        raise ValueError("expected a path, got an empty text")
-    root = info.data.get("root") if info.field_name in BELOW_ROOT else None
-    start = root or (info.context or {}).get("base") or Path.cwd()
-    return Path(os.path.normpath(start / Path(value).expanduser()))
-
-
-def _no_bool(value: Any) -> Any:
-    """pydantic would take yes for 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {str(value).lower()}")
-    return value
-
-
-def expected(text: str) -> WrapValidator:
-    """Says in one line what a key takes that allows several kinds of values."""
-
-    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return validate(value)
-        except ValidationError as error:
-            ours = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
-            raise ValueError(ours[0] if ours else f"expected {text}, got {value!r}") from None
-
-    return WrapValidator(check)
-
-
-_NUMBER = BeforeValidator(_no_bool)
-_LIST = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
-PositiveInt = Annotated[int, Field(ge=1), _NUMBER]
-Count = Annotated[int, Field(ge=0), _NUMBER]
-Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
-BelowOne = Annotated[float, Field(ge=0, lt=1), _NUMBER]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
-Sizes = Annotated[list[PositiveInt], _LIST]
-Spacing = Annotated[
-    list[Positive | None], Len(3, 3), expected("[x, y, z] in mm, each above 0 or null")
-]
-Interval = Annotated[
-    list[Annotated[float, _NUMBER]], Len(2, 2), Predicate(lambda pair: pair[0] <= pair[1])
-]
-Pair = Annotated[list[Annotated[float, Field(allow_inf_nan=False), _NUMBER]], Len(2, 2)]
-Window = Annotated[Pair, Predicate(lambda pair: pair[0] < pair[1])]
-MeanStd = Annotated[Pair, Predicate(lambda pair: pair[1] > 0)]
-Normalization = Literal["zscore", "zscore_foreground", "rescale", "none"]
-FilePath = Annotated[Path, BeforeValidator(_absolute)]
-FilePaths = Annotated[list[FilePath], Len(1)]
-Folder = Annotated[FilePath, expected("a folder")]
-Names = Annotated[list[str], Len(1), AfterValidator(check_names)]
-ClassNames = Annotated[list[str], Len(2), AfterValidator(check_names)]
-Member = Annotated[int | str, expected("the number or name of a class")]
-Channel = Annotated[Count | str, expected("the number or name of a channel")]
-Orientation = Annotated[str, AfterValidator(check_orientation)]
-Axis = Literal["sagittal", "coronal", "axial"]
+from riskmap_ext.finetune.config.types import (
+    LIST,
+    NUMBER,
+    Axis,
+    BelowOne,
+    Channel,
+    ClassNames,
+    Count,
+    FilePath,
+    FilePaths,
+    Folder,
+    Fraction,
+    Interval,
+    MeanStd,
+    Member,
+    Names,
+    NonNegative,
+    Normalization,
+    Orientation,
+    Positive,
+    PositiveInt,
+    Sizes,
+    Spacing,
+    Window,
+    expected,
+)
 
 
 class _Section(BaseModel):
@@ -154,7 +108,7 @@ class DataConfig(_Section):
     """Validation cases: how many of those that `train` leaves (the last ones where `train` is left
     out), or their names. Left out, those of the datalist, or none."""
     folds: Annotated[
-        Annotated[int, Field(ge=2), _NUMBER] | FilePath | None,
+        Annotated[int, Field(ge=2), NUMBER] | FilePath | None,
         expected("a number >= 2, or a file of splits"),
     ] = None
     """Cross-validation: a run for each of so many parts of the cases, drawn by `seed`, which
@@ -172,7 +126,7 @@ class DataConfig(_Section):
     """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
     or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
     a class. 0 is background unless mapped. Left out, numbers are taken as they are."""
-    regions: dict[str, Annotated[list[Member], _LIST]] | None = None
+    regions: dict[str, Annotated[list[Member], LIST]] | None = None
     """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
     core}`. The network then has one sigmoid output for each region in the place of a softmax over
     the classes, and the regions are scored. Left out, those of an nnU-Net data set, or none."""
@@ -304,7 +258,7 @@ class RiskConfig(_Section):
     `linear` was at least as good in every comparison of the first round (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
-    alpha: Annotated[float, Field(gt=0, le=1), _NUMBER] = 0.5
+    alpha: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.5
     """Exponent of the scheme `power`."""
     scale: NonNegative = 9.0
     """What the hardest voxel weighs beyond 1, scheme `linear`."""
@@ -383,7 +337,7 @@ class AugmentConfig(_Section):
     as left and right are often classes of their own."""
     affine_probability: Fraction = 0.5
     """Share of crops that are rotated and scaled."""
-    rotation: Annotated[float, Field(ge=0, le=180), _NUMBER] = 15.0
+    rotation: Annotated[float, Field(ge=0, le=180), NUMBER] = 15.0
     """Largest angle, degrees; the crop turns in millimetres, so anisotropic voxels are fine."""
     scale: BelowOne = 0.15
     """Largest relative change of size."""
@@ -481,7 +435,7 @@ class Config(_Section):
     cache: Folder | None = None
     """Folder of statistics and maps, found again by content; runs may share one. Null:
     `OUTPUT/cache`."""
-    seed: Annotated[int, Field(ge=0, lt=2**32), _NUMBER] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0
     """Of weights, crops, augmentation and folds."""
     device: Annotated[
         str,

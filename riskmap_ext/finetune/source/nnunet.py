@@ -16,13 +16,8 @@ from pydantic_core import to_jsonable_python
 from riskmap_ext.finetune.base.errors import CheckpointError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import (
-    NetworkConfig,
-    Positive,
-    PositiveInt,
-    SourceConfig,
-    expected,
-)
+from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
+from riskmap_ext.finetune.config.types import Positive, PositiveInt, expected
 from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.dataset_json import dataset_channels, dataset_labels
 from riskmap_ext.finetune.source.file import (
