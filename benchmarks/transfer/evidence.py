@@ -91,6 +91,21 @@ class Group:
             )
         return self._against[arm, other]
 
+    def column_against(self, arm: str, other: str, column: str) -> Interval | None:
+        """The paired difference of a column of the scores; None where there is none."""
+        if arm not in self.runs or other not in self.runs:
+            return None
+        one, two = self.runs[arm].scores, self.runs[other].scores
+        found: dict[int, dict[str, list[float]]] = {}
+        for seed, subject, name in sorted(one.keys() & two.keys()):
+            first, second = (float(rows[seed, subject, name][column]) for rows in (one, two))
+            found.setdefault(seed, {}).setdefault(subject, []).append(first - second)
+        means = {
+            seed: {subject: statistics.fmean(each) for subject, each in own.items()}
+            for seed, own in found.items()
+        }
+        return stats.interval(means, overlap=self.overlap) if means else None
+
     def nearer(self, arm: str, other: str) -> Signs | None:
         """In how many of the seeds that both have the median HD95 of `arm` is lower and higher."""
         if arm not in self.runs or other not in self.runs:

@@ -48,10 +48,14 @@ COMPARED_KEPT = {
 CONTROLS = {
     "risk CE over CE": ("risk_ce", "ce"),
     "the same from the prior": ("prior_risk_ce", "prior_ce"),
+    "risk CE over prior": ("risk_ce", BASELINE),
     "map over its class means": (f"prior_{MAP}", "prior_linear_mean_dice"),
     "class means over prior": ("prior_linear_mean_dice", BASELINE),
     "shifted prediction over prior": ("prior_shift", BASELINE),
 }
+ISLANDS = ("class weights", "risk map")
+# Of fewer subjects an interval says next to nothing: no marks, and no part of the family.
+FEWEST_SUBJECTS = 3
 FIRST, SECOND = "first_round.md", "second_round.md"
 
 
@@ -75,11 +79,13 @@ Marks = Mapping[tuple[str, str, str, str], Marked]  # by scenario, length, arm a
 
 
 def marks(comparisons: Iterable[tuple[Group, tuple[str, str]]]) -> Marks:
-    """Of a page's comparisons, each of two arms of a group; not of runs that are the same."""
+    """Of comparisons, each of two arms of a group; not of runs that are the same."""
     compared = {
         (group.scenario, group.length, *pair): each
         for group, pair in comparisons
-        if (each := group.against(*pair)) is not None and each.low < each.high
+        if (each := group.against(*pair)) is not None
+        and each.low < each.high
+        and each.subjects >= FEWEST_SUBJECTS
     }
     holds = survivors([each.p for each in compared.values()])
     corrected = survivors([each.corrected_p for each in compared.values()])
@@ -100,15 +106,32 @@ def write_pages(out: Path, page: Path, scenarios: Path = FOLDER) -> None:
     report.write_page(rows, folder / FIRST, {name: known[name] for name in sorted(first)})
     second = {name: each for name, each in known.items() if each.round == 2}
     found = groups(rows, second)
-    write_text(folder / SECOND, _text(_tables(found, second, folder)))
-    write_text(page, _text(_page(rows, found, second)))
+    marked = marks((group, pair) for group in found for pair in _pairs(group))
+    write_text(folder / SECOND, _text(_tables(found, second, folder, marked)))
+    write_text(page, _text(_page(rows, found, second, marked)))
+
+
+def _pairs(group: Group) -> set[tuple[str, str]]:
+    """Every comparison of either page: one family."""
+    base = _base(group)
+    tables = (COMPARED, CONTROLS) if base == BASELINE else (COMPARED_KEPT,)
+    every = {(arm, base) for arm in _arms_of(group) if arm != base}
+    return every | {pair for table in tables for pair in table.values()}
+
+
+def _arms_of(group: Group) -> list[str]:
+    """Where the output layer is the source's, those that start at a prior are twins of others."""
+    kept = _base(group) == REFERENCE
+    return [arm for arm in group.runs if not (kept and arm.startswith("prior_"))]
 
 
 def _text(lines: Iterator[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
+def _page(
+    rows: Rows, found: list[Group], known: Mapping[str, Scenario], marked: Marks
+) -> Iterator[str]:
     yield "<!-- Made from the stored rows by `python -m benchmarks.transfer report`. -->"
     yield ""
     yield "# Evidence"
@@ -120,12 +143,6 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     fresh = [group for group in found if _base(group) == BASELINE]
     kept = [group for group in found if _base(group) == REFERENCE]
     controlled = [g for g in fresh if any({*pair} <= g.runs.keys() for pair in CONTROLS.values())]
-    marked = marks(
-        (group, pair)
-        for columns, own in ((COMPARED, fresh), (CONTROLS, controlled), (COMPARED_KEPT, kept))
-        for group in own
-        for pair in columns.values()
-    )
     yield "## The main table"
     yield ""
     yield from _differences(fresh, known, COMPARED, marked)
@@ -137,14 +154,22 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
         yield ""
         yield from _differences(controlled, known, CONTROLS, marked)
     if kept:
-        yield "## The same rare label in another contrast"
+        yield "## Where the output layer is the source's"
         yield ""
         yield from _differences(kept, known, COMPARED_KEPT, marked)
+    yield "## Without islands"
+    yield ""
+    yield from _without_islands([*fresh, *kept], known)
     yield (HERE / "how_second.md").read_text(encoding="utf-8")
     final = sum(len(runs.rows) for group in found for runs in group.runs.values())
     tuning = sum(r["kind"] == "tuning" and r["scenario"] in known for r in rows.runs)
     machines = ", ".join(sorted({r["cpu"] for r in rows.runs if r["scenario"] in known}))
-    yield f"{final} runs are compared, {tuning} chose learning rates; on {machines}."
+    exclude = sum(each.each.low > 0 or each.each.high < 0 for each in marked.values())
+    yield (
+        f"{len(marked)} comparisons are in the family: {exclude} intervals exclude 0, of which "
+        f"{sum(each.holds for each in marked.values())} are marked. "
+        f"{final} runs were scored, {tuning} chose learning rates; on {machines}."
+    )
     there = {(group.scenario, group.length) for group in found}
     missing = [
         f"{name} at {steps} steps"
@@ -154,7 +179,7 @@ def _page(rows: Rows, found: list[Group], known: Mapping[str, Scenario]) -> Iter
     ]
     if missing:
         yield ""
-        yield f"Not run yet: {', '.join(missing)}."
+        yield f"Not run: {', '.join(missing)}."
 
 
 def _differences(
@@ -167,17 +192,44 @@ def _differences(
     yield from head("data", "steps", ARMS[base].name, *columns)
     for group in found:
         runs = group.runs.get(base)
-        cells = [marked.get((group.scenario, group.length, *pair)) for pair in columns.values()]
         yield row(
             _where(group, known),
             str(group.steps),
             "" if runs is None else number(POINTS * runs.mean().mean, ".1f"),
-            *("-" if each is None else str(each) for each in cells),
+            *(_difference(group, pair, base, marked) for pair in columns.values()),
         )
     yield ""
     for name, pair in columns.items():
         told = [m for key, m in marked.items() if key[2:] == pair and _has(found, key)]
         yield f"* {name}: {_counted(told)}."
+    yield ""
+
+
+def _difference(group: Group, pair: tuple[str, str], base: str, marked: Marks) -> str:
+    """With the mean that it is a difference from, where that is not the table's own."""
+    each = group.against(*pair)
+    if each is None or each.low == each.high:
+        return "-"
+    found = marked.get((group.scenario, group.length, *pair))
+    text = gain(each) if found is None else str(found)
+    if pair[1] in (base, BASELINE):
+        return text
+    return f"{number(POINTS * group.runs[pair[1]].mean().mean, '.1f')}: {text}"
+
+
+def _without_islands(found: Sequence[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
+    yield (
+        "Dice once components smaller than 20 % of a structure's largest are removed, over the "
+        "class prior (CE + Dice where the output layer is the source's) treated alike. Looked at "
+        "afterwards, so without marks."
+    )
+    yield ""
+    yield from head("data", "steps", *ISLANDS)
+    for group in found:
+        columns = COMPARED if _base(group) == BASELINE else COMPARED_KEPT
+        cells = [group.column_against(*columns[name], "clean_dice") for name in ISLANDS]
+        told = ["-" if each is None else gain(each) for each in cells]
+        yield row(_where(group, known), str(group.steps), *told)
     yield ""
 
 
@@ -222,17 +274,19 @@ def _where(group: Group, known: Mapping[str, Scenario]) -> str:
     return f"[{group.scenario}](evidence/{SECOND}#{anchor(group.scenario)})"
 
 
-def _tables(found: list[Group], known: Mapping[str, Scenario], folder: Path) -> Iterator[str]:
+def _tables(
+    found: list[Group], known: Mapping[str, Scenario], folder: Path, marked: Marks
+) -> Iterator[str]:
     yield "# Second round: all arms"
     yield ""
     yield (
         f"Each arm against {ARMS[BASELINE].name} (against {ARMS[REFERENCE].name} where the output "
-        "layer is the source's). ● and ○ as on [the page](../evidence.md), over all comparisons "
-        "of this one. HD95: medians over the structures that both found, in brackets that of the "
-        "arm compared with. Without islands: components smaller than 20 % of the largest removed."
+        "layer is the source's). ● and ○ as on [the page](../evidence.md). HD95: medians over the "
+        "structures that both found, in brackets that of the arm compared with. Without islands: "
+        "components smaller than 20 % of the largest removed. ‡: the rate is the smallest or "
+        "largest that was tried. ≈: another rate came within a point of it."
     )
     yield ""
-    marked = marks((g, (arm, _base(g))) for g in found for arm in g.runs if arm != _base(g))
     for name, own in by_scenario(found).items():
         yield f"## {name}"
         yield ""
@@ -245,8 +299,11 @@ def _tables(found: list[Group], known: Mapping[str, Scenario], folder: Path) -> 
 
 
 def _base(group: Group) -> str:
-    """What its arms are held against."""
-    return BASELINE if BASELINE in group.runs else REFERENCE
+    """What its arms are held against: the prior, where the output layer is fresh."""
+    if BASELINE not in group.runs:
+        return REFERENCE
+    each = group.against(BASELINE, REFERENCE)
+    return REFERENCE if each is not None and each.low == each.high else BASELINE
 
 
 def _arms(group: Group, marked: Marks) -> Iterator[str]:
@@ -265,15 +322,15 @@ def _arms(group: Group, marked: Marks) -> Iterator[str]:
         *("missed, %", "HD95, mm", "Dice without islands", "HD95 without islands, mm"),
         numbers=True,
     )
-    for key, runs in group.runs.items():
+    for key in _arms_of(group):
+        runs = group.runs[key]
         clean = group.distances(key, base, "clean_hd95")
         mine, theirs = group.distances(key, base)
-        against = marked.get((group.scenario, group.length, key, base))
         yield row(
             f"**{ARMS[key].name}**" if key == base else ARMS[key].name,
             f"{runs.lr:g}{'‡' if runs.at_edge else ''}{' ≈' if runs.near_tie else ''}",
             mean(runs.mean()),
-            "" if against is None else str(against),
+            "" if key == base else _difference(group, (key, base), base, marked),
             f"{runs.share('precision'):.2f} / {runs.share('recall'):.2f}",
             f"{100 * runs.missed():.1f}",
             _pair(mine, theirs, key == base),
