@@ -98,8 +98,10 @@ class Group:
         one, two = self.runs[arm].scores, self.runs[other].scores
         found: dict[int, dict[str, list[float]]] = {}
         for seed, subject, name in sorted(one.keys() & two.keys()):
-            first, second = (float(rows[seed, subject, name][column]) for rows in (one, two))
-            found.setdefault(seed, {}).setdefault(subject, []).append(first - second)
+            pair = [rows[seed, subject, name][column] for rows in (one, two)]
+            if all(pair):
+                each = float(pair[0]) - float(pair[1])
+                found.setdefault(seed, {}).setdefault(subject, []).append(each)
         means = {
             seed: {subject: statistics.fmean(each) for subject, each in own.items()}
             for seed, own in found.items()
