@@ -192,7 +192,10 @@ def test_pages_from_made_up_rows(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| [brains]"))
     assert row.count("●") == 5  # the made-up gains are far beyond the noise
     assert "* class prior: ahead in 1 of 1 (1 ●), behind in 0 (0 ●)." in text
-    assert "## The same rare label in another contrast" in text
+    assert "## Where the output layer is the source's" in text
+    assert "## Without islands" in text
+    # Of brains 7 arms against the prior, of shifted_1 one.
+    assert "8 comparisons are in the family: 8 intervals exclude 0, of which 8 are marked." in text
     tables = (tmp_path / "evidence" / "second_round.md").read_text()
     assert f"against {runner.ARMS[BASELINE].name}" in tables
     assert "## shifted_1" in tables

@@ -61,7 +61,7 @@ FIRST, SECOND = "first_round.md", "second_round.md"
 
 @dataclass(frozen=True)
 class Marked:
-    """A difference, and whether it holds among all comparisons of its page.
+    """A difference, and whether it holds among all comparisons.
 
     holds: by the bootstrap, corrected: by the variance corrected for overlapping splits too.
     """
@@ -70,18 +70,23 @@ class Marked:
     holds: bool
     corrected: bool
 
-    def __str__(self) -> str:
-        mark = "" if not self.holds else " ●" if self.corrected else " ○"
-        return gain(self.each) + mark
+    @property
+    def mark(self) -> str:
+        return "" if not self.holds else " ●" if self.corrected else " ○"
 
 
-Marks = Mapping[tuple[str, str, str, str], Marked]  # by scenario, length, arm and other
+# By scenario, length and both arms: of a difference and its reverse there is one.
+Marks = Mapping[tuple[str, str, frozenset[str]], Marked]
+
+
+def _key(group: Group, pair: tuple[str, str]) -> tuple[str, str, frozenset[str]]:
+    return group.scenario, group.length, frozenset(pair)
 
 
 def marks(comparisons: Iterable[tuple[Group, tuple[str, str]]]) -> Marks:
     """Of comparisons, each of two arms of a group; not of runs that are the same."""
     compared = {
-        (group.scenario, group.length, *pair): each
+        _key(group, pair): each
         for group, pair in comparisons
         if (each := group.against(*pair)) is not None
         and each.low < each.high
@@ -200,7 +205,8 @@ def _differences(
         )
     yield ""
     for name, pair in columns.items():
-        told = [m for key, m in marked.items() if key[2:] == pair and _has(found, key)]
+        own = [(group, marked.get(_key(group, pair))) for group in found]
+        told = [(group.against(*pair), each) for group, each in own if each is not None]
         yield f"* {name}: {_counted(told)}."
     yield ""
 
@@ -210,8 +216,8 @@ def _difference(group: Group, pair: tuple[str, str], base: str, marked: Marks) -
     each = group.against(*pair)
     if each is None or each.low == each.high:
         return "-"
-    found = marked.get((group.scenario, group.length, *pair))
-    text = gain(each) if found is None else str(found)
+    found = marked.get(_key(group, pair))
+    text = gain(each) + ("" if found is None else found.mark)
     if pair[1] in (base, BASELINE):
         return text
     return f"{number(POINTS * group.runs[pair[1]].mean().mean, '.1f')}: {text}"
@@ -233,13 +239,11 @@ def _without_islands(found: Sequence[Group], known: Mapping[str, Scenario]) -> I
     yield ""
 
 
-def _has(found: Sequence[Group], key: tuple[str, str, str, str]) -> bool:
-    return any((group.scenario, group.length) == key[:2] for group in found)
-
-
-def _counted(told: Sequence[Marked]) -> str:
-    up = [m for m in told if m.holds and m.each.mean > 0]
-    down = [m for m in told if m.holds and m.each.mean < 0]
+def _counted(told: Sequence[tuple[Interval | None, Marked]]) -> str:
+    up, down = (
+        [mark for each, mark in told if mark.holds and each and sign * each.mean > 0]
+        for sign in (1, -1)
+    )
     return (
         f"ahead in {len(up)} of {len(told)} ({sum(m.corrected for m in up)} ●), behind in "
         f"{len(down)} ({sum(m.corrected for m in down)} ●)"
