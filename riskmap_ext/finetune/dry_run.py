@@ -18,7 +18,7 @@ from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.data.memory import MemoryNeed, described
 from riskmap_ext.finetune.data.prepare import all_ignored, class_voxels, each_case
 from riskmap_ext.finetune.data.sampling import flip_axes
-from riskmap_ext.finetune.data.splits import Split
+from riskmap_ext.finetune.data.splits import Split, not_validated
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
 from riskmap_ext.finetune.folder.workspace import check_same_run
 from riskmap_ext.finetune.source.checkpoint import KeyReport
@@ -98,7 +98,8 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     models = outline.models
     if len(read.digests) == len(listing.train):
         check_inputs(resumed, inputs_digest(models.source, read.digests))
-    warnings = [*config.notes]
+    names = [case.name for case in listing.train]
+    warnings = [*config.notes, *(not_validated(folds, names) if folds else [])]
     if models.source is not None:
         warnings += preparation_warnings(config, models.source, read.spacings)
     for warning in warnings:

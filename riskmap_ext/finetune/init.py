@@ -43,8 +43,8 @@ from riskmap_ext.finetune.source.network import spatial_dims
 # For reading labels, and with the first of them the images.
 _SECONDS = 20.0
 _IMAGES = 5
-# In Hounsfield units, air is far below, and no other image has it.
-_CT_BELOW = -200
+# In Hounsfield units air is at -1000; scaled images of other kinds may be below 0, too.
+_CT_BELOW = -800
 # Thinner volumes are seen slice by slice.
 _LEAST_DEPTH = 16
 _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}
@@ -82,12 +82,18 @@ def write_first_config(
     labels: dict[str, Any] = {} if known else {"classes": ["background", "foreground"]}
     listing = list_cases(DataConfig.model_validate(data | labels))
     header_problems(listing).tell()
+    log = Log(quiet=not progress)
+    for note in listing.notes:
+        log.warn(note)
     looked_at = found.cases[:_IMAGES] if known else found.cases
-    values, read, lowest = _look(looked_at, len(listing.channels), Log(quiet=not progress))
+    values, read, lowest = _look(looked_at, len(listing.channels), log)
     told = f"Classes, as dataset.json has them: {', '.join(known or [])}."
     if not known:
         labels, told = _labels(root, found.cases, values)
         told += f" ({read} of {count} label files were read.)"
+    ct = lowest < _CT_BELOW
+    if ct:
+        log.warn(f"taken for CT in Hounsfield units, since the lowest intensity is {lowest:g}")
     base, run = path.absolute().parent, f"runs/{root.name}"
     runs = (run, *(f"{run}_{number}" for number in range(2, 1000)))
     text = _TEMPLATES.get_template("init.yaml.j2").render(
@@ -98,7 +104,7 @@ def write_first_config(
         labels=labels,
         validation=None if found.validation else math.ceil(count / 5) if count > 1 else 0,
         # A source of CT has a window of its own.
-        ct=lowest < _CT_BELOW and not (model and model.preprocessing.get("window")),
+        ct=ct and not (model and model.preprocessing.get("window")),
         checkpoint=checkpoint and str(checkpoint),
         source=model,
         channels=listing.channels,

@@ -56,6 +56,12 @@ def make_splits(config: Config, names: Sequence[str]) -> list[Split]:
     return [Split(train=[n for n in names if n not in part], val=sorted(part)) for part in parts]
 
 
+def not_validated(splits: Sequence[Split], names: Sequence[str]) -> list[str]:
+    """Warnings of cases that a file's folds leave out."""
+    left = sorted(set(names) - {name for split in splits for name in split.val})
+    return [f"{len(left)} cases are validated by no fold: {some(left)}"] if left else []
+
+
 def _problems(splits: Sequence[Split], names: Sequence[str]) -> list[str]:
     found = []
     for index, split in enumerate(splits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,18 @@ from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.files import write_json
 from riskmap_ext.finetune.base.lock import check_free
-from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.processes import processes
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.data.prepare import Cases
-from riskmap_ext.finetune.data.splits import SPLITS_FILE, Split, cases_of, make_splits, read_splits
+from riskmap_ext.finetune.data.splits import (
+    SPLITS_FILE,
+    Split,
+    cases_of,
+    make_splits,
+    not_validated,
+    read_splits,
+)
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.workspace import (
     check_same_run,
@@ -121,9 +128,8 @@ def _claim(run: Session, splits: list[Split], listing: Listing, resumed: bool) -
     config = resolved(run.config, listing)
     run.held.enter_context(claimed_output(config, run.log, resumed=resumed))
     write_json(config.output / SPLITS_FILE, [split.model_dump() for split in splits])
-    named = {name for split in splits for name in (*split.train, *split.val)}
-    if left := [case.name for case in listing.train if case.name not in named]:
-        run.log.warn(f"{len(left)} cases are in no fold: {some(left)}")
+    for note in not_validated(splits, [case.name for case in listing.train]):
+        run.log.warn(note)
 
 
 def _end(run: Session) -> RunFiles:
@@ -135,5 +141,7 @@ def _end(run: Session) -> RunFiles:
     run.log.table(dice_table(found.dice, found.classes, title))
     if run.config.write.report:
         report_at_end(output, run.log)
+    command = shlex.join(["riskmap", "predict", str(output)])
+    run.log(f"Next:\n  {command} --image IMAGES --output FOLDER")
     run.log(f"Done: {output}")
     return found
