@@ -104,7 +104,7 @@ def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
     cases = [*train, *validation]
     files = {case.name: (*case.images, case.label) for case in cases}
     lost = {path for paths in files.values() for path in paths if not os.path.isfile(path)}
-    kept = [case for case in cases if not lost.intersection(files[case.name])]
+    kept = {name for name, paths in files.items() if not lost.intersection(paths)}
     with errors.collected():
         problems = Problems(map(absent, sorted(lost)))
         if missing is None or not kept:
@@ -118,8 +118,8 @@ def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
         labels = _labels(data, found.told)
         classes = labels["classes"]
         listing = Listing(
-            train=[case for case in train if case in kept],
-            validation=[case for case in validation if case in kept],
+            train=[case for case in train if case.name in kept],
+            validation=[case for case in validation if case.name in kept],
             structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
             channels=channels,
             label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),

@@ -101,7 +101,7 @@ def _even_windows(
         )
         for starts in itertools.product(*steps)
     ]
-    weight = _window_weight(patch).to(image.device)
+    weight = _window_weight(tuple(patch)).to(image.device)
     sums: Tensor | None = None
     weights = image.new_zeros(image.shape[1:])
     for group in (boxes[start : start + count] for start in range(0, len(boxes), count)):
@@ -118,7 +118,8 @@ def _even_windows(
     return (sums / weights)[(None, slice(None), *inner)]
 
 
-def _window_weight(patch: Sequence[int]) -> Tensor:
+@functools.lru_cache(maxsize=2)
+def _window_weight(patch: tuple[int, ...]) -> Tensor:
     """A Gaussian around the middle with an eighth of the patch as its standard deviation."""
     peak = np.zeros(patch)
     peak[tuple(size // 2 for size in patch)] = 1
