@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean
+.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release cuda-machine-code gpu-check
 
 install: $(VENV)/.installed
@@ -92,6 +92,12 @@ bench-transfer-full: install
 
 instructions: install
 	$(BIN)/python -m benchmarks.instructions
+
+# The source archive, and from it a wheel for this Python, tried in a fresh environment; in dist/. For others:
+#   make wheel WHEEL_OPTIONS="--python python3.10 python3.14 --cuda /usr/local/cuda-12.8/bin/nvcc"
+WHEEL_OPTIONS ?= --torch "$(TORCH)"
+wheel: install
+	$(BIN)/python cmake/wheels.py $(WHEEL_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

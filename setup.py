@@ -6,6 +6,7 @@ Environment: RISKMAP_CUDA (AUTO, ON, OFF; AUTO), RISKMAP_BUILD_DIR, CMAKE_ARGS.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -55,5 +56,17 @@ def _call(*command: str) -> None:
         raise SystemExit(f"riskmap_ext: `{line}` failed; its messages stand above")
 
 
+def _readme() -> str:
+    """README.md with links into the repository, for pages that are not in it."""
+    links = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)|(?<=src=\")(?!https?:)")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return links.sub("https://github.com/riskmap-ext/riskmap_ext/raw/main/", text)
+
+
 # The extension entry makes wheels platform wheels; CMake knows the sources.
-setup(ext_modules=[Extension("riskmap_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("riskmap_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=_readme(),
+    long_description_content_type="text/markdown",
+)

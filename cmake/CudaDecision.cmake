@@ -1,6 +1,6 @@
 # Decides whether the CUDA library is built and says why: sets RISKMAP_CUDA_ENABLED and RISKMAP_CUDA_REASON, and for
 # the facts of the build RISKMAP_CUDA_TOOLKIT and RISKMAP_CUDA_ARCHITECTURES (both empty without CUDA).
-set(RISKMAP_CUDA AUTO CACHE STRING "Build the CUDA library: AUTO (where nvcc is found and fits torch), ON or OFF")
+set(RISKMAP_CUDA AUTO CACHE STRING "Build the CUDA library: AUTO (where nvcc is found and fits torch's CUDA), ON or OFF")
 set_property(CACHE RISKMAP_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT RISKMAP_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "riskmap_ext: RISKMAP_CUDA must be AUTO, ON or OFF, got '${RISKMAP_CUDA}'")
@@ -14,6 +14,8 @@ if(RISKMAP_CUDA STREQUAL "OFF")
   set(RISKMAP_CUDA_REASON "RISKMAP_CUDA=OFF")
 elseif(RISKMAP_CUDA STREQUAL "AUTO" AND RISKMAP_SANITIZE)
   set(RISKMAP_CUDA_REASON "sanitizers are for the CPU library")
+elseif(RISKMAP_CUDA STREQUAL "AUTO" AND TORCH_CUDA_VERSION STREQUAL "none")
+  set(RISKMAP_CUDA_REASON "torch ${TORCH_VERSION} is built without CUDA, and would not load it")
 else()
   include(CheckLanguage)
   include(CudaArchitectures)

@@ -21,5 +21,11 @@ function(riskmap_add_cuda_library)
   if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
     target_link_options(riskmap_cuda PRIVATE -Wl,-z,defs -Wl,--as-needed)
   endif()
+  riskmap_make_portable(riskmap_cuda)
+  # For a wheel of its own (cmake/wheels.py).
+  file(WRITE ${PROJECT_BINARY_DIR}/cuda_wheel.py
+    "VERSION = \"${RISKMAP_VERSION}\"\n"
+    "TOOLKIT = \"${RISKMAP_CUDA_TOOLKIT}\"\n"
+    "ARCHITECTURES = \"${RISKMAP_CUDA_ARCHITECTURES}\"\n")
   install(TARGETS riskmap_cuda LIBRARY DESTINATION riskmap_ext)
 endfunction()

@@ -1,15 +1,16 @@
-# Finds the torch of the building Python and offers it as the imported target `torch_stable`.
+# Finds torch and offers it as the imported target `torch_stable`.
 #
-# Only the stable ABI is used, so headers and libtorch_cpu.so suffice. find_package(Torch) is avoided:
-# on CUDA builds of torch it demands a whole CUDA toolkit.
+# Only the stable ABI is used, so headers and libtorch_cpu.so suffice, of whatever Python's torch.
+# find_package(Torch) is avoided: on CUDA builds of torch it demands a whole CUDA toolkit.
+set(RISKMAP_TORCH_PYTHON "${Python_EXECUTABLE}" CACHE FILEPATH "The Python whose torch is built against")
 
 execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c
+  COMMAND "${RISKMAP_TORCH_PYTHON}" -c
     "import torch, os; print(os.path.dirname(torch.__file__)); print(torch.__version__); print(torch.version.cuda or 'none')"
   OUTPUT_VARIABLE torch_facts ERROR_VARIABLE torch_error RESULT_VARIABLE torch_result
   OUTPUT_STRIP_TRAILING_WHITESPACE)
 if(NOT torch_result EQUAL 0)
-  message(FATAL_ERROR "riskmap_ext: ${Python_EXECUTABLE} cannot import torch. Install torch >= 2.10 first, then build "
+  message(FATAL_ERROR "riskmap_ext: ${RISKMAP_TORCH_PYTHON} cannot import torch. Install torch >= 2.10 first, then build "
                       "with --no-build-isolation.\n${torch_error}")
 endif()
 string(REPLACE "\n" ";" torch_facts "${torch_facts}")

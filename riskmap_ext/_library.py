@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +13,6 @@ import torch
 
 _HERE = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-_CUDA_LIBRARY = "libriskmap_cuda"
 
 _no_cuda: str | None = None  # why the CUDA kernels are not there, once load() has looked
 _refusals: torch.library.Library | None = None
@@ -22,13 +23,12 @@ def _found() -> str:
     return f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), {python}"
 
 
-def _load(name: str) -> None:
-    path = _path(name)
+def _load(path: Path) -> None:
     if not path.exists():
         raise ImportError(
-            f"riskmap_ext: {path} is missing; build it with "
-            "`pip install --no-build-isolation .` from the source folder. "
-            f"Found: {_found()}."
+            f"riskmap_ext: {path} is missing. In the folder of the sources, build it with "
+            "`pip install --no-build-isolation -e .`; to import an installed riskmap_ext, start "
+            f"Python in another folder. Found: {_found()}."
         )
     try:
         torch.ops.load_library(str(path))
@@ -40,8 +40,44 @@ def _load(name: str) -> None:
         ) from error
 
 
-def _path(name: str) -> Path:
-    return _HERE / f"{name}{_SUFFIX}"
+def _cpu_library() -> Path:
+    return _HERE / f"libriskmap_cpu{_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """path: the CUDA kernels. toolkit, architectures: "13.0.88", "80 90", what they are built for.
+
+    version: of riskmap_ext, which they go with.
+    """
+
+    path: Path
+    toolkit: str
+    architectures: str
+    version: str
+
+
+def cuda_library() -> CudaLibrary | None:
+    """Built with this package, or the wheel riskmap-ext-cu12 or -cu13 for torch's CUDA, or None."""
+    name, facts = f"libriskmap_cuda{_SUFFIX}", build_facts() or {}
+    if (_HERE / name).exists():
+        toolkit, architectures = facts.get("cuda_toolkit"), facts.get("cuda_architectures")
+        known = (toolkit or "unknown", architectures or "")
+        return CudaLibrary(_HERE / name, *known, facts.get("version", "unknown"))
+    try:
+        wheel = importlib.import_module(_cuda_package())
+    except ModuleNotFoundError:
+        return None
+    path = Path(str(wheel.__file__)).parent / name
+    return CudaLibrary(path, wheel.TOOLKIT, wheel.ARCHITECTURES, wheel.VERSION)
+
+
+def _cuda_package() -> str:
+    return f"riskmap_ext_cu{_major(torch.version.cuda or 'none')}"
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
 
 
 def _load_cuda() -> str | None:
@@ -52,20 +88,21 @@ def _load_cuda() -> str | None:
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    facts = build_facts()
-    if not _path(_CUDA_LIBRARY).exists():
+    library, facts = cuda_library(), build_facts()
+    wheel = _cuda_package().replace("_", "-")
+    if library is None:
         reason = facts["cuda_reason"] if facts else "the module of build facts is missing"
-        return f"riskmap_ext was built without CUDA kernels ({reason})"
-    if facts is None:
-        return "the module of build facts is missing, so the CUDA version is unknown"
-    built = facts["cuda_toolkit"]
-    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{wheel} is not installed, and riskmap_ext was built without CUDA ({reason})"
+    if _major(library.toolkit) != _major(torch.version.cuda):
         return (
-            f"its CUDA kernels were built for CUDA {built}, and torch {torch.__version__} is for "
-            f"CUDA {torch.version.cuda}: the major versions must agree"
+            f"its CUDA kernels were built for CUDA {library.toolkit}, and torch "
+            f"{torch.__version__} is for CUDA {torch.version.cuda}: the major versions must agree"
         )
+    if facts is not None and facts["version"] != library.version:
+        version = facts["version"]
+        return f"{wheel} {library.version} is installed; this is riskmap_ext {version}"
     try:
-        _load(_CUDA_LIBRARY)
+        _load(library.path)
     except ImportError as error:
         return str(error)
     return None
@@ -80,7 +117,7 @@ def _refuse_cuda(reason: str) -> torch.library.Library:
             raise RuntimeError(
                 f"riskmap_ext.{name.strip('_')}: got CUDA tensors, but {reason}. "
                 "`python -m riskmap_ext.info` shows what is there; move the tensors to the CPU, "
-                "or build riskmap_ext with nvcc and --no-build-isolation beside this torch."
+                "or install CUDA kernels for this torch (docs/install.md)."
             )
 
         return refuse
@@ -131,7 +168,7 @@ def load() -> None:
     global _no_cuda, _refusals
     if not hasattr(torch.library, "register_autograd"):
         raise ImportError(f"riskmap_ext: needs torch >= 2.10. Found: {_found()}.")
-    _load("libriskmap_cpu")
+    _load(_cpu_library())
     try:
         torch.ops.riskmap_ext._cpu_capability()
     except ValueError as error:
@@ -141,10 +178,12 @@ def load() -> None:
         _refusals = _refuse_cuda(_no_cuda)
 
 
-def loaded_path(name: str) -> Path | None:
-    """Where the library lies, or None where it was not built."""
-    path = _path(name)
-    return path if path.exists() else None
-
-
-__all__ = ["build_facts", "built_for", "load", "loaded_path", "no_cuda_reason", "ops"]
+__all__ = [
+    "CudaLibrary",
+    "build_facts",
+    "built_for",
+    "cuda_library",
+    "load",
+    "no_cuda_reason",
+    "ops",
+]

@@ -27,19 +27,19 @@ def facts() -> dict[str, str]:
         "CPU instruction set": capability
         + (" (forced by RISKMAP_CPU_CAPABILITY)" if forced else " (best of this machine)"),
         "CPU threads": str(torch.get_num_threads()),
-        "CUDA": _cuda(built),
+        "CUDA": _cuda(),
         "installed in": os.path.dirname(riskmap_ext.__file__),
     }
 
 
-def _cuda(built: dict[str, str]) -> str:
-    reason = _library.no_cuda_reason()
-    architectures = built.get("cuda_architectures", "")
-    kernels = f"CUDA {built.get('cuda_toolkit')}, architectures {architectures}"
+def _cuda() -> str:
+    reason, library = _library.no_cuda_reason(), _library.cuda_library()
+    if library is None:
+        return f"no: {reason}"
+    kernels = f"CUDA {library.toolkit}, architectures {library.architectures}"
     if reason is not None:
-        library = _library.loaded_path("libriskmap_cuda")
-        return f"no: {reason}" + (f" (built: {kernels})" if library else "")
-    return kernels + "".join(f"; {gpu}" for gpu in _gpus(architectures))
+        return f"no: {reason} (built: {kernels})"
+    return kernels + "".join(f"; {gpu}" for gpu in _gpus(library.architectures))
 
 
 def _gpus(architectures: str) -> list[str]:
