@@ -81,26 +81,44 @@ def test_many_classes(tmp_path: Path) -> None:
         assert names["nnUNetTrainerManyClasses"].fused_head is True
 
 
-def _readme_code() -> list[str]:
-    text = README.read_text(encoding="utf-8")
+def _code(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def test_readme_many_classes() -> None:
-    from monai.networks.nets import BasicUNet
+def test_readme() -> None:
+    """Both of its blocks; the second with a source and a model that give logits."""
+    first, second = _code(README)
+    names: dict[str, Any] = {}
+    exec(first.replace("96", "9"), names)
+    assert names["logits"].grad.abs().sum() > 0
+    model = torch.nn.Conv3d(1, 3, 1)
+    data = [(torch.randn(1, 1, 5, 5, 5), torch.randint(3, (1, 5, 5, 5))) for _ in range(2)]
+    names |= {"source": torch.nn.Conv3d(1, 4, 1), "model": model, "train_set": data}
+    exec(second, names)
+    assert names["loss"].requires_grad
+    assert names["statistics"].score < 0
 
-    _, code, _ = _readme_code()
-    model = BasicUNet(in_channels=1, out_channels=20, features=(4, 4, 4, 4, 4, 4))
-    names = {"riskmap_ext": riskmap_ext, "model": model, "image": torch.randn(1, 1, 32, 32, 32)}
-    names["label"] = torch.randint(20, (1, 32, 32, 32))
-    exec(code, names)
-    assert model.final_conv.weight.grad.abs().sum() > 0
-    assert isinstance(model(names["image"]), riskmap_ext.nn.DeferredLogits)
+
+def test_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It runs, with fewer steps, draws the pictures it shows and prints the page's rows."""
+    pytest.importorskip("monai", reason="monai is not installed")
+    pytest.importorskip("nilearn", reason="nilearn is not installed")
+    monkeypatch.chdir(tmp_path)
+    tutorial = HOWTO.parent / "tutorial.md"
+    page, code = tutorial.read_text(encoding="utf-8"), "".join(_code(tutorial))
+    assert code.count("300, ") == 2
+    exec(code.replace("300, ", "10, "), {})
+    for picture in re.findall(r"\(pictures/(\w+\.png)\)", page):
+        assert (tmp_path / picture).stat().st_size > 5_000
+    row = re.compile(r"^((?:CE \+ Dice|prior).*?)  +[\d.]+ +[\d.]+ +[\d.]+$", re.MULTILINE)
+    assert row.findall(capsys.readouterr().out) == row.findall(page)
+    assert len(row.findall(page)) == 4
 
 
-def test_readme_weights() -> None:
-    """The README's boundary and class weights, on labels with a hole at an edge of the image."""
-    _, _, code = _readme_code()
+def test_own_weights() -> None:
+    """The page's boundary and class weights, on labels with a hole at an edge of the image."""
+    (code,) = _code(HOWTO.parent / "weights.md")
     label = torch.zeros(1, 6, 6, 6, dtype=torch.int64)
     label[:, :2] = 1
     label[:, :, 4:] = 2
