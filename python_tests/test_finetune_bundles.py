@@ -87,9 +87,8 @@ def test_a_bundle_says_everything(bundle: Path, inner: str) -> None:
         {**BUNDLE_NETWORK, "_target_": "monai.networks.nets.unet.UNet", "_mode_": "debug"},
         {**BUNDLE_NETWORK, "in_channels": "@images::0", "out_channels": "@classes"},
         {**BUNDLE_NETWORK, "channels": ["@images#1", 8], "_requires_": "$open('ran', 'w')"},
-        {"name": "UNet", "args": {k: v for k, v in BUNDLE_NETWORK.items() if k != "_target_"}},
     ],
-    ids=["module", "file", "references", "older references", "name and args"],
+    ids=["module", "file", "references", "older references"],
 )
 def test_layouts_of_the_network(bundle: Path, network: dict[str, Any]) -> None:
     rewrite(bundle, bundle_config(network_def=network, images=[1, 4], classes="@n", n=3))
