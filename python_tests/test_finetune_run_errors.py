@@ -100,13 +100,6 @@ def test_the_source_is_not_overwritten(root, source, tmp_path):
             {"network": {"name": "UNet", "args": {**NETWORK_2D["args"], "spatial_dims": "2"}}},
             "network.args.spatial_dims: expected 2 (slices) or 3 (volumes), got '2'",
         ),
-        (
-            {
-                "network": {"name": "UNet", "args": {**NETWORK_2D["args"], "norm": "BATCH"}},
-                "train": {"batch_size": 1, "patch_size": 2},
-            },
-            "train.batch_size: one crop of [2, 2] at a time is too little",
-        ),
         ({"device": "cuda:7"}, "device: cuda:7"),
         ({"source": {"checkpoint": "/none.pt"}}, "/none.pt"),
         ({"network": {**NETWORK_2D, "name": "UNett"}}, "network.name"),

@@ -1,8 +1,7 @@
-"""Networks of MONAI and nnU-Net by name, their output layer, and sliding-window inference."""
+"""Networks of MONAI and nnU-Net by name, their output layer, and a trial on a blank patch."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +15,21 @@ from riskmap_ext._arguments import near_names
 from riskmap_ext._head import WORTH_FUSING, known_network
 from riskmap_ext.finetune.base.errors import ConfigError, one_line
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
-from riskmap_ext.finetune.source.nnunet_networks import NAMES, nnunet_args, nnunet_class
 from riskmap_ext.nn import DeferredLogits, fuse_head
 
 IN_ARGUMENTS = ("in_channels", "input_channels")
 OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
+# Of nnU-Net's package dynamic_network_architectures; their layers are named by text.
+NNUNET_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
+_LAYERS = {
+    "conv_op": ("Conv2d", "Conv3d"),
+    "norm_op": ("InstanceNorm2d", "InstanceNorm3d", "BatchNorm2d", "BatchNorm3d"),
+    "dropout_op": ("Dropout2d", "Dropout3d"),
+    "nonlin": ("LeakyReLU", "ReLU", "PReLU", "ELU", "GELU", "SiLU", "Mish"),
+    "block": ("BasicBlockD", "BottleneckD"),
+}
+_BLOCKS = "dynamic_network_architectures.building_blocks.residual."
 
 
 def monai_class(name: str) -> type[nn.Module] | None:
@@ -31,11 +39,43 @@ def monai_class(name: str) -> type[nn.Module] | None:
 
 def network_class(name: str) -> type[nn.Module]:
     """Raises: ConfigError with near names, or the package that is missing."""
-    found = nnunet_class(name) if name in NAMES else monai_class(name)
+    if name in NNUNET_NETWORKS:
+        try:
+            from dynamic_network_architectures.architectures import unet
+        except ImportError as error:
+            raise ConfigError(
+                f"network.name: {name} needs the package dynamic_network_architectures ({error}); "
+                "install it with: pip install dynamic-network-architectures"
+            ) from None
+        return getattr(unet, name)
+    found = monai_class(name)
     if found is None:
-        hint = near_names(name, [*NAMES, *filter(monai_class, dir(nets))], 3)
+        hint = near_names(name, [*NNUNET_NETWORKS, *filter(monai_class, dir(nets))], 3)
         raise ConfigError(f"network.name: {name!r} is no class of monai.networks.nets{hint}")
     return found
+
+
+def _nnunet_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """With classes in the place of their names.
+
+    Raises: ConfigError for a name that is not in the list: nothing else is imported.
+    """
+    from dynamic_network_architectures.building_blocks import residual
+
+    made = dict(args)
+    for argument, known in _LAYERS.items():
+        value = made.get(argument)
+        if value is None and argument != "conv_op":
+            continue
+        # torch.nn.modules.conv.Conv3d, torch.nn.Conv3d or Conv3d.
+        package, _, name = str(value).rpartition(".")
+        if name not in known or not f"{package}.".startswith(("torch.nn.", _BLOCKS, ".")):
+            got = "nothing" if value is None else repr(value)
+            raise ConfigError(
+                f"network.args.{argument}: expected one of {', '.join(known)}, got {got}"
+            )
+        made[argument] = getattr(residual if argument == "block" else nn, name)
+    return made
 
 
 def _parameters(network: NetworkConfig) -> Mapping[str, inspect.Parameter]:
@@ -45,8 +85,8 @@ def _parameters(network: NetworkConfig) -> Mapping[str, inspect.Parameter]:
 def spatial_dims(network: NetworkConfig) -> int:
     """2 or 3: whether the network sees slices or volumes. Raises: ConfigError."""
     parameter = _parameters(network).get("spatial_dims")
-    if network.name in NAMES:
-        return 2 if nnunet_args(network.args)["conv_op"] is nn.Conv2d else 3
+    if network.name in NNUNET_NETWORKS:
+        return 2 if _nnunet_args(network.args)["conv_op"] is nn.Conv2d else 3
     dims = network.args.get("spatial_dims", parameter.default if parameter else 3)
     if type(dims) is not int or dims not in (2, 3):
         got = "nothing" if dims is inspect.Parameter.empty else repr(dims)
@@ -99,15 +139,15 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
     if unknown:
         hint = near_names(unknown[0], parameters)
         raise ConfigError(f"network.args: {network.name} takes no {', '.join(unknown)}{hint}")
-    of_nnunet = network.name in NAMES
-    made = nnunet_args(args) if of_nnunet else args
+    of_nnunet = network.name in NNUNET_NETWORKS
+    made = _nnunet_args(args) if of_nnunet else args
     try:
         built = cls(**made)
         if of_nnunet:
             built.apply(getattr(cls, "initialize"))  # noqa: B009  (a static method there)
     except Exception as error:  # each network checks its own arguments in its own way
-        told = f"{network.name} refuses {args}: {one_line(error)}"
-        raise ConfigError(f"network.args: {told}") from None
+        told = f"network.args: {network.name} refuses {args}: {one_line(error)}"
+        raise ConfigError(told) from None
     return built
 
 
@@ -153,25 +193,6 @@ def check_forward(
             f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
             f"{shape}, expected {[1, num_outputs, *size]}; {takes}"
         )
-
-
-def check_single_crops(network: nn.Module, size: Sequence[int], channels: int) -> None:
-    """Tries one crop by itself in training: batch normalization needs more than one value.
-
-    Raises: ConfigError.
-    """
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
-        return
-    tried = copy.deepcopy(network).train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            tried(blank_image(network, size, channels))
-    except ValueError as error:
-        raise ConfigError(
-            f"train.batch_size: one crop of {list(size)} at a time is too little for the batch "
-            f"normalization of {type(network).__name__} ({error}); use two or more, for each "
-            "process of torchrun, or larger crops"
-        ) from None
 
 
 def blank_image(network: nn.Module, size: Sequence[int], channels: int) -> Tensor:

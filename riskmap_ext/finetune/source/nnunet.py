@@ -26,7 +26,7 @@ from riskmap_ext.finetune.source.file import (
     given_structures,
     stored_orientation,
 )
-from riskmap_ext.finetune.source.nnunet_networks import NAMES
+from riskmap_ext.finetune.source.network import NNUNET_NETWORKS
 
 _PACKAGE = "dynamic_network_architectures."
 _REORIENTS = "NibabelIOWithReorient"
@@ -57,8 +57,8 @@ class _Architecture(TypedDict):
 
     network_class_name: Annotated[
         str,
-        Field(pattern=rf"^{_PACKAGE}([\w.]+\.)?({'|'.join(NAMES)})$"),
-        expected(f"one of {', '.join(NAMES)} of {_PACKAGE[:-1]}"),
+        Field(pattern=rf"^{_PACKAGE}([\w.]+\.)?({'|'.join(NNUNET_NETWORKS)})$"),
+        expected(f"one of {', '.join(NNUNET_NETWORKS)} of {_PACKAGE[:-1]}"),
     ]
     arch_kwargs: Annotated[
         dict[str, Any], AfterValidator(lambda args: to_jsonable_python(args, fallback=repr))

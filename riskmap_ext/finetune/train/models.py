@@ -22,7 +22,6 @@ from riskmap_ext.finetune.source.network import (
     blank_image,
     build_network,
     check_forward,
-    check_single_crops,
     fused_heads,
     head_keys,
     patch_size,
@@ -75,9 +74,6 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
     network = build_network(wanted, outputs, len(channels)).to(device)
     orient(network, wanted.orientation, config.data.slice_axis, dims)
     check_forward(network, patch, outputs, len(channels), "train.patch_size")
-    # GPUs normalize over the batch of all processes.
-    if config.train.batch_size // (1 if device.type == "cuda" else session.processes.size) == 1:
-        check_single_crops(network, patch, len(channels))
     predictor = Predictor(network, dims, patch, config.inference, geometry=config.data.geometry)
     check_forward(network, predictor.patch, outputs, len(channels), "inference.patch_size")
     patch_it_sees = patch
