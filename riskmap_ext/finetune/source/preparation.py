@@ -17,7 +17,6 @@ PREPARATION = (
     *("spacing", "geometry", "crop", "normalize", "window", "mean_std", "image_foreground"),
     "slice_axis",
 )
-_SUFFERS = "its logits and the maps may suffer"
 
 
 def preparation(
@@ -30,19 +29,14 @@ def preparation(
 
 def own_preparation(source: SourceModel) -> tuple[dict[str, Any], list[str]]:
     """What the source's file says, as keys of `data`, and what of it `data` has no word for."""
-    known: dict[str, Any] = {}
-    unknown = []
-    for key in PREPARATION:
-        if key not in source.preprocessing:
-            continue
-        value = source.preprocessing[key]
-        try:
-            DataConfig.model_validate({"root": ".", key: value})
-        except ValidationError:
-            unknown.append(f"with {value}")
-        else:
-            known[key] = value
-    return known, unknown
+    told = {key: source.preprocessing[key] for key in PREPARATION if key in source.preprocessing}
+    unknown = set()
+    try:
+        DataConfig.model_validate({"root": ".", **told})
+    except ValidationError as error:
+        unknown = {each["loc"][0] for each in error.errors()}
+    known = {key: value for key, value in told.items() if key not in unknown}
+    return known, [f"with {value}" for key, value in told.items() if key in unknown]
 
 
 def prepared_as_source(config: Config, source: SourceModel | None) -> Config:
@@ -53,21 +47,16 @@ def prepared_as_source(config: Config, source: SourceModel | None) -> Config:
     if source is None or config.source is None:
         return config
     known, _ = own_preparation(source)
-    axis = config.data.slice_axis
-    if "slice_axis" not in config.data.model_fields_set:
-        axis = known.get("slice_axis", axis)
     taken = {
         key: value
         for key, value in known.items()
         if key not in config.data.model_fields_set
         and not (config.source.channels and _of_channels(value))
     }
-    if taken.get("spacing") is not None:
-        taken["spacing"] = _in_order(source, taken["spacing"], axis)
-    data = DataConfig.model_construct(
-        config.data.model_fields_set | taken.keys(), **dict(config.data) | taken
-    )
-    return config.model_copy(update={"data": data})
+    if "spacing" in taken:
+        axis = taken.get("slice_axis", config.data.slice_axis)
+        taken["spacing"] = in_prepared_order(source, taken["spacing"], axis)
+    return config.model_copy(update={"data": config.data.model_copy(update=taken)})
 
 
 def _of_channels(value: Any) -> bool:
@@ -81,36 +70,31 @@ def preparation_warnings(
 
     spacings: voxel sizes of the prepared training cases, in mm.
     """
-    warnings = list(source.notes)
-    mine = preparation(config, [])
     theirs, unknown = own_preparation(source)
-    warnings += [
+    suffers = "its logits and the maps may suffer"
+    warnings = [
         f"the images of the source's training were prepared {each}, for which data has no word; "
-        + _SUFFERS
+        + suffers
         for each in unknown
     ]
-    passed = {"spacing"} if mine["normalize"] != "none" else {"spacing", "image_foreground"}
     for key, value in theirs.items():
-        if key not in passed and mine[key] != value:
+        mine = getattr(config.data, key)
+        same = value == mine
+        if key == "spacing":
+            value = in_prepared_order(source, value, config.data.slice_axis)
+            same = _same_spacing(value, mine, spacings)
+        elif key == "image_foreground":
+            # The network has it from the scaling of intensities alone.
+            same |= config.data.normalize == "none"
+        if not same:
             warnings.append(
-                f"the source was trained with data.{key}={value}, this run has {mine[key]}; "
-                + _SUFFERS
+                f"the source was trained with data.{key}={value}, this run has {mine}; {suffers}"
             )
-    spacing = in_prepared_order(source, theirs.get("spacing"), config)
-    if "spacing" in theirs and not _same_spacing(spacing, config, spacings):
-        warnings.append(
-            f"the source was trained with data.spacing={spacing}, this run has "
-            f"{mine['spacing']}; {_SUFFERS}"
-        )
-    return warnings
+    return source.notes + warnings
 
 
-def in_prepared_order(source: SourceModel, values: Any, config: Config) -> Any:
-    """Sizes of a volume's axes in this run's order; a network without an order takes any."""
-    return _in_order(source, values, config.data.slice_axis)
-
-
-def _in_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
+def in_prepared_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
+    """Sizes of a volume's axes in a run's order; a network without an order takes any."""
     if source.config.orientation is None or values is None or len(values) != 3:
         return values
     theirs = source.preprocessing.get("slice_axis", "axial")
@@ -118,10 +102,11 @@ def _in_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
 
 
 def _same_spacing(
-    theirs: list[float | None] | None, config: Config, spacings: Sequence[Sequence[float]]
+    theirs: list[float | None] | None,
+    mine: list[float | None] | None,
+    spacings: Sequence[Sequence[float]],
 ) -> bool:
     """Up to 1 %. Voxels as they are in the files count where nothing is resampled to."""
-    mine = config.data.spacing
     if theirs is None:
         return mine is None
     return all(

@@ -141,7 +141,9 @@ def predictor_of_source(
     seen = _source_channels(config.source.channels, source, channels)
     dims = spatial_dims(source.config)
     # The source sees windows of the size it was trained with.
-    patch = in_prepared_order(source, source.preprocessing.get("patch_size"), config)
+    patch = in_prepared_order(
+        source, source.preprocessing.get("patch_size"), config.data.slice_axis
+    )
     network = source.network.to(device)
     orient(network, source.config.orientation, config.data.slice_axis, dims)
     predictor = Predictor(
