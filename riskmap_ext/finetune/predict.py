@@ -6,23 +6,21 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, Problems
 from riskmap_ext.finetune.base.files import check_there, stem
 from riskmap_ext.finetune.base.log import Log
-from riskmap_ext.finetune.base.orientation import orient
-from riskmap_ext.finetune.config.schema import DataConfig, InferenceConfig, SourceConfig
+from riskmap_ext.finetune.config.schema import Config, DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.source.network import check_forward, spatial_dims
-from riskmap_ext.finetune.source.predictor import Predictor, predict, write_segmentation
+from riskmap_ext.finetune.source.predictor import predict, write_segmentation
 from riskmap_ext.finetune.source.preparation import PREPARATION, own_preparation
+from riskmap_ext.finetune.train.models import predictor_of_source
 
 
 def predict_images(
@@ -75,8 +73,15 @@ def predict_images(
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:
         files = {name: paths for name, paths in files.items() if not targets[name].exists()}
-    data = _agreed(models)
-    predictors = [_predictor(each, data, inference or InferenceConfig(), where) for each in models]
+    inference = inference or InferenceConfig()
+    for each in models:
+        if not (inference.patch_size or each.preprocessing.get("patch_size")):
+            raise ConfigError(
+                f"{each.path}: does not say with which patches it was trained; give --patch-size"
+            )
+    source = SourceConfig(checkpoint=model.path)
+    config = Config(output=output, data=_agreed(models), source=source, inference=inference)
+    predictors = [predictor_of_source(config, each, model.channels, where) for each in models]
     for note in dict.fromkeys(note for each in models for note in each.notes):
         log.warn(note)
     many = f", the mean of {len(models)} models" if len(models) > 1 else ""
@@ -89,7 +94,7 @@ def predict_images(
     with log.counting("Predicting", len(files), "images") as advance:
         for name, paths in files.items():
             with problems.collected():
-                case = read_image(paths, name, data, channels)
+                case = read_image(paths, name, config.data, channels)
                 segmentation = predict(predictors, case, model.structures, full=True)
                 write_segmentation(targets[name], case, segmentation, model.structures)
                 written.append(targets[name])
@@ -138,12 +143,12 @@ def _files(
     by_name: dict[str, dict[str, Path]] = {}
     check_there(("--image", images))
     for given in images:
-        paths = [given]
+        paths: list[Path] = []
         with problems.collected():
-            paths = volumes_in(given) if given.is_dir() else paths
+            paths = volumes_in(given) if given.is_dir() else [given]
         for path in paths:
-            fitting = [s for s in suffixes if stem(path).endswith(s)]
             # Of _T1w and _ce_T1w the longer one, where both fit.
+            fitting = [suffix for suffix in suffixes if stem(path).endswith(suffix)]
             suffix = max(fitting, key=len, default=None)
             if suffix is None:
                 # In a folder it is another contrast.
@@ -153,18 +158,15 @@ def _files(
             case = by_name.setdefault(stem(path).removesuffix(suffix), {})
             if suffix in case:
                 problems.append(f"{path}: has the same name as {case[suffix]}")
-            else:
-                case[suffix] = path
+            case[suffix] = path
     cases: dict[str, tuple[Path, ...]] = {}
     for name, case in by_name.items():
-        if missing := [suffix for suffix in suffixes if suffix not in case]:
-            problems.append(f"{name}: no image {', '.join(name + suffix for suffix in missing)}")
-        else:
-            cases[name] = tuple(case[suffix] for suffix in suffixes)
-    for files in cases.values():
-        for path in files:
+        if missing := [name + suffix for suffix in suffixes if suffix not in case]:
+            problems.append(f"{name}: no image {', '.join(missing)}")
+        cases[name] = tuple(case[suffix] for suffix in suffixes if suffix in case)
+        for path in cases[name]:
             with problems.collected():
-                read_header(path, len(channels) if len(files) == 1 else 1)
+                read_header(path, len(channels) if len(suffixes) == 1 else 1)
     problems.tell()
     if not cases:
         raise DataError("--image: expected at least one image, got none")
@@ -186,31 +188,13 @@ def _check_targets(
         )
 
 
-def _predictor(
-    model: SourceModel, data: DataConfig, inference: InferenceConfig, device: torch.device
-) -> Predictor:
-    dims = spatial_dims(model.config)
-    patch = inference.patch_size or model.preprocessing.get("patch_size")
-    if patch is None:
-        raise ConfigError(
-            f"{model.path}: does not say with which patches it was trained; give --patch-size"
-        )
-    orient(model.network, model.config.orientation, data.slice_axis, dims)
-    predictor = Predictor(model.network.to(device), dims, patch, inference, geometry=data.geometry)
-    outputs, channels = model.structures.num_outputs, len(model.channels)
-    check_forward(model.network, predictor.patch, outputs, channels, "--patch-size")
-    return predictor
-
-
 def _agreed(models: Sequence[SourceModel]) -> DataConfig:
     """How all models' images are prepared. Raises: CheckpointError naming what differs."""
     prepared = [_preparation(model) for model in models]
     facts = [
-        {
-            **vars(model.structures),
-            "channels": model.channels,
-            **data.model_dump(include=set(PREPARATION)),
-        }
+        vars(model.structures)
+        | {"channels": model.channels}
+        | data.model_dump(include=set(PREPARATION))
         for model, data in zip(models, prepared, strict=True)
     ]
     problems = [

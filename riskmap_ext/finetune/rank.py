@@ -65,28 +65,27 @@ def rank_sources(
     shared = config.source or SourceConfig(checkpoint=paths[0])
     config = config.model_copy(update={"source": shared})
     with session(config, progress=progress) as run:
-        sources = [load_source(shared.model_copy(update={"checkpoint": path})) for path in paths]
-        runs = [run] * len(sources)
-        if cases is None:
-            runs = [replace(run, config=prepared_as_source(config, each)) for each in sources]
         listing = list_cases(config.data) if cases is None else cases.listing
-        predictors = [
-            predictor_of_source(own.config, source, listing.channels, run.device)
-            for own, source in zip(runs, sources, strict=True)
-        ]
+        studies = []
+        for path in paths:
+            source = load_source(shared.model_copy(update={"checkpoint": path}))
+            prepared = prepared_as_source(config, source) if cases is None else config
+            own = replace(run, config=prepared)
+            predictor = predictor_of_source(own.config, source, listing.channels, run.device)
+            studies.append((own, source, predictor))
         for note in listing.notes:
             run.log.warn(note)
         ranked = []
-        with run.log.counting("Source models", 2 * len(listing.train) * len(sources)) as advance:
-            for own, source, predictor in zip(runs, sources, predictors, strict=True):
+        with run.log.counting("Source models", 2 * len(listing.train) * len(paths)) as advance:
+            for own, source, predictor in studies:
                 if cases is None or cases.data != own.config.data:
                     cases = prepare_cases(own.config, listing=listing)
                 for warning in preparation_warnings(own.config, source, cases.spacings):
                     run.log.warn(warning)
+                # The logits that it keeps for maps go with it.
                 mapper = SourceMapper(own, source, predictor, len(cases.classes), advance)
-                statistics = mapper.statistics(cases.train)
-                mapper.forget_logits()
-                ranked.append(_ranked(source, statistics))
+                ranked.append(_ranked(source, mapper.statistics(cases.train)))
+                del mapper
     ranked.sort(key=lambda each: each.leep, reverse=True)
     run.log.table(_table(ranked, len(listing.train)))
     for each in ranked:

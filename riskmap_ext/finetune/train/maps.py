@@ -144,10 +144,6 @@ class SourceMapper:
         group.on_main(lambda: write_checkpoint(path, statistics.state_dict()))
         return statistics
 
-    def forget_logits(self) -> None:
-        """Of a mapper that is to make no maps."""
-        self._logits.clear()
-
     def _study(self, train: Sequence[Case]) -> str:
         return digest(self._settings, [case.digest for case in train])
 
