@@ -47,7 +47,6 @@ def rank_sources(
     config: Config,
     checkpoints: Sequence[str | os.PathLike[str]],
     *,
-    cases: Cases | None = None,
     progress: bool = True,
 ) -> list[RankedSource]:
     """LEEP of each source on the training cases of `config`, the best first.
@@ -65,16 +64,16 @@ def rank_sources(
     shared = config.source or SourceConfig(checkpoint=paths[0])
     config = config.model_copy(update={"source": shared})
     with session(config, progress=progress) as run:
-        listing = list_cases(config.data) if cases is None else cases.listing
+        listing = list_cases(config.data)
         studies = []
         for path in paths:
             source = load_source(shared.model_copy(update={"checkpoint": path}))
-            prepared = prepared_as_source(config, source) if cases is None else config
-            own = replace(run, config=prepared)
+            own = replace(run, config=prepared_as_source(config, source))
             predictor = predictor_of_source(own.config, source, listing.channels, run.device)
             studies.append((own, source, predictor))
         for note in listing.notes:
             run.log.warn(note)
+        cases: Cases | None = None
         ranked = []
         with run.log.counting("Source models", 2 * len(listing.train) * len(paths)) as advance:
             for own, source, predictor in studies:

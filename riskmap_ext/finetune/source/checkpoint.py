@@ -48,11 +48,9 @@ class KeyReport:
     skipped: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        parts = [f"{len(self.loaded)} keys loaded"]
-        for name, keys in list(vars(self).items())[1:]:
-            if keys:
-                parts.append(f"{len(keys)} {name} ({some(keys, 4)})")
-        return "; ".join(parts)
+        others = {name: keys for name, keys in vars(self).items() if keys and name != "loaded"}
+        told = (f"{len(keys)} {name} ({some(keys, 4)})" for name, keys in others.items())
+        return "; ".join([f"{len(self.loaded)} keys loaded", *told])
 
 
 def save_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -102,13 +101,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if start.startswith((b"PK", b"\x80")):
         if "TorchScript" in str(error):
             return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             return (
-                "holds objects other than tensors and plain types"
-                + (f" (such as {found[1]})" if found else "")
-                + ", and is not loaded, since that would run its code; save the model's "
-                "state_dict() alone"
+                f"holds objects other than tensors and plain types (such as {found[1]}), and is "
+                "not loaded, since that would run its code; save the model's state_dict() alone"
             )
         what = "is damaged or incomplete, or an archive to be unpacked"
     elif path.name.lower().endswith((*IMAGE_ENDINGS, ".img")):
@@ -129,8 +125,7 @@ def state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     else:
         expected = f"a state dict, or one under {', '.join(_STATE_KEYS)}"
         raise CheckpointError(f"{path}: no weights in it; expected {expected}")
-    floating = {key: value for key, value in state.items() if value.is_floating_point()}
-    bad = [key for key, value in floating.items() if not value.isfinite().all()]
+    bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise CheckpointError(
             f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors "
@@ -152,10 +147,10 @@ def without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[
 
 def given_structures(source: SourceConfig) -> Structures | None:
     """`source.classes`, names or how many, where it is given."""
-    given = source.classes
-    if given is None:
-        return None
-    return Structures(numbered("class", given) if isinstance(given, int) else given)
+    names = source.classes
+    if isinstance(names, int):
+        names = numbered("class", names)
+    return None if names is None else Structures(names)
 
 
 def numbered(what: str, count: int) -> list[str]:

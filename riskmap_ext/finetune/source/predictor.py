@@ -94,11 +94,8 @@ def _even_windows(
         _starts(have, wanted, overlap if axis < dims else 0)
         for axis, (have, wanted) in enumerate(zip(image.shape[1:], patch, strict=True))
     ]
-    boxes = [
-        (
-            slice(None),
-            *(slice(start, start + each) for start, each in zip(starts, patch, strict=True)),
-        )
+    boxes: list[tuple[Any, ...]] = [
+        (..., *(slice(start, start + each) for start, each in zip(starts, patch, strict=True)))
         for starts in itertools.product(*steps)
     ]
     weight = _window_weight(tuple(patch)).to(image.device)
@@ -112,10 +109,10 @@ def _even_windows(
             sums = logits.new_zeros((logits.shape[1], *image.shape[1:]))
         for box, each in zip(group, logits, strict=True):
             sums[box] += each * weight
-            weights[box[1:]] += weight
+            weights[box] += weight
     assert sums is not None
-    inner = [slice(each // 2, each // 2 + n) for each, n in zip(missing, size, strict=True)]
-    return (sums / weights)[(None, slice(None), *inner)]
+    inner = (slice(each // 2, each // 2 + n) for each, n in zip(missing, size, strict=True))
+    return (sums / weights)[(None, ..., *inner)]
 
 
 @functools.lru_cache(maxsize=2)
