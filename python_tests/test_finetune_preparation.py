@@ -19,7 +19,7 @@ from riskmap_ext.finetune.config.schema import DataConfig
 from riskmap_ext.finetune.data.intensity import crop_mask, image_foreground, normalized
 from riskmap_ext.finetune.data.prepare import Case, read_image
 from riskmap_ext.finetune.data.resample import resample_as_nnunet, resized_as_nnunet
-from riskmap_ext.finetune.source.preparation import prepared_as_source
+from riskmap_ext.finetune.source.model import prepared_as_source
 
 IMAGE = np.random.default_rng(0).normal(50, 300, (2, 6, 7, 5)).astype(np.float32)
 

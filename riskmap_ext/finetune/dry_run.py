@@ -22,7 +22,7 @@ from riskmap_ext.finetune.data.splits import Split, not_validated
 from riskmap_ext.finetune.data.volumes import grid_problems, read_header
 from riskmap_ext.finetune.folder.workspace import check_same_run
 from riskmap_ext.finetune.source.checkpoint import KeyReport
-from riskmap_ext.finetune.source.preparation import preparation_warnings
+from riskmap_ext.finetune.source.model import preparation_warnings
 from riskmap_ext.finetune.train.cross_validation import check_folds
 from riskmap_ext.finetune.train.plan import (
     Outline,

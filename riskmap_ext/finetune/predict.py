@@ -17,9 +17,9 @@ from riskmap_ext.finetune.data.datalist import volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
-from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
+from riskmap_ext.finetune.source.checkpoint import load_source
+from riskmap_ext.finetune.source.model import PREPARATION, SourceModel, own_preparation
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import PREPARATION, own_preparation
 from riskmap_ext.finetune.train.models import predictor_of_source
 
 

@@ -18,8 +18,12 @@ from riskmap_ext.finetune.config.schema import Config, SourceConfig
 from riskmap_ext.finetune.data.datalist import list_cases
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
 from riskmap_ext.finetune.folder.workspace import check_folder
-from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
-from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
+from riskmap_ext.finetune.source.checkpoint import load_source
+from riskmap_ext.finetune.source.model import (
+    SourceModel,
+    preparation_warnings,
+    prepared_as_source,
+)
 from riskmap_ext.finetune.train.maps import SourceMapper
 from riskmap_ext.finetune.train.models import predictor_of_source
 from riskmap_ext.finetune.train.session import session

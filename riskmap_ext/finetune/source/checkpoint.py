@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from riskmap_ext._checkpoints import load_plain
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import CheckpointError, one_line
-from riskmap_ext.finetune.base.files import write_checkpoint
+from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, write_checkpoint
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig, SourceConfig
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
-from riskmap_ext.finetune.source.file import (
+from riskmap_ext.finetune.source.model import (
     SourceModel,
     checked,
     given_structures,
     numbered,
     placed,
-    read_checkpoint,
-    state_dict_in,
-    without_wrappers,
 )
 from riskmap_ext.finetune.source.monai_bundle import bundle_root, bundle_source
 from riskmap_ext.finetune.source.network import build_network, head_keys, without_channels
 from riskmap_ext.finetune.source.nnunet import nnunet_source
 
 FORMAT = "riskmap_ext.checkpoint.1"
+# Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
+_STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
 
 
 @dataclass
@@ -94,12 +97,12 @@ def load_source(source: SourceConfig) -> SourceModel:
     path = source.checkpoint
     root = bundle_root(path)
     weights = path / "models" / "model.pt" if path == root else path
-    content = read_checkpoint(weights)
+    content = _read_checkpoint(weights)
     if content.get("format") == RESUME_FORMAT:
         raise CheckpointError(
             f"{path}: is what --resume goes on from; take last.pt or best.pt beside it"
         )
-    state = state_dict_in(weights, content)
+    state = _state_dict_in(weights, content)
     own = content if content.get("format") == FORMAT else {}
     foreign = not own and source.network is None
     if foreign and "network_weights" in content:
@@ -123,10 +126,86 @@ def load_source(source: SourceConfig) -> SourceModel:
     return found
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises: CheckpointError with what the file is instead."""
+    if not path.is_file():
+        there = sorted(each.name for each in path.parent.glob("*"))
+        why = f"no such checkpoint; its folder holds {some(there) or 'nothing'}"
+        if path.is_dir():
+            why = "is a folder; expected a checkpoint file, or a MONAI bundle's folder"
+        if folds := sorted((*path.glob("fold_*/last.pt"), *path.glob("fold_*/*.pth"))):
+            why = f"is a folder of folds; take a checkpoint of one, such as {folds[-1]}"
+        raise CheckpointError(f"{path}: {why} (source.checkpoint)")
+    try:
+        with warnings.catch_warnings():
+            # torch warns of archives that are refused below.
+            warnings.simplefilter("ignore")
+            content = load_plain(path)
+    except Exception as error:  # zip, pickle and torch errors of every kind
+        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What the file is instead of a checkpoint. torch's own text advises to run the file's code."""
+    # A cut archive makes torch seek to places before its start, which is EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return f"cannot be read ({error.strerror})"
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith((b"PK", b"\x80")):
+        if "TorchScript" in str(error):
+            return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            return (
+                f"holds objects other than tensors and plain types (such as {found[1]}), and is "
+                "not loaded, since that would run its code; save the model's state_dict() alone"
+            )
+        what = "is damaged or incomplete, or an archive to be unpacked"
+    elif path.name.lower().endswith((*IMAGE_ENDINGS, ".img")):
+        what = "is an image"
+    else:
+        try:
+            what = "is a text file" if start.decode("utf-8") else "is empty"
+        except UnicodeDecodeError:
+            what = "is of an unknown kind"
+    return f"{what}; expected a torch checkpoint (source.checkpoint)"
+
+
+def _state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, all of them finite. Raises: CheckpointError."""
+    for state in (*(content.get(key) for key in _STATE_KEYS), content):
+        if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+            break
+    else:
+        expected = f"a state dict, or one under {', '.join(_STATE_KEYS)}"
+        raise CheckpointError(f"{path}: no weights in it; expected {expected}")
+    bad = [key for key, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors "
+            f"({some(bad, 3)}); its training has failed, choose another checkpoint"
+        )
+    return state
+
+
+def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Keys without the prefixes of DataParallel, torch.compile or a surrounding module."""
+    found = state
+    while not set(found) & set(wanted):
+        heads = {key.partition(".")[0] for key in found}
+        if len(heads) > 1 or heads == set(found):
+            return state
+        found = {key.partition(".")[2]: value for key, value in found.items()}
+    return found
+
+
 def _load(found: SourceModel, state: dict[str, Tensor]) -> None:
     """Raises: CheckpointError saying which network the file is of, as far as it tells."""
     known = found.network.state_dict().keys()
-    state = without_wrappers(state, known)
+    state = _without_wrappers(state, known)
     try:
         found.network.load_state_dict(state)
     except RuntimeError as error:

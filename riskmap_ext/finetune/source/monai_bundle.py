@@ -18,7 +18,7 @@ from riskmap_ext.finetune.base.orientation import PREPARED, arranged, check_orie
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
-from riskmap_ext.finetune.source.file import (
+from riskmap_ext.finetune.source.model import (
     SourceModel,
     given_structures,
     numbered,

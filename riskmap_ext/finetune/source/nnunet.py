@@ -20,7 +20,7 @@ from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
 from riskmap_ext.finetune.config.types import Positive, PositiveInt, expected
 from riskmap_ext.finetune.data.dataset_json import dataset_channels, dataset_labels
-from riskmap_ext.finetune.source.file import (
+from riskmap_ext.finetune.source.model import (
     SourceModel,
     checked,
     given_structures,

@@ -32,8 +32,8 @@ from riskmap_ext.finetune.metrics.dice import (
 from riskmap_ext.finetune.pictures.figures import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
+from riskmap_ext.finetune.source.model import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.source.predictor import predict, write_segmentation
-from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.loop import Callback, Trainer
 from riskmap_ext.finetune.train.maps import SourceMaps, map_cases
 from riskmap_ext.finetune.train.models import predictor_of_source

@@ -22,8 +22,8 @@ from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE, RESUME_FILE, R
 from riskmap_ext.finetune.metrics.dice import dice_per_structure, structure_means
 from riskmap_ext.finetune.pictures.slices import segmentation_picture
 from riskmap_ext.finetune.source.checkpoint import save_checkpoint
+from riskmap_ext.finetune.source.model import preparation
 from riskmap_ext.finetune.source.predictor import predict
-from riskmap_ext.finetune.source.preparation import preparation
 from riskmap_ext.finetune.train.plan import Plan
 from riskmap_ext.finetune.train.step import Stepper
 
@@ -230,7 +230,7 @@ class Trainer:
                 plan.models.config,
                 plan.cases.structures,
                 plan.cases.channels,
-                preparation(plan.config, plan.models.patch, plan.cases.listing.image_suffix),
+                preparation(plan.config.data, plan.models.patch, plan.cases.listing.image_suffix),
                 {"step": step, "mean_dice": dice},
             )
         cuda = plan.device.type == "cuda"

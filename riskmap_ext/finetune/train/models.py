@@ -18,6 +18,7 @@ from riskmap_ext.finetune.source.checkpoint import (
     SourceModel,
     start_from_source,
 )
+from riskmap_ext.finetune.source.model import in_prepared_order
 from riskmap_ext.finetune.source.network import (
     blank_image,
     build_network,
@@ -29,7 +30,6 @@ from riskmap_ext.finetune.source.network import (
     without_channels,
 )
 from riskmap_ext.finetune.source.predictor import Predictor
-from riskmap_ext.finetune.source.preparation import in_prepared_order
 from riskmap_ext.finetune.train.session import Session
 
 

@@ -22,7 +22,7 @@ from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
 from riskmap_ext.finetune.source.checkpoint import SourceModel, source_of
-from riskmap_ext.finetune.source.preparation import preparation_warnings, prepared_as_source
+from riskmap_ext.finetune.source.model import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.finetune.train.models import Models, build_models, network_and_patch
 from riskmap_ext.finetune.train.session import Session

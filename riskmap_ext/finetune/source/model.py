@@ -1,17 +1,24 @@
-"""How images were prepared: what a checkpoint says of it, and a run that prepares its own so."""
+"""What a source model is: its network, its structures, and how its images were prepared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from torch import nn
 
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged
-from riskmap_ext.finetune.config.schema import Config, DataConfig
-from riskmap_ext.finetune.source.checkpoint import SourceModel
+from riskmap_ext.finetune.base.structures import Structures
+from riskmap_ext.finetune.config.load import problems_of
+from riskmap_ext.finetune.config.schema import Config, DataConfig, NetworkConfig, SourceConfig
 
+Section = TypeVar("Section", bound=BaseModel)
 # Keys of data that a checkpoint keeps.
 PREPARATION = (
     *("spacing", "geometry", "crop", "normalize", "window", "mean_std", "image_foreground"),
@@ -19,12 +26,72 @@ PREPARATION = (
 )
 
 
-def preparation(
-    config: Config, patch: list[int], image_suffix: list[str] | None = None
-) -> dict[str, Any]:
-    """As a checkpoint keeps it."""
-    told = config.data.model_dump(include=set(PREPARATION))
-    return told | {"patch_size": patch, "image_suffix": image_suffix}
+@dataclass(kw_only=True)
+class SourceModel:
+    """The frozen source network, and what its file says of it, whatever tool has written it.
+
+    told: what the file itself says of its network, for messages. preprocessing: as a run's
+    `preparation`, as far as it is known; `normalize` may be a scheme that the driver lacks, and
+    `spacing` has two numbers where the depth of slices is not known. notes: warnings for the log.
+    """
+
+    path: Path
+    config: NetworkConfig
+    structures: Structures
+    channels: list[str]
+    preprocessing: dict[str, Any]
+    told: str
+    notes: list[str] = field(default_factory=list)
+    network: nn.Module = field(init=False)
+    digest: str = field(init=False)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.structures.classes
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Says of which network it is that an argument cannot be used."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}{error}") from None
+
+
+def checked(model: type[Section], content: Any, path: Path, section: str) -> Section:
+    """A pydantic model of a section of a file. Raises: CheckpointError naming file and keys."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        told = (f"{section}{key and '.'}{key}: {why}" for key, why in problems_of(error, model))
+        raise CheckpointError(f"{path}: its {'; '.join(told)}") from None
+
+
+def given_structures(source: SourceConfig) -> Structures | None:
+    """`source.classes`, names or how many, where it is given."""
+    names = source.classes
+    if isinstance(names, int):
+        names = numbered("class", names)
+    return None if names is None else Structures(names)
+
+
+def numbered(what: str, count: int) -> list[str]:
+    return [f"{what} {index}" for index in range(count)]
+
+
+def stored_orientation(source: SourceConfig, why: str) -> tuple[str, list[str]]:
+    """Of files that do not say it: `source.orientation`, or RAS and a warning with the reason."""
+    if source.orientation is not None:
+        return source.orientation, []
+    otherwise = "RAS is assumed (source.orientation=LPS, for example, says otherwise)"
+    return "RAS", [f"{source.checkpoint}: {why}; {otherwise}"]
+
+
+def preparation(data: DataConfig, patch: list[int], suffix: list[str] | None) -> dict[str, Any]:
+    """As a checkpoint keeps it. suffix: of the image files, one for each channel."""
+    told = data.model_dump(include=set(PREPARATION))
+    return told | {"patch_size": patch, "image_suffix": suffix}
 
 
 def own_preparation(source: SourceModel) -> tuple[dict[str, Any], list[str]]:
