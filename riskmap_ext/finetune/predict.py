@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, Problems
 from riskmap_ext.finetune.base.files import check_there, stem
-from riskmap_ext.finetune.base.log import Log
+from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config, DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import volumes_in
 from riskmap_ext.finetune.data.prepare import read_image
@@ -181,10 +181,9 @@ def _check_targets(
             raise ConfigError(f"--output: {target} is the image itself; choose another folder")
     held = [str(target) for target in targets.values() if target.exists()]
     if held and not overwrite:
-        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
         raise ConfigError(
-            f"--output: {held[0]}{more} exists already; --overwrite replaces it, "
-            "--skip-existing leaves it"
+            f"--output: {some(held, 3)} exists already; --overwrite replaces it, --skip-existing "
+            "leaves it"
         )
 
 

@@ -31,8 +31,8 @@ class SourceModel:
     """The frozen source network, and what its file says of it, whatever tool has written it.
 
     told: what the file itself says of its network, for messages. preprocessing: as a run's
-    `preparation`, as far as it is known; `normalize` may be a scheme that the driver lacks, and
-    `spacing` has two numbers where the depth of slices is not known. notes: warnings for the log.
+    `preparation`, as far as it is known; values may be such as `data` has no word for. notes:
+    warnings for the log.
     """
 
     path: Path
@@ -146,10 +146,13 @@ def preparation_warnings(
     ]
     for key, value in theirs.items():
         mine = getattr(config.data, key)
-        same = value == mine
         if key == "spacing":
             value = in_prepared_order(source, value, config.data.slice_axis)
-            same = _same_spacing(value, mine, spacings)
+        same = value == mine
+        if key == "spacing" and value is not None:
+            # Voxels as they are in the files count where nothing is resampled to.
+            given = spacings if mine is None else [mine]
+            same = all(_same_spacing(value, each) for each in given)
         elif key == "image_foreground":
             # The network has it from the scaling of intensities alone.
             same |= config.data.normalize == "none"
@@ -168,16 +171,7 @@ def in_prepared_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
     return arranged(values, PREPARED[theirs], PREPARED[slice_axis])
 
 
-def _same_spacing(
-    theirs: list[float | None] | None,
-    mine: list[float | None] | None,
-    spacings: Sequence[Sequence[float]],
-) -> bool:
-    """Up to 1 %. Voxels as they are in the files count where nothing is resampled to."""
-    if theirs is None:
-        return mine is None
-    return all(
-        a is None or b is None or math.isclose(a, b, rel_tol=0.01)
-        for each in (spacings if mine is None else [mine])
-        for a, b in zip(theirs, each, strict=False)
-    )
+def _same_spacing(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+    """Up to 1 %, as far as both say it."""
+    pairs = zip(one, other, strict=True)
+    return all(a is None or b is None or math.isclose(a, b, rel_tol=0.01) for a, b in pairs)
