@@ -58,12 +58,11 @@ class DryRun:
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """names: of the cases that were read. digests, spacings: of the training cases among them."""
+    """names: of the cases that were read. digests: of the training cases among them."""
 
     names: list[str]
     class_voxels: dict[str, int]
     digests: list[str]
-    spacings: list[tuple[float, float, float]]
 
 
 def check_run(config: Config, *, progress: bool = True, resume: bool = False) -> DryRun:
@@ -101,7 +100,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     names = [case.name for case in listing.train]
     warnings = [*config.notes, *(not_validated(folds, names) if folds else [])]
     if models.source is not None:
-        warnings += preparation_warnings(config, models.source, read.spacings)
+        warnings += preparation_warnings(config, models.source)
     for warning in warnings:
         log.warn(warning)
     result = DryRun(
@@ -148,7 +147,6 @@ def _read_some(config: Config, listing: Listing, outline: Outline | None, log: L
     counts = torch.zeros(len(classes), dtype=torch.float64)
     names: list[str] = []
     digests: list[str] = []
-    spacings: list[tuple[float, float, float]] = []
     problems = Problems()
     until = time.monotonic() + _SECONDS
     for case in each_case(listing, config.data, problems, log=log, until=until):
@@ -158,13 +156,12 @@ def _read_some(config: Config, listing: Listing, outline: Outline | None, log: L
         if case.name in train:
             counts += class_voxels([case], len(counts))
             digests.append(case.digest)
-            spacings.append(case.grid.spacing)
     problems = Problems(dict.fromkeys([*header_problems(listing), *problems]))
     problems.tell()
     if len(digests) == len(train) and not counts.any():
         raise all_ignored(listing)
     voxels = {name: int(count) for name, count in zip(classes, counts, strict=True)}
-    return _Read(names=names, class_voxels=voxels, digests=digests, spacings=spacings)
+    return _Read(names=names, class_voxels=voxels, digests=digests)
 
 
 def _table(config: Config, outline: Outline, result: DryRun, device: str) -> Table:

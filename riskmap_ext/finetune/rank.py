@@ -83,7 +83,7 @@ def rank_sources(
             for own, source, predictor in studies:
                 if cases is None or cases.data != own.config.data:
                     cases = prepare_cases(own.config, listing=listing)
-                for warning in preparation_warnings(own.config, source, cases.spacings):
+                for warning in preparation_warnings(own.config, source):
                     run.log.warn(warning)
                 # The logits that it keeps for maps go with it.
                 mapper = SourceMapper(own, source, predictor, len(cases.classes), advance)

@@ -83,11 +83,6 @@ class Cases:
     def channels(self) -> list[str]:
         return self.listing.channels
 
-    @property
-    def spacings(self) -> list[tuple[float, float, float]]:
-        """Voxel sizes of the prepared training cases, in mm."""
-        return [case.grid.spacing for case in self.train]
-
     @cached_property
     def class_voxels(self) -> Tensor:
         """Of the training cases; [C] float64."""

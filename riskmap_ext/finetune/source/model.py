@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,13 +130,8 @@ def _of_channels(value: Any) -> bool:
     return isinstance(value, list) and isinstance(value[0], (str, list, type(None)))
 
 
-def preparation_warnings(
-    config: Config, source: SourceModel, spacings: Sequence[Sequence[float]]
-) -> list[str]:
-    """What the source's file warns of, and where its images were prepared otherwise.
-
-    spacings: voxel sizes of the prepared training cases, in mm.
-    """
+def preparation_warnings(config: Config, source: SourceModel) -> list[str]:
+    """What the source's file warns of, and where its images were prepared otherwise."""
     theirs, unknown = own_preparation(source)
     suffers = "its logits and the maps may suffer"
     warnings = [
@@ -149,10 +144,9 @@ def preparation_warnings(
         if key == "spacing":
             value = in_prepared_order(source, value, config.data.slice_axis)
         same = value == mine
-        if key == "spacing" and value is not None:
-            # Voxels as they are in the files count where nothing is resampled to.
-            given = spacings if mine is None else [mine]
-            same = all(_same_spacing(value, each) for each in given)
+        if key == "spacing" and value and mine:
+            pairs = zip(value, mine, strict=True)
+            same = all(None in pair or math.isclose(*pair, rel_tol=0.01) for pair in pairs)
         elif key == "image_foreground":
             # The network has it from the scaling of intensities alone.
             same |= config.data.normalize == "none"
@@ -169,9 +163,3 @@ def in_prepared_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
         return values
     theirs = source.preprocessing.get("slice_axis", "axial")
     return arranged(values, PREPARED[theirs], PREPARED[slice_axis])
-
-
-def _same_spacing(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
-    """Up to 1 %, as far as both say it."""
-    pairs = zip(one, other, strict=True)
-    return all(a is None or b is None or math.isclose(a, b, rel_tol=0.01) for a, b in pairs)

@@ -161,7 +161,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         cases = prepare_cases(config, log=run.log)
         predictor = predictor_of_source(config, source, cases.channels, run.device)
         run.held.enter_context(claimed_output(config, run.log))
-        differences = preparation_warnings(config, source, cases.spacings)
+        differences = preparation_warnings(config, source)
         for warning in (*cases.listing.notes, *differences):
             run.log.warn(warning)
         run.log.stage = "before all maps were made"

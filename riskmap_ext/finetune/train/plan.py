@@ -271,7 +271,7 @@ def _tell_source(plan: Plan) -> None:
     log, source, keys = plan.log, plan.models.source, plan.models.keys
     if source is None:
         return
-    for warning in preparation_warnings(plan.config, source, plan.cases.spacings):
+    for warning in preparation_warnings(plan.config, source):
         log.warn(warning)
     if keys is None:
         return
