@@ -190,6 +190,10 @@ def test_preprocessing_that_the_driver_lacks(tmp_path: Path, root: Path, bundle:
     sections = {**RUN, "source": {"checkpoint": str(bundle)}}
     finetune(configuration(root, tmp_path / "a", **sections), progress=False)
     assert "were prepared with ScaleIntensityRanged" in (tmp_path / "a" / "log.txt").read_text()
+    config["preprocessing"]["transforms"][3:] = [{"_target_": "Spacingd", "pixdim": [1, 1, -1]}]
+    rewrite(bundle, config)
+    with pytest.raises(ConfigError, match=r"were prepared with \[1, 1, -1\]"):
+        predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
     rewrite(bundle, bundle_config(preprocessing="$make()"))
     with pytest.raises(ConfigError, match="in a way that its file does not say"):
         predict_images(bundle, [root / "images"], tmp_path / "out", progress=False)
