@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,15 +191,14 @@ def _state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def _without_wrappers(state: dict[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:
     """Keys without the prefixes of DataParallel, torch.compile or a surrounding module."""
-    found = state
-    while not set(found) & set(wanted):
-        heads = {key.partition(".")[0] for key in found}
-        if len(heads) > 1 or heads == set(found):
-            return state
-        found = {key.partition(".")[2]: value for key, value in found.items()}
-    return found
+    while not state.keys() & wanted:
+        heads = {key.partition(".")[0] for key in state}
+        if len(heads) > 1 or heads == state.keys():
+            break
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    return state
 
 
 def _load(found: SourceModel, state: dict[str, Tensor]) -> None:
