@@ -70,31 +70,25 @@ def orient(network: nn.Module, wanted: str | None, slice_axis: str, dims: int) -
             f"data.slice_axis: the network sees {_PLANES[left]} slices (its axes are {wanted}), "
             f"got {slice_axis}; set data.slice_axis={_PLANES[left]}"
         )
-    if wanted != have:
-        steps = _Turn(have, wanted)
-        network.register_forward_pre_hook(steps.there)
-        network.register_forward_hook(steps.back)
+    if wanted == have:
+        return
+    order = [0, 1, *arranged(range(2, 2 + dims), have, wanted)]
+    inverse = [order.index(axis) for axis in range(2 + dims)]
+    flips = [2 + axis for axis, letter in enumerate(wanted) if letter not in have]
 
+    def flipped(image: Tensor) -> Tensor:
+        return image.flip(flips) if flips else image
 
-class _Turn:
-    def __init__(self, have: str, wanted: str) -> None:
-        order = arranged(range(2, 2 + len(have)), have, wanted)
-        self._order = [0, 1, *order]
-        self._inverse = [0, 1, *(2 + order.index(place) for place in sorted(order))]
-        self._flips = [2 + i for i, letter in enumerate(wanted) if letter not in have]
-
-    def there(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def there(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         image, *others = inputs
-        return self._flip(image.permute(self._order)).contiguous(), *others
+        return flipped(image.permute(order)).contiguous(), *others
 
-    def back(self, network: nn.Module, inputs: Any, output: Any) -> Any:
+    def back(output: Any) -> Any:
         if isinstance(output, DeferredLogits):
-            return DeferredLogits(
-                self.back(network, inputs, output.features), output.weight, output.bias
-            )
+            return DeferredLogits(back(output.features), output.weight, output.bias)
         if isinstance(output, (list, tuple)):
-            return type(output)(self.back(network, inputs, each) for each in output)
-        return self._flip(output).permute(self._inverse)
+            return type(output)(map(back, output))
+        return flipped(output).permute(inverse)
 
-    def _flip(self, image: Tensor) -> Tensor:
-        return image.flip(self._flips) if self._flips else image
+    network.register_forward_pre_hook(there)
+    network.register_forward_hook(lambda _, inputs, output: back(output))
