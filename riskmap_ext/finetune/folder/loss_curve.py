@@ -38,16 +38,13 @@ class LossCurve:
         self._group = group or Processes()
         self._every = max(1, steps // _POINTS)
         self._last = steps
-        self._rows: list[list[float]] = [list(row) for row in state["rows"]] if state else []
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._count = 0
-        if state:
-            self._sum += state["sum"].to(device)
-            self._count = int(state["count"])
+        kept = state or {"rows": [], "sum": torch.zeros((), dtype=torch.float64), "count": 0}
+        self._rows: list[list[float]] = [*kept["rows"]]
+        self._sum, self._count = kept["sum"].to(device), kept["count"]
         self._waiting: list[tuple[int, Tensor, float]] = []
 
     def add(self, step: int, loss: Tensor, lr: float) -> None:
-        self._sum += loss
+        self._sum = self._sum + loss
         self._count += 1
         if step % self._every == 0 or step == self._last:
             self._waiting.append((step, self._sum / self._count, lr))
@@ -56,9 +53,9 @@ class LossCurve:
     def write(self) -> None:
         """Raises: InputError naming the file."""
         if self._waiting:
-            losses = self._group.mean(torch.stack([loss for _, loss, _ in self._waiting])).tolist()
-            for (step, _, lr), loss in zip(self._waiting, losses, strict=True):
-                self._rows.append([step, loss, lr])
+            steps, means, lrs = zip(*self._waiting, strict=True)
+            losses = self._group.mean(torch.stack(means)).tolist()
+            self._rows += map(list, zip(steps, losses, lrs, strict=True))
             self._waiting = []
         rows = ([int(step), f"{loss:.6g}", f"{lr:.6g}"] for step, loss, lr in self._rows)
         if self._group.is_main:

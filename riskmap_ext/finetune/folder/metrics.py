@@ -33,8 +33,8 @@ class Metrics:
         writes: false for all processes but one.
         """
         self._path = path if writes else None
-        self._names = [f"dice_{name}" for name in structures]
-        self.header = ["step", "train_loss", *self._names, "mean_dice", "lr", "seconds"]
+        dice = [f"dice_{name}" for name in structures]
+        self._header = ["step", "train_loss", *dice, "mean_dice", "lr", "seconds"]
         self.rows = list(rows)
         self._writer: Any = None
         if tensorboard is not None and writes:
@@ -47,12 +47,11 @@ class Metrics:
     def add(
         self, step: int, loss: float, dice: Sequence[float], lr: float, seconds: float
     ) -> dict[str, float]:
-        mean = mean_without_nan(dice)
-        values = [step, loss, *dice, mean, lr, seconds]
-        row = dict(zip(self.header, values, strict=True))
+        values = [step, loss, *dice, mean_without_nan(dice), lr, seconds]
+        row = dict(zip(self._header, values, strict=True))
         self.rows.append(row)
         if self._path is not None:
-            write_csv(self._path, self.header, [map(_plain, r.values()) for r in self.rows])
+            write_csv(self._path, self._header, [map(_plain, r.values()) for r in self.rows])
         if self._writer is not None:
             for name, value in row.items():
                 if name not in ("step", "seconds") and not math.isnan(value):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import monai
 import torch
 
 import riskmap_ext
-from riskmap_ext.finetune.base.files import write_json
+from riskmap_ext.finetune.base.errors import DataError
+from riskmap_ext.finetune.base.files import read_json, write_json
 
 LEEP_FILE, ENVIRONMENT_FILE = "leep.json", "environment.json"
 
@@ -49,9 +51,7 @@ def note_start(
 
 def note_end(folder: Path, device: torch.device, seconds: float) -> None:
     """Completes the last start: seconds, and the largest memory this process has had."""
-    starts = _starts(folder / ENVIRONMENT_FILE)
-    if not starts:
-        return
+    starts = _starts(folder / ENVIRONMENT_FILE) or [{}]
     cuda = device.type == "cuda"
     starts[-1] |= {
         "ended": _now(),
@@ -70,11 +70,9 @@ def ended(folder: Path) -> bool:
 
 def _starts(path: Path) -> list[dict[str, Any]]:
     """Of an earlier process; none where the file cannot be used."""
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return starts if isinstance(starts, list) and all(isinstance(s, dict) for s in starts) else []
+    with suppress(DataError):
+        return read_json(path, dict[str, list[dict[str, Any]]]).get("starts", [])
+    return []
 
 
 def _now() -> str:
@@ -82,11 +80,10 @@ def _now() -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names: list[str] = []
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = re.findall(r"(?m)^model name\s*: (.+)$", text)
     return names[0] if names else platform.processor() or platform.machine()
 
 
