@@ -85,10 +85,9 @@ def rank_sources(
                     cases = prepare_cases(own.config, listing=listing)
                 for warning in preparation_warnings(own.config, source):
                     run.log.warn(warning)
-                # The logits that it keeps for maps go with it.
-                mapper = SourceMapper(own, source, predictor, len(cases.classes), advance)
-                ranked.append(_ranked(source, mapper.statistics(cases.train)))
-                del mapper
+                classes = len(cases.classes)
+                mapper = SourceMapper(own, source, predictor, cases.train, classes, advance)
+                ranked.append(_ranked(source, mapper.statistics()))
     ranked.sort(key=lambda each: each.leep, reverse=True)
     run.log.table(_table(ranked, len(listing.train)))
     for each in ranked:

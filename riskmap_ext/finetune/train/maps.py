@@ -31,19 +31,16 @@ _KEPT_BYTES = 2**30
 class SourceMaps:
     """What the source model says about the target data.
 
-    score: LEEP. hardness_range: (lo, hi) over the training set. conditional: P(y|z) [C, Z]
-    float64. transferability, risk: case name -> [X, Y, Z] float32 on the prepared grid.
-    remark: the statistics' warning, if any. num_cached: cases whose maps came from the cache.
-    statistics: what all of this was computed from.
+    score: LEEP. hardness_range: (lo, hi) over the training set. transferability, risk: case name ->
+    [X, Y, Z] float32 on the prepared grid. remark: the statistics' warning, if any. statistics:
+    what all of this was computed from.
     """
 
     score: float
     hardness_range: tuple[float, float]
-    conditional: Tensor
     transferability: dict[str, Tensor]
     risk: dict[str, Tensor]
     remark: str | None
-    num_cached: int
     statistics: riskmap_ext.TransferStatistics
 
 
@@ -52,6 +49,8 @@ class SourceMapper:
 
     The cache's keys are digests of what the maps depend on: prepared image and label, the source's
     weights, the sliding window, the statistics of the training set, and the risk options.
+
+    made: how many cases' maps were not in the cache.
     """
 
     def __init__(
@@ -59,65 +58,36 @@ class SourceMapper:
         session: Session,
         source: SourceModel,
         predictor: Predictor,
+        train: Sequence[Case],
         num_classes: int,
         progress: Callable[[str], Any],
         store: Path | None = None,
     ) -> None:
-        """store: whether the maps are held in memory, or stay in the cache's files."""
+        """train: the cases of the statistics. store: None: the maps are held in memory, else they
+        stay in the cache's files."""
         config = session.config
         window = {
             "patch_size": predictor.patch,
             "overlap": config.inference.overlap,
             "channels": predictor.channels,
         }
+        settings = [riskmap_ext.__version__, source.digest, window, num_classes]
+        self._study = digest(settings, [case.digest for case in train])
+        self._train = train
         self._predictor = predictor
         self._num_classes = num_classes
         self._risk = config.risk
         self._cache = config.cache or config.output / "cache"
         self._progress = progress
-        self._settings = [riskmap_ext.__version__, source.digest, window, num_classes]
         self._regions = source.structures.table
         self._group = session.processes
         self._on_disk = store is not None
         self._logits: dict[str, Tensor] = {}
+        self.made = 0
 
-    def run(self, train: Sequence[Case], others: Sequence[Case] = ()) -> SourceMaps:
-        """Maps of all cases; the statistics and the dataset's range come from `train` alone."""
-        study = self._study(train)
-        statistics = self.statistics(train)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            score = statistics.score
-        transferability, risk, made = {}, {}, 0
-        cases = [*train, *others]
-        if self._group.size > 1:
-            # Each process makes its share; all of them find it in the cache.
-            shared = self._group.share(cases)
-
-            def make_share() -> int:
-                return sum(self._cached_maps(study, case, statistics)[1] for case in shared)
-
-            made = sum(self._group.gather(self._group.together(make_share)))
-        for case in cases:
-            maps, new = self._cached_maps(study, case, statistics)
-            made += new
-            transferability[case.name], risk[case.name] = maps["transferability"], maps["risk"]
-            self._logits.pop(case.name, None)
-            self._progress(f"map of {case.name}")
-        return SourceMaps(
-            score=score,
-            hardness_range=statistics.hardness_range,
-            conditional=statistics.conditional.cpu(),
-            transferability=transferability,
-            risk=risk,
-            remark="; ".join(one_line(w.message) for w in caught) or None,
-            num_cached=max(0, len(cases) - made),
-            statistics=statistics,
-        )
-
-    def statistics(self, train: Sequence[Case]) -> riskmap_ext.TransferStatistics:
+    def statistics(self) -> riskmap_ext.TransferStatistics:
         """LEEP statistics of the training cases, both passes; from the cache where it has them."""
-        path = self._cache / f"statistics-{self._study(train)[:24]}.pt"
+        path = self._cache / f"statistics-{self._study[:24]}.pt"
         statistics = riskmap_ext.TransferStatistics(
             self._num_classes, ignore_index=IGNORE_INDEX, regions=self._regions
         )
@@ -126,10 +96,9 @@ class SourceMapper:
         if all(group.gather(stored is not None)):
             statistics.load_state_dict(stored)
             return statistics
-        mine = group.share(train)
 
         def add(step: Callable[[Tensor, Tensor], None], name: str) -> None:
-            for case in mine:
+            for case in group.share(self._train):
                 logits = self._source_logits(case)
                 step(logits, case.label[None].to(logits.device))
                 self._progress(f"{name} of {case.name}")
@@ -144,22 +113,19 @@ class SourceMapper:
         group.on_main(lambda: write_checkpoint(path, statistics.state_dict()))
         return statistics
 
-    def _study(self, train: Sequence[Case]) -> str:
-        return digest(self._settings, [case.digest for case in train])
-
-    def _cached_maps(
-        self, study: str, case: Case, statistics: Any
-    ) -> tuple[dict[str, Tensor], int]:
-        """The maps, and how many cases had to be made for that: 0 or 1."""
+    def maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
+        """transferability and risk of a case; from the cache where it has them."""
         options = self._risk.model_dump(mode="json", exclude={"use"})
-        name = f"maps-{digest(study, case.digest, options)[:24]}"
-        path = self._cache / f"{name}.pt"
+        path = self._cache / f"maps-{digest(self._study, case.digest, options)[:24]}.pt"
         maps = read_torch(path, mapped=self._on_disk)
-        if maps is not None:
-            return maps, 0
-        maps = self._maps(case, statistics)
-        write_checkpoint(path, maps)
-        return (read_torch(path, mapped=True) or maps if self._on_disk else maps), 1
+        if maps is None:
+            maps = self._maps(case, statistics)
+            write_checkpoint(path, maps)
+            self.made += 1
+            if self._on_disk:
+                maps = read_torch(path, mapped=True) or maps
+        self._logits.pop(case.name, None)
+        return maps
 
     def _maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
         logits = self._source_logits(case)
@@ -202,6 +168,49 @@ class SourceMapper:
         return logits
 
 
+def map_cases(
+    session: Session,
+    source: SourceModel,
+    predictor: Predictor,
+    cases: Cases,
+    others: Sequence[Case],
+) -> SourceMaps:
+    """Maps of the training cases and `others`; writes leep.json and maps/.
+
+    The statistics and the dataset's range come from the training cases alone.
+    """
+    config, log, group, train = session.config, session.log, session.processes, cases.train
+    every, transferability, risk = [*train, *others], {}, {}
+    with log.counting("Source model", 2 * len(group.share(train)) + len(every)) as advance:
+        mapper = SourceMapper(
+            session, source, predictor, train, len(cases.classes), advance, cases.store
+        )
+        statistics = mapper.statistics()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            score = statistics.score
+        if group.size > 1:  # each process makes its share; all of them find it in the cache
+            group.together(lambda: [mapper.maps(case, statistics) for case in group.share(every)])
+        for case in every:
+            maps = mapper.maps(case, statistics)
+            transferability[case.name], risk[case.name] = maps["transferability"], maps["risk"]
+            advance(f"map of {case.name}")
+    remark = "; ".join(one_line(w.message) for w in caught) or None
+    lo, hi = statistics.hardness_range
+    cached = len(every) - sum(group.gather(mapper.made))
+    told = f" ({cached} maps from the cache)" if cached > 0 else ""
+    log(f"LEEP score {score:.4f}, hardness from {lo:.3f} to {hi:.3f}{told}")
+    if remark:
+        log.warn(remark)
+    found = SourceMaps(score, (lo, hi), transferability, risk, remark, statistics)
+    if group.is_main:
+        _write_leep(config.output, found, cases.classes, source.classes)
+    if config.write.maps:
+        for case in group.share(every):
+            _write_maps(config.output / "maps", case, found)
+    return found
+
+
 def _write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
     """<case>_transferability.nii.gz and <case>_risk.nii.gz on the image file's own grid."""
     for kind, volume in (
@@ -237,32 +246,6 @@ def _write_leep(
             "source_classes": source_classes,
             "class_frequencies": statistics.class_frequencies.tolist(),
             "source_frequencies": (mass / mass.sum().clamp(min=1e-300)).tolist(),
-            "conditional": maps.conditional.tolist(),
+            "conditional": statistics.conditional.tolist(),
         },
     )
-
-
-def map_cases(
-    session: Session,
-    source: SourceModel,
-    predictor: Predictor,
-    cases: Cases,
-    others: Sequence[Case],
-) -> SourceMaps:
-    """Maps of the training cases and `others`; writes leep.json and maps/."""
-    config, log, group, train = session.config, session.log, session.processes, cases.train
-    total = 2 * len(group.share(train)) + len(train) + len(others)
-    with log.counting("Source model", total) as advance:
-        mapper = SourceMapper(session, source, predictor, len(cases.classes), advance, cases.store)
-        maps = mapper.run(train, others)
-    if group.is_main:
-        _write_leep(config.output, maps, cases.classes, source.classes)
-    lo, hi = maps.hardness_range
-    cached = f" ({maps.num_cached} maps from the cache)" if maps.num_cached else ""
-    log(f"LEEP score {maps.score:.4f}, hardness from {lo:.3f} to {hi:.3f}{cached}")
-    if maps.remark:
-        log.warn(maps.remark)
-    if config.write.maps:
-        for case in group.share([*train, *others]):
-            _write_maps(config.output / "maps", case, maps)
-    return maps
