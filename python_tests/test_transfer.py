@@ -155,10 +155,10 @@ def test_arms_share_weights_crops_and_order(toy, monkeypatch):
         batches[-1].append(digest(batch.image, batch.label, batch.foreground, batch.cases))
         return batch
 
-    def noted_begin(self, plan):
+    def noted_begin(self, plan, *rest):
         batches.append([])
         weights.append([digest(value) for value in plan.models.network.state_dict().values()])
-        begin(self, plan)
+        begin(self, plan, *rest)
 
     place = work.Place(toy / "scenarios", toy / "work", toy / "rows")
     scenario = load_scenarios(place.scenarios)["toy"]

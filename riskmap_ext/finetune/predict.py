@@ -91,7 +91,7 @@ def predict_images(
     )
     written: list[Path] = []
     problems = Problems()
-    with log.counting("Predicting", len(files), "images") as advance:
+    with log.counting("Predicting", len(files)) as advance:
         for name, paths in files.items():
             with problems.collected():
                 case = read_image(paths, name, config.data, channels)

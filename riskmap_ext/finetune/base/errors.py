@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class InputError(ValueError):
@@ -29,49 +30,31 @@ class DataError(InputError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        self.kinds = _kinds(self.problems)
         count = len(self.problems)
         head = "" if count == 1 else f"{count} problems in the data:\n"
-        super().__init__(head + "\n".join(self.kinds))
+        super().__init__(head + "\n".join(_kinds(self.problems)))
 
 
-class Problems(list[str]):
-    """Of several files, to be told at once."""
+class Problems(list[Any]):
+    """Lines about files, and errors of several checks, to be told at once."""
 
     @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Takes over the problems of a DataError."""
+    def collected(self, kind: type[InputError] = DataError) -> Iterator[None]:
+        """Takes over an error of this kind; of a DataError its problems."""
         try:
             yield
-        except DataError as error:
-            self.extend(error.problems)
+        except kind as error:
+            self.extend(error.problems if isinstance(error, DataError) else [error])
 
     def tell(self) -> None:
-        """Raises: DataError where there are any."""
-        if self:
+        """Raises: the one error there is, a DataError of lines alone, else a ConfigError of all."""
+        errors = [each for each in self if isinstance(each, InputError)]
+        if self and not errors:
             raise DataError(self)
-
-
-class Errors(list[InputError]):
-    """Of several checks, to be told at once."""
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Takes over an InputError."""
-        try:
-            yield
-        except InputError as error:
-            self.append(error)
-
-    def tell(self) -> None:
-        """Raises: the one there is, a DataError of all, or else a ConfigError with their lines."""
         if len(self) == 1:
-            raise self[0]
-        data = [error for error in self if isinstance(error, DataError)]
-        if data and len(data) == len(self):
-            raise DataError([line for error in data for line in error.problems])
+            raise errors[0]
         if self:
-            lines = [line for error in self for line in getattr(error, "kinds", [str(error)])]
+            lines = [*map(str, errors), *_kinds([each for each in self if isinstance(each, str)])]
             raise ConfigError("\n".join([f"{len(lines)} problems:", *lines]))
 
 

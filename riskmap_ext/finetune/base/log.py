@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -50,10 +48,9 @@ class Log:
         return self._path is not None
 
     def open(self, path: Path, *, append: bool = False) -> None:
-        if not append:
-            path.unlink(missing_ok=True)
         self._path = path
-        self._write()
+        with path.open("a" if append else "w", encoding="utf-8") as file:
+            file.writelines(self._unwritten)
 
     def __call__(self, message: str) -> None:
         self.console.print(message, markup=False)
@@ -62,8 +59,12 @@ class Log:
     def note(self, message: str, level: int = logging.INFO) -> None:
         """Into log.txt, and not to the terminal."""
         _LOGGER.log(level, message)
-        self._unwritten.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-        self._write()
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
+        if self._path is None:
+            self._unwritten.append(line)
+        else:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
 
     def warn(self, message: str) -> None:
         self.console.print(Text(f"Warning: {message}", style="yellow"))
@@ -77,51 +78,22 @@ class Log:
             plain.print(table)
         self.note(f"{title}\n{captured.get().rstrip()}")
 
-    def _write(self) -> None:
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(self._unwritten)
-            self._unwritten.clear()
-
     @contextmanager
-    def counting(
-        self, title: str, total: int, unit: str = "cases", done: int = 0
-    ) -> Iterator[Callable[[str], None]]:
-        """A bar with count, rate and time left; it goes away when done.
+    def counting(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+        """A bar with count and time left; it goes away when done.
 
         Gives a function that counts one and shows a note.
         """
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
             TextColumn("{task.fields[note]}", markup=False),
         )
         # Where there is no terminal, the log's lines tell how far it is.
         hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
-            task = bar.add_task(title, total=total, completed=done, note="", rate="")
-
-            def advance(note: str) -> None:
-                speed = bar.tasks[0].speed
-                rate = f"{speed:.1f} {unit}/s" if speed else ""
-                bar.update(
-                    task, advance=1, rate=rate, note=", ".join(filter(None, (_held(), note)))
-                )
-
-            yield advance
-
-
-def _held() -> str:
-    """Memory that the process holds, and the most that a GPU has held for it."""
-    found = gib(psutil.Process().memory_info().rss)
-    if torch.cuda.is_initialized():
-        found += f", GPU {gib(torch.cuda.max_memory_allocated())}"
-    return found
+            task = bar.add_task(title, total=total, completed=done, note="")
+            yield lambda note: bar.update(task, advance=1, note=note)
 
 
 def number(value: float) -> str:

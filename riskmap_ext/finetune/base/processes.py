@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from riskmap_ext.finetune.base.errors import ConfigError, InputError, ToldElsewhere
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -46,12 +47,12 @@ class Processes:
             result = work()
         except InputError as error:
             failed = error
-        failures = enumerate(self.gather(None if failed is None else str(failed)))
-        first = next(((rank, text) for rank, text in failures if text is not None), None)
-        if failed is not None and first == (self.rank, str(failed)):
+        failures = self.gather(None if failed is None else str(failed))
+        first = next((rank for rank, text in enumerate(failures) if text is not None), None)
+        if failed is not None and first == self.rank:
             raise failed
         if first is not None:
-            raise ToldElsewhere(first[1])
+            raise ToldElsewhere(failures[first])
         return result  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -67,10 +68,10 @@ class Processes:
         dist.all_gather_object(found, value)
         return found
 
-    def merged(self, table: dict[str, T], order: Sequence[str]) -> dict[str, T]:
-        """The tables of all processes as one, in the order of the names."""
-        tables = self.gather(table)
-        return {name: each[name] for name in order for each in tables if name in each}
+    def spread(self, items: Mapping[str, S], work: Callable[[S], T]) -> dict[str, T]:
+        """The result of `work` for each item, done by one process and known to all."""
+        tables = self.gather({name: work(items[name]) for name in self.share([*items])})
+        return {name: each[name] for name in items for each in tables if name in each}
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         if self.size == 1:
@@ -78,10 +79,6 @@ class Processes:
         total = value.detach().cpu().clone()
         dist.all_reduce(total)
         return (total / self.size).to(value.device)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 @contextmanager

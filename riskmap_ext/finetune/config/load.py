@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from riskmap_ext._arguments import near_names
-from riskmap_ext.finetune.base.errors import ConfigError, Errors, one_line
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, Problems, one_line
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.config.types import BELOW_ROOT
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
@@ -51,13 +51,13 @@ def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
 
 def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
     """Also the place of each key."""
-    path, errors, config = Path(path), Errors(), None
+    path, errors, config = Path(path), Problems(), None
     content, lines = read_mapping(path)
     places = {key: f"line {line}" for key, line in lines.items()}
     places |= {override.partition("=")[0].strip(): "command line" for override in overrides}
-    with errors.collected():
+    with errors.collected(InputError):
         apply_overrides(content, overrides)
-    with errors.collected():
+    with errors.collected(InputError):
         base = path.resolve().parent
         config = parse_config(content, base=base, origin=str(path), places=places)
     errors.tell()
@@ -106,11 +106,11 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
     Raises: ConfigError with a line for each that cannot be.
     """
-    errors = Errors()
+    errors = Problems()
     # The root comes first: relative paths below it start there.
     pairs = [(*map(str.strip, each.partition("=")), each) for each in overrides]
     for key, equals, text, override in sorted(pairs, key=lambda pair: pair[0] != "data.root"):
-        with errors.collected():
+        with errors.collected(InputError):
             *above, last = key.split(".")
             if not equals or not all((*above, last)):
                 raise ConfigError(f"{override!r}: expected key=value or key.sub=value")

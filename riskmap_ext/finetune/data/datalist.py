@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Len
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError, Errors, Problems
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, InputError, Problems
 from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, absent, is_image, stem
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
@@ -97,24 +97,24 @@ def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
         if counts[name] > 1
     ).tell()
     by_name = {case.name: case for case in found.cases}
-    errors, split = Errors(), ([*by_name], list[str]())
-    with errors.collected():
+    errors, split = Problems(), ([*by_name], list[str]())
+    with errors.collected(InputError):
         split = _split(data, found)
     train, validation = ([by_name[name] for name in names] for names in split)
     cases = [*train, *validation]
     files = {case.name: (*case.images, case.label) for case in cases}
     lost = {path for paths in files.values() for path in paths if not os.path.isfile(path)}
     kept = {name for name, paths in files.items() if not lost.intersection(paths)}
-    with errors.collected():
+    with errors.collected(InputError):
         problems = Problems(map(absent, sorted(lost)))
         if missing is None or not kept:
             problems.tell()
         else:
             missing.extend(problems)
     channels: list[str] = []
-    with errors.collected():
+    with errors.collected(InputError):
         channels = _channels(data, found, cases)
-    with errors.collected():
+    with errors.collected(InputError):
         labels = _labels(data, found.told)
         classes = labels["classes"]
         listing = Listing(

@@ -15,7 +15,6 @@ from nibabel.orientations import (
 )
 from torch import Tensor
 
-from riskmap_ext.finetune.base.orientation import slice_axis_of
 from riskmap_ext.finetune.data.resample import resized, resized_as_nnunet
 from riskmap_ext.finetune.data.volumes import Volume, voxel_sizes
 
@@ -64,11 +63,6 @@ class Grid:
     def spacing(self) -> tuple[float, float, float]:
         """Voxel size of the prepared grid in mm."""
         return voxel_sizes(self.prepared_affine)
-
-    @property
-    def axis_names(self) -> tuple[str, str, str]:
-        """The plane that each prepared axis is perpendicular to."""
-        return tuple(map(slice_axis_of, self.orientation))  # type: ignore[return-value]
 
     @property
     def resampled(self) -> bool:

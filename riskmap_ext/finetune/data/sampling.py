@@ -15,6 +15,7 @@ from torch import Tensor
 
 from riskmap_ext._files import digest
 from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.orientation import slice_axis_of
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.config.schema import AugmentConfig, TrainConfig
 from riskmap_ext.finetune.data.prepare import Case
@@ -51,9 +52,9 @@ class _Volume:
     intensity_unit: np.ndarray
 
 
-def flip_axes(case: Case, dims: int, augment: AugmentConfig) -> list[int]:
-    """The prepared axes that `augment.flip` names."""
-    names = case.grid.axis_names[:dims]
+def flip_axes(orientation: str, dims: int, augment: AugmentConfig) -> list[int]:
+    """The axes, prepared in this order of letters, that `augment.flip` names."""
+    names = [slice_axis_of(letter) for letter in orientation[:dims]]
     for wanted in augment.flip:
         if wanted not in names:
             raise ConfigError(
@@ -110,7 +111,7 @@ class CropSampler:
         rank, processes = part
         share = train.batch_size // processes
         self._mine = slice(rank * share, (rank + 1) * share)
-        self._flip_axes = flip_axes(cases[0], self._dims, train.augment)
+        self._flip_axes = flip_axes(cases[0].grid.orientation, self._dims, train.augment)
         self._volumes = [
             self._store(case, None if risk is None else risk[case.name]) for case in cases
         ]

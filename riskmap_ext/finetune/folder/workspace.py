@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from riskmap_ext._files import half_written, read_torch
-from riskmap_ext.finetune.base.errors import ConfigError
+from riskmap_ext.finetune.base.errors import ConfigError, InputError
 from riskmap_ext.finetune.base.files import read_text, write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log, some
@@ -52,16 +51,20 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
 def unfinished_run(config: Config) -> dict[str, Any] | None:
     """What resume.pt in the output folder holds; None where no run has come as far as that.
 
+    Of a cross-validation that was begun, an empty one: its folds have theirs.
+
     Raises: ConfigError where the run has come to its end, or has another configuration.
     """
     output = config.output
     path = output / RESUME_FILE
     if finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
-    if config.data.folds is None and (output / SPLITS_FILE).exists():
-        raise ConfigError(
-            f"data.folds: {output} holds a cross-validation; expected its folds, got none"
-        )
+    if (output / SPLITS_FILE).exists():
+        if config.data.folds is None:
+            raise ConfigError(
+                f"data.folds: {output} holds a cross-validation; expected its folds, got none"
+            )
+        return {}
     if not path.exists():
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
         if held:
@@ -109,7 +112,7 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
     """
     output = config.output
     made = not output.exists()
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         try:
             output.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(output))
@@ -120,9 +123,7 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
         for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
             for left in half_written(folder):
                 left.unlink(missing_ok=True)
-        if resumed:
-            check_same_run(config)
-        else:
+        if not resumed:
             for name in check_output(config):
                 path = output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -174,10 +175,9 @@ def finished(output: Path) -> bool:
         return False
     if (output / "dice.csv").exists() or ended(output):
         return True
-    try:
-        lines = (output / "log.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        lines = []
+    lines: list[str] = []
+    with suppress(InputError):
+        lines = read_text(output / "log.txt").splitlines()
     return bool(lines) and " Done" in lines[-1]
 
 

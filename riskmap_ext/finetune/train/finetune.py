@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,15 +19,8 @@ from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.records import note_end, note_start
-from riskmap_ext.finetune.folder.workspace import (
-    RESUME_FILE,
-    claimed_output,
-)
-from riskmap_ext.finetune.metrics.dice import (
-    dice_per_structure,
-    mean_without_nan,
-    structure_means,
-)
+from riskmap_ext.finetune.folder.workspace import RESUME_FILE, check_output, claimed_output
+from riskmap_ext.finetune.metrics.dice import dice_per_structure, mean_without_nan
 from riskmap_ext.finetune.pictures.figures import write_overlay
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
@@ -37,33 +29,42 @@ from riskmap_ext.finetune.source.predictor import predict, write_segmentation
 from riskmap_ext.finetune.train.loop import Callback, Trainer
 from riskmap_ext.finetune.train.maps import SourceMaps, map_cases
 from riskmap_ext.finetune.train.models import predictor_of_source
-from riskmap_ext.finetune.train.plan import (
-    LossFunction,
-    Plan,
-    WeightFunction,
-    check_start,
-    make_plan,
-    tell_plan,
-)
+from riskmap_ext.finetune.train.plan import LossFunction, Plan, WeightFunction, make_plan
 from riskmap_ext.finetune.train.session import Session, session
 from riskmap_ext.finetune.train.step import loss_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneResult:
-    """What a run ended with.
+class Scores:
+    """The Dice that validation ended with, background left out.
 
-    dice: class -> mean over the validation cases that have it (NaN where none has), background
-    left out. cases: case -> class -> Dice. leep, remark: the source's LEEP score and the warning
-    that it tells nothing, None without a source. history: the rows of metrics.csv. step_seconds:
-    mean of a step, validations left out.
+    structures: classes or regions. cases: case -> structure -> Dice, NaN where its label has none.
     """
 
     output: Path
-    classes: list[str]
-    dice: dict[str, float]
-    mean_dice: float
+    structures: list[str]
     cases: dict[str, dict[str, float]]
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Structure -> mean over the cases that have it, NaN where none has."""
+        rows = self.cases.values()
+        return {name: mean_without_nan([row[name] for row in rows]) for name in self.structures}
+
+    @property
+    def mean_dice(self) -> float:
+        return mean_without_nan(list(self.dice.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(Scores):
+    """What a run ended with.
+
+    leep, remark: the source's LEEP score and the warning that it tells nothing, None without a
+    source. history: the rows of metrics.csv. step_seconds: mean of a step, validations left out.
+    """
+
+    classes: list[str]
     leep: float | None
     remark: str | None
     keys: KeyReport | None
@@ -113,35 +114,49 @@ def finetune(
     """
     started = time.perf_counter()
     config = _checked(config, loss, weights)
-    with processes(device_of(config.device)) as group:
-        group.on_main(lambda: check_free(config.output))
-        config, resumed = group.together(lambda: check_start(config, resume))
-        with session(config, progress=progress, processes=group) as run:
-            plan = group.together(
-                lambda: make_plan(run, cases=cases, resumed=resumed, loss=loss, weights=weights)
-            )
-            group.on_main(lambda: run.held.enter_context(_output_folder(plan)))
-            maps = _source_maps(plan)
-            if prepare is not None:
-                prepare(plan, maps)
-            trained = Trainer(plan, _voxel_weights(plan, maps), callback).run()
-            dice = _evaluate(plan, maps, trained.predictions)
-            seconds = _end(plan, started)
+    with (
+        processes(device_of(config.device)) as group,
+        session(config, progress=progress, processes=group) as run,
+    ):
+        plan = group.together(lambda: make_plan(run, cases=cases, resume=resume))
+        words = loss_in_words(config, loss is not None, weights is not None)
+        group.on_main(lambda: _begin(plan, words))
+        maps = _source_maps(plan)
+        if prepare is not None:
+            prepare(plan, maps)
+        trainer = Trainer(plan, _voxel_weights(plan, maps, weights), loss, callback)
+        trainer.run()
+        dice = _evaluate(plan, maps, trainer.predictions)
+        plan.processes.gather(None)  # waits for what the others still write
+        seconds = time.perf_counter() - started
+        if run.processes.is_main:
+            note_end(config.output, run.device, seconds)
+            (config.output / RESUME_FILE).unlink(missing_ok=True)
+            tell_end(run, config.output / "last.pt", f"Done in {seconds:.1f} s")
     names = list(plan.cases.structures.scored)
-    means = structure_means(dice, len(names))
     return FinetuneResult(
-        output=plan.config.output,
-        classes=plan.cases.classes,
-        dice=dict(zip(names, means, strict=True)),
-        mean_dice=mean_without_nan(means),
+        output=config.output,
+        structures=names,
         cases={name: dict(zip(names, row, strict=True)) for name, row in dice.items()},
+        classes=plan.cases.classes,
         leep=None if maps is None else maps.score,
         remark=None if maps is None else maps.remark,
         keys=plan.models.keys,
-        history=trained.history,
+        history=trainer.history,
         seconds=seconds,
-        step_seconds=trained.step_seconds,
+        step_seconds=trainer.step_seconds,
     )
+
+
+def tell_end(run: Session, model: Path, done: str) -> None:
+    """Writes the report, and tells what may come next. model: what `riskmap predict` takes."""
+    output, log, report = run.config.output, run.log, run.config.write.report
+    if report:
+        report_at_end(output, log)
+    log(f"Next:\n  {shlex.join(['riskmap', 'predict', str(model)])} --image IMAGES --output FOLDER")
+    if not report:
+        log(f"  {shlex.join(['riskmap', 'report', str(output)])}")
+    log(f"{done}: {output}")
 
 
 def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
@@ -153,7 +168,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
     if config.source is None:
         raise ConfigError("source: missing; the maps need a source model")
     check_free(config.output)
-    check_start(config)
+    check_output(config)
     with session(config, progress=progress) as run:
         source = load_source(config.source)
         config = prepared_as_source(config, source)
@@ -187,49 +202,22 @@ def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction 
     return config.model_copy(update={"loss": config.loss.model_copy(update={"fused_head": False})})
 
 
-@contextlib.contextmanager
-def _output_folder(plan: Plan) -> Iterator[None]:
-    """Claimed for the run, with what the plan says in its log."""
-    config, resumed, keys = plan.config, plan.resumed, plan.models.keys
-    with claimed_output(config, plan.log, resumed=resumed is not None):
-        loss = loss_in_words(config, plan.loss is not None, plan.weights is not None)
-        counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
-        note_start(config.output, plan.device, counts, loss, resumed=resumed is not None)
-        if resumed is not None:
-            plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
-        tell_plan(plan)
-        plan.log(f"Loss: {loss}")
-        for note in config.notes:
-            plan.log.warn(note)
-        if keys is not None and resumed is None:
-            write_json(config.output / "keys.json", vars(keys))
-        yield
-
-
-def _end(plan: Plan, started: float) -> float:
-    """Completes the folder; returns the seconds that the run took."""
-    output = plan.config.output
-    plan.processes.wait()  # for what the others still write
-    seconds = time.perf_counter() - started
-    if plan.processes.is_main:
-        note_end(output, plan.device, seconds)
-        (output / RESUME_FILE).unlink(missing_ok=True)
-        if plan.config.write.report:
-            report_at_end(output, plan.log)
-    predict, report = (
-        shlex.join(["riskmap", *command])
-        for command in (("predict", f"{output / 'last.pt'}"), ("report", f"{output}"))
-    )
-    told = f"Next:\n  {predict} --image IMAGES --output FOLDER"
-    plan.log(told if plan.config.write.report else f"{told}\n  {report}")
-    plan.log(f"Done in {seconds:.1f} s: {output}")
-    return seconds
+def _begin(plan: Plan, loss: str) -> None:
+    """Claims the output folder. loss: in words."""
+    config, resumed = plan.config, plan.resumed
+    plan.held.enter_context(claimed_output(config, plan.log, resumed=resumed is not None))
+    counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
+    note_start(config.output, plan.device, counts, loss, resumed=resumed is not None)
+    if resumed is not None:
+        plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
+    elif plan.models.keys is not None:
+        write_json(config.output / "keys.json", vars(plan.models.keys))
+    plan.log(f"Loss: {loss}")
 
 
 def _source_maps(plan: Plan) -> SourceMaps | None:
     config, models = plan.config, plan.models
     if models.source is None or models.source_predictor is None:
-        plan.log("No source model: training from scratch")
         return None
     # Maps of validation cases are only looked at: neither statistics nor training see them.
     shown = config.write.maps or bool(config.write.overlays)
@@ -237,23 +225,22 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
     return map_cases(plan, models.source, models.source_predictor, plan.cases, validation)
 
 
-def _voxel_weights(plan: Plan, maps: SourceMaps | None) -> Mapping[str, Tensor] | None:
+def _voxel_weights(
+    plan: Plan, maps: SourceMaps | None, own: WeightFunction | None
+) -> Mapping[str, Tensor] | None:
     """The risk maps, or the caller's own in their place; None where the loss has neither."""
     if maps is None or not plan.config.uses_risk:
         return None
-    if plan.weights is None:
+    if own is None:
         return maps.risk
-    weights = plan.weights(maps, plan.cases.train)
+    weights = own(maps, plan.cases.train)
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights: expected case names with tensors, got {type(weights).__name__}")
     for case in plan.cases.train:
-        if case.name not in weights:
-            raise ValueError(
-                f"weights: expected a tensor for each training case, none of {case.name}"
-            )
-        found, expected = list(weights[case.name].shape), list(case.label.shape)
-        if found != expected:
-            raise ValueError(f"weights: {case.name}: expected the shape {expected}, got {found}")
+        found, shape = weights.get(case.name), case.label.shape
+        if found is None or found.shape != shape:
+            got = f"none of {case.name}" if found is None else list(found.shape)
+            raise ValueError(f"weights: {case.name}: expected a tensor {list(shape)}, got {got}")
     return weights
 
 
@@ -262,18 +249,19 @@ def _evaluate(
 ) -> dict[str, list[float]]:
     """Dice at the files' resolution; writes dice.csv, predictions/ and overlays/."""
     config, cases, structures = plan.config, plan.cases, plan.cases.structures
-    mine = {}
-    for case in plan.processes.share(cases.validation):
+
+    def dice(case: Case) -> list[float]:
         prediction = predictions[case.name]
         if case.grid.resampled:
             prediction = predict([plan.models.predictor], case, structures, full=True)
         else:
             prediction = case.grid.uncropped(prediction)
-        mine[case.name] = dice_per_structure(prediction, case.full_label, structures)
         if config.write.predictions:
             path = config.output / "predictions" / f"{case.name}.nii.gz"
             write_segmentation(path, case, prediction, structures)
-    table = plan.processes.merged(mine, [case.name for case in cases.validation])
+        return dice_per_structure(prediction, case.full_label, structures)
+
+    table = plan.processes.spread({case.name: case for case in cases.validation}, dice)
     if not table:
         plan.log("No validation cases: no Dice")
     elif plan.processes.is_main:

@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -24,33 +23,12 @@ from riskmap_ext.finetune.pictures.slices import segmentation_picture
 from riskmap_ext.finetune.source.checkpoint import save_checkpoint
 from riskmap_ext.finetune.source.model import preparation
 from riskmap_ext.finetune.source.predictor import predict
-from riskmap_ext.finetune.train.plan import Plan
+from riskmap_ext.finetune.train.plan import LossFunction, Plan
 from riskmap_ext.finetune.train.step import Stepper
 
 _CHECK_EVERY = 25
 # (step, numbers by name).
 Callback = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """Rows of metrics.csv and the trained network's predictions (prepared grid) by case name.
-
-    Of several processes, each has the predictions of its own share of the cases. step_seconds: mean
-    of the steps of this process, validations left out; NaN where there were none.
-    """
-
-    history: list[dict[str, float]]
-    predictions: dict[str, Tensor]
-    step_seconds: float
-
-
-@dataclass(frozen=True)
-class _Step:
-    number: int
-    lr: float
-    loss: Tensor
-    cases: list[str]
 
 
 class Trainer:
@@ -60,12 +38,19 @@ class Trainer:
     a step depends on: a run that goes on from it ends in the same bits, on a CPU with the same
     number of threads. best.pt has the highest mean Dice of all validations (the last one's where it
     is undefined).
+
+    predictions: of this process's share of the validation cases, on the prepared grid, by name.
+    step_seconds: mean of its steps, validations left out; NaN where there were none.
     """
 
     def __init__(
-        self, plan: Plan, risk: Mapping[str, Tensor] | None, callback: Callback | None = None
+        self,
+        plan: Plan,
+        risk: Mapping[str, Tensor] | None,
+        loss: LossFunction | None,
+        callback: Callback | None,
     ) -> None:
-        """risk: case name -> voxel weights. callback: as of finetune()."""
+        """risk: case name -> voxel weights. loss, callback: as of finetune()."""
         config, group, cases = plan.config, plan.processes, plan.cases
         self._plan = plan
         self._callback = callback if group.is_main else None
@@ -80,7 +65,7 @@ class Trainer:
             part=(group.rank, group.size),
             geometry=config.data.geometry,
         )
-        self._optimize = Stepper(plan)
+        self._optimize = Stepper(plan, loss)
         before = plan.resumed or {"step": 0, "best": -math.inf, "seconds": 0.0, "metrics": []}
         self._first = before["step"] + 1
         self._best = before["best"]
@@ -106,62 +91,59 @@ class Trainer:
         # Since the last validation.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
         self._loss_count = 0
-        self._recent: deque[_Step] = deque(maxlen=_CHECK_EVERY)
-        self._predictions: dict[str, Tensor] | None = None
-        self._seconds_in_steps = 0.0
+        self._lr = math.nan
+        # Step, loss, and the cases of its crops.
+        self._recent: deque[tuple[int, Tensor, list[str]]] = deque(maxlen=_CHECK_EVERY)
+        self.predictions: dict[str, Tensor] = {}
+        self.step_seconds = math.nan
 
-    def run(self) -> Trained:
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv."""
+        return self._metrics.rows
+
+    def run(self) -> None:
         """Raises: InputError when the loss is no longer finite."""
-        plan, last = self._plan, self._plan.config.train.steps
+        plan, train = self._plan, self._plan.config.train
         plan.models.network.train()
-        note = ""
+        note, seconds, steps = "", 0.0, range(self._first, train.steps + 1)
         try:
-            with plan.log.counting("Training", last, "steps", done=self._first - 1) as advance:
+            with plan.log.counting("Training", train.steps, self._first - 1) as advance:
                 resumed_at = time.perf_counter()
-                for step in range(self._first, last + 1):
+                for step in steps:
                     plan.log.stage = f"at step {step}"
                     self._take(step)
-                    if self._is_due(step):
+                    if step == train.steps or (
+                        train.validate_every and step % train.validate_every == 0
+                    ):
                         loss = self._mean_loss()
-                        self._seconds_in_steps += time.perf_counter() - resumed_at
+                        seconds += time.perf_counter() - resumed_at
                         row = self._validate(step, loss)
-                        self._keep(step, row)
                         self._call_back(step, row)
                         note = f"Dice {number(row['mean_dice'])}"
                         resumed_at = time.perf_counter()
                     elif step % _CHECK_EVERY == 0:
-                        loss = self._mean_loss()
-                        self._call_back(step, {"train_loss": loss, "lr": self._recent[-1].lr})
+                        self._call_back(step, {"train_loss": self._mean_loss(), "lr": self._lr})
                     advance(note)
         finally:
             self._losses.close()
             self._metrics.close()
         plan.log.stage = "after the last step"
-        if self._predictions is None:  # nothing was left to train
-            self._predictions = self._segment()
-        steps = last - self._first + 1
-        return Trained(
-            history=self._metrics.rows,
-            predictions=self._predictions,
-            step_seconds=self._seconds_in_steps / steps if steps else math.nan,
-        )
+        if steps:
+            self.step_seconds = seconds / len(steps)
+        else:
+            self.predictions = self._segment()
 
     def _take(self, step: int) -> None:
         """One step of the optimiser; nothing in it waits for the device."""
-        lr = self._optimize.lr
-        accumulate = self._plan.config.train.accumulate
-        batches = [self._sampler.next_batch() for _ in range(accumulate)]
+        self._lr = self._optimize.lr
+        count = self._plan.config.train.accumulate
+        batches = [self._sampler.next_batch() for _ in range(count)]
         loss = self._optimize(batches)
-        cases = [name for batch in batches for name in batch.cases]
-        self._recent.append(_Step(step, lr, loss, cases))
+        self._recent.append((step, loss, [name for batch in batches for name in batch.cases]))
         self._loss_sum += loss
         self._loss_count += 1
-        self._losses.add(step, loss, lr)
-
-    def _is_due(self, step: int) -> bool:
-        train = self._plan.config.train
-        every = train.validate_every
-        return step == train.steps or bool(every and step % every == 0)
+        self._losses.add(step, loss, self._lr)
 
     def _mean_loss(self) -> float:
         """Since the last validation, over all processes. Raises: InputError unless it is finite."""
@@ -171,22 +153,27 @@ class Trainer:
         return mean
 
     def _validate(self, step: int, loss: float) -> dict[str, float]:
-        """The row of metrics.csv."""
+        """Segments, scores and keeps; returns the row of metrics.csv."""
         plan = self._plan
-        self._predictions = predictions = self._segment()
-        dice = self._mean_dice(predictions)
+        cases, structures = plan.cases.validation, plan.cases.structures
+        self.predictions = self._segment()
+        table = plan.processes.spread(
+            {case.name: case for case in cases},
+            lambda case: dice_per_structure(self.predictions[case.name], case.label, structures),
+        )
+        dice = structure_means(table, len(structures.scored))
         seconds = time.perf_counter() - self._started
         self._losses.write()
-        row = self._metrics.add(step, loss, dice, self._recent[-1].lr, seconds)
-        if self._metrics.has_pictures and plan.cases.validation:
-            case = plan.cases.validation[0]
-            picture = segmentation_picture(case, predictions[case.name])
-            self._metrics.picture(case.name, picture, step)
+        row = self._metrics.add(step, loss, dice, self._lr, seconds)
+        if self._metrics.has_pictures and cases:
+            picture = segmentation_picture(cases[0], self.predictions[cases[0].name])
+            self._metrics.picture(cases[0].name, picture, step)
         self._loss_sum, self._loss_count = torch.zeros_like(self._loss_sum), 0
         plan.log(
             f"step {step}/{plan.config.train.steps}: loss {loss:.4f}, mean Dice "
             f"{number(row['mean_dice'])}, lr {row['lr']:.2e}, {step / seconds:.1f} steps/s"
         )
+        plan.processes.on_main(lambda: self._keep(row))
         return row
 
     def _call_back(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -201,28 +188,14 @@ class Trainer:
         structures = plan.cases.structures
         return {case.name: predict([plan.models.predictor], case, structures) for case in shared}
 
-    def _mean_dice(self, predictions: Mapping[str, Tensor]) -> list[float]:
-        """Per structure, over all validation cases of all processes."""
-        cases, structures = self._plan.cases.validation, self._plan.cases.structures
-        mine = {
-            case.name: dice_per_structure(predictions[case.name], case.label, structures)
-            for case in cases
-            if case.name in predictions
-        }
-        table = self._plan.processes.merged(mine, [case.name for case in cases])
-        return structure_means(table, len(structures.scored))
-
-    def _keep(self, step: int, row: Mapping[str, float]) -> None:
+    def _keep(self, row: Mapping[str, float]) -> None:
         """last.pt, best.pt where it is better, and after them what --resume goes on from."""
-        dice, seconds = row["mean_dice"], row["seconds"]
-        is_last = step == self._plan.config.train.steps
-        better = dice > self._best or (self._best == -math.inf and is_last)
+        plan, output = self._plan, self._plan.config.output
+        step, dice = int(row["step"]), row["mean_dice"]
+        last = step == plan.config.train.steps
+        better = dice > self._best or (self._best == -math.inf and last)
         if better:
             self._best = max(self._best, dice)
-        self._plan.processes.on_main(lambda: self._write(step, dice, seconds, better))
-
-    def _write(self, step: int, dice: float, seconds: float, better: bool) -> None:
-        plan, output = self._plan, self._plan.config.output
         for name in ("last.pt", "best.pt") if better else ("last.pt",):
             save_checkpoint(
                 output / name,
@@ -239,7 +212,7 @@ class Trainer:
             "inputs": plan.inputs,
             "step": step,
             "best": self._best,
-            "seconds": seconds,
+            "seconds": row["seconds"],
             "metrics": self._metrics.rows,
             "losses": self._losses.state_dict(),
             "network": plan.models.network.state_dict(),
@@ -262,9 +235,8 @@ class Trainer:
     def _stop_at_nonfinite(self) -> NoReturn:
         """Names the first step whose loss is not finite, and the cases of its crops."""
         plan, train = self._plan, self._plan.config.train
-        mine = next((s for s in self._recent if not math.isfinite(s.loss.item())), None)
-        steps = plan.processes.gather(None if mine is None else (mine.number, mine.cases))
-        known = [each for each in steps if each is not None]
+        mine = ((n, cases) for n, loss, cases in self._recent if not math.isfinite(loss.item()))
+        known = [each for each in plan.processes.gather(next(mine, None)) if each is not None]
         step = min((number for number, _ in known), default=0)
         cases = [name for number, names in known if number == step for name in names]
         if not plan.processes.is_main:

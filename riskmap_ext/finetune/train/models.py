@@ -35,9 +35,8 @@ from riskmap_ext.finetune.train.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """keys: what became of the source's weights. fused: heads that the loss carries out, and in
-    not_fused why there are none in a network of many outputs. fresh: biases of an output layer that
-    is not the source's and is to start at the class prior, and in no_prior why there are none."""
+    """keys: what became of the source's weights. fresh: biases of an output layer that is not the
+    source's and is to start at the class prior."""
 
     source: SourceModel | None
     source_predictor: Predictor | None
@@ -46,23 +45,15 @@ class Models:
     predictor: Predictor
     patch: list[int]
     keys: KeyReport | None
-    fused: list[str]
-    not_fused: str | None
     fresh: dict[str, nn.Parameter]
-    no_prior: str | None
-
-    @property
-    def dims(self) -> int:
-        return len(self.patch)
-
-    @property
-    def parameters(self) -> int:
-        return sum(each.numel() for each in self.network.parameters())
 
 
 def build_models(session: Session, listing: Listing, source: SourceModel | None) -> Models:
-    """Raises: InputError for a checkpoint, a network or a patch size that does not fit."""
-    config, device = session.config, session.device
+    """Tells in the log what they are.
+
+    Raises: InputError for a checkpoint, a network or a patch size that does not fit.
+    """
+    config, device, log, group = session.config, session.device, session.log, session.processes
     structures, channels = listing.structures, listing.channels
     wanted, patch = network_and_patch(config, source)
     source_predictor = (
@@ -76,17 +67,41 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
     check_forward(network, patch, outputs, len(channels), "train.patch_size")
     predictor = Predictor(network, dims, patch, config.inference, geometry=config.data.geometry)
     check_forward(network, predictor.patch, outputs, len(channels), "inference.patch_size")
-    patch_it_sees = patch
-    if wanted.orientation is not None:
+    count, many = sum(each.numel() for each in network.parameters()), ""
+    if group.size > 1:
+        many = f", {group.size} processes"
+        norms = nn.modules.batchnorm._BatchNorm
+        if device.type != "cuda" and any(isinstance(m, norms) for m in network.modules()):
+            log.warn(
+                "the network has batch normalization: on the CPU each process normalizes by its "
+                "own part of the batch"
+            )
+    log(f"{wanted.name}, {count:,} parameters, patches of {patch}, on {device}{many}")
+    if wanted.orientation is None:
+        patch_it_sees = patch
+    else:
         patch_it_sees = arranged(patch, PREPARED[config.data.slice_axis][:dims], wanted.orientation)
-    fused, not_fused = fused_heads(
-        network, config.loss.fused_head, outputs, [2, len(channels), *patch_it_sees]
-    )
+    shape = [2, len(channels), *patch_it_sees]
+    fused, not_fused = fused_heads(network, config.loss.fused_head, outputs, shape)
+    if fused:
+        log(f"No logits are kept in training: {', '.join(fused)} is fused with the loss")
+    if not_fused is not None:
+        log(f"The loss takes whole logits, loss.fused_head does not apply: {not_fused}")
     keys = None
-    if source is not None and config.source is not None and config.source.initialize:
+    if source is None or config.source is None:
+        log("No source model: training from scratch")
+    elif config.source.initialize:
         keys = start_from_source(network, wanted, structures, source, config.source.head)
+        log(f"Weights from {source.path}: {keys.summary()}")
+        theirs, mine = (list(each.scored) for each in (source.structures, structures))
+        if not keys.reinitialized and theirs != mine:
+            log(
+                f"The output layer is the source's ({', '.join(theirs)}); "
+                "source.head=reinitialize makes a fresh one"
+            )
+        if len(keys.loaded) * 2 < len(network.state_dict()):
+            log.warn("less than half of the network's weights come from the source")
     fresh: dict[str, nn.Parameter] = {}
-    no_prior = None
     loaded = set() if keys is None else set(keys.loaded)
     if config.train.head_init == "prior":
         try:
@@ -94,7 +109,7 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
             fresh = {name: bias for name, bias in found.items() if name not in loaded}
         except ValueError as error:
             if not head_keys(wanted, outputs) <= loaded:
-                no_prior = str(error)
+                log.warn(f"train.head_init: no class prior: {error}")
     return Models(
         source=source,
         source_predictor=source_predictor,
@@ -103,10 +118,7 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
         predictor=predictor,
         patch=patch,
         keys=keys,
-        fused=fused,
-        not_fused=not_fused,
         fresh=fresh,
-        no_prior=no_prior,
     )
 
 

@@ -8,20 +8,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from riskmap_ext._files import digest
 from riskmap_ext._prior import add_prior, prior_logits
 from riskmap_ext.finetune.base.device import available_memory
-from riskmap_ext.finetune.base.errors import ConfigError, Errors, Problems
-from riskmap_ext.finetune.base.log import gib
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, Problems
+from riskmap_ext.finetune.base.lock import check_free
+from riskmap_ext.finetune.base.log import gib, some
+from riskmap_ext.finetune.base.orientation import PREPARED
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import Listing, list_cases
 from riskmap_ext.finetune.data.memory import MemoryNeed, described, memory_need, volume_store
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
-from riskmap_ext.finetune.folder.workspace import check_output, unfinished_run
-from riskmap_ext.finetune.source.checkpoint import SourceModel, source_of
+from riskmap_ext.finetune.data.splits import SPLITS_FILE, Split, make_splits, read_splits
+from riskmap_ext.finetune.folder.workspace import (
+    check_output,
+    check_same_run,
+    finished,
+    fold_folders,
+    unfinished_run,
+)
+from riskmap_ext.finetune.source.checkpoint import source_of
 from riskmap_ext.finetune.source.model import preparation_warnings, prepared_as_source
 from riskmap_ext.finetune.train.maps import SourceMaps
 from riskmap_ext.finetune.train.models import Models, build_models, network_and_patch
@@ -34,133 +43,125 @@ WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outline:
+class Outline(Session):
     """What headers and blank patches tell of a run, before a volume is read.
 
-    config: with the source's preparation.
+    config: with the source's preparation. splits: of `data.folds`. resumed: what resume.pt holds
+    where a run is gone on with; nothing of a cross-validation.
     """
 
-    config: Config
     listing: Listing
     models: Models
-    memory: MemoryNeed
-    store: Path | None
+    splits: list[Split]
+    resumed: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Session):
+class Plan(Outline):
     """Everything that is known once all inputs are checked.
 
-    inputs: digest of the source and the training cases. resumed: what resume.pt holds. loss,
-    weights: the caller's own.
+    inputs: digest of the source and the training cases.
     """
 
     cases: Cases
-    models: Models
     inputs: str
-    resumed: dict[str, Any] | None
-    loss: LossFunction | None
-    weights: WeightFunction | None
 
 
-def check_start(config: Config, resume: bool = False) -> tuple[Config, dict[str, Any] | None]:
-    """Whether a run may begin in, or go on from, what the output folder holds.
-
-    Returns: the configuration, and what resume.pt holds where there is a run to go on with.
-    """
-    resumed = unfinished_run(config) if resume else None
-    if resumed is None:
-        if resume:  # nothing that would be lost
-            config = config.model_copy(update={"overwrite": True})
-        check_output(config)
-    return config, resumed
-
-
-def make_outline(session: Session, errors: Errors) -> tuple[Listing | None, Outline | None]:
+def make_outline(
+    run: Session, problems: Problems, *, resume: bool = False, cases: Cases | None = None
+) -> tuple[Listing | None, Outline | None]:
     """What can be known without reading a volume, of the cases whose files are there.
 
-    errors: takes the InputErrors, each of a check of its own.
+    problems: takes the InputErrors, each of a check of its own. cases: where they are read already.
     """
-    config, missing = session.config, Problems()
-    listing = outline = None
-    with errors.collected():
-        _check_options(session)
-    with errors.collected():
-        listing = list_cases(config.data, missing)
-        for note in listing.notes:
-            session.log.warn(note)
+    config, missing = run.config, Problems()
+    listing = models = resumed = None
+    splits: list[Split] = []
+    with problems.collected(InputError):
+        if run.processes.is_main:  # two that look at once would each find the other
+            check_free(config.output)
+        resumed = unfinished_run(config) if resume else None
+        if resumed is None:
+            # Without resume.pt nothing would be lost.
+            config = config.model_copy(update={"overwrite": config.overwrite or resume})
+            check_output(config)
+    with problems.collected(InputError):
+        _check_options(run)
+    with problems.collected(InputError):
+        if cases is not None:
+            _check_cases(config, cases)
+        listing = list_cases(config.data, missing) if cases is None else cases.listing
+        _tell_listing(run, listing)
         missing.tell()
-    with errors.collected():
+    with problems.collected(InputError):
         source = source_of(config)
-        config = prepared_as_source(config, source)
+        if cases is None:
+            config = prepared_as_source(config, source)
         if listing is None:
             network_and_patch(config, source)
         else:
-            outline = _outline(replace(session, config=config), listing, source)
-    return listing, outline
+            models = build_models(replace(run, config=config), listing, source)
+            _check_batch(run, models, listing)
+            flip_axes(PREPARED[config.data.slice_axis], len(models.patch), config.train.augment)
+    if listing is not None:
+        with problems.collected(InputError):
+            if resumed is not None:
+                check_same_run(resolved(config, listing))
+            if config.data.folds is not None:
+                splits = make_splits(config, [case.name for case in listing.train])
+                folds = (f"{len(each.train)} + {len(each.val)} cases" for each in splits)
+                run.log("Folds: " + ", ".join(folds))
+                if resumed is not None:
+                    _check_folds(config, splits)
+    if listing is None or models is None:
+        return listing, None
+    given = vars(run) | {"config": config}
+    return listing, Outline(**given, listing=listing, models=models, splits=splits, resumed=resumed)
 
 
-def whole_outline(session: Session) -> Outline:
-    """Raises: InputError with all that is in the way."""
-    errors = Errors()
-    _, outline = make_outline(session, errors)
-    errors.tell()
+def read_inputs(run: Session, *, resume: bool, cases: Cases | None = None) -> tuple[Outline, Cases]:
+    """The outline, and the cases unless they are given. Raises: InputError with all problems."""
+    problems = Problems()
+    _, outline = make_outline(run, problems, resume=resume, cases=cases)
+    problems.tell()
     assert outline is not None
-    return outline
-
-
-def _outline(session: Session, listing: Listing, source: SourceModel | None) -> Outline:
-    config, models = session.config, build_models(session, listing, source)
-    sources = [] if models.source is None else [models.source.structures]
-    outputs = max(each.num_outputs for each in (listing.structures, *sources))
-    _check_batch(session, models, len(listing.channels), listing.structures.num_outputs)
-    memory = memory_need(config, listing, outputs)
-    store = volume_store(config, memory, session.device)
-    return Outline(config=config, listing=listing, models=models, memory=memory, store=store)
-
-
-def make_plan(
-    session: Session,
-    *,
-    cases: Cases | None = None,
-    resumed: dict[str, Any] | None = None,
-    loss: LossFunction | None = None,
-    weights: WeightFunction | None = None,
-) -> Plan:
-    """Checks every input. Raises: InputError."""
-    config = session.config
     if cases is None:
-        outline = whole_outline(session)
-        config, models = outline.config, outline.models
-        cases = read_cases(session, outline)
-    else:
-        _check_options(session)
-        _check_cases(config, cases)
-        models = build_models(session, cases.listing, source_of(config))
-        for note in cases.listing.notes:
-            session.log.warn(note)
-    flip_axes(cases.train[0], models.dims, config.train.augment)
-    if models.fresh:
-        add_prior(models.fresh, class_prior(cases))
-    inputs = inputs_digest(models.source, [case.digest for case in cases.train])
-    check_inputs(resumed, inputs)
-    return Plan(
-        **vars(session) | {"config": resolved(config, cases.listing)},
-        cases=cases,
-        models=models,
-        inputs=inputs,
-        resumed=resumed,
-        loss=loss,
-        weights=weights,
-    )
+        need, store = memory_of(outline)
+        config, listing = outline.config, outline.listing
+        cases = prepare_cases(config, listing=listing, store=store, log=run.log)
+        run.log(described(need, store))
+    return outline, cases
 
 
-def read_cases(session: Session, outline: Outline) -> Cases:
-    """Raises: DataError with a line for each problem."""
-    listing, store = outline.listing, outline.store
-    cases = prepare_cases(outline.config, listing=listing, store=store, log=session.log)
-    session.log(described(outline.memory, store))
-    return cases
+def make_plan(run: Session, *, cases: Cases | None = None, resume: bool = False) -> Plan:
+    """Checks every input. Raises: InputError."""
+    outline, cases = read_inputs(run, resume=resume, cases=cases)
+    inputs = check_inputs(outline, [case.digest for case in cases.train])
+    tell_cases(outline, cases.class_voxels)
+    if outline.config.data.spacing is not None:
+        _check_sizes(outline, cases.train)
+    if outline.models.fresh and outline.resumed is None:
+        counts, table = cases.class_voxels, cases.structures.table
+        if table is None:
+            prior = prior_logits(counts)
+        else:
+            prior = prior_logits(table.double() @ counts / counts.sum(), sigmoid=True)
+        add_prior(outline.models.fresh, prior)
+        named = zip(cases.structures.outputs, prior, strict=True)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in named)
+        run.log(f"The output layer starts at the class prior: {told}")
+    given = vars(outline) | {"config": resolved(outline.config, cases.listing)}
+    return Plan(**given, cases=cases, inputs=inputs)
+
+
+def memory_of(outline: Outline) -> tuple[MemoryNeed, Path | None]:
+    """What the run will take, and the folder of its volumes. Raises: DataError if it cannot fit."""
+    config, listing, source = outline.config, outline.listing, outline.models.source
+    outputs = listing.structures.num_outputs
+    if source is not None:
+        outputs = max(outputs, source.structures.num_outputs)
+    need = memory_need(config, listing, outputs)
+    return need, volume_store(config, need, outline.device)
 
 
 def resolved(config: Config, listing: Listing) -> Config:
@@ -175,32 +176,35 @@ def resolved(config: Config, listing: Listing) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=told)})
 
 
-def class_prior(cases: Cases) -> Tensor:
-    """What the outputs start at: log frequencies, or logits of the regions' frequencies."""
-    counts, table = cases.class_voxels, cases.structures.table
-    if table is None:
-        return prior_logits(counts)
-    return prior_logits(table.double() @ counts / counts.sum(), sigmoid=True)
+def check_inputs(outline: Outline, cases: Sequence[str]) -> str:
+    """The digest of the source's weights and of the training cases' own digests.
 
-
-def inputs_digest(source: SourceModel | None, cases: list[str]) -> str:
-    """Of the source's weights and the digests of the training cases."""
-    return digest(None if source is None else source.digest, cases)
-
-
-def check_inputs(resumed: dict[str, Any] | None, inputs: str) -> None:
-    """Raises: ConfigError where a run that is gone on with was begun with others."""
-    if resumed is not None and resumed["inputs"] != inputs:
+    Raises: ConfigError where a run that is gone on with was begun with others.
+    """
+    source, resumed = outline.models.source, outline.resumed
+    inputs = digest(None if source is None else source.digest, list(cases))
+    if resumed and resumed["inputs"] != inputs:
         raise ConfigError(
             "--resume: the source checkpoint or the training cases have changed since the run was "
             "begun; overwrite=true without --resume starts anew"
         )
+    return inputs
 
 
-def _check_options(session: Session) -> None:
+def _check_folds(config: Config, splits: list[Split]) -> None:
+    """That those begun are these, and can be gone on with."""
+    path = config.output / SPLITS_FILE
+    if read_splits(path) != splits:
+        raise ConfigError(f"--resume: {path}: has other folds than data.folds makes of the cases")
+    for folder in fold_folders(config.output):
+        if not finished(folder):
+            unfinished_run(config.model_copy(update={"output": folder}))
+
+
+def _check_options(run: Session) -> None:
     """Keys that only the device or the number of processes can refuse."""
-    train, processes = session.config.train, session.processes
-    if train.amp == "fp16" and session.device.type != "cuda":
+    train, processes = run.config.train, run.processes
+    if train.amp == "fp16" and run.device.type != "cuda":
         raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
     if train.batch_size % processes.size:
         raise ConfigError(
@@ -209,15 +213,28 @@ def _check_options(session: Session) -> None:
         )
 
 
-def _check_batch(session: Session, models: Models, channels: int, outputs: int) -> None:
+def _check_batch(run: Session, models: Models, listing: Listing) -> None:
     """Crops, logits and their gradient alone must fit; what the network keeps is unknown."""
-    train = session.config.train
-    voxels = train.batch_size // session.processes.size * math.prod(models.patch)
-    needed, available = voxels * (4 * channels + 8 * outputs), available_memory()
-    if session.device.type == "cpu" and needed > available:
+    count = run.config.train.batch_size
+    voxels = count // run.processes.size * math.prod(models.patch)
+    needed = voxels * (4 * len(listing.channels) + 8 * listing.structures.num_outputs)
+    available = available_memory()
+    if run.device.type == "cpu" and needed > available:
         raise ConfigError(
-            f"train.batch_size: {train.batch_size} crops of {models.patch} take {gib(needed)} or "
-            f"more, and {gib(available)} of memory is available"
+            f"train.batch_size: {count} crops of {models.patch} take {gib(needed)} or more, and "
+            f"{gib(available)} of memory is available"
+        )
+
+
+def _check_sizes(outline: Outline, train: Sequence[Case]) -> None:
+    """Warns of volumes that are small beside the patch."""
+    patch, shapes = outline.models.patch, {case.name: tuple(case.label.shape) for case in train}
+    small = [n for n, s in shapes.items() if any(2 * a < b for a, b in zip(s, patch, strict=False))]
+    if small:
+        outline.log.warn(
+            f"data.spacing makes {len(small)} of {len(train)} training volumes less than half as "
+            f"large as the patch {patch} (such as {small[0]}, {shapes[small[0]]}): most of each "
+            "crop lies outside the image; use a finer spacing or a smaller train.patch_size"
         )
 
 
@@ -232,83 +249,31 @@ def _check_cases(config: Config, cases: Cases) -> None:
         )
 
 
-def tell_plan(plan: Plan) -> None:
-    """What will be trained, in the log."""
-    log, cases, models, config = plan.log, plan.cases, plan.models, plan.config
-    log(
-        f"{len(cases.train)} training and {len(cases.validation)} validation cases; classes: "
-        + ", ".join(cases.classes)
-    )
-    for name, count in zip(cases.classes, cases.class_voxels, strict=True):
-        if count == 0:
-            log.warn(f"no voxel of class {name} in the training cases")
-    if cases.structures.regions is not None:
-        log("Regions: " + ", ".join(cases.structures.regions))
-    if len(cases.channels) > 1:
-        log("Channels: " + ", ".join(cases.channels))
-    if config.data.spacing is not None:
-        _warn_of_small_volumes(plan)
-    many = f", {plan.processes.size} processes" if plan.processes.size > 1 else ""
-    log(
-        f"{models.config.name}, {models.parameters:,} parameters, patches of {models.patch}, on "
-        f"{plan.device}{many}"
-    )
-    if models.fused:
-        log(f"No logits are kept in training: {', '.join(models.fused)} is fused with the loss")
-    if models.not_fused is not None:
-        log(f"The loss takes whole logits, loss.fused_head does not apply: {models.not_fused}")
-    _tell_source(plan)
-    _tell_head(plan)
-    norms = [m for m in models.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and plan.processes.size > 1 and plan.device.type != "cuda":
-        log.warn(
-            "the network has batch normalization: on the CPU each process normalizes by its own "
-            "part of the batch"
-        )
+def _tell_listing(run: Session, listing: Listing) -> None:
+    for note in (*listing.notes, *run.config.notes):
+        run.log.warn(note)
+    for title, cases in (("Training", listing.train), ("Validation", listing.validation)):
+        if cases:
+            names = some([case.name for case in cases])
+            run.log(f"{title} cases: {len(cases)} ({names})")
+    if len(listing.channels) > 1:
+        run.log("Channels: " + ", ".join(listing.channels))
+    if listing.structures.regions is not None:
+        run.log("Regions: " + ", ".join(listing.structures.regions))
 
 
-def _tell_source(plan: Plan) -> None:
-    log, source, keys = plan.log, plan.models.source, plan.models.keys
-    if source is None:
-        return
-    for warning in preparation_warnings(plan.config, source):
-        log.warn(warning)
-    if keys is None:
-        return
-    log(f"Weights from {source.path}: {keys.summary()}")
-    theirs, mine = (list(each.scored) for each in (source.structures, plan.cases.structures))
-    if not keys.reinitialized and theirs != mine:
-        log(
-            f"The output layer is the source's ({', '.join(theirs)}); "
-            "source.head=reinitialize makes a fresh one"
-        )
-    if len(keys.loaded) * 2 < len(plan.models.network.state_dict()):
-        log.warn("less than half of the network's weights come from the source")
-
-
-def _tell_head(plan: Plan) -> None:
-    models, structures = plan.models, plan.cases.structures
-    if plan.resumed is not None:
-        return
-    if models.no_prior is not None:
-        plan.log.warn(f"train.head_init: no class prior: {models.no_prior}")
-    elif models.fresh:
-        prior = zip(structures.outputs, class_prior(plan.cases), strict=True)
-        told = ", ".join(f"{name} {value:.2f}" for name, value in prior)
-        plan.log(f"The output layer starts at the class prior: {told}")
-
-
-def _warn_of_small_volumes(plan: Plan) -> None:
-    train, patch = plan.cases.train, plan.models.patch
-    small = [
-        case
-        for case in train
-        if any(2 * size < crop for size, crop in zip(case.label.shape, patch, strict=False))
-    ]
-    if small:
-        shape = list(small[0].label.shape)
-        plan.log.warn(
-            f"data.spacing makes {len(small)} of {len(train)} training volumes less than half as "
-            f"large as the patch {patch} (such as {small[0].name}, {shape}): most of each crop "
-            "lies outside the image; use a finer spacing or a smaller train.patch_size"
-        )
+def tell_cases(
+    outline: Outline,
+    class_voxels: Tensor,
+    which: str = "the training cases",
+) -> None:
+    """What the training cases are made of, in the log."""
+    counts = dict(zip(outline.listing.structures.classes, class_voxels.tolist(), strict=True))
+    total = max(sum(counts.values()), 1)
+    shares = (f"{name} {count / total:.2%}" for name, count in counts.items())
+    outline.log("Classes: " + ", ".join(shares))
+    for name in (name for name, count in counts.items() if count == 0):
+        outline.log.warn(f"no voxel of class {name} in {which}")
+    if outline.models.source is not None:
+        for warning in preparation_warnings(outline.config, outline.models.source):
+            outline.log.warn(warning)

@@ -28,33 +28,38 @@ _LARGE_WEIGHT = 100.0
 class Stepper:
     """One optimiser step per call; returns the loss of this process's part, detached."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, loss: LossFunction | None = None) -> None:
+        """loss: in the place of the configuration's."""
         config, device, network = plan.config, plan.device, plan.models.network
         train = config.train
         self._network = network
         self._memory = torch.contiguous_format
         if train.channels_last:
-            dims = next(p.dim() - 2 for p in network.parameters() if p.dim() >= 4)
-            self._memory = torch.channels_last if dims == 2 else torch.channels_last_3d
+            slices = len(plan.models.patch) == 2
+            self._memory = torch.channels_last if slices else torch.channels_last_3d
             network.to(memory_format=self._memory)  # type: ignore[call-overload]
-        self._model = _distributed(plan)
-        self._forward: Any = torch.compile(self._model) if train.compile else self._model
-        self._loss = plan.loss or _loss(plan)
+        model = _distributed(plan)
+        self._without_sync = getattr(model, "no_sync", contextlib.nullcontext)
+        self._forward: Any = torch.compile(model) if train.compile else model
+        self._loss = loss or _loss(plan)
         self._optimizer = _optimizer(network, train)
         self._schedule = _schedule(self._optimizer, train)
         dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[train.amp]
         self._autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._clip = train.grad_clip
+        self._parts: dict[str, Any] = {
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "scaler": self._scaler,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"optimizer": self._optimizer, "schedule": self._schedule, "scaler": self._scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
 
     @property
     def lr(self) -> float:
@@ -66,8 +71,7 @@ class Stepper:
         for index, batch in enumerate(batches):
             # The processes average their gradients once, with the last batch.
             last = index == len(batches) - 1
-            apart = contextlib.nullcontext() if last else _no_sync(self._model)
-            with apart:
+            with contextlib.nullcontext() if last else self._without_sync():
                 with self._autocast:
                     image = batch.image.contiguous(memory_format=self._memory)
                     logits = first_output(self._forward(image), image)
@@ -107,12 +111,6 @@ def _has_unused(network: nn.Module, image: Tensor) -> bool:
     logits = output.logits() if isinstance(output, DeferredLogits) else output
     logits.sum().backward()
     return any(p.grad is None for p in tried.parameters() if p.requires_grad)
-
-
-def _no_sync(model: nn.Module) -> Any:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 def _loss(plan: Plan) -> LossFunction:
@@ -171,9 +169,7 @@ def loss_in_words(config: Config, loss: bool = False, weights: bool = False) -> 
         return " with ".join(["the caller's own", *factors])
     wanted = config.loss.class_weights
     if isinstance(wanted, list):
-        factors.append(
-            "the factor of its class (" + ", ".join(f"{each:g}" for each in wanted) + ")"
-        )
+        factors.append(f"the factor of its class ({', '.join(f'{each:g}' for each in wanted)})")
     elif wanted is not None:
         factors.append("√(1/f) of its class")
     parts = []
