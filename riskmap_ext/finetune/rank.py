@@ -85,8 +85,7 @@ def rank_sources(
                     cases = prepare_cases(own.config, listing=listing)
                 for warning in preparation_warnings(own.config, source):
                     run.log.warn(warning)
-                classes = len(cases.classes)
-                mapper = SourceMapper(own, source, predictor, cases.train, classes, advance)
+                mapper = SourceMapper(own, source, predictor, cases, advance)
                 ranked.append(_ranked(source, mapper.statistics()))
     ranked.sort(key=lambda each: each.leep, reverse=True)
     run.log.table(_table(ranked, len(listing.train)))

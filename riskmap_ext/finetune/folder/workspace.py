@@ -9,14 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError, InputError
 from riskmap_ext.finetune.base.files import read_text, write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.splits import SPLITS_FILE, read_splits
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 
@@ -82,11 +81,8 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
 def check_same_run(config: Config) -> None:
     """Raises: ConfigError naming the keys in which `config` differs from the unfinished run."""
     path = config.output / "config.yaml"
-    try:
-        before = yaml.safe_load(read_text(path, ConfigError))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"output: {path} cannot be read ({error})") from None
-    changed = _differences(before, yaml.safe_load(config.to_yaml()))
+    before, _ = read_mapping(path)
+    changed = _differences(before, config.model_dump(mode="json"))
     changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]
     if changed:
         raise ConfigError(
@@ -95,13 +91,15 @@ def check_same_run(config: Config) -> None:
         )
 
 
-def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+def _differences(one: Any, other: Any, key: str = "") -> list[str]:
+    """The dotted keys below `key` whose values differ."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [prefix.rstrip(".")]
-    found = []
-    for key in sorted({*one, *other}, key=str):
-        found += _differences(one.get(key), other.get(key), f"{prefix}{key}.")
-    return found
+        return [] if one == other else [key]
+    return [
+        each
+        for name in sorted({*one, *other}, key=str)
+        for each in _differences(one.get(name), other.get(name), f"{key}.{name}".strip("."))
+    ]
 
 
 @contextmanager

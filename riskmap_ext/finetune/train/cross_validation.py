@@ -21,7 +21,7 @@ from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.workspace import claimed_output, finished, fold_folders
 from riskmap_ext.finetune.report.read import RunFiles, read_run
 from riskmap_ext.finetune.train.finetune import Scores, finetune, tell_end
-from riskmap_ext.finetune.train.plan import read_inputs, resolved
+from riskmap_ext.finetune.train.plan import read_inputs
 from riskmap_ext.finetune.train.session import Session, session
 
 
@@ -77,9 +77,8 @@ def cross_validate(
 
 
 def _claim(run: Session, splits: list[Split], cases: Cases, resumed: bool) -> None:
-    config = resolved(run.config, cases.listing)
-    run.held.enter_context(claimed_output(config, run.log, resumed=resumed))
-    write_json(config.output / SPLITS_FILE, [split.model_dump() for split in splits])
+    run.held.enter_context(claimed_output(run.config, run.log, resumed=resumed))
+    write_json(run.config.output / SPLITS_FILE, [split.model_dump() for split in splits])
     for note in not_validated(splits, [case.name for case in cases.train]):
         run.log.warn(note)
 

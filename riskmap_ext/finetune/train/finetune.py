@@ -150,12 +150,13 @@ def finetune(
 
 def tell_end(run: Session, model: Path, done: str) -> None:
     """Writes the report, and tells what may come next. model: what `riskmap predict` takes."""
-    output, log, report = run.config.output, run.log, run.config.write.report
-    if report:
+    output, log = run.config.output, run.log
+    told = [f"{shlex.join(['riskmap', 'predict', str(model)])} --image IMAGES --output FOLDER"]
+    if run.config.write.report:
         report_at_end(output, log)
-    log(f"Next:\n  {shlex.join(['riskmap', 'predict', str(model)])} --image IMAGES --output FOLDER")
-    if not report:
-        log(f"  {shlex.join(['riskmap', 'report', str(output)])}")
+    else:
+        told.append(shlex.join(["riskmap", "report", str(output)]))
+    log("\n  ".join(["Next:", *told]))
     log(f"{done}: {output}")
 
 

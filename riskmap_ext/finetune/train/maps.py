@@ -58,30 +58,25 @@ class SourceMapper:
         session: Session,
         source: SourceModel,
         predictor: Predictor,
-        train: Sequence[Case],
-        num_classes: int,
+        cases: Cases,
         progress: Callable[[str], Any],
-        store: Path | None = None,
     ) -> None:
-        """train: the cases of the statistics. store: None: the maps are held in memory, else they
-        stay in the cache's files."""
+        """cases: those of the statistics; where their volumes are on disk, the maps stay there."""
         config = session.config
         window = {
             "patch_size": predictor.patch,
             "overlap": config.inference.overlap,
             "channels": predictor.channels,
         }
-        settings = [riskmap_ext.__version__, source.digest, window, num_classes]
-        self._study = digest(settings, [case.digest for case in train])
-        self._train = train
+        settings = [riskmap_ext.__version__, source.digest, window, len(cases.classes)]
+        self._study = digest(settings, [case.digest for case in cases.train])
+        self._cases = cases
         self._predictor = predictor
-        self._num_classes = num_classes
         self._risk = config.risk
         self._cache = config.cache or config.output / "cache"
         self._progress = progress
         self._regions = source.structures.table
         self._group = session.processes
-        self._on_disk = store is not None
         self._logits: dict[str, Tensor] = {}
         self.made = 0
 
@@ -89,7 +84,7 @@ class SourceMapper:
         """LEEP statistics of the training cases, both passes; from the cache where it has them."""
         path = self._cache / f"statistics-{self._study[:24]}.pt"
         statistics = riskmap_ext.TransferStatistics(
-            self._num_classes, ignore_index=IGNORE_INDEX, regions=self._regions
+            len(self._cases.classes), ignore_index=IGNORE_INDEX, regions=self._regions
         )
         group = self._group
         stored = read_torch(path)
@@ -98,15 +93,12 @@ class SourceMapper:
             return statistics
 
         def add(step: Callable[[Tensor, Tensor], None], name: str) -> None:
-            for case in group.share(self._train):
+            for case in group.share(self._cases.train):
                 logits = self._source_logits(case)
                 step(logits, case.label[None].to(logits.device))
                 self._progress(f"{name} of {case.name}")
 
-        for step, name in (
-            (statistics.update, "statistics"),
-            (statistics.update_range, "range"),
-        ):
+        for step, name in ((statistics.update, "statistics"), (statistics.update_range, "range")):
             group.together(lambda step=step, name=name: add(step, name))  # type: ignore[misc]
             if group.size > 1:
                 statistics.all_reduce()
@@ -117,12 +109,13 @@ class SourceMapper:
         """transferability and risk of a case; from the cache where it has them."""
         options = self._risk.model_dump(mode="json", exclude={"use"})
         path = self._cache / f"maps-{digest(self._study, case.digest, options)[:24]}.pt"
-        maps = read_torch(path, mapped=self._on_disk)
+        on_disk = self._cases.store is not None
+        maps = read_torch(path, mapped=on_disk)
         if maps is None:
             maps = self._maps(case, statistics)
             write_checkpoint(path, maps)
             self.made += 1
-            if self._on_disk:
+            if on_disk:
                 maps = read_torch(path, mapped=True) or maps
         self._logits.pop(case.name, None)
         return maps
@@ -131,22 +124,16 @@ class SourceMapper:
         logits = self._source_logits(case)
         label = case.label[None].to(logits.device)
         conditional = statistics.conditional.to(logits.device)
+        scope: dict[str, Any] = {"dataset": statistics.hardness_range, "image": None}
         wanted = self._risk.range
-        if wanted == "dataset":
-            scope = statistics.hardness_range
-        else:
-            scope = None if wanted == "image" else tuple(wanted)
         given = (logits, label, conditional)
         transferability = riskmap_ext.transferability_map(
             *given, ignore_index=IGNORE_INDEX, regions=self._regions
         )
         risk = riskmap_ext.risk_map(
             *given,
-            scheme=self._risk.scheme,
-            base=self._risk.base,
-            alpha=self._risk.alpha,
-            scale=self._risk.scale,
-            range=scope,
+            **self._risk.model_dump(exclude={"use", "range"}),
+            range=scope[wanted] if isinstance(wanted, str) else (wanted[0], wanted[1]),
             ignore_index=IGNORE_INDEX,
             regions=self._regions,
         )
@@ -182,9 +169,7 @@ def map_cases(
     config, log, group, train = session.config, session.log, session.processes, cases.train
     every, transferability, risk = [*train, *others], {}, {}
     with log.counting("Source model", 2 * len(group.share(train)) + len(every)) as advance:
-        mapper = SourceMapper(
-            session, source, predictor, train, len(cases.classes), advance, cases.store
-        )
+        mapper = SourceMapper(session, source, predictor, cases, advance)
         statistics = mapper.statistics()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -213,12 +198,9 @@ def map_cases(
 
 def _write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
     """<case>_transferability.nii.gz and <case>_risk.nii.gz on the image file's own grid."""
-    for kind, volume in (
-        ("transferability", maps.transferability[case.name]),
-        ("risk", maps.risk[case.name]),
-    ):
+    for kind, volumes in (("transferability", maps.transferability), ("risk", maps.risk)):
         # Nearest, since both belong to the label of their voxel.
-        values = case.grid.to_file(case.grid.to_full(volume, mode="nearest"))
+        values = case.grid.to_file(case.grid.to_full(volumes[case.name], mode="nearest"))
         path = folder / f"{case.name}_{kind}.nii.gz"
         write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)
 

@@ -46,8 +46,9 @@ WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
 class Outline(Session):
     """What headers and blank patches tell of a run, before a volume is read.
 
-    config: with the source's preparation. splits: of `data.folds`. resumed: what resume.pt holds
-    where a run is gone on with; nothing of a cross-validation.
+    config: with what the data set says of itself, and the source's preparation. splits: of
+    `data.folds`. resumed: what resume.pt holds where a run is gone on with; nothing of a
+    cross-validation.
     """
 
     listing: Listing
@@ -91,6 +92,7 @@ def make_outline(
         if cases is not None:
             _check_cases(config, cases)
         listing = list_cases(config.data, missing) if cases is None else cases.listing
+        config = _resolved(config, listing)
         _tell_listing(run, listing)
         missing.tell()
     with problems.collected(InputError):
@@ -106,7 +108,7 @@ def make_outline(
     if listing is not None:
         with problems.collected(InputError):
             if resumed is not None:
-                check_same_run(resolved(config, listing))
+                check_same_run(config)
             if config.data.folds is not None:
                 splits = make_splits(config, [case.name for case in listing.train])
                 folds = (f"{len(each.train)} + {len(each.val)} cases" for each in splits)
@@ -150,8 +152,7 @@ def make_plan(run: Session, *, cases: Cases | None = None, resume: bool = False)
         named = zip(cases.structures.outputs, prior, strict=True)
         told = ", ".join(f"{name} {value:.2f}" for name, value in named)
         run.log(f"The output layer starts at the class prior: {told}")
-    given = vars(outline) | {"config": resolved(outline.config, cases.listing)}
-    return Plan(**given, cases=cases, inputs=inputs)
+    return Plan(**vars(outline), cases=cases, inputs=inputs)
 
 
 def memory_of(outline: Outline) -> tuple[MemoryNeed, Path | None]:
@@ -164,7 +165,7 @@ def memory_of(outline: Outline) -> tuple[MemoryNeed, Path | None]:
     return need, volume_store(config, need, outline.device)
 
 
-def resolved(config: Config, listing: Listing) -> Config:
+def _resolved(config: Config, listing: Listing) -> Config:
     """With what the data set itself has said of labels and channels, as keys of `data`."""
     told = {
         "classes": listing.structures.classes,
