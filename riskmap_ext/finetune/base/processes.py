@@ -84,20 +84,18 @@ class Processes:
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
     """Those that torchrun has started, or those of a process group that is there already."""
-    if dist.is_available() and dist.is_initialized():
-        yield _joined(device)
-        return
-    if started().size < 2:
-        yield Processes()
-        return
-    dist.init_process_group("gloo")
+    there = dist.is_available() and dist.is_initialized()
+    own = not there and started().size > 1
+    if own:
+        dist.init_process_group("gloo")
     try:
-        yield _joined(device)
+        yield _joined(device) if there or own else Processes()
     finally:
-        # What still holds the group, as DistributedDataParallel does in a cycle, keeps its threads,
-        # and these must not outlive the interpreter.
-        gc.collect()
-        dist.destroy_process_group()
+        if own:
+            # What still holds the group, as DistributedDataParallel does in a cycle, keeps its
+            # threads, and these must not outlive the interpreter.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def _joined(device: torch.device) -> Processes:
