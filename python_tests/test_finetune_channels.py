@@ -345,9 +345,7 @@ class TestLabelTables:
         "text",
         [
             "value,name\n0,background\n47,hippocampus\n48,hippocampus\n99,other\n12,ignore\n",
-            "# a table\nName\tIndex\nhippocampus\t47\nhippocampus\t48\nother\t99\nignore\t12\n",
-            "#No. Label R G B A\n0 Unknown 0 0 0 0\n47 hippocampus 1 2 3 0\n48 hippocampus 1 2 3 0"
-            "\n99 other 9 9 9 0\n12 ignore 0 0 0 0\n",
+            "Name\tIndex\nhippocampus\t47\nhippocampus\t48\nother\t99\nignore\t12\n",
         ],
     )
     def test_gaps_are_closed(self, tmp_path, text):
@@ -367,10 +365,10 @@ class TestLabelTables:
     @pytest.mark.parametrize(
         ("text", "told"),
         [
-            ("", "no rows"),
+            ("", "line 1: expected a header with a column value"),
             ("a,b\n1,2\n", "line 1: expected a header with a column value"),
             ("value,name\nx,y\n", "line 2: expected a whole number, got 'x'"),
-            ("value,name\n1\n", "line 2: expected 2 columns"),
+            ("value,name\n1\n", "line 2: expected a class name"),
             ("value,name\n1,\n", "line 2: expected a class name"),
             ("value,name\n1,a\n1,b\n", "line 3: 1 is a already"),
             ("value,name\n0,a\n", "no label value beside 0"),

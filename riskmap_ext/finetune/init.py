@@ -187,7 +187,7 @@ def _labels(
     if not values:
         raise DataError(f"{cases[0].label.parent}: no labels: every voxel is 0")
     for folder in (root, cases[0].label.parent, *root.glob("derivatives/*/")):
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".csv", ".tsv", ".txt")):
+        for path in sorted(p for p in folder.iterdir() if p.suffix in (".csv", ".tsv")):
             with suppress(DataError):
                 table = read_label_map(path)
                 if set(values) <= table.keys():

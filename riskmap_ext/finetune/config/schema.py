@@ -124,8 +124,8 @@ class DataConfig(_Section):
         expected("label value: class, or a file with such a table"),
     ] = None
     """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
-    or TSV with columns `value` and `name`, or a FreeSurfer look-up table. Several values may share
-    a class. 0 is background unless mapped. Left out, numbers are taken as they are."""
+    or TSV with columns `value` and `name`. Several values may share a class. 0 is background unless
+    mapped. Left out, numbers are taken as they are."""
     regions: dict[str, Annotated[list[Member], LIST]] | None = None
     """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
     core}`. The network then has one sigmoid output for each region in the place of a softmax over
