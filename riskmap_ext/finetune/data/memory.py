@@ -31,36 +31,31 @@ class MemoryNeed:
     volumes: int
     largest: int
     largest_case: str
-    voxels: int
 
 
 def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
     """outputs: the most output channels of the source and the network."""
-    cases = [*listing.train, *listing.validation]
-    voxels = {case.name: _prepared_voxels(case, config.data.spacing) for case in cases}
-    channels = len(listing.channels)
-    # Image, label and mask; of training cases once more for crops, with label, mask and risk in
-    # float32; the two maps.
-    each = 4 * channels + 3 + (8 if config.source is not None else 0)
-    trained = sum(voxels[case.name] for case in listing.train)
-    total = sum(voxels.values())
-    name = max(voxels, key=lambda each: voxels[each])
+    spacing, image = config.data.spacing or [None] * 3, 4 * len(listing.channels)
+    trained, validated = (
+        {case.name: _prepared_voxels(case, spacing) for case in cases}
+        for cases in (listing.train, listing.validation)
+    )
+    largest, largest_case = max((n, name) for name, n in (trained | validated).items())
+    # Image, label, mask and the two maps; for crops once more, label, mask and risk in float32.
+    held, crops = image + 11, image + 12
     return MemoryNeed(
-        volumes=total * each + trained * (4 * channels + 12),
-        largest=voxels[name] * (outputs * _BYTES_PER_LOGIT + 4 * channels),
-        largest_case=name,
-        voxels=total,
+        volumes=sum(trained.values()) * (held + crops) + sum(validated.values()) * held,
+        largest=largest * (outputs * _BYTES_PER_LOGIT + image),
+        largest_case=largest_case,
     )
 
 
-def _prepared_voxels(case: CaseFiles, spacing: list[float | None] | None) -> int:
+def _prepared_voxels(case: CaseFiles, spacing: list[float | None]) -> int:
     """How many voxels a case has once it is resampled; 0 for a file that reading it will name."""
     try:
         label = read_header(case.label)
     except DataError:
         return 0
-    if spacing is None:
-        return math.prod(label.shape)
     wanted = wanted_spacing(spacing, label.spacing)
     return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, wanted))
 

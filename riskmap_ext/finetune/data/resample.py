@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.data.volumes import voxel_sizes
 
-_MAX_VOXELS = 2**31 - 1
 _MIN_SIZE = 4
 # Image, label and mask, and the float64 copies and sampling grid while they are made.
 _BYTES_PER_VOXEL = 64
@@ -87,8 +87,7 @@ def resized_as_nnunet(
 def _coarse_axis(*spacings: Sequence[float]) -> int | None:
     for spacing in spacings:
         if max(spacing) > 3 * min(spacing):
-            axes = [axis for axis, size in enumerate(spacing) if size == max(spacing)]
-            return axes[0] if len(axes) == 1 else None
+            return spacing.index(max(spacing)) if spacing.count(max(spacing)) == 1 else None
     return None
 
 
@@ -146,18 +145,16 @@ def check_spacing(
     """
     result = resampled_shape(shape, sizes, spacing)
     made = (
-        f"{path}: data.spacing {[float(v) for v in spacing]} mm makes {_by(result)} of its "
+        f"{path}: data.spacing {list(spacing)} mm makes {_by(result)} of its "
         f"{_by(shape)} voxels of {_by(f'{size:.3g}' for size in sizes)} mm"
     )
     if any(after < min(_MIN_SIZE, before) for after, before in zip(result, shape, strict=True)):
         raise DataError(f"{made}; expected {_MIN_SIZE} or more along each axis: use finer voxels")
-    voxels = int(np.prod([float(n) for n in result]))
-    needed, available = voxels * _BYTES_PER_VOXEL, available_memory()
-    if voxels > _MAX_VOXELS or needed > available / 2:
+    needed, available = math.prod(result) * _BYTES_PER_VOXEL, available_memory()
+    if needed > available / 2:
         raise DataError(
             f"{made}, which takes about {needed / 2**30:.3g} GiB; expected no more than half of "
-            f"the {available / 2**30:.3g} GiB of memory available, and less than 2^31 voxels: use "
-            "coarser voxels"
+            f"the {available / 2**30:.3g} GiB of memory available: use coarser voxels"
         )
 
 
