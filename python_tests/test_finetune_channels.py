@@ -318,7 +318,6 @@ class TestNnunet:
     @pytest.mark.parametrize(
         ("content", "told"),
         [
-            ({"file_ending": ".png"}, "file_ending: expected one of .nii.gz"),
             ({"channel_names": {"a": "b"}}, "channel names: expected 0: name"),
             ({"channel_names": ["a"]}, "channel names: expected 0: name"),
             ({"labels": {"background": 0, "a": "x"}}, "labels: expected number: name"),

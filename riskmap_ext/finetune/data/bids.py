@@ -18,10 +18,6 @@ _LABEL = re.compile(r"_label-|_(dseg|mask|seg)(-|$)")
 Files = list[tuple[str, str, Path]]
 
 
-def is_bids(root: Path) -> bool:
-    return any(root.glob("sub-*/anat")) or any(root.glob("sub-*/ses-*/anat"))
-
-
 def bids_pairs(
     root: Path, image_suffix: Sequence[str], label_suffix: str
 ) -> tuple[list[dict[str, Path]], dict[str, Path], list[str]]:

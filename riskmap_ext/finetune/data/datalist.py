@@ -13,18 +13,13 @@ from typing import Annotated, Any
 from annotated_types import Len
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, InputError, Problems
-from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, absent, is_image, stem
+from riskmap_ext.finetune.base.files import absent, is_image, stem
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
 from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
-from riskmap_ext.finetune.data.bids import bids_pairs, is_bids
-from riskmap_ext.finetune.data.dataset_json import (
-    Entry,
-    dataset_channels,
-    dataset_labels,
-    entries,
-)
+from riskmap_ext.finetune.data.bids import bids_pairs
+from riskmap_ext.finetune.data.dataset_json import Entry, dataset_channels, dataset_labels, entries
 from riskmap_ext.finetune.data.label_table import label_table, read_label_map
 
 
@@ -80,14 +75,12 @@ class Found:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
+def list_cases(data: DataConfig) -> Listing:
     """The cases that `data` selects; no image is opened.
 
-    missing: takes the files that are not there, whose cases are left out; None: they are an error.
-
-    Raises: ConfigError for a selection that cannot be made, DataError for missing files.
+    Raises: ConfigError for a selection that cannot be made, DataError for missing folders.
     """
-    found = find_cases(data)
+    found, errors = find_cases(data), Problems()
     counts = Counter(case.name for case in found.cases)
     Problems(
         f"data: more than one case is named {name} "
@@ -97,29 +90,18 @@ def list_cases(data: DataConfig, missing: Problems | None = None) -> Listing:
         if counts[name] > 1
     ).tell()
     by_name = {case.name: case for case in found.cases}
-    errors, split = Problems(), ([*by_name], list[str]())
+    split, channels = ([*by_name], list[str]()), list[str]()
     with errors.collected(InputError):
         split = _split(data, found)
     train, validation = ([by_name[name] for name in names] for names in split)
-    cases = [*train, *validation]
-    files = {case.name: (*case.images, case.label) for case in cases}
-    lost = {path for paths in files.values() for path in paths if not os.path.isfile(path)}
-    kept = {name for name, paths in files.items() if not lost.intersection(paths)}
     with errors.collected(InputError):
-        problems = Problems(map(absent, sorted(lost)))
-        if missing is None or not kept:
-            problems.tell()
-        else:
-            missing.extend(problems)
-    channels: list[str] = []
-    with errors.collected(InputError):
-        channels = _channels(data, found, cases)
+        channels = _channels(data, found, [*train, *validation])
     with errors.collected(InputError):
         labels = _labels(data, found.told)
         classes = labels["classes"]
         listing = Listing(
-            train=[case for case in train if case.name in kept],
-            validation=[case for case in validation if case.name in kept],
+            train=train,
+            validation=validation,
             structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
             channels=channels,
             label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),
@@ -182,7 +164,7 @@ def find_cases(data: DataConfig) -> Found:
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
             return _pair_folders(root / images, root / labels, data, data.image_suffixes)
-    if is_bids(root):
+    if any(root.glob("sub-*/**/anat")):
         return _paired(*bids_pairs(root, data.image_suffixes, data.label_suffix))
     raise DataError(
         f"{root}: expected dataset.json, images/ and labels/, imagesTr/ and labelsTr/, or sub-*/ "
@@ -209,11 +191,6 @@ def _read_datalist(path: Path, data: DataConfig) -> Found:
 
 def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> Found:
     """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
-    ending = str(content["file_ending"])
-    if ending.lower() not in IMAGE_ENDINGS:
-        raise DataError(
-            f"{path}: file_ending: expected one of {', '.join(IMAGE_ENDINGS)}, got {ending!r}"
-        )
     if content.get("dataset") is not None:
         listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
         return Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
@@ -239,8 +216,7 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
     with problems.collected():
         by_label = files_by_name(labels, data.label_suffix)
     problems.tell()
-    common = set.intersection(*map(set, by_channel)) & by_label.keys()
-    if not common and suffixes == [""] and by_channel[0]:
+    if suffixes == [""] and not by_channel[0].keys() & by_label:
         numbers = sorted({name[-5:] for name in by_channel[0]})
         if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
             return _pair_folders(images, labels, data, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from nibabel import affines
 
 from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError, Problems, one_line
+from riskmap_ext.finetune.base.files import absent
 
 # Corners of two files of one grid may lie this far apart, in voxels.
 _GRID_TOLERANCE = 0.1
@@ -47,17 +49,14 @@ def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
     """
     if len(paths) not in (1, channels):
         raise DataError(f"{paths[0]}: expected {channels} files, one a channel, got {len(paths)}")
-    volumes, values, problems = [], [], Problems()
+    volumes, problems = list[Volume](), Problems()
     for path in paths:
         with problems.collected():
-            volumes.append(_open(path, channels if len(paths) == 1 else 1))
+            volume = _open(path, channels if len(paths) == 1 else 1)
+            volumes.append(replace(volume, values=_image_values(volume)))
+            problems += grid_problems(volumes[0], volume)
     problems.tell()
-    for volume in volumes:
-        problems += grid_problems(volumes[0], volume)
-        with problems.collected():
-            values.append(_image_values(volume))
-    problems.tell()
-    return replace(volumes[0], values=np.concatenate(values))
+    return replace(volumes[0], values=np.concatenate([volume.values for volume in volumes]))
 
 
 def read_label(path: Path) -> Volume:
@@ -115,6 +114,8 @@ def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
 
 def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volume:
     """Voxels [X, Y, Z], or [M, X, Y, Z] of a 4-D file of M > 1 channels."""
+    if not os.path.isfile(path):
+        raise DataError(absent(path))
     try:
         file: Any = nib.load(path)
         shape = tuple(int(size) for size in file.shape)

@@ -75,7 +75,7 @@ def make_outline(
 
     problems: takes the InputErrors, each of a check of its own. cases: where they are read already.
     """
-    config, missing = run.config, Problems()
+    config = run.config
     listing = models = resumed = None
     splits: list[Split] = []
     with problems.collected(InputError):
@@ -91,10 +91,9 @@ def make_outline(
     with problems.collected(InputError):
         if cases is not None:
             _check_cases(config, cases)
-        listing = list_cases(config.data, missing) if cases is None else cases.listing
+        listing = list_cases(config.data) if cases is None else cases.listing
         config = _resolved(config, listing)
         _tell_listing(run, listing)
-        missing.tell()
     with problems.collected(InputError):
         source = source_of(config)
         if cases is None:
