@@ -148,7 +148,7 @@ def test_decathlon_datalist(tmp_path):
         ),
         ('{"training": [1], "labels": {"0": "b", "\u00b2": "a"}}', "labels"),
         ('{"training": [1], "labels": {"b": 0, "whole": []}}', "for each region"),
-        ('{"training": [1], "labels": {"b": 0, "c": [1], "d": 40000}}', "up to 32767"),
+        ('{"training": [1], "labels": {"b": 0, "c": [1, 2], "d": 40000}}', "up to 32767"),
     ],
 )
 def test_bad_datalists(tmp_path, text, told):

@@ -63,22 +63,21 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     given = content.get("labels")
     if not isinstance(given, dict) or not given:
         return {}
-    by_number = all(re.fullmatch(r"[0-9]+", str(key)) for key in given)
-    names = [str(name) for name in (given.values() if by_number else given)]
+    if all(re.fullmatch(r"[0-9]+", str(key)) for key in given):
+        pairs = [(str(name), int(number)) for number, name in given.items()]
+    else:
+        pairs = [(str(name), value) for name, value in given.items()]
     try:
-        check_names(names)
+        check_names([name for name, _ in pairs])
     except ValueError as error:
         raise DataError(f"{path}: labels: {error}") from None
-    values = map(int, given) if by_number else given.values()
-    named = {
-        name: list(value) if _is_list(value) else [value]
-        for name, value in zip(names, values, strict=True)
-    }
-    numbers = [number for value in named.values() for number in value]
+    named = {n: list(v) if isinstance(v, (list, tuple)) else [v] for n, v in pairs}
+    numbers = [number for values in named.values() for number in values]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise DataError(f"{path}: labels: expected number: name, got {given}")
     ignored = {"ignore": named.pop("ignore", [])}
-    if any(_is_list(value) for name, value in given.items() if name in named):
+    # As in nnU-Net, lists of one number each are no regions.
+    if any(len(values) != 1 for values in named.values()):
         return ignored | _region_labels(path, named, content.get("regions_class_order"))
     by_value = {value: name for name, (value,) in sorted(named.items(), key=lambda item: item[1])}
     if len(by_value) != len(named):
@@ -98,14 +97,10 @@ def _region_labels(path: Path, named: dict[str, list[int]], order: Any) -> dict[
         raise DataError(
             f"{path}: labels: expected numbers up to {_MAX_CLASS} for each region, got {named}"
         )
-    if order is not None and not (_is_list(order) and len(order) == len(regions)):
+    if order is not None and not (isinstance(order, (list, tuple)) and len(order) == len(regions)):
         raise DataError(
             f"{path}: regions_class_order: expected {len(regions)} labels, got {order!r}"
         )
     alone = {0: "background"} | {values[0]: n for n, values in named.items() if len(values) == 1}
     names = [alone.get(number, f"label {number}") for number in range(highest + 1)]
     return {"classes": names, "regions": regions, "region_classes": order}
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
