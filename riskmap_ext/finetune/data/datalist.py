@@ -134,27 +134,13 @@ def contents(folder: Path) -> str:
     return f"found {some(sorted(shown))}" if shown else "it is empty"
 
 
-def _case_names(images: Sequence[Path]) -> list[str]:
-    """File names without ending; where several images share one, with the folders above them.
-
-    sub-1/mri/T1.mgz and sub-2/mri/T1.mgz become sub-1_mri_T1 and sub-2_mri_T1.
-    """
-    places = [(*path.parts[1:-1], stem(path)) for path in images]
-    # The same file twice shares its name: a longer one would tell nothing more.
-    counts = Counter(place[i:] for place in set(places) for i in range(len(place)))
-    return [
-        "_".join(next((p[i:] for i in range(len(p) - 1, 0, -1) if counts[p[i:]] == 1), p))
-        for p in places
-    ]
-
-
 def find_cases(data: DataConfig) -> Found:
     if data.cases is not None:
         return Found(_named(data.cases))
     if data.datalist is not None:
         return _read_datalist(data.datalist, data)
     if data.images is not None and data.labels is not None:
-        return _pair_folders(data.images, data.labels, data, data.image_suffixes)
+        return _pair_folders(data.images, data.labels, data)
     root = data.root
     assert root is not None  # DataConfig asks for one of the four
     if not os.path.isdir(root):
@@ -163,7 +149,7 @@ def find_cases(data: DataConfig) -> Found:
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
-            return _pair_folders(root / images, root / labels, data, data.image_suffixes)
+            return _pair_folders(root / images, root / labels, data)
     if any(root.glob("sub-*/**/anat")):
         return _paired(*bids_pairs(root, data.image_suffixes, data.label_suffix))
     raise DataError(
@@ -173,12 +159,10 @@ def find_cases(data: DataConfig) -> Found:
 
 
 def _read_datalist(path: Path, data: DataConfig) -> Found:
-    """A Medical Segmentation Decathlon or MONAI datalist, or an nnU-Net dataset.json."""
+    """A datalist of the Medical Segmentation Decathlon or MONAI, or nnU-Net's dataset.json."""
     content, _ = read_mapping(path, DataError)
     told = {**dataset_labels(path, content), "channels": dataset_channels(path, content)}
-    if "training" not in content and "file_ending" in content:
-        found = _nnunet_cases(path, content, data, len(told["channels"] or [""]))
-    else:
+    if "training" in content or "file_ending" not in content:
         training, validation = (
             _named(entries(path, key, list[Entry], content.get(key) or []))
             for key in ("training", "validation")
@@ -186,31 +170,35 @@ def _read_datalist(path: Path, data: DataConfig) -> Found:
         if not training:
             raise DataError(f"{path}: expected a list 'training' of image and label pairs")
         found = Found(training + validation, [case.name for case in validation])
+    elif content.get("dataset") is None:
+        found = _pair_folders(path.parent / "imagesTr", path.parent / "labelsTr", data)
+    else:
+        listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
+        found = Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
     return replace(found, told=told)
 
 
-def _nnunet_cases(path: Path, content: dict[str, Any], data: DataConfig, channels: int) -> Found:
-    """A raw data set of nnU-Net v2: imagesTr/CASE_0000.nii.gz, or the files its `dataset` names."""
-    if content.get("dataset") is not None:
-        listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
-        return Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
-    suffixes = data.image_suffixes
-    if suffixes == [""]:
-        suffixes = [f"_{index:04d}" for index in range(channels)]
-    return _pair_folders(path.parent / "imagesTr", path.parent / "labelsTr", data, suffixes)
-
-
 def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
-    names = _case_names([case.images[0] for case in cases])
+    """By their image file; where several share its name, with the folders above it.
+
+    sub-1/mri/T1.mgz and sub-2/mri/T1.mgz become sub-1_mri_T1 and sub-2_mri_T1.
+    """
+    places = [(*case.images[0].parts[1:-1], stem(case.images[0])) for case in cases]
+    # The same file twice shares its name: a longer one would tell nothing more.
+    counts = Counter(place[i:] for place in set(places) for i in range(len(place)))
+    names = (
+        "_".join(next((p[i:] for i in range(len(p) - 1, 0, -1) if counts[p[i:]] == 1), p))
+        for p in places
+    )
     return [
         CaseFiles(case.name or name, case.images, case.label)
         for case, name in zip(cases, names, strict=True)
     ]
 
 
-def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[str]) -> Found:
-    """suffixes: of the image files, one for each channel."""
-    problems, by_channel, by_label = Problems(), [dict[str, Path]()], dict[str, Path]()
+def _pair_folders(images: Path, labels: Path, data: DataConfig) -> Found:
+    problems, suffixes = Problems(), data.image_suffixes
+    by_channel, by_label = [dict[str, Path]()], dict[str, Path]()
     with problems.collected():
         by_channel = [files_by_name(images, suffix) for suffix in suffixes]
     with problems.collected():
@@ -219,7 +207,7 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig, suffixes: list[s
     if suffixes == [""] and not by_channel[0].keys() & by_label:
         numbers = sorted({name[-5:] for name in by_channel[0]})
         if all(re.fullmatch(r"_\d{4}", number) for number in numbers):  # as nnU-Net names channels
-            return _pair_folders(images, labels, data, numbers)
+            suffixes, by_channel = numbers, [files_by_name(images, number) for number in numbers]
     return _paired(by_channel, by_label, suffixes)
 
 
@@ -334,14 +322,8 @@ def _channels(data: DataConfig, found: Found, cases: Sequence[CaseFiles]) -> lis
     """Names of the channels; each case has a file for each, or one file with all of them."""
     most = max(len(case.images) for case in cases)
     suffixes = [suffix.strip("_-. ") or suffix for suffix in found.image_suffix or []]
-    if isinstance(data.channels, list):
-        names = data.channels
-    elif data.channels is None and found.told.get("channels"):
-        names = found.told["channels"]
-    elif data.channels is None and len(suffixes) > 1:
-        names = suffixes
-    else:
-        names = [f"channel {index}" for index in range(data.channels or most)]
+    given = data.channels or found.told.get("channels") or (suffixes if suffixes[1:] else most)
+    names = given if isinstance(given, list) else [f"channel {index}" for index in range(given)]
     Problems(
         f"{case.image}: expected {len(names)} files of case {case.name}, one for each channel "
         f"({', '.join(names)}), got {len(case.images)}"
