@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from riskmap_ext._files import digest
+from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import DataError, Problems
+from riskmap_ext.finetune.base.files import write_checkpoint
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.base.orientation import PREPARED
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
@@ -28,13 +29,7 @@ from riskmap_ext.finetune.data.resample import (
     resample_as_nnunet,
     wanted_spacing,
 )
-from riskmap_ext.finetune.data.storage import kept
-from riskmap_ext.finetune.data.volumes import (
-    Volume,
-    grid_problems,
-    read_image_files,
-    read_label,
-)
+from riskmap_ext.finetune.data.volumes import Volume, grid_problems, read_image_files, read_label
 
 _MAX_LABEL_SPAN = 2**24
 
@@ -144,6 +139,22 @@ def each_case(
             advance(entry.name)
 
 
+def kept(folder: Path | None, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values; with `folder`, as memory-mapped files in it.
+
+    A mapped file takes memory only as long as the system has some to spare, so a cohort may be
+    larger than memory. Names say what the content is: a file that is there is taken as it is.
+    """
+    if folder is None:
+        return tensors
+    path = folder / f"{name}.pt"
+    found = read_torch(path, mapped=True)
+    if found is None or set(found) != set(tensors):
+        write_checkpoint(path, tensors)
+        found = read_torch(path, mapped=True)
+    return tensors if found is None else found
+
+
 def all_ignored(listing: Listing) -> DataError:
     return DataError([f"{case.label}: every voxel is ignored" for case in listing.train])
 
@@ -160,19 +171,15 @@ def read_image(paths: Sequence[Path], name: str, data: DataConfig, channels: int
 
 def read_case(files: CaseFiles, data: DataConfig, listing: Listing, store: Path | None) -> Case:
     """Raises: DataError with a line for each problem of the files."""
-    problems = Problems()
-    image = label = values = None
+    problems, volumes = Problems(), list[Volume]()
     with problems.collected():
-        image = read_image_files(files.images, len(listing.channels))
+        volumes.append(read_image_files(files.images, len(listing.channels)))
     with problems.collected():
-        label = read_label(files.label)
-        values = _label_values(label, data, listing)
-    if image is not None and label is not None:
-        problems += grid_problems(image, label)
+        volumes.append(read_label(files.label))
+        problems += grid_problems(volumes[0], volumes[-1])
+        values = _label_values(volumes[-1], data, listing)
     problems.tell()
-    assert image is not None
-    assert values is not None
-    return _prepare(files, image, values, data, store)
+    return _prepare(files, volumes[0], values, data, store)
 
 
 def _label_values(volume: Volume, data: DataConfig, listing: Listing) -> np.ndarray:

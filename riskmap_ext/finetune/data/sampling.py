@@ -18,8 +18,7 @@ from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.orientation import slice_axis_of
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX
 from riskmap_ext.finetune.config.schema import AugmentConfig, TrainConfig
-from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.data.storage import kept
+from riskmap_ext.finetune.data.prepare import Case, kept
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -62,20 +62,16 @@ def not_validated(splits: Sequence[Split], names: Sequence[str]) -> list[str]:
     return [f"{len(left)} cases are validated by no fold: {some(left)}"] if left else []
 
 
-def _problems(splits: Sequence[Split], names: Sequence[str]) -> list[str]:
-    found = []
+def _problems(splits: Sequence[Split], names: Sequence[str]) -> Iterator[str]:
     for index, split in enumerate(splits):
         both = [*split.train, *split.val]
         if unknown := sorted(set(both) - set(names)):
-            found.append(
-                f"fold {index}: no labelled case is named {', '.join(unknown)}; there are "
-                f"{some(names)}"
-            )
+            told = f"no labelled case is named {', '.join(unknown)}; there are {some(names)}"
+            yield f"fold {index}: {told}"
         if twice := _repeated(both):
-            found.append(f"fold {index}: names {', '.join(twice)} more than once")
+            yield f"fold {index}: names {', '.join(twice)} more than once"
     if twice := _repeated([name for split in splits for name in set(split.val)]):
-        found.append(f"more than one fold validates on {', '.join(twice)}")
-    return found
+        yield f"more than one fold validates on {', '.join(twice)}"
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

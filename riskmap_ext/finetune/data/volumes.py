@@ -33,7 +33,7 @@ class Volume:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the grid."""
-        return tuple(int(size) for size in self.values.shape[-3:])
+        return self.values.shape[-3:]
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -125,6 +125,9 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
             _check_memory(path, shape)
             values = np.asanyarray(file.dataobj)
         affine = np.asarray(file.affine, dtype=np.float64)
+        # 1 (scanner) for formats that have no codes.
+        code: Any = getattr(file.header, "get", {}.get)
+        codes = int(code("qform_code", 1)), int(code("sform_code", 1))
     except DataError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything in its reader
@@ -146,7 +149,7 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
         raise DataError(f"{path}: the volume is empty, shape {values.shape}")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise DataError(f"{path}: the header's affine cannot be inverted: {affine.tolist()}")
-    return Volume(path, values, affine, _codes(file.header))
+    return Volume(path, values, affine, codes)
 
 
 def _check_memory(path: Path, shape: Sequence[int]) -> None:
@@ -157,14 +160,6 @@ def _check_memory(path: Path, shape: Sequence[int]) -> None:
             f"{path}: its shape {shape} takes {needed / 2**30:.3g} GiB or more, and "
             f"{available / 2**30:.3g} GiB of memory is available; is its header damaged?"
         )
-
-
-def _codes(header: Any) -> tuple[int, int]:
-    """qform_code, sform_code; 1 (scanner) for formats that have no codes."""
-    try:
-        return int(header["qform_code"]), int(header["sform_code"])
-    except (KeyError, ValueError, IndexError):
-        return 1, 1
 
 
 def _image_values(volume: Volume) -> np.ndarray:
