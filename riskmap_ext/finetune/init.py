@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,9 @@ def write_first_config(
     if path.exists() and not overwrite:
         raise ConfigError(f"--output: {path} exists already; --overwrite replaces it")
     check_folder("--output", path.absolute().parent)
-    checkpoint = None if source is None else Path(source).absolute()
-    model = None if checkpoint is None else load_source(SourceConfig(checkpoint=checkpoint))
+    model = (
+        None if source is None else load_source(SourceConfig(checkpoint=Path(source).absolute()))
+    )
     data, found = _on_one_grid({"root": str(root), **_suffixes(root)})
     known, count = found.told.get("classes"), len(found.cases)
     labels: dict[str, Any] = {} if known else {"classes": ["background", "foreground"]}
@@ -87,8 +87,9 @@ def write_first_config(
         log.warn(note)
     looked_at = found.cases[:_IMAGES] if known else found.cases
     values, read, lowest = _look(looked_at, len(listing.channels), log)
-    told = f"Classes, as dataset.json has them: {', '.join(known or [])}."
-    if not known:
+    if known:
+        told = f"Classes, as dataset.json has them: {', '.join(known)}."
+    else:
         labels, told = _labels(root, found.cases, values)
         told += f" ({read} of {count} label files were read.)"
     ct = lowest < _CT_BELOW
@@ -105,7 +106,6 @@ def write_first_config(
         validation=None if found.validation else math.ceil(count / 5) if count > 1 else 0,
         # A source of CT has a window of its own.
         ct=ct and not (model and model.preprocessing.get("window")),
-        checkpoint=checkpoint and str(checkpoint),
         source=model,
         channels=listing.channels,
         seen=_seen(model, listing.channels),
@@ -128,9 +128,8 @@ def _suffixes(root: Path) -> dict[str, Any]:
         return {}
     kind = Counter(kind for _, kind, _ in labels).most_common(1)[0][0]
     cases = {case for case, label, _ in labels if label == kind}
-    counts = Counter(image for case, image, _ in images if case in cases)
-    kinds = sorted(k for k, count in counts.items() if 2 * count > len(cases))
-    return {"image_suffix": kinds, "label_suffix": kind}
+    of_most = _of_most((image for case, image, _ in images if case in cases), cases)
+    return {"image_suffix": of_most, "label_suffix": kind}
 
 
 def _endings(images: list[str], labels: list[str]) -> dict[str, Any]:
@@ -139,11 +138,13 @@ def _endings(images: list[str], labels: list[str]) -> dict[str, Any]:
         suffix = labels[0][start:]
         cases = {label.removesuffix(suffix) for label in labels if label.endswith(suffix)}
         found = (next((i[n:] for n in _cuts(i) if i[:n] in cases), None) for i in images)
-        counts = Counter(ending for ending in found if ending is not None)
-        if kept := sorted(e for e, count in counts.items() if 2 * count > len(cases)):
-            several = {} if kept == [""] else {"image_suffix": kept}
-            return several | {"label_suffix": suffix}
+        if kept := _of_most((ending for ending in found if ending is not None), cases):
+            return {"image_suffix": kept if any(kept) else "", "label_suffix": suffix}
     return {}
+
+
+def _of_most(kinds: Iterable[str], cases: set[str]) -> list[str]:
+    return sorted(kind for kind, count in Counter(kinds).items() if 2 * count > len(cases))
 
 
 def _cuts(name: str) -> list[int]:
@@ -203,9 +204,9 @@ def _labels(
 def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int) -> dict[str, Any]:
     """Of a median case; and the patch: the source's, or as large as volumes and memory allow."""
     grids = [Grid.reoriented(read_header(case.label), "RAS") for case in cases]
+    spacings = np.array([grid.spacing for grid in grids])
     shape, spacing = (
-        [statistics.median(axis) for axis in zip(*facts, strict=True)]
-        for facts in ([g.prepared_shape for g in grids], [g.spacing for g in grids])
+        np.median(each, axis=0).tolist() for each in ([g.prepared_shape for g in grids], spacings)
     )
     dims, axis, told = 3, "axial", {} if source is None else source.preprocessing
     if source is not None:
@@ -214,8 +215,8 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
         dims, axis = 2, slice_axis_of("RAS"[shape.index(min(shape))])
     shape, spacing = (arranged(values, "RAS", PREPARED[axis]) for values in (shape, spacing))
     # Deeper for large volumes; a source's network may be as deep as any.
-    strides = [2] * (5 if source is not None else 4 if min(shape[:dims]) >= 64 else 3)
-    step, device = 2 ** len(strides), device_of("auto")
+    depth = 5 if source is not None else 4 if min(shape[:dims]) >= 64 else 3
+    step, device = 2**depth, device_of("auto")
     cuda = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[0] if cuda else available_memory()
     most = min(_MOST_VOXELS[device.type], memory / 8 / (_BYTES[dims] + 24 * outputs))
@@ -225,14 +226,13 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
     why = f"As volumes and {gib(memory)} of memory allow, divisible by {step} for the network."
     if told.get("patch_size"):
         patch, why = list(told["patch_size"]), "As in the source's training."
-    by_axis = zip(*(each.spacing for each in grids), strict=True)
     return {
         "sizes": [round(size) for size in shape],
         "spacing": [float(f"{size:.3g}") for size in spacing],
-        "uneven": any(max(sizes) > 1.25 * min(sizes) for sizes in by_axis),
+        "uneven": (spacings.max(axis=0) > 1.25 * spacings.min(axis=0)).any(),
         "patch": patch,
         "why": why,
-        "strides": strides,
+        "depth": depth,
         "slice_axis": axis,
     }
 
