@@ -27,7 +27,7 @@ from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.data.bids import bids_files
 from riskmap_ext.finetune.data.datalist import CaseFiles, Found, find_cases, list_cases, volumes_in
 from riskmap_ext.finetune.data.grid import Grid
-from riskmap_ext.finetune.data.label_table import read_label_map
+from riskmap_ext.finetune.data.labels import read_label_map
 from riskmap_ext.finetune.data.volumes import (
     grid_problems,
     read_header,

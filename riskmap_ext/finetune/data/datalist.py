@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Len
+from pydantic import AliasChoices, AliasGenerator, ConfigDict, TypeAdapter, ValidationError
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, InputError, Problems
 from riskmap_ext.finetune.base.files import absent, is_image, stem
 from riskmap_ext.finetune.base.log import some
-from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures, structures_of
+from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
+from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.bids import bids_pairs
-from riskmap_ext.finetune.data.dataset_json import Entry, dataset_channels, dataset_labels, entries
-from riskmap_ext.finetune.data.label_table import label_table, read_label_map
+from riskmap_ext.finetune.data.labels import dataset_labels, labels_of
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,10 @@ def list_cases(data: DataConfig) -> Listing:
     with errors.collected(InputError):
         channels = _channels(data, found, [*train, *validation])
     with errors.collected(InputError):
-        labels = _labels(data, found.told)
-        classes = labels["classes"]
-        listing = Listing(
-            train=train,
-            validation=validation,
-            structures=structures_of(classes, labels.get("regions"), labels.get("region_classes")),
-            channels=channels,
-            label_table=label_table(labels.get("label_map"), classes, labels.get("ignore", [])),
-            image_suffix=found.image_suffix,
-            notes=_notes(found.left_out),
-        )
+        structures, table = labels_of(data, found.told)
     errors.tell()
-    return listing
+    notes = _notes(found.left_out)
+    return Listing(train, validation, structures, channels, table, found.image_suffix, notes)
 
 
 def volumes_in(folder: Path) -> list[Path]:
@@ -164,7 +156,7 @@ def _read_datalist(path: Path, data: DataConfig) -> Found:
     told = {**dataset_labels(path, content), "channels": dataset_channels(path, content)}
     if "training" in content or "file_ending" not in content:
         training, validation = (
-            _named(entries(path, key, list[Entry], content.get(key) or []))
+            _named(_entries(path, key, list[_Entry], content.get(key) or []))
             for key in ("training", "validation")
         )
         if not training:
@@ -173,9 +165,46 @@ def _read_datalist(path: Path, data: DataConfig) -> Found:
     elif content.get("dataset") is None:
         found = _pair_folders(path.parent / "imagesTr", path.parent / "labelsTr", data)
     else:
-        listed = entries(path, "dataset", Annotated[dict[str, Entry], Len(1)], content["dataset"])
+        listed = _entries(path, "dataset", Annotated[dict[str, _Entry], Len(1)], content["dataset"])
         found = Found(_named([e.model_copy(update={"name": n}) for n, e in listed.items()]))
     return replace(found, told=told)
+
+
+class _Entry(CaseConfig):
+    """As in `data.cases`. Other tools add keys of their own; nnU-Net's list is `images`."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        alias_generator=AliasGenerator(validation_alias=lambda key: AliasChoices(key, f"{key}s")),
+    )
+
+
+def _entries(path: Path, key: str, kind: Any, content: Any) -> Any:
+    """`content` as a list or dict (`kind`) of entries; their paths start from the file's folder.
+
+    Raises: DataError with a line for each problem.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content, context={"base": path.parent})
+    except ValidationError as error:
+        raise DataError(
+            [
+                f"{path}: {'.'.join(filter(None, (key, place)))}: {told}"
+                for place, told in problems_of(error, _Entry)
+            ]
+        ) from None
+
+
+def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
+    """The Decathlon's `modality`, nnU-Net's `channel_names`: {"0": "FLAIR", ...}."""
+    given = content.get("channel_names", content.get("modality"))
+    if given is None:
+        return None
+    names = {str(key): str(name) for key, name in given.items()} if isinstance(given, dict) else {}
+    numbers = [str(index) for index in range(len(names))]
+    if not isinstance(given, dict) or set(names) != set(numbers):
+        raise DataError(f"{path}: channel names: expected 0: name, 1: name, ..., got {given}")
+    return [names[number] for number in numbers] or None
 
 
 def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
@@ -294,28 +323,6 @@ def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
     if not train:
         raise ConfigError(f"data.train: no case is left for training{told}")
     return (train, validation) if data.folds is None else (train + validation, [])
-
-
-def _labels(data: DataConfig, told: dict[str, Any]) -> dict[str, Any]:
-    """What `data` says of the labels, or else the data set itself."""
-    keys = ("classes", "label_map", "regions", "region_classes")
-    given = {key: value for key in keys if (value := getattr(data, key)) is not None}
-    if isinstance(data.label_map, Path):
-        given["label_map"] = read_label_map(data.label_map)
-    if "label_map" in given:
-        names = [name for name in given["label_map"].values() if name != "ignore"]
-        if names and all(isinstance(name, str) for name in names):
-            given.setdefault("classes", list(dict.fromkeys(["background", *names])))
-    # Regions of the data set are of its own labels: no use where others are made of them.
-    own = {"classes", "label_map"} & set(given)
-    dropped = keys if own else ["region_classes"] if "regions" in given else []
-    labels = {key: value for key, value in told.items() if key not in dropped} | given
-    if labels.get("classes") is None:
-        raise ConfigError(
-            "data.classes: missing; list the names of the classes, background first, "
-            "such as [background, lesion]"
-        )
-    return labels
 
 
 def _channels(data: DataConfig, found: Found, cases: Sequence[CaseFiles]) -> list[str]:
