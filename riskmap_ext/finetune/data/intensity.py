@@ -21,14 +21,12 @@ def crop_mask(image: np.ndarray) -> np.ndarray:
 
 def image_foreground(image: np.ndarray, data: DataConfig) -> np.ndarray:
     """Brain or body rather than air, in any channel; everything where nothing would be left."""
-    kind, everything = data.image_foreground, np.ones(image.shape[1:], dtype=bool)
-    if kind == "nonzero":
+    mask = np.ones(image.shape[1:], dtype=bool)
+    if data.image_foreground == "nonzero":
         mask = crop_mask(image) if data.crop == "nonzero" else (image != 0).any(axis=0)
-    elif kind == "otsu":
+    elif data.image_foreground == "otsu":
         mask = np.any([channel > _otsu_threshold(channel) for channel in image], axis=0)
-    else:
-        mask = everything
-    return mask if mask.any() else everything
+    return mask if mask.any() else ~mask
 
 
 def _otsu_threshold(image: np.ndarray) -> float:

@@ -39,13 +39,15 @@ class Batch:
 class _Volume:
     """image [N, M, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume.
 
-    foreground: flat indices of labelled voxels, class by class; class_voxels: of each class.
+    foreground: flat indices of labelled voxels in `shape` [X, Y, Z], class by class; class_voxels:
+    of each class.
     """
 
     name: str
     image: Tensor
     guides: Tensor
     spacing: np.ndarray
+    shape: tuple[int, ...]
     foreground: np.ndarray
     class_voxels: list[np.ndarray]
     intensity_unit: np.ndarray
@@ -150,12 +152,11 @@ class CropSampler:
     def _store(self, case: Case, risk: Tensor | None) -> _Volume:
         risk = torch.ones(case.label.shape) if risk is None else risk
         guides = torch.stack([case.label.float(), case.mask.float(), risk.float()])
-        image = case.image
-        if self._dims == 2:
-            # Each slice contiguous: [slices, channels, X, Y].
-            image, guides = (v.permute(3, 0, 1, 2) for v in (image, guides))
-        else:
-            image, guides = image[None], guides[None]
+        # In 2-D each slice contiguous: [slices, channels, X, Y].
+        image, guides = (
+            each.permute(3, 0, 1, 2) if self._dims == 2 else each[None]
+            for each in (case.image, guides)
+        )
         label = case.label.numpy().ravel()
         foreground = np.flatnonzero(label > 0)
         foreground = foreground[np.argsort(label[foreground], kind="stable")]
@@ -170,6 +171,7 @@ class CropSampler:
             image=tensors["image"].to(self._home),
             guides=tensors["guides"].to(self._home),
             spacing=np.array(case.grid.spacing[: self._dims]),
+            shape=case.grid.prepared_shape,
             foreground=foreground,
             class_voxels=np.split(foreground, first[1:]),
             intensity_unit=inside.std(axis=1, dtype=np.float64),
@@ -184,19 +186,15 @@ class CropSampler:
         # A crop larger than the volume has it in its middle.
         low, high = np.minimum(room // 2, 0), np.where(room < 0, room // 2, room)
         if len(volume.foreground) and rng.random() < self._train.foreground_crops:
-            voxel = self._foreground_voxel(volume)
+            voxels = volume.foreground
+            if self._train.crop_balance == "class":
+                voxels = volume.class_voxels[rng.integers(len(volume.class_voxels))]
+            flat = voxels[rng.integers(len(voxels))]
+            voxel = np.array(np.unravel_index(flat, volume.shape))
             start = np.clip(voxel[: self._dims] - self._patch // 2, low, high)
             return volume, int(voxel[2]) if self._dims == 2 else 0, start
         index = int(rng.integers(len(volume.image)))
         return volume, index, rng.integers(low, high + 1)
-
-    def _foreground_voxel(self, volume: _Volume) -> np.ndarray:
-        voxels = volume.foreground
-        if self._train.crop_balance == "class":
-            voxels = volume.class_voxels[self._rng.integers(len(volume.class_voxels))]
-        flat = voxels[self._rng.integers(len(voxels))]
-        slices = volume.image.shape[2:] + ((len(volume.image),) if self._dims == 2 else ())
-        return np.array(np.unravel_index(flat, tuple(slices)))
 
     def _theta(self, volume: _Volume, start: np.ndarray) -> np.ndarray:
         """[D, D + 1] from the crop's [-1, 1] coordinates to the volume's, last axis first.
