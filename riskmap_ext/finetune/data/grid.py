@@ -77,11 +77,6 @@ class Grid:
         same = np.allclose(self.prepared_affine, self.box_affine, atol=1e-5)
         return self.prepared_shape != self.box_shape or not same
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the voxels are all of the file's."""
-        return self.box_shape == self.full_shape and not self.resampled
-
     def to_box(self, volume: Tensor, mode: str = "nearest") -> Tensor:
         """[..., *prepared] at the file's resolution, still in the prepared orientation."""
         if not self.resampled:

@@ -14,7 +14,7 @@ from riskmap_ext.finetune.base.log import gib
 from riskmap_ext.finetune.base.processes import local_size
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing
-from riskmap_ext.finetune.data.resample import resampled_shape, wanted_spacing
+from riskmap_ext.finetune.data.resample import resampled_shape
 from riskmap_ext.finetune.data.volumes import read_header
 
 # A logit, its share of the sliding window's weights and sums, and its softmax.
@@ -56,8 +56,7 @@ def _prepared_voxels(case: CaseFiles, spacing: list[float | None]) -> int:
         label = read_header(case.label)
     except DataError:
         return 0
-    wanted = wanted_spacing(spacing, label.spacing)
-    return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, wanted))
+    return math.prod(max(1, n) for n in resampled_shape(label.shape, label.spacing, spacing))
 
 
 def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Path | None:

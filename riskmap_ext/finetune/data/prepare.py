@@ -23,12 +23,7 @@ from riskmap_ext.finetune.config.schema import Config, DataConfig
 from riskmap_ext.finetune.data.datalist import CaseFiles, Listing, list_cases
 from riskmap_ext.finetune.data.grid import Grid
 from riskmap_ext.finetune.data.intensity import crop_mask, image_foreground, normalized
-from riskmap_ext.finetune.data.resample import (
-    check_spacing,
-    resample,
-    resample_as_nnunet,
-    wanted_spacing,
-)
+from riskmap_ext.finetune.data.resample import check_spacing, resample, resample_as_nnunet
 from riskmap_ext.finetune.data.volumes import Volume, grid_problems, read_image_files, read_label
 
 _MAX_LABEL_SPAN = 2**24
@@ -39,8 +34,8 @@ class Case:
     """A prepared case. Volumes are [X, Y, Z] on the prepared grid, slice axis last.
 
     image: [M, X, Y, Z] float32, normalised. label: int16, 0 .. C-1 or IGNORE_INDEX. mask: bool, the
-    image's own foreground. full_label: label at the file's resolution (the same tensor unless
-    resampled).
+    image's own foreground. full_label: label at the file's resolution and extent, in the same
+    memory where these are the prepared ones.
     """
 
     name: str
@@ -220,7 +215,8 @@ def _prepare(
     image = normalized(image, mask, data)
     prepared = [torch.from_numpy(image), grid.crop(full_label), torch.from_numpy(mask)]
     if data.spacing is not None:
-        spacing = wanted_spacing(data.spacing, grid.spacing)
+        sizes = zip(data.spacing, grid.spacing, strict=True)
+        spacing = [own if wanted is None else wanted for wanted, own in sizes]
         check_spacing(files.image, grid.prepared_shape, grid.spacing, spacing)
         nnunet = data.geometry == "nnunet"
         prepared, affine = (resample_as_nnunet if nnunet else resample)(
@@ -229,9 +225,7 @@ def _prepare(
         shape = tuple(prepared[1].shape)
         grid = replace(grid, prepared_affine=affine, prepared_shape=shape, nnunet=nnunet)
     content = digest(*prepared, list(grid.spacing))
-    tensors = dict(zip(("image", "label", "mask"), prepared, strict=True))
-    if not grid.is_full:
-        tensors["full_label"] = full_label
+    names = ("image", "label", "mask", "full_label")
+    tensors = dict(zip(names, [*prepared, full_label], strict=True))
     tensors = kept(store, f"case-{content[:32]}", tensors)
-    tensors.setdefault("full_label", tensors["label"])
     return Case(name=files.name, files=files, grid=grid, digest=content, **tensors)

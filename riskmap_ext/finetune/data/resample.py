@@ -109,11 +109,6 @@ def _zoomed(
     )
 
 
-def wanted_spacing(spacing: Sequence[float | None], own: Sequence[float]) -> list[float]:
-    """In mm; None is the file's own."""
-    return [size if wanted is None else wanted for wanted, size in zip(spacing, own, strict=True)]
-
-
 def _transformed(
     volume: Tensor, affine: np.ndarray, transform: Callable[..., Any], **options: Any
 ) -> tuple[Tensor, np.ndarray]:
@@ -126,12 +121,12 @@ def _transformed(
 
 
 def resampled_shape(
-    shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
+    shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float | None]
 ) -> list[int]:
-    """Voxels along each axis once voxels of `sizes` mm have become such of `spacing` mm."""
+    """Voxels along each axis once voxels of `sizes` mm have become such of `spacing` mm, if any."""
     # From the first voxel's centre to the last one's, as the transform counts.
     return [
-        round((n - 1) * size / wanted + 1)
+        round((n - 1) * size / (wanted or size) + 1)
         for n, size, wanted in zip(shape, sizes, spacing, strict=True)
     ]
 
