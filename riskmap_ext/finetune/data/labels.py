@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,14 @@ def labels_of(data: DataConfig, told: Mapping[str, Any]) -> tuple[Structures, di
             "such as [background, lesion]"
         )
     structures = structures_of(classes, labels.get("regions"), labels.get("region_classes"))
-    return structures, _table(labels.get("label_map"), classes, labels.get("ignore", []))
-
-
-def _table(
-    wanted: Mapping[int, int | str] | None, classes: Sequence[str], ignore: Sequence[int]
-) -> dict[int, int]:
-    """wanted: None where values are the indices. ignore: values that the data set leaves out."""
+    wanted = labels.get("label_map")
     table = {index: index for index in range(len(classes))} if wanted is None else {0: 0}
     for value, target in (wanted or {}).items():
         table[value] = IGNORE_INDEX
         if target != "ignore":
             key = f"data.label_map: {value}"
             table[value] = class_index(target, classes, key, also=", or ignore")
-    return table | dict.fromkeys(ignore, IGNORE_INDEX)
+    return structures, table | dict.fromkeys(labels.get("ignore", []), IGNORE_INDEX)
 
 
 def read_label_map(path: Path) -> dict[int, int | str]:
