@@ -184,7 +184,7 @@ def _look(cases: Sequence[CaseFiles], channels: int, log: Log) -> tuple[list[int
 def _labels(
     root: Path, cases: Sequence[CaseFiles], values: list[int]
 ) -> tuple[dict[str, Any], str]:
-    """data.classes or data.label_map, by a table that has all values, and where they are from."""
+    """data.label_map, by a table that has all values, and where it is from."""
     if not values:
         raise DataError(f"{cases[0].label.parent}: no labels: every voxel is 0")
     for folder in (root, cases[0].label.parent, *root.glob("derivatives/*/")):
@@ -196,8 +196,6 @@ def _labels(
                     used = str(path) if whole else {value: table[value] for value in values}
                     return {"label_map": used}, f"Classes, as {path.name} has them."
     names = [f"label_{value}" for value in values] if len(values) > 1 else ["foreground"]
-    if values == [*range(1, len(values) + 1)]:
-        return {"classes": ["background", *names]}, "Names for the values in the labels."
     return {"label_map": dict(zip(values, names, strict=True))}, "Names for the values found."
 
 
@@ -205,9 +203,8 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
     """Of a median case; and the patch: the source's, or as large as volumes and memory allow."""
     grids = [Grid.reoriented(read_header(case.label), "RAS") for case in cases]
     spacings = np.array([grid.spacing for grid in grids])
-    shape, spacing = (
-        np.median(each, axis=0).tolist() for each in ([g.prepared_shape for g in grids], spacings)
-    )
+    shape = np.median([grid.prepared_shape for grid in grids], axis=0).tolist()
+    spacing = np.median(spacings, axis=0).tolist()
     dims, axis, told = 3, "axial", {} if source is None else source.preprocessing
     if source is not None:
         dims, axis = spatial_dims(source.config), told.get("slice_axis") or axis
