@@ -40,7 +40,7 @@ def test_finetune_with_overrides(riskmap, config, tmp_path):
     ("override", "told"),
     [
         ("train.stepz=1", "train.stepz: unknown key; did you mean steps"),
-        ("tain.steps=10", "command line: tain.steps: unknown key; did you mean train.steps?"),
+        ("tain.steps=10", "command line: tain: unknown key; did you mean train"),
         ("lr=1", "command line: lr: unknown key; did you mean train.lr?"),
         ("data.train=9", "data.train: asks for 9 cases"),
         ("data.root=/nowhere", "/nowhere: no such folder"),

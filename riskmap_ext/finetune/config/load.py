@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,11 +16,7 @@ from pydantic import BaseModel, ValidationError
 from riskmap_ext._arguments import near_names
 from riskmap_ext.finetune.base.errors import ConfigError, InputError, Problems, one_line
 from riskmap_ext.finetune.config.schema import Config
-from riskmap_ext.finetune.config.types import BELOW_ROOT
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
-
-_PATH_KEYS = ("output", "cache", "data.root", "data.label_map", "data.folds", "source.checkpoint")
-_KEYS_BELOW_ROOT = tuple(f"data.{key}" for key in BELOW_ROOT)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -30,46 +27,41 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises: ConfigError naming the file, the key and what was expected.
     """
-    return _read(path, overrides)[0]
+    with located_config(path, overrides) as config:
+        return config
 
 
 @contextmanager
 def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[Config]:
     """load_config; lines of an error within that begin with a key also get the key's place."""
-    config, places = _read(path, overrides)
-    try:
-        yield config
-    except ConfigError as error:
-
-        def placed(found: re.Match[str]) -> str:
-            place = _place(found[1], places)
-            return f"{path}: {place}{found[0]}" if place else found[0]
-
-        told = re.sub(r"(?m)^([a-z_]+(?:\.[a-z_0-9]+)*): ", placed, str(error))
-        raise type(error)(told) from None
-
-
-def _read(path: str | os.PathLike[str], overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """Also the place of each key."""
     path, errors, config = Path(path), Problems(), None
     content, lines = read_mapping(path)
     places = {key: f"line {line}" for key, line in lines.items()}
-    places |= {override.partition("=")[0].strip(): "command line" for override in overrides}
-    with errors.collected(InputError):
-        apply_overrides(content, overrides)
-    with errors.collected(InputError):
-        base = path.resolve().parent
-        config = parse_config(content, base=base, origin=str(path), places=places)
-    errors.tell()
-    assert config is not None
-    return config, places
+    typed = [override.partition("=")[0].strip() for override in overrides]
+    for key in typed:
+        for above in accumulate(key.split("."), "{}.{}".format):
+            places.setdefault(above, "command line")
+        places[key] = "command line"
 
+    def placed(found: re.Match[str]) -> str:
+        """With the line of the key, or of the section that it is missing in."""
+        indent, key = found.groups()
+        while key and key not in places:
+            key = key.rpartition(".")[0]
+        return f"{indent or f'{path}: '}{places[key]}: {found[2]}: " if key else found[0]
 
-def _place(key: str, places: Mapping[str, str]) -> str:
-    """Where the key stands, or the section that it is missing in."""
-    while key and key not in places:
-        key = key.rpartition(".")[0]
-    return f"{places[key]}: " if key else ""
+    try:
+        with errors.collected(InputError):
+            apply_overrides(content, overrides)
+        with errors.collected(InputError):
+            config = parse_config(
+                content, base=path.resolve().parent, origin=str(path), typed=typed
+            )
+        errors.tell()
+        assert config is not None
+        yield config
+    except ConfigError as error:
+        raise type(error)(re.sub(r"(?m)^( *)([^:\n]+): ", placed, str(error))) from None
 
 
 def parse_config(
@@ -77,19 +69,18 @@ def parse_config(
     *,
     base: Path | None = None,
     origin: str = "configuration",
-    places: Mapping[str, str] | None = None,
+    typed: Sequence[str] = (),
 ) -> Config:
     """A Config from plain mappings; relative paths start from `base` (default: current folder).
 
-    origin, places: what the errors call the whole and the place of each dotted key.
+    origin: what the errors call the whole. typed: keys whose paths start from the current folder.
     """
+    # No path stands deeper than in a section.
+    names = {key.rpartition(".")[2] for key in typed if key.count(".") < 2}
     try:
-        return Config.model_validate(content, context={"base": base})
+        return Config.model_validate(content, context={"base": base, "typed": names})
     except ValidationError as error:
-        lines = (
-            f"  {_place(key, places or {})}{key}{': ' if key else ''}{told}"
-            for key, told in problems_of(error, Config)
-        )
+        lines = (f"  {key}{': ' if key else ''}{told}" for key, told in problems_of(error, Config))
         raise ConfigError("\n".join([f"{origin}:", *lines])) from None
 
 
@@ -102,23 +93,17 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[tupl
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Writes `key.sub=value` overrides into `content`; paths become absolute.
+    """Writes `key.sub=value` overrides into `content`.
 
     Raises: ConfigError with a line for each that cannot be.
     """
     errors = Problems()
-    # The root comes first: relative paths below it start there.
-    pairs = [(*map(str.strip, each.partition("=")), each) for each in overrides]
-    for key, equals, text, override in sorted(pairs, key=lambda pair: pair[0] != "data.root"):
+    for override in overrides:
+        key, equals, text = map(str.strip, override.partition("="))
+        *above, last = key.split(".")
         with errors.collected(InputError):
-            *above, last = key.split(".")
             if not equals or not all((*above, last)):
                 raise ConfigError(f"{override!r}: expected key=value or key.sub=value")
-            _check_key(key)
-            try:
-                value, _ = read_yaml(text)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{override!r}: not valid YAML ({one_line(error)})") from None
             section: Any = content
             for depth, part in enumerate(above, 1):
                 if section.get(part) is None:
@@ -127,28 +112,11 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
                 if not isinstance(section, dict):
                     prefix = ".".join(above[:depth])
                     raise ConfigError(f"{override!r}: {prefix} is a value, not a section")
-            paths = _PATH_KEYS if section.get("root") else (*_PATH_KEYS, *_KEYS_BELOW_ROOT)
-            # An empty path, here this folder, is left for the configuration to refuse.
-            if key in paths and isinstance(value, str) and value.strip():
-                value = str(Path.cwd() / Path(value).expanduser())
-            section[last] = value
+            try:
+                section[last], _ = read_yaml(text)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{override!r}: not valid YAML ({one_line(error)})") from None
     errors.tell()
-
-
-def _check_key(key: str) -> None:
-    """Raises: ConfigError with the key that was probably meant where there is none such."""
-    section: type[BaseModel] | None = Config
-    for depth, part in enumerate(key.split(".")):
-        if section is None:  # a value's own keys
-            return
-        if part not in section.model_fields:
-            known, everywhere = list(section.model_fields), [*_keys(Config)]
-            near = near_names(part, known) if depth else near_names(key, everywhere, 1)
-            if same := [each for each in everywhere if each.endswith(f".{key}")]:
-                near = f"; did you mean {' or '.join(same)}?"
-            hint = near or f"; known keys are {', '.join(known)}"
-            raise ConfigError(f"command line: {key}: unknown key{hint}")
-        section = _section_in(section.model_fields[part].annotation)
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -162,6 +130,8 @@ def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
     """What was expected at a key, what came, and near names. problem: one of pydantic's errors."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
+        if elsewhere := [key for key in _keys(model) if key.endswith(f".{names[-1]}")]:
+            return f"unknown key; did you mean {' or '.join(elsewhere)}?"
         known = list(_section_at(names[:-1], model).model_fields)
         hint = near_names(names[-1], known) or f"; known keys are {', '.join(known)}"
         return f"unknown key{hint}"

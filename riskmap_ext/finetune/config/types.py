@@ -20,17 +20,19 @@ from pydantic import (
 from riskmap_ext.finetune.base.orientation import check_orientation
 from riskmap_ext.finetune.base.structures import check_names
 
-BELOW_ROOT = ("datalist", "images", "labels")
+_BELOW_ROOT = ("datalist", "images", "labels")
 
 
 def _absolute(value: Any, info: ValidationInfo) -> Any:
-    """Relative paths start from the folder of the configuration's file, or from data.root."""
+    """Relative paths start from data.root, the configuration's file, or here where typed."""
     if not isinstance(value, (str, Path)):
         return value
     if not str(value).strip():
         raise ValueError("expected a path, got an empty text")
-    root = info.data.get("root") if info.field_name in BELOW_ROOT else None
-    start = root or (info.context or {}).get("base") or Path.cwd()
+    given = info.context or {}
+    root = info.data.get("root") if info.field_name in _BELOW_ROOT else None
+    base = None if info.field_name in given.get("typed", ()) else given.get("base")
+    start = root or base or Path.cwd()
     return Path(os.path.normpath(start / Path(value).expanduser()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,39 +47,32 @@ def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
-        lines: dict[str, int] = {}
         if root is None:
-            return None, lines
-        _find_lines(root, "", (), lines)
+            return None, {}
+        lines = dict(_lines(root, "", ()))
         return loader.construct_document(root), lines
     finally:
         loader.dispose()
 
 
-def _find_lines(
-    node: yaml.Node, prefix: str, above: tuple[Any, ...], lines: dict[str, int]
-) -> None:
-    """Writes the lines of the keys in `node`, which is within the nodes `above`."""
+def _lines(node: yaml.Node, prefix: str, above: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
+    """Of each key in `node`, which is within the nodes `above`."""
     if node in above:
-        raise yaml.YAMLError(f"line {_line(node)}: an alias (*) of this value is within itself")
-    below: list[tuple[str, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        below = [(str(key.value), key, value) for key, value in node.value]
-        # Keys that a merge (<<) brings in are not among these, and may be given again.
-        given: dict[tuple[str, str], yaml.Node] = {}
-        for name, key, _ in below:
-            first = given.setdefault((key.tag, name), key)
-            if first is not key:
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(f"line {line}: an alias (*) of this value is within itself")
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    if isinstance(node, yaml.SequenceNode):
+        pairs = [(each, each) for each in node.value]
+    # Keys that a merge (<<) brings in are not among these, and may be given again.
+    given: dict[tuple[str, str], int] = {}
+    for index, (key, value) in enumerate(pairs):
+        line, name = key.start_mark.line + 1, str(index)
+        if isinstance(node, yaml.MappingNode):
+            name = str(key.value)
+            if (first := given.get((key.tag, name))) is not None:
                 raise yaml.YAMLError(
-                    f"line {_line(key)}: the key {name} is given twice, first in line "
-                    f"{_line(first)}"
+                    f"line {line}: the key {name} is given twice, first in line {first}"
                 )
-    elif isinstance(node, yaml.SequenceNode):
-        below = [(str(index), each, each) for index, each in enumerate(node.value)]
-    for name, place, value in below:
-        lines[prefix + name] = _line(place)
-        _find_lines(value, f"{prefix}{name}.", (*above, node), lines)
-
-
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
+            given[key.tag, name] = line
+        yield prefix + name, line
+        yield from _lines(value, f"{prefix}{name}.", (*above, node))
