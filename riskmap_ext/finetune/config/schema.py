@@ -10,12 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Len
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from riskmap_ext.finetune.base.device import DEVICE
 from riskmap_ext.finetune.config.types import (
@@ -54,14 +49,12 @@ class CaseConfig(_Section):
     """One image (a file for each channel, or one for all) with its label."""
 
     image: Annotated[FilePath | FilePaths, expected("a file, or a list with one for each channel")]
-    """Image file; or a list with one for each channel, all on one grid. A 4-D file holds all
-    channels in its last axis."""
+    """Image file, 4-D for several channels; or a list of one for each channel, all on one grid."""
     label: FilePath
     """Its label file, on the same grid."""
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")] | None = None
-    """Name of the case. Left out, the image's file name is taken; where several images share it,
-    with the folders above: `s1/mri/T1.mgz` and `s2/mri/T1.mgz` become `s1_mri_T1` and `s2_mri_T1`.
-    """
+    """Left out, the image's file name; where several share it, with the folders above: `s1_mri_T1`
+    of `s1/mri/T1.mgz`."""
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -92,16 +85,15 @@ class DataConfig(_Section):
     image_suffix: Annotated[
         str | Names, expected("a text, or a list with one for each channel")
     ] = ""
-    """What follows the case's name in the image's file name: `_T1w`, `_0000`. Files without it are
-    passed over, so a suffix also chooses the contrast. A list, such as `[_T1w, _FLAIR]`, has one
-    for each channel."""
+    """What follows the case's name in the image's file name: `_T1w`, `_0000`; or a list with one
+    for each channel. Files without it are passed over."""
     label_suffix: str = ""
     """What follows the case's name in the label's file name, such as `_seg`."""
     train: Annotated[
         PositiveInt | list[str] | None, expected("a number >= 1 or a list of case names")
     ] = None
-    """Training cases: how many, in the order of the list (by name for folders), or their names.
-    Left out, all that are not for validation."""
+    """How many training cases, in the order of the list (by name for folders), or their names. Left
+    out, all that are not for validation."""
     validation: Annotated[
         Count | list[str] | None, expected("a number >= 0 or a list of case names")
     ] = None
@@ -111,9 +103,9 @@ class DataConfig(_Section):
         Annotated[int, Field(ge=2), NUMBER] | FilePath | None,
         expected("a number >= 2, or a file of splits"),
     ] = None
-    """Cross-validation: a run for each of so many parts of the cases, drawn by `seed`, which
-    validates on it and trains on the others; or a file of splits, as nnU-Net's `splits_final.json`.
-    Numbers in `train` and `validation` then say how many cases are divided. Left out, one run."""
+    """Cross-validation: into how many parts the cases are divided (by `seed`), each validated by a
+    run that trains on the others; or a file of splits, as nnU-Net's `splits_final.json`. Numbers in
+    `train` and `validation` say how many cases there are to divide. Left out, one run."""
     classes: Annotated[
         ClassNames | None, expected("two or more distinct names, background first")
     ] = None
@@ -123,28 +115,27 @@ class DataConfig(_Section):
         dict[int, int | str] | FilePath | None,
         expected("label value: class, or a file with such a table"),
     ] = None
-    """`{value in the file: class number, class name or ignore}`, or a file with such a table: CSV
-    or TSV with columns `value` and `name`. Several values may share a class. 0 is background unless
-    mapped. Left out, numbers are taken as they are."""
+    """`{value in the file: class number, class name or ignore}`, or such a table: CSV or TSV with
+    columns `value` and `name`. 0 is background unless mapped. Left out, numbers are taken as they
+    are."""
     regions: dict[str, Annotated[list[Member], LIST]] | None = None
-    """Overlapping regions, each with the classes that make it up: `{whole: [edema, core], core:
-    core}`. The network then has one sigmoid output for each region in the place of a softmax over
-    the classes, and the regions are scored. Left out, those of an nnU-Net data set, or none."""
+    """Overlapping regions and their classes: `{whole: [edema, core], core: core}`. The network has
+    a sigmoid for each instead of a softmax over the classes, and regions are scored. Left out,
+    those of an nnU-Net data set, or none."""
     region_classes: list[Member] | None = None
-    """The class that each region gets in a segmentation, in the order of painting (nnU-Net's
-    `regions_class_order`). Left out, regions are painted from the largest to the smallest, each
-    with the one class that no smaller region has."""
+    """The class that each region is painted with, in the order of painting (nnU-Net's
+    `regions_class_order`). Left out, from the largest to the smallest, each with the one class that
+    no smaller region has."""
     other_labels: Literal["error", "background", "ignore"] = "error"
     """What becomes of labels that are not in the map (or ≥ the number of classes)."""
     spacing: Spacing | None = None
-    """Voxel size `[x, y, z]` in mm to resample to, null for the file's own; left out, as the source
-    was trained, or as in the file. An error where fewer than 4 voxels would be left on an axis, or
-    where a case would take more than half of the memory available."""
+    """Voxel size `[x, y, z]` in mm to resample to, null for the file's own. Left out, as the source
+    was trained, or as in the file."""
     geometry: Literal["monai", "nnunet"] = "monai"
-    """How volumes are brought to `spacing` and cut into patches. `monai`: images linearly, voxel
-    centre on voxel centre; the border repeated where a patch is larger; windows in steps of one
-    size. `nnunet`: images by cubic splines, from edge to edge; 0 beyond the volume; windows spread
-    evenly. Left out, as the source's tool."""
+    """How volumes are resampled and cut. `monai`: linearly, voxel centre on voxel centre; the
+    border repeated where a patch is larger; windows in steps of one size. `nnunet`: cubic splines,
+    from edge to edge; 0 beyond the volume; windows spread evenly. Left out, as the source's tool.
+    """
     crop: Literal["nonzero", "none"] = "none"
     """`nonzero` cuts volumes to the box of voxels other than 0 first, as nnU-Net does. Outside it
     segmentations are background. Left out, as the source."""
@@ -174,9 +165,8 @@ class DataConfig(_Section):
     slice_axis: Axis = "axial"
     """Which slices a 2-D network sees."""
     storage: Literal["auto", "memory", "disk"] = "auto"
-    """Where prepared volumes are kept: in memory, or as memory-mapped files in the cache, which the
-    system reads as they are used, so that a cohort may be larger than memory. `auto` takes the disk
-    where they would take more than half of the memory available."""
+    """Where prepared volumes are kept: in memory, or as memory-mapped files in the cache, for
+    cohorts larger than memory. `auto` takes the disk above half of the memory available."""
 
     @property
     def image_suffixes(self) -> list[str]:
@@ -209,21 +199,20 @@ class NetworkConfig(_Section):
     nnU-Net's `PlainConvUNet`, `ResidualEncoderUNet`, `ResidualUNet` (package
     `dynamic-network-architectures`)."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes (for nnU-Net's networks,
-    `conv_op: torch.nn.Conv2d` or `Conv3d`). Channels follow from the data and the classes and can
-    be left out; other numbers are refused."""
+    """Its arguments. `spatial_dims: 2` works slice by slice, 3 on volumes (nnU-Net's networks:
+    `conv_op: torch.nn.Conv2d` or `Conv3d`). Channels follow from the data and the classes."""
     orientation: Orientation | None = None
-    """The order and directions in which the network sees the axes: `SAR` of a volume, `AR` of a
-    slice, in nibabel's letters. Left out, as the data are prepared, or as the source sees them."""
+    """Order and directions of the axes that the network sees, in nibabel's letters: `SAR` of a
+    volume, `AR` of a slice. Left out, as the data are prepared, or as the source sees them."""
 
 
 class SourceConfig(_Section):
     """The frozen source model: where the weights and the transfer risk come from."""
 
     checkpoint: Annotated[FilePath, expected("a file, or the folder of a MONAI bundle")]
-    """A checkpoint of this package; of nnU-Net v2 (`checkpoint_final.pth`); a MONAI bundle (its
-    folder or its `models/model.pt`); or any file of tensors and plain types with a state dict in
-    it. Files with other objects are not loaded, as that would run their code."""
+    """A checkpoint of this package or of nnU-Net v2 (`checkpoint_final.pth`), a MONAI bundle (its
+    folder or `models/model.pt`), or a state dict in a file of tensors and plain types: other
+    objects would run their code."""
     network: NetworkConfig | None = None
     """Needed for a bare state dict; left out, as the checkpoint or bundle says."""
     classes: Annotated[
@@ -232,30 +221,28 @@ class SourceConfig(_Section):
     """Class names, background first, or their number: needed for a bare state dict. Left out, as
     the checkpoint or bundle says."""
     orientation: Annotated[Orientation, Field(min_length=3)] | None = None
-    """The order of axes in the image files of the source's training, such as `LPS`: for sources of
-    nnU-Net, and for MONAI bundles that do not say it. Left out, `RAS`."""
+    """Order of the axes in the image files of the source's training, such as `LPS`: for nnU-Net's
+    models, and MONAI bundles that do not say it. Left out, `RAS`."""
     channels: list[Channel] | None = None
     """Which channels of the target images the source sees, by number or name, in its own order.
     Left out, all of them."""
     initialize: bool = True
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
-    """The output layer: `auto` is fresh where the class counts differ or only one of the
-    two has regions, `keep` takes the source's, `reinitialize` is always fresh: for as many classes
-    that are other ones."""
+    """The output layer: `auto` is fresh where the class counts differ or only one of the two has
+    regions; `keep` takes the source's; `reinitialize` is fresh for as many other classes, too."""
 
 
 class RiskConfig(_Section):
     """The transfer risk map (options of riskmap_ext.risk_map)."""
 
     use: bool = False
-    """Give the map to the loss. It is made all the same where there is a source, for the report:
-    two passes over the training cases. Off by default: on top of an output layer that starts at the
-    class prior it finds more of a structure, less exactly, and its Dice is not ahead
-    (docs/evidence.md)."""
+    """Give the map to the loss; for the report it is made wherever there is a source. Off by
+    default: on top of an output layer that starts at the class prior it finds more of a structure,
+    less exactly, and its Dice is not ahead (docs/evidence.md)."""
     scheme: Literal["exponential", "power", "linear"] = "linear"
     """How a weight follows from the hardness (docs/method.md). The paper has `exponential`;
-    `linear` was at least as good in every comparison of the first round (docs/evidence.md)."""
+    `linear` was never worse in the first round (docs/evidence.md)."""
     base: Positive = 10.0
     """Weight of the hardest voxel, scheme `exponential`."""
     alpha: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.5
@@ -266,8 +253,8 @@ class RiskConfig(_Section):
         Literal["dataset", "image"] | Interval,
         expected("dataset, image or [lo, hi] with lo <= hi"),
     ] = "dataset"
-    """Hardness that is stretched to the full weight: from the least to the largest over the
-    training set, per image, or `[lo, hi]` in nats."""
+    """Hardness that is stretched to the full weight: that of the training set, of each image, or
+    `[lo, hi]` in nats."""
 
 
 class LossConfig(_Section):
@@ -280,25 +267,24 @@ class LossConfig(_Section):
     normalization: Literal[
         "foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"
     ] = "foreground"
-    """What the weighted cross-entropy is divided by: voxels of the foreground (brain or body, not
-    air) in each image or over the batch, valid voxels in each image or over the batch, the class
-    weights of the valid voxels of the batch, or nothing."""
+    """What the weighted cross-entropy is divided by: foreground voxels (brain or body, not air) or
+    valid voxels, of each image or of the batch; the batch's class weights at valid voxels; nothing.
+    """
     foreground_floor: Fraction = 0.05
-    """Least share of the valid voxels that counts as foreground: 1 / `foreground_floor` is the most
-    the cross-entropy can be scaled up by."""
+    """Least share of the valid voxels that counts as foreground: the cross-entropy is scaled up by
+    1 / `foreground_floor` at most."""
     ce_voxels: Literal["valid", "foreground"] = "valid"
     """Voxels the cross-entropy is summed over."""
     class_weights: Annotated[
         Literal["sqrt_inverse_frequency"] | list[NonNegative] | None,
         expected("sqrt_inverse_frequency, a list of numbers >= 0 or null"),
     ] = None
-    """Factors of the classes in the cross-entropy, background first; or `sqrt_inverse_frequency`:
-    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1. They
-    multiply the risk map where `risk.use` is true."""
+    """Factors of the classes in the cross-entropy, background first, beside the risk map; or
+    `sqrt_inverse_frequency`: √(1/f) with mean 1 over the training voxels, 0 for a class that they
+    lack. Null: all 1."""
     label_smoothing: Fraction = 0.0
-    """As in `torch.nn.functional.cross_entropy`. With class weights, the smoothed share of each
-    class is multiplied by its weight: large ones can make a network predict rare classes
-    everywhere."""
+    """As in `torch.nn.functional.cross_entropy`. Large class weights, which weigh the smoothed
+    shares too, can make a network predict rare classes everywhere."""
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
@@ -315,12 +301,11 @@ class LossConfig(_Section):
     smooth_dr: NonNegative = 1e-5
     """What is added to the denominator of the Dice."""
     overwrite_logits: bool = False
-    """Let the gradient take the memory of the logits, for many classes. Not for networks with a
-    stack of outputs (DynUNet with deep supervision), nor where the last layer is an activation."""
+    """Let the gradient take the memory of the logits. Not for networks with a stack of outputs
+    (DynUNet with deep supervision), nor where the last layer is an activation."""
     fused_head: Annotated[Literal["auto"] | bool, expected("auto, true or false")] = "auto"
-    """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits:
-    with many classes they are most of its memory. `auto` does so from 16 outputs on where the
-    network ends in one; `true` refuses a network that does not."""
+    """Let the loss carry out the network's last 1x1 convolution, so that training keeps no logits.
+    `auto` does so from 16 outputs on where the network ends in one; `true` refuses others."""
 
     @model_validator(mode="after")
     def _something_to_minimize(self) -> LossConfig:
@@ -333,8 +318,8 @@ class AugmentConfig(_Section):
     """Random changes of each crop."""
 
     flip: list[Axis] = Field(default_factory=list)
-    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right. None by default,
-    as left and right are often classes of their own."""
+    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right, which are often
+    classes of their own."""
     affine_probability: Fraction = 0.5
     """Share of crops that are rotated and scaled."""
     rotation: Annotated[float, Field(ge=0, le=180), NUMBER] = 15.0
@@ -361,12 +346,11 @@ class TrainConfig(_Section):
     steps: PositiveInt = 1000
     """Optimizer steps."""
     batch_size: PositiveInt = 2
-    """Crops in a step, over all processes. They are divided among the processes of torchrun."""
+    """Crops in a step, divided among the processes of torchrun."""
     accumulate: PositiveInt = 1
     """Batches whose gradients are averaged in one step."""
     patch_size: Sizes | None = None
-    """The crop in voxels, one number or one per axis. Null: 128² for 2-D networks, 64³ for 3-D
-    ones."""
+    """The crop in voxels, one number or one per axis. Null: 128² in 2-D, 64³ in 3-D."""
     lr: Positive = 1e-3
     """Learning rate at the first step."""
     weight_decay: NonNegative = 1e-5
@@ -386,8 +370,7 @@ class TrainConfig(_Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     head_init: Literal["prior", "random"] = "prior"
     """Where a fresh output layer starts: `prior` adds the log frequency of each class in the
-    training cases (of a region: the logit of its frequency) to its bias, `random` leaves it as the
-    network makes it. A layer taken from the source stays as it is."""
+    training cases (of a region: its logit) to the bias, `random` leaves it as it is."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision; `fp16` is for CUDA only."""
     channels_last: bool = False
@@ -402,8 +385,7 @@ class InferenceConfig(_Section):
     """Sliding windows of validation, of the final prediction and of the source model."""
 
     patch_size: Sizes | None = None
-    """Window in voxels, one number or one per axis. Null: the training patch (for the source, the
-    window it was trained with)."""
+    """Window in voxels, one number or one per axis. Null: the patch of the training."""
     overlap: BelowOne = 0.25
     """Of neighbouring windows, as a share."""
     batch_size: PositiveInt | None = None
@@ -433,8 +415,7 @@ class Config(_Section):
     overwrite: bool = False
     """Replace the run that is in it."""
     cache: Folder | None = None
-    """Folder of statistics and maps, found again by content; runs may share one. Null:
-    `OUTPUT/cache`."""
+    """Folder of statistics and maps, which runs may share. Null: `OUTPUT/cache`."""
     seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0
     """Of weights, crops, augmentation and folds."""
     device: Annotated[
@@ -474,14 +455,9 @@ class Config(_Section):
         return self
 
     @property
-    def uses_risk(self) -> bool:
-        return self.risk.use
-
-    @property
     def notes(self) -> list[str]:
         """Warnings of what is said and has no effect, or a bad one."""
-        found = []
-        given = self.risk.model_fields_set
+        found, given = [], self.risk.model_fields_set
         if given and "use" not in given:
             keys = ", ".join(f"risk.{key}" for key in sorted(given))
             why = "there is no source, so that no map is made"

@@ -191,7 +191,7 @@ def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction 
     """The configuration as the caller's own functions need it."""
     if config.data.folds is not None:
         raise ConfigError("data.folds: are for cross_validate; expected null for one run")
-    if weights is not None and not config.uses_risk:
+    if weights is not None and not config.risk.use:
         raise ValueError(
             "weights: stand in the place of the risk map; expected a source and risk.use=true"
         )
@@ -230,7 +230,7 @@ def _voxel_weights(
     plan: Plan, maps: SourceMaps | None, own: WeightFunction | None
 ) -> Mapping[str, Tensor] | None:
     """The risk maps, or the caller's own in their place; None where the loss has neither."""
-    if maps is None or not plan.config.uses_risk:
+    if maps is None or not plan.config.risk.use:
         return None
     if own is None:
         return maps.risk

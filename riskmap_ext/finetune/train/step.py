@@ -163,7 +163,7 @@ def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
 def loss_in_words(config: Config, loss: bool = False, weights: bool = False) -> str:
     """loss, weights: whether the caller has given a function in their place."""
     factors = []
-    if config.uses_risk:
+    if config.risk.use:
         factors.append("the caller's weights" if weights else f"the {config.risk.scheme} risk map")
     if loss:
         return " with ".join(["the caller's own", *factors])
