@@ -14,9 +14,9 @@ pytest.importorskip("monai", reason="needs the extra 'finetune'")
 from finetune_data import MERGED, NETWORK_2D, configuration, train_source
 
 from riskmap_ext.finetune import CheckpointError, ConfigError, finetune, rank_sources
+from riskmap_ext.finetune.base.files import write_rows
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import NetworkConfig
-from riskmap_ext.finetune.rank import write_ranking
 from riskmap_ext.finetune.source.checkpoint import save_checkpoint
 from riskmap_ext.finetune.source.network import build_network
 
@@ -59,7 +59,7 @@ def test_orders_sources_of_known_quality(
     shown = capsys.readouterr().out
     assert "untrained.pt tells nothing" in shown
     assert not (tmp_path / "run" / "last.pt").exists()
-    write_ranking(tmp_path / "rank.csv", ranked)
+    write_rows(tmp_path / "rank.csv", ranked)
     rows = list(csv.DictReader((tmp_path / "rank.csv").open()))
     assert [Path(row["checkpoint"]).name for row in rows] == ["last.pt", "last.pt", "untrained.pt"]
     assert float(rows[0]["leep"]) == ranked[0].leep

@@ -7,8 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +23,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _can_be_written(output: Path | None) -> Path | None:
+    """That a file can be written there is known before hours of work."""
+    from riskmap_ext.finetune.folder.workspace import check_folder
+
+    if output is not None:
+        if output.is_dir():
+            raise InputError(f"--output: {output} is a folder; expected a file")
+        check_folder("--output", output.absolute().parent)
+    return output
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file (docs/finetune.md).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Keys of the configuration, such as train.steps=500 'data.label_map={47: 1, 48: 1}'.",
+    ),
+]
+Table = Annotated[
+    Path | None, typer.Option(callback=_can_be_written, help="CSV file for the scores.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
 def _command(*examples: str, processes: bool = False) -> Callable[[Callable[..., None]], Any]:
     """Registers a function as the command of its name, with examples at the end of its help.
 
-    processes: whether torchrun may start several of it.
+    Ctrl-C and SIGTERM end it with one line and the shell's code, 130 or 143. processes: whether
+    torchrun may start several of it.
     """
 
     def register(function: Callable[..., None]) -> Any:
@@ -44,8 +67,15 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
                 raise ConfigError(
                     f"torchrun: riskmap {name} is one process; start it without torchrun"
                 )
-            with _stoppable():
+            before = signal.signal(signal.SIGTERM, _terminate)
+            try:
                 function(**arguments)
+            except KeyboardInterrupt as stop:
+                print(f"riskmap: {stop.args[0] if stop.args else 'stopped'}", file=sys.stderr)
+                number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+                raise typer.Exit(128 + number) from None
+            finally:
+                signal.signal(signal.SIGTERM, before)
 
         # Blank lines keep the examples on lines of their own.
         return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
@@ -53,23 +83,8 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
     return register
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a command with one line and the shell's code, 130 or 143."""
-
-    def terminate(*_: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        message = stop.args[0] if stop.args else "stopped"
-        print(f"riskmap: {message}", file=sys.stderr)
-        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-        raise typer.Exit(128 + number) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 @_command("riskmap demo --seeds 3", processes=True)
@@ -96,11 +111,8 @@ def _rank(
     source: Annotated[
         list[Path], typer.Option(help="Checkpoint of a source model; once for each of them.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Such as data.train=10 device=cpu."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
+    overrides: Overrides = None,
+    output: Table = None,
     quiet: Quiet = False,
 ) -> None:
     """Score source models by LEEP on the training cases: choose one before training for a week.
@@ -108,15 +120,15 @@ def _rank(
     The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
     what it gains over the class frequencies alone.
     """
+    from riskmap_ext.finetune.base.files import write_rows
     from riskmap_ext.finetune.config.load import located_config
-    from riskmap_ext.finetune.rank import rank_sources, write_ranking
+    from riskmap_ext.finetune.rank import rank_sources
 
-    _check_file(output)
     first = f"source.checkpoint={source[0]}"
     with located_config(config, [*(overrides or []), first]) as settings:
         ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
     if output is not None:
-        write_ranking(output, ranked)
+        write_rows(output, ranked)
 
 
 @_command(
@@ -134,14 +146,7 @@ def _map(
         str | None,
         typer.Option(help="Class names, background first, separated by commas."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Further keys of a configuration, such as risk.scheme=power "
-            "'data.label_map={47: 1, 48: 1}' data.image_suffix=_T1w overwrite=true.",
-        ),
-    ] = None,
+    overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Write transferability and risk maps of labelled images as NIfTI and PNG.
@@ -155,13 +160,7 @@ def _map(
     data = _map_files(image, label)
     if classes is not None:
         data["classes"] = [name.strip() for name in classes.split(",")]
-        if not all(data["classes"]):
-            raise InputError(f"--classes: expected a name for each class, got {classes!r}")
-    content: dict[str, Any] = {
-        "output": str(output),
-        "source": {"checkpoint": str(source)},
-        "data": data,
-    }
+    content = {"output": output, "source": {"checkpoint": source}, "data": data}
     apply_overrides(content, overrides or [])
     if not {"classes", "label_map"} & set(data):
         raise InputError(
@@ -181,13 +180,9 @@ def _map(
 )
 def _finetune(
     config: ConfigFile,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=500 device=cpu."),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with the unfinished run in the output folder."),
+        bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the whole plan; train and write nothing.")
@@ -213,8 +208,8 @@ def _finetune(
 
     overrides = [*(overrides or []), *([] if folds is None else [f"data.folds={folds}"])]
     with located_config(config, overrides) as settings:
-        train: Callable[..., Any] = finetune if settings.data.folds is None else cross_validate
-        work = check_run if dry_run else train
+        train = finetune if settings.data.folds is None else cross_validate
+        work: Callable[..., Any] = check_run if dry_run else train
         work(settings, progress=not quiet, resume=resume)
 
 
@@ -233,7 +228,7 @@ def _init(
     output: Annotated[Path, typer.Option(metavar="FILE.yaml", help="The file to write.")] = Path(
         "run.yaml"
     ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a first configuration for a folder of images and labels, with comments.
@@ -254,7 +249,10 @@ def _init(
 def _report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a run.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="RUN/report.html otherwise.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", callback=_can_be_written, help="RUN/report.html otherwise."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -264,7 +262,6 @@ def _report(
     """
     from riskmap_ext.finetune.report.write import write_report
 
-    _check_file(output)
     path = write_report(run, output)
     if not quiet:
         typer.echo(f"Written: {path}")
@@ -306,7 +303,7 @@ def _predict(
     patch_size: Annotated[
         str | None, typer.Option(help="Window, such as 64,64,64; that of the training otherwise.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Only images without a segmentation there.")
     ] = False,
@@ -317,18 +314,17 @@ def _predict(
     The checkpoint knows its network, its classes and how its images were prepared. Values are class
     numbers, 0 for the background.
     """
+    from pydantic import ValidationError
+
     from riskmap_ext.finetune.config.schema import InferenceConfig
     from riskmap_ext.finetune.predict import predict_images
 
-    sizes = None
-    if patch_size is not None:
-        try:
-            sizes = [int(size) for size in patch_size.split(",")]
-        except ValueError:
-            sizes = []
-        if not sizes or min(sizes) < 1:
-            raise InputError(f"--patch-size: expected whole numbers from 1 on, got {patch_size!r}")
-    inference = InferenceConfig(patch_size=sizes, overlap=overlap)
+    sizes = None if patch_size is None else patch_size.split(",")
+    try:
+        inference = InferenceConfig.model_validate({"patch_size": sizes, "overlap": overlap})
+    except ValidationError:
+        why = f"expected whole numbers from 1 on, got {patch_size!r}"
+        raise InputError(f"--patch-size: {why}") from None
     predict_images(
         checkpoint,
         image,
@@ -362,7 +358,7 @@ def _evaluate(
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out references without a prediction.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="CSV file, a row a structure a case.")] = None,
+    output: Table = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare segmentations with reference labels: Dice, HD95, NSD (surface Dice).
@@ -370,9 +366,9 @@ def _evaluate(
     Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
     that neither has is left out, one that only the prediction has is counted as extra.
     """
-    from riskmap_ext.finetune.evaluate import score_files, write_scores
+    from riskmap_ext.finetune.base.files import write_rows
+    from riskmap_ext.finetune.evaluate import score_files
 
-    _check_file(output)
     scores = score_files(
         prediction,
         reference,
@@ -382,7 +378,7 @@ def _evaluate(
         progress=not quiet,
     )
     if output is not None:
-        write_scores(output, scores)
+        write_rows(output, scores)
 
 
 @_command("riskmap info", processes=True)
@@ -393,17 +389,6 @@ def _info() -> None:
     typer.echo(info.report())
 
 
-def _check_file(output: Path | None) -> None:
-    """That a file can be written there is known before hours of work."""
-    from riskmap_ext.finetune.folder.workspace import check_folder
-
-    if output is None:
-        return
-    if output.is_dir():
-        raise InputError(f"--output: {output} is a folder; expected a file")
-    check_folder("--output", output.absolute().parent)
-
-
 def _structures(given: list[str]) -> dict[str, list[int]] | None:
     found: dict[str, list[int]] = {}
     for text in given:
@@ -411,9 +396,7 @@ def _structures(given: list[str]) -> dict[str, list[int]] | None:
         try:
             found[name.strip()] = [int(value) for value in values.split(",")]
         except ValueError:
-            raise InputError(
-                f"--structure: expected NAME=VALUE or NAME=VALUE,VALUE, got {text!r}"
-            ) from None
+            raise InputError(f"--structure: expected NAME=VALUE,..., got {text!r}") from None
     if len(found) != len(given) or "" in found:
         raise InputError(f"--structure: expected distinct names, got {given!r}")
     return found or None
@@ -425,10 +408,10 @@ def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
 
     check_there(("--image", image), ("--label", label))
     if len(image) == len(label) == 1 and image[0].is_dir() and label[0].is_dir():
-        return {"images": str(image[0].resolve()), "labels": str(label[0].resolve())}
+        return {"images": image[0].resolve(), "labels": label[0].resolve()}
     if len(image) != len(label):
         raise InputError(
             f"--image and --label: expected as many of each, got {len(image)} and {len(label)}"
         )
     pairs = zip(image, label, strict=True)
-    return {"cases": [{"image": str(i), "label": str(n)} for i, n in pairs]}
+    return {"cases": [{"image": one, "label": other} for one, other in pairs]}

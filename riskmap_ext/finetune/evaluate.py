@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import check_there, stem, write_csv
+from riskmap_ext.finetune.base.files import check_there, stem
 from riskmap_ext.finetune.base.log import Log, number, some
 from riskmap_ext.finetune.data.datalist import files_by_name
 from riskmap_ext.finetune.data.volumes import read_labels
@@ -62,11 +61,6 @@ def score_files(
         if all(s.outcome == ABSENT for s in scores if s.structure == structure):
             log.warn(f"structure {structure} occurs in no file")
     return scores
-
-
-def write_scores(path: Path, scores: Sequence[Score]) -> None:
-    """A row for each structure of each case."""
-    write_csv(path, [each.name for each in fields(Score)], map(astuple, scores))
 
 
 def summary(scores: Sequence[Score], tolerance: float) -> Table:

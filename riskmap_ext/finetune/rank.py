@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from riskmap_ext import TransferStatistics
 from riskmap_ext.finetune.base.errors import ConfigError
-from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.config.schema import Config, SourceConfig
 from riskmap_ext.finetune.data.datalist import list_cases
 from riskmap_ext.finetune.data.prepare import Cases, prepare_cases
@@ -113,11 +112,6 @@ def _ranked(source: SourceModel, statistics: TransferStatistics) -> RankedSource
         told=gain / entropy if entropy > 0 else 0.0,
         tells_nothing=statistics.tells_nothing(leep),
     )
-
-
-def write_ranking(path: Path, ranked: Sequence[RankedSource]) -> None:
-    """A row for each source, the best first."""
-    write_csv(path, [each.name for each in fields(RankedSource)], map(astuple, ranked))
 
 
 def _table(ranked: Sequence[RankedSource], cases: int) -> Table:

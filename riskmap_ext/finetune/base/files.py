@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """CSV of dataclasses of one kind, at least one."""
+    write_csv(path, [each.name for each in fields(rows[0])], map(astuple, rows))
 
 
 def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple[int, int]) -> None:
