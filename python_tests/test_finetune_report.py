@@ -27,10 +27,9 @@ from riskmap_ext.finetune import finetune, make_maps
 from riskmap_ext.finetune.base.errors import InputError
 from riskmap_ext.finetune.base.log import MISSING
 from riskmap_ext.finetune.evaluate import score_files
-from riskmap_ext.finetune.report.build import run_page
 from riskmap_ext.finetune.report.cases import CaseResults, read_results
 from riskmap_ext.finetune.report.read import Leep, read_run
-from riskmap_ext.finetune.report.write import write_report
+from riskmap_ext.finetune.report.write import run_page, write_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
