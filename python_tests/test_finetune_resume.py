@@ -131,7 +131,7 @@ def test_cut_off_while_overlays_are_drawn_and_moved(
 ) -> None:
     write = {"overlays": True, "tensorboard": False}
     with monkeypatch.context() as patch:
-        patch.setattr("riskmap_ext.finetune.train.finetune.write_overlay", _interrupt)
+        patch.setattr("riskmap_ext.finetune.train.finetune.comparison", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(config(root, tmp_path / "run", source, write=write), progress=False)
     assert (tmp_path / "run" / "dice.csv").exists()

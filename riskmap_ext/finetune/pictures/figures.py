@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,9 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from torch import Tensor
 
 from riskmap_ext._files import written_beside
-from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.pictures.slices import (
-    Slice,
-    Volumes,
-    class_colours,
-    coloured,
-    slice_of,
-    volumes_of,
-)
+from riskmap_ext.finetune.pictures.slices import Slice, Volumes, class_colours, coloured, slice_of
 
 # RGB of the voxels that the label has alone, the prediction has alone, or both in other classes.
 ERROR_COLOURS = {
@@ -69,35 +59,12 @@ class Panels:
     weights: tuple[float, float] | None
 
 
-@contextmanager
-def drawn_alike(style: Mapping[str, Any]) -> Iterator[None]:
-    """With `style` of rcParams, and names in any script and with any signs: $ is no formula.
-
-    By a font that has their letters, else as boxes, without a word.
-    """
-    present = set(font_manager.get_font_names())
-    family = [*rcParams["font.family"], *(n for n in _WIDE_FONTS if n in present)]
-    settings: dict[Any, Any] = {"font.family": family, "text.parse_math": False, **style}
-    with warnings.catch_warnings(), rc_context(settings):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        yield
-
-
-def write_overlay(
-    folder: Path, case: Case, classes: Sequence[str], prediction: Tensor | None, risk: Tensor | None
-) -> None:
-    """overlays/<case>.png; all volumes on the prepared grid."""
-    comparison(
-        folder / f"{case.name}.png", [volumes_of(case, prediction, risk)], classes, case.name
-    )
-
-
 def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], title: str) -> Path:
     """Writes a PNG of cases (rows) by image, label, risk map and predictions (columns).
 
     Each row shows the slice with most labelled area, and the scores below the predictions. The rows
-    have the same columns and share the scale of the weights. The file is written beside and then
-    renamed.
+    have the same columns and share the scale of the weights. Names are in any script for which
+    there is a font, else boxes.
     """
     slices = [slice_of(row) for row in rows]
     present, colours = _classes(slices)
@@ -107,7 +74,15 @@ def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], 
     panel = min(_INCHES, 14 / len(columns))
     heights = [_height(s, panel) for s in slices]
     size = panel * len(columns), sum(heights) + 0.3 * len(rows) + 1.1
-    with drawn_alike({"font.size": 9, "axes.titlesize": 11}):
+    fonts = set(font_manager.get_font_names())
+    style: dict[Any, Any] = {
+        "font.family": [*rcParams["font.family"], *(n for n in _WIDE_FONTS if n in fonts)],
+        "font.size": 9,
+        "axes.titlesize": 11,
+        "text.parse_math": False,  # $ in a name is no formula
+    }
+    with warnings.catch_warnings(), rc_context(style):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)
         for line, row, shown, pictures in zip(grid, rows, slices, drawn, strict=True):
@@ -121,7 +96,14 @@ def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], 
         figure.suptitle(title)
         if RISK_COLUMN in columns:
             _weight_bar(figure, grid[:, columns.index(RISK_COLUMN)], weights)
-        _legend(figure, [(class_names[i], colours[i]) for i in present], 2 * len(columns))
+        handles = [Patch(color=colours[i], label=class_names[i]) for i in present[:_LEGEND_CLASSES]]
+        if rest := len(present) - len(handles):
+            handles.append(Patch(color="none", label=f"and {rest} more"))
+        if handles:
+            figure.legend(
+                handles=handles, loc="outside lower center", ncols=2 * len(columns),
+                handlelength=1.0, handleheight=1.0, frameon=False,
+            )  # fmt: skip
         with written_beside(path) as partial:
             figure.savefig(partial, format="png", dpi=_DPI)
     return path
@@ -215,14 +197,3 @@ def _weight_bar(figure: Figure, above: Any, weights: tuple[float, float]) -> Non
     bar.minorticks_off()
     bar.ax.set_facecolor("#888888")
     bar.outline.set_visible(False)  # type: ignore[operator]
-
-
-def _legend(figure: Figure, classes: Sequence[tuple[str, Any]], columns: int) -> None:
-    names = [name for name, _ in classes[:_LEGEND_CLASSES]]
-    handles = [Patch(color=colour) for _, colour in classes[:_LEGEND_CLASSES]]
-    if rest := len(classes) - len(handles):
-        handles.append(Patch(color="none"))
-        names.append(f"and {rest} more")
-    if handles:
-        square: dict[str, Any] = {"handlelength": 1.0, "handleheight": 1.0, "frameon": False}
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, **square)

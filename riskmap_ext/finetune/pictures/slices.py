@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgba_array
 from torch import Tensor
 
 from riskmap_ext.finetune.data.prepare import Case
@@ -112,17 +112,12 @@ def class_colours(num_classes: int) -> np.ndarray:
     Class 0 (background) is black. Classes 1 to 7 have the Okabe-Ito colours; further ones repeat
     these hues lighter and darker, since no larger palette stays safe for every reader.
     """
-    colours = np.zeros((max(num_classes, 1), 3))
-    rounds = max(1, -(-(num_classes - 1) // len(_OKABE_ITO)))
-    for index in range(1, num_classes):
-        turn, which = divmod(index - 1, len(_OKABE_ITO))
-        red, green, blue = (int(_OKABE_ITO[which][i : i + 2], 16) / 255 for i in (1, 3, 5))
-        hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-        # Lighter and darker by turns, further from the base colour each time.
-        reach = 0.75 * ((turn + 1) // 2) / ((rounds + 1) // 2)
-        lightness += reach * (turn % 2 - lightness)
-        colours[index] = colorsys.hls_to_rgb(hue, lightness, saturation)
-    return colours
+    index = np.arange(max(num_classes - 1, 0))[:, None]
+    turn, rounds = index // len(_OKABE_ITO), -(-index.size // len(_OKABE_ITO))
+    # Towards white and black by turns, further from the base colour each time.
+    reach = 0.75 * ((turn + 1) // 2) / ((rounds + 1) // 2 or 1)
+    hues = to_rgba_array(_OKABE_ITO)[index[:, 0] % len(_OKABE_ITO), :3]
+    return np.concatenate([np.zeros((1, 3)), hues + reach * (turn % 2 - hues)])
 
 
 def segmentation_picture(case: Case, prediction: Tensor) -> np.ndarray:

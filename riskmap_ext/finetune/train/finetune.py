@@ -21,7 +21,8 @@ from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.records import note_end, note_start
 from riskmap_ext.finetune.folder.workspace import RESUME_FILE, check_output, claimed_output
 from riskmap_ext.finetune.metrics.dice import dice_per_structure, mean_without_nan
-from riskmap_ext.finetune.pictures.figures import write_overlay
+from riskmap_ext.finetune.pictures.figures import comparison
+from riskmap_ext.finetune.pictures.slices import volumes_of
 from riskmap_ext.finetune.report.write import report_at_end
 from riskmap_ext.finetune.source.checkpoint import KeyReport, load_source
 from riskmap_ext.finetune.source.model import preparation_warnings, prepared_as_source
@@ -286,4 +287,5 @@ def _draw(
     for case in session.processes.share(drawn):
         prediction = None if predictions is None else predictions[case.name]
         risk = None if maps is None else maps.risk[case.name]
-        write_overlay(folder, case, classes, prediction, risk)
+        volumes = volumes_of(case, prediction, risk)
+        comparison(folder / f"{case.name}.png", [volumes], classes, case.name)
