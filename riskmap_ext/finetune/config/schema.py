@@ -5,40 +5,90 @@ The text below a key is its description; docs/generate.py makes the reference of
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from annotated_types import Len, Predicate
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from riskmap_ext.finetune.base.device import DEVICE
-from riskmap_ext.finetune.config.types import (
-    LIST,
-    NUMBER,
-    Axis,
-    BelowOne,
-    Channel,
-    ClassNames,
-    Count,
-    FilePath,
-    FilePaths,
-    Folder,
-    Fraction,
-    Interval,
-    MeanStd,
-    Member,
-    Names,
-    NonNegative,
-    Normalization,
-    Orientation,
-    Positive,
-    PositiveInt,
-    Sizes,
-    Spacing,
-    Window,
-    expected,
-)
+from riskmap_ext.finetune.base.orientation import check_orientation
+from riskmap_ext.finetune.base.structures import check_names
+
+
+def _absolute(value: Any, info: ValidationInfo) -> Any:
+    """Relative paths start from data.root, the configuration's file, or here where typed."""
+    if not isinstance(value, (str, Path)):
+        return value
+    if not str(value).strip():
+        raise ValueError("expected a path, got an empty text")
+    context, key = info.context or {}, info.field_name
+    base = None if key in context.get("typed", ()) else context.get("base")
+    root = info.data.get("root") if key in ("datalist", "images", "labels") else None
+    return Path(os.path.normpath((root or base or Path.cwd()) / Path(value).expanduser()))
+
+
+def _no_bool(value: Any) -> Any:
+    """pydantic would take yes for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+    return value
+
+
+def expected(text: str) -> WrapValidator:
+    """Says in one line what a key takes that allows several kinds of values."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            ours = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
+            raise ValueError(ours[0] if ours else f"expected {text}, got {value!r}") from None
+
+    return WrapValidator(check)
+
+
+NUMBER = BeforeValidator(_no_bool)
+LIST = BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value])
+PositiveInt = Annotated[int, Field(ge=1), NUMBER]
+Count = Annotated[int, Field(ge=0), NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), NUMBER]
+BelowOne = Annotated[float, Field(ge=0, lt=1), NUMBER]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+Sizes = Annotated[list[PositiveInt], LIST]
+Spacing = Annotated[
+    list[Positive | None], Len(3, 3), expected("[x, y, z] in mm, each above 0 or null")
+]
+Interval = Annotated[
+    list[Annotated[float, NUMBER]], Len(2, 2), Predicate(lambda pair: pair[0] <= pair[1])
+]
+Pair = Annotated[list[Annotated[float, Field(allow_inf_nan=False), NUMBER]], Len(2, 2)]
+Window = Annotated[Pair, Predicate(lambda pair: pair[0] < pair[1])]
+MeanStd = Annotated[Pair, Predicate(lambda pair: pair[1] > 0)]
+Normalization = Literal["zscore", "zscore_foreground", "rescale", "none"]
+FilePath = Annotated[Path, BeforeValidator(_absolute)]
+FilePaths = Annotated[list[FilePath], Len(1)]
+Folder = Annotated[FilePath, expected("a folder")]
+Names = Annotated[list[str], Len(1), AfterValidator(check_names)]
+ClassNames = Annotated[list[str], Len(2), AfterValidator(check_names)]
+Member = Annotated[int | str, expected("the number or name of a class")]
+Channel = Annotated[Count | str, expected("the number or name of a channel")]
+Orientation = Annotated[str, AfterValidator(check_orientation)]
+Axis = Literal["sagittal", "coronal", "axial"]
 
 
 class _Section(BaseModel):
@@ -65,9 +115,8 @@ class DataConfig(_Section):
     """Which files are read, and how labels and intensities are prepared."""
 
     root: FilePath | None = None
-    """Folder with `dataset.json`, with `images/` and `labels/` (or `imagesTr/` and `labelsTr/`), or
-    a BIDS tree: images of `sub-*/[ses-*/]anat/`, labels (`_dseg`, `_mask`, `_seg`, `_label-…`)
-    beside them or below `derivatives/`, paired by subject and session. Where it is set, relative
+    """Folder with `dataset.json`, with `images/` and `labels/` (or `imagesTr/`, `labelsTr/`), or a
+    BIDS tree: images of `sub-*/[ses-*/]anat/`, labels beside them or below `derivatives/`. Relative
     `datalist`, `images` and `labels` start from it."""
     datalist: FilePath | None = None
     """`dataset.json` of the Decathlon, of MONAI, or of nnU-Net."""
@@ -109,8 +158,7 @@ class DataConfig(_Section):
     classes: Annotated[
         ClassNames | None, expected("two or more distinct names, background first")
     ] = None
-    """Distinct class names, background first. Left out, from the datalist or the names in
-    `label_map`."""
+    """Distinct class names, background first. Left out, those of the datalist or `label_map`."""
     label_map: Annotated[
         dict[int, int | str] | FilePath | None,
         expected("label value: class, or a file with such a table"),
@@ -123,19 +171,17 @@ class DataConfig(_Section):
     a sigmoid for each instead of a softmax over the classes, and regions are scored. Left out,
     those of an nnU-Net data set, or none."""
     region_classes: list[Member] | None = None
-    """The class that each region is painted with, in the order of painting (nnU-Net's
-    `regions_class_order`). Left out, from the largest to the smallest, each with the one class that
-    no smaller region has."""
+    """The class that paints each region, in this order (nnU-Net's `regions_class_order`). Left out,
+    from the largest to the smallest, each with the one class that no smaller region has."""
     other_labels: Literal["error", "background", "ignore"] = "error"
     """What becomes of labels that are not in the map (or ≥ the number of classes)."""
     spacing: Spacing | None = None
     """Voxel size `[x, y, z]` in mm to resample to, null for the file's own. Left out, as the source
     was trained, or as in the file."""
     geometry: Literal["monai", "nnunet"] = "monai"
-    """How volumes are resampled and cut. `monai`: linearly, voxel centre on voxel centre; the
-    border repeated where a patch is larger; windows in steps of one size. `nnunet`: cubic splines,
-    from edge to edge; 0 beyond the volume; windows spread evenly. Left out, as the source's tool.
-    """
+    """How volumes are resampled and cut. `monai`: linearly, centre on centre; the border repeated
+    where a patch is larger; windows in steps of one size. `nnunet`: by cubic splines, edge on edge;
+    0 beyond the volume; windows spread evenly. Left out, as the source's tool."""
     crop: Literal["nonzero", "none"] = "none"
     """`nonzero` cuts volumes to the box of voxels other than 0 first, as nnU-Net does. Outside it
     segmentations are background. Left out, as the source."""
@@ -150,9 +196,8 @@ class DataConfig(_Section):
         Window | Annotated[list[Window | None], Len(1)] | None,
         expected("[lo, hi] with lo < hi, or a list with such a pair or null for each channel"),
     ] = None
-    """Intensities `[lo, hi]` that images are clipped to before they are normalized: for CT in
-    Hounsfield units, such as `[-175, 250]`. A list has one, or null, for each channel. Left out, as
-    the source."""
+    """Intensities `[lo, hi]` to clip to first, in CT such as `[-175, 250]` HU. A list has one, or
+    null, for each channel. Left out, as the source."""
     mean_std: Annotated[
         MeanStd | Annotated[list[MeanStd | None], Len(1)] | None,
         expected("[mean, std] with std > 0, or a list with such a pair or null for each channel"),
@@ -218,14 +263,12 @@ class SourceConfig(_Section):
     classes: Annotated[
         PositiveInt | Names | None, expected("a number >= 1 or a list of class names")
     ] = None
-    """Class names, background first, or their number: needed for a bare state dict. Left out, as
-    the checkpoint or bundle says."""
+    """Class names, background first, or their number; needed for a bare state dict, as above."""
     orientation: Annotated[Orientation, Field(min_length=3)] | None = None
     """Order of the axes in the image files of the source's training, such as `LPS`: for nnU-Net's
     models, and MONAI bundles that do not say it. Left out, `RAS`."""
     channels: list[Channel] | None = None
-    """Which channels of the target images the source sees, by number or name, in its own order.
-    Left out, all of them."""
+    """Channels of the target images that the source sees, in its own order. Left out, all."""
     initialize: bool = True
     """Start from the source's weights; false takes only the risk map from it."""
     head: Literal["auto", "keep", "reinitialize"] = "auto"
@@ -268,8 +311,7 @@ class LossConfig(_Section):
         "foreground", "batch_foreground", "valid", "batch_valid", "weighted", "none"
     ] = "foreground"
     """What the weighted cross-entropy is divided by: foreground voxels (brain or body, not air) or
-    valid voxels, of each image or of the batch; the batch's class weights at valid voxels; nothing.
-    """
+    valid ones, of each image or of the batch; the batch's class weights at valid ones; nothing."""
     foreground_floor: Fraction = 0.05
     """Least share of the valid voxels that counts as foreground: the cross-entropy is scaled up by
     1 / `foreground_floor` at most."""
@@ -279,12 +321,10 @@ class LossConfig(_Section):
         Literal["sqrt_inverse_frequency"] | list[NonNegative] | None,
         expected("sqrt_inverse_frequency, a list of numbers >= 0 or null"),
     ] = None
-    """Factors of the classes in the cross-entropy, background first, beside the risk map; or
-    `sqrt_inverse_frequency`: √(1/f) with mean 1 over the training voxels, 0 for a class that they
-    lack. Null: all 1."""
+    """Of the cross-entropy, background first, beside the risk map; or `sqrt_inverse_frequency`:
+    √(1/f) with mean 1 over the training voxels, 0 for a class that they lack. Null: all 1."""
     label_smoothing: Fraction = 0.0
-    """As in `torch.nn.functional.cross_entropy`. Large class weights, which weigh the smoothed
-    shares too, can make a network predict rare classes everywhere."""
+    """As in `torch.nn.functional.cross_entropy`: class weights weigh what it spreads, too."""
     include_background: bool = False
     """Whether the Dice of the background class counts."""
     batch_dice: bool = False
@@ -292,8 +332,7 @@ class LossConfig(_Section):
     squared_pred: bool = False
     """Squared probabilities in the denominator of the Dice, as in MONAI's `DiceLoss`."""
     alpha: NonNegative = 0.5
-    """Weight of false positives in the Dice; `alpha` and `beta` of 1 are the Jaccard index, others
-    Tversky's."""
+    """Weight of false positives in the Dice. With `beta` 1 and 1: Jaccard; others: Tversky."""
     beta: NonNegative = 0.5
     """Weight of false negatives in the Dice."""
     smooth_nr: NonNegative = 1e-5
@@ -318,8 +357,7 @@ class AugmentConfig(_Section):
     """Random changes of each crop."""
 
     flip: list[Axis] = Field(default_factory=list)
-    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right, which are often
-    classes of their own."""
+    """Axes to mirror, each with probability 1/2; `sagittal` swaps left and right."""
     affine_probability: Fraction = 0.5
     """Share of crops that are rotated and scaled."""
     rotation: Annotated[float, Field(ge=0, le=180), NUMBER] = 15.0

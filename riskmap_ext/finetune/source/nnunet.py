@@ -17,8 +17,13 @@ from typing_extensions import TypedDict
 from riskmap_ext.finetune.base.errors import CheckpointError
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
-from riskmap_ext.finetune.config.types import Positive, PositiveInt, expected
+from riskmap_ext.finetune.config.schema import (
+    NetworkConfig,
+    Positive,
+    PositiveInt,
+    SourceConfig,
+    expected,
+)
 from riskmap_ext.finetune.data.datalist import dataset_channels
 from riskmap_ext.finetune.data.labels import dataset_labels
 from riskmap_ext.finetune.source.model import (
