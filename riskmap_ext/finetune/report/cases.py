@@ -44,21 +44,25 @@ class CaseResults(NamedTuple):
 def read_results(run: RunFiles) -> CaseResults:
     """Pictures of the best, median and worst case, and scores; what cannot be had is told."""
     means = run.case_means
-    order = sorted((n for n in means if not math.isnan(means[n])), key=lambda n: means[n])
+    order = sorted((n for n in means if not math.isnan(means[n])), key=means.__getitem__)
     # Each case has one rank.
     ranks = (
         {order[len(order) // 2]: "median", order[0]: "worst", order[-1]: "best"} if order else {}
     )
-    remark, scores, drawn = None, [], []
+    remark, scores, drawn, folds = None, [], [], run.fold_of
     for name in run.dice:
         if remark is not None and name not in ranks:
             continue
         drawing, problem = None, None
         try:
-            fold = run.folds[run.fold_of[name]] if run.folds else run
-            volumes, own, why_none = _read(fold, name, measured=remark is None)
-            remark = remark or why_none
-            scores += own
+            volumes, structures = _read(run.folds[folds[name]] if folds else run, name)
+            if volumes.labels.size * len(run.dice) * len(run.classes) > _MOST_WORK:
+                what = f"{len(run.dice)} cases of {len(run.classes)} classes"
+                remark = remark or f"{what} would take long; riskmap evaluate measures them"
+            for structure, members in structures.items() if remark is None else ():
+                both = (*volumes.predictions.values(), volumes.labels)
+                one, other = (np.isin(each, members) for each in both)
+                scores.append(score_masks(name, structure, one, other, volumes.zooms, TOLERANCE))
             drawing = panels(volumes) if name in ranks else None
         except InputError as error:
             problem = str(error)
@@ -70,8 +74,8 @@ def read_results(run: RunFiles) -> CaseResults:
     return CaseResults(drawn, [] if remark else scores, remark)
 
 
-def _read(run: RunFiles, name: str, *, measured: bool) -> tuple[Volumes, list[Score], str | None]:
-    """The case at the file's resolution, its scores, and why there are none.
+def _read(run: RunFiles, name: str) -> tuple[Volumes, dict[str, list[int]]]:
+    """The case at the file's resolution, and the classes of each structure.
 
     Raises: InputError naming the file that is missing or does not fit.
     """
@@ -84,20 +88,11 @@ def _read(run: RunFiles, name: str, *, measured: bool) -> tuple[Volumes, list[Sc
     data = run.config.data.model_copy(update=alone)
     cases = prepare_cases(run.config.model_copy(update={"data": data}))
     (case,) = cases.train
-    grid, labels = case.grid, case.full_label.numpy()
-    prediction = grid.from_file(read_labels(path, case.files.label)[0].values)
+    prediction = case.grid.from_file(read_labels(path, case.files.label)[0].values)
     # Ignored voxels agree with everything, as they do in the Dice.
-    prediction = np.where(labels == IGNORE_INDEX, 0, prediction)
+    prediction = np.where(case.label.numpy() == IGNORE_INDEX, 0, prediction)
     risk, path = None, run.folder / "maps" / f"{name}_risk.nii.gz"
     if path.exists():
         values = read_image_files([path], 1).values[0]
-        risk = grid.from_file(values) if values.shape == grid.shape else None
-    volumes = volumes_of(case, prediction, risk)
-    if measured and labels.size * len(run.dice) * len(run.classes) > _MOST_WORK:
-        what = f"{len(run.dice)} cases of {len(run.classes)} classes"
-        return volumes, [], f"{what} would take long; riskmap evaluate measures them"
-    scores = []
-    for structure, members in cases.structures.scored.items() if measured else ():
-        masks = np.isin(prediction, members), np.isin(labels, members)
-        scores.append(score_masks(name, structure, *masks, grid.spacing, TOLERANCE))
-    return volumes, scores, None
+        risk = case.grid.from_file(values) if values.shape == case.grid.shape else None
+    return volumes_of(case, prediction, risk), cases.structures.scored
