@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
-from monai.metrics import DiceHelper
 from torch import Tensor
 
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
@@ -17,26 +17,17 @@ def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures
 
     Both are class indices [*S]; ignored voxels count nowhere.
     """
-    # Ignored voxels agree with everything, so that no structure gains or loses by them.
+    # Ignored voxels are in no structure, so that none gains or loses by them.
     prediction = torch.where(label == IGNORE_INDEX, 0, prediction)
-    if structures.table is None:
-        return _dice(prediction, label, len(structures.classes))
     found = []
-    for members in structures.table:
-        inside = torch.where(label == IGNORE_INDEX, IGNORE_INDEX, members[label.clamp(min=0).int()])
-        found += _dice(members[prediction.int()], inside, 2)
+    for members in structures.scored.values():
+        one, other = (
+            reduce(torch.logical_or, (v == each for each in members)) for v in (prediction, label)
+        )
+        there, both = other.count_nonzero(), (one & other).count_nonzero()
+        dice = 2.0 * both / (one.count_nonzero() + there) if there else math.nan
+        found.append(float(dice))
     return found
-
-
-def _dice(prediction: Tensor, label: Tensor, num_classes: int) -> list[float]:
-    helper = DiceHelper(
-        include_background=False,
-        num_classes=num_classes,
-        reduction="none",
-        get_not_nans=False,
-        ignore_index=IGNORE_INDEX,
-    )
-    return [float(value) for value in helper(prediction[None, None], label[None, None])[0]]
 
 
 def mean_without_nan(values: Sequence[float]) -> float:
