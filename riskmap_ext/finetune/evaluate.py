@@ -100,12 +100,12 @@ def _pairs(predictions: Path, references: Path, partial: bool) -> dict[str, tupl
         )
     if not predictions.is_dir():
         return {stem(predictions): (predictions, references)}
-    problems, found, wanted = Problems(), dict[str, Path](), dict[str, Path]()
-    with problems.collected():
-        found = files_by_name(predictions)
-    with problems.collected():
-        wanted = files_by_name(references)
+    problems, folders = Problems(), []
+    for folder in (predictions, references):
+        with problems.collected():
+            folders.append(files_by_name(folder))
     problems.tell()
+    found, wanted = folders
     if missing := sorted(set(found) - set(wanted)):
         problems.append(f"{references}: no reference for {some(missing)} of {predictions}")
     if (missing := sorted(set(wanted) - set(found))) and not partial:

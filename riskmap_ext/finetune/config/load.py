@@ -119,21 +119,17 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
     errors.tell()
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if (below := _section_in(field.annotation)) is not None:
-            yield from _keys(below, f"{prefix}{name}.")
-
-
 def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
     """What was expected at a key, what came, and near names. problem: one of pydantic's errors."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        if elsewhere := [key for key in _keys(model) if key.endswith(f".{names[-1]}")]:
-            return f"unknown key; did you mean {' or '.join(elsewhere)}?"
-        known = list(_section_at(names[:-1], model).model_fields)
-        hint = near_names(names[-1], known) or f"; known keys are {', '.join(known)}"
+        sections, (*above, last) = dict(_sections(model)), names
+        same = [f"{key}.{last}" for key, known in sections.items() if key and last in known]
+        if same:
+            return f"unknown key; did you mean {' or '.join(same)}?"
+        # Not below a number of an item.
+        known = sections.get(".".join(n for n in above if not n.isdigit()), sections[""])
+        hint = near_names(last, known) or f"; known keys are {', '.join(known)}"
         return f"unknown key{hint}"
     if kind == "missing":
         return "missing"
@@ -144,11 +140,12 @@ def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
     return f"{message}, got {problem['input']!r}{near_names(str(problem['input']), names)}"
 
 
-def _section_at(names: Sequence[str], section: type[BaseModel]) -> type[BaseModel]:
-    for name in names:
-        if name in section.model_fields:  # and no number of an item
-            section = _section_in(section.model_fields[name].annotation) or section
-    return section
+def _sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, list[str]]]:
+    """The dotted key of each section from `model` on, and the names of its keys."""
+    yield key, list(model.model_fields)
+    for name, field in model.model_fields.items():
+        if (below := _section_in(field.annotation)) is not None:
+            yield from _sections(below, f"{key}.{name}".lstrip("."))
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
