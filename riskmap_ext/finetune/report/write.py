@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,14 +65,9 @@ def write_report(
     run = read_run(folder)
     start = path.absolute().parent
     check_folder("--output", start)
-    links = {
-        name: Path(os.path.relpath(fold.folder / REPORT_FILE, start)).as_posix()
-        for name, fold in run.folds.items()
-        if (fold.folder / REPORT_FILE).exists()
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries; what matters is in the report
-        content = run_page(run, read_results(run), links)
+        content = run_page(run, read_results(run), start)
     write_text(path, content)
     return path
 
@@ -86,8 +81,8 @@ def report_at_end(folder: Path, log: Log) -> None:
         log.warn(f"{folder / REPORT_FILE} was not written ({reason})")
 
 
-def run_page(run: RunFiles, results: CaseResults, reports: Mapping[str, str] | None = None) -> str:
-    """reports: of the folds, by their names, as links."""
+def run_page(run: RunFiles, results: CaseResults, start: Path = Path()) -> str:
+    """start: the folder that links to the reports of the folds are relative to."""
     name = run.folder.resolve().name
     return render(
         "finetune/report/run.html.j2",
@@ -102,19 +97,21 @@ def run_page(run: RunFiles, results: CaseResults, reports: Mapping[str, str] | N
         tolerance=f"{TOLERANCE:g}",
         legend=_legend(run, results),
         tables=_case_tables(run, results.scores),
-        folds=_folds(run, reports or {}) if run.folds else None,
+        folds=_folds(run, start) if run.folds else None,
         conditional=_conditional(run.leep) if run.leep else None,
         starts=_starts(run.starts),
     )
 
 
-def _folds(run: RunFiles, reports: Mapping[str, str]) -> Table:
+def _folds(run: RunFiles, start: Path) -> Table:
     """Means over the cases of each fold, and of all."""
     rows = []
     for name, fold in (*run.folds.items(), ("all cases", run)):
         means = fold.class_means or [math.nan] * len(run.classes)
-        if name in reports:
-            name = Markup('<a href="{}">{}</a>').format(reports[name], name)
+        report = fold.folder / REPORT_FILE
+        if fold is not run and report.exists():
+            link = Path(os.path.relpath(report, start)).as_posix()
+            name = Markup('<a href="{}">{}</a>').format(link, name)
         rows.append([name, f"{len(fold.dice)}", *map(number, (mean_without_nan(means), *means))])
     return Table("", ["fold", "validation cases", "mean Dice", *run.classes], rows)
 
