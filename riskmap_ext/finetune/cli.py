@@ -8,8 +8,6 @@ from typing import Any
 
 from riskmap_ext.finetune.base.errors import InputError, ToldElsewhere
 
-_EXTRA = 'pip install "riskmap_ext[finetune]"'
-
 
 def main() -> None:
     """Entry point of `riskmap`."""
@@ -24,7 +22,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "riskmap_ext":
             raise
-        _fail(f"the package {error.name} is missing; install it with: {_EXTRA}")
+        extra = 'pip install "riskmap_ext[finetune]"'
+        _fail(f"the package {error.name} is missing; install it with: {extra}")
     except KeyboardInterrupt:  # before a command has begun
         print("riskmap: stopped", file=sys.stderr)
         raise SystemExit(130) from None

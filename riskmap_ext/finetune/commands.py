@@ -390,15 +390,13 @@ def _info() -> None:
 
 
 def _structures(given: list[str]) -> dict[str, list[int]] | None:
-    found: dict[str, list[int]] = {}
-    for text in given:
-        name, _, values = text.partition("=")
-        try:
-            found[name.strip()] = [int(value) for value in values.split(",")]
-        except ValueError:
-            raise InputError(f"--structure: expected NAME=VALUE,..., got {text!r}") from None
+    try:
+        pairs = ((name.strip(), values) for name, values in (each.split("=") for each in given))
+        found = {name: [int(value) for value in values.split(",")] for name, values in pairs}
+    except ValueError:
+        found = {}
     if len(found) != len(given) or "" in found:
-        raise InputError(f"--structure: expected distinct names, got {given!r}")
+        raise InputError(f"--structure: expected distinct NAME=VALUE or NAME=1,2, got {given}")
     return found or None
 
 

@@ -112,15 +112,17 @@ def read_run(folder: Path) -> RunFiles:
     begun = [each for each in fold_folders(folder) if (each / "log.txt").exists()]
     folds = {each.name: read_run(each) for each in begun}
     header, metrics = _table(folder / "metrics.csv", _METRICS)
-    scores = _table(folder / "dice.csv", ("case", "mean"), names=1) if not folds else ([], [])
-    dice_header, dice = scores
-    if dice_header and len(dice) < 3:
-        raise _damaged(folder / "dice.csv", "expected cases, their mean and their number")
-    known = [n.removeprefix("dice_") for n in header if n[:5] == "dice_"]
-    if known and dice_header and dice_header[1:-1] != known:
-        raise _damaged(folder / "dice.csv", f"other classes than metrics.csv: {', '.join(known)}")
-    classes = next((fold.classes for fold in folds.values() if fold.dice), dice_header[1:-1])
-    table = {name: row[:-1] for name, *row in dice[:-2]}
+    classes = [name.removeprefix("dice_") for name in header if name.startswith("dice_")]
+    dice = {name: row for fold in folds.values() for name, row in fold.dice.items()}
+    if folds:
+        classes = next((fold.classes for fold in folds.values() if fold.dice), [])
+    elif (path := folder / "dice.csv").exists():
+        (_, *found, _), rows = _table(path, ("case", "mean"), names=1)
+        if len(rows) < 3:
+            raise _damaged(path, "expected cases, their mean and their number")
+        if classes and found != classes:
+            raise _damaged(path, f"other classes than metrics.csv: {', '.join(classes)}")
+        classes, dice = found, {name: row[:-1] for name, *row in rows[:-2]}
     environment = _json(folder / ENVIRONMENT_FILE, dict[str, list[dict[str, Any]]]) or {}
     log = _text(folder / "log.txt")
     return RunFiles(
@@ -130,10 +132,10 @@ def read_run(folder: Path) -> RunFiles:
         config_text=config_text,
         config=config,
         config_problem=problem,
-        classes=classes or known,
+        classes=classes,
         metrics=[dict(zip(header, row, strict=True)) for row in metrics],
         losses=_table(folder / "losses.csv", LOSS_HEADER)[1],
-        dice=table | {name: row for fold in folds.values() for name, row in fold.dice.items()},
+        dice=dice,
         leep=_json(folder / LEEP_FILE, Leep),
         keys=_json(folder / "keys.json", dict[str, list[str]]),
         starts=environment.get("starts", []),
@@ -154,9 +156,9 @@ def _config(path: Path, text: str) -> tuple[Config | None, str | None]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise _damaged(path, "no valid YAML") from None
+        content = None
     if not isinstance(content, dict):
-        raise _damaged(path, "expected keys such as output, data")
+        raise _damaged(path, "expected YAML with keys such as output, data")
     try:
         return parse_config(content, base=path.parent, origin=str(path)), None
     except ConfigError as error:
