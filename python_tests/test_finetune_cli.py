@@ -247,6 +247,27 @@ def test_info(riskmap):
     assert torch.__version__ in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--help"], "risk-weighted fine-tuning"),
+        (["finetune", "-h"], "--resume"),
+        (["--version"], f"riskmap_ext {riskmap_ext.__version__}"),
+        (["info"], f"torch found          {torch.__version__}"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_torch_is_imported_when_a_command_runs(arguments, told, tmp_path):
+    code = (
+        f"import sys, riskmap_ext_command\nsys.argv = ['riskmap', *{arguments}]\n"
+        "try: riskmap_ext_command.main()\n"
+        "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert told in ran.stdout
+    assert ran.stdout.endswith(f"{arguments == ['info']} 0\n"), ran.stderr
+
+
 def test_demo_gets_its_options(riskmap, monkeypatch, tmp_path):
     from riskmap_ext.demo import run as demo
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,27 @@ from riskmap_ext.finetune.base.errors import ConfigError, InputError, Terminated
 
 app = typer.Typer(
     name="riskmap",
-    help="Transfer risk maps and risk-weighted fine-tuning of segmentation networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"riskmap_ext {version('riskmap-ext')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _riskmap(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    """Transfer risk maps and risk-weighted fine-tuning of segmentation networks."""
 
 
 def _can_be_written(output: Path | None) -> Path | None:
@@ -69,6 +86,7 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
                 )
             before = signal.signal(signal.SIGTERM, _terminate)
             try:
+                _import_package()
                 function(**arguments)
             except KeyboardInterrupt as stop:
                 print(f"riskmap: {stop.args[0] if stop.args else 'stopped'}", file=sys.stderr)
@@ -85,6 +103,14 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
 
 def _terminate(*_: Any) -> None:
     raise Terminated
+
+
+def _import_package() -> None:
+    """Runs the package that riskmap_ext_command.py left empty, for a quick --help."""
+    package = sys.modules["riskmap_ext"]
+    spec = package.__spec__
+    if not hasattr(package, "__all__") and spec is not None and spec.loader is not None:
+        spec.loader.exec_module(package)
 
 
 @_command("riskmap demo --seeds 3", processes=True)
