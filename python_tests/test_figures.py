@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra finetune")
 
-from matplotlib import get_backend, rcParams
+from matplotlib import get_backend, rc_context, rcParams
 from matplotlib.image import imread
 
 from riskmap_ext.finetune.pictures import figures
@@ -49,6 +49,13 @@ def test_every_panel_is_drawn(tmp_path, volumes):
     assert coloured_share(full)[0] > 0.15
     assert imread(full).shape[1] > 1.8 * imread(alone).shape[1]
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["full.png"]
+
+
+def test_settings_of_others_change_nothing(tmp_path, volumes):
+    """nnU-Net sets seaborn's style for the whole process, with fonts of two and a half sizes."""
+    with rc_context({"font.size": 30, "axes.grid": True, "figure.facecolor": "black"}):
+        there = draw(tmp_path / "there.png", *volumes).read_bytes()
+    assert there == draw(tmp_path / "here.png", *volumes).read_bytes()
 
 
 def test_matplotlib_stays_as_it_is(tmp_path, volumes):

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, font_manager, rc_context, rcParams
+from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.style import context as style_context
 
 from riskmap_ext._files import written_beside
 from riskmap_ext.finetune.pictures.slices import Slice, Volumes, class_colours, coloured, slice_of
@@ -81,7 +82,7 @@ def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], 
         "axes.titlesize": 11,
         "text.parse_math": False,  # $ in a name is no formula
     }
-    with warnings.catch_warnings(), rc_context(style):
+    with warnings.catch_warnings(), style_context(["default", style]):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(len(rows), len(columns), squeeze=False, height_ratios=heights)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cycler import cycler
-from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.style import context as style_context
 from matplotlib.ticker import StrMethodFormatter
 
 # Okabe and Ito's hues, as light as shows on a white page and on a dark one.
@@ -84,7 +84,7 @@ def chart(
         return None
     steps, values = zip(*known, strict=True)
     log = log and min(values) > 0 and max(values) / min(values) > _LOG_SPAN
-    with rc_context(_STYLE):
+    with style_context(["default", _STYLE]):
         figure = Figure((5.8, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_yscale("log" if log else "linear")
