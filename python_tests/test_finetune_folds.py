@@ -118,7 +118,10 @@ class TestSplits:
                 [{"train": ["case00", "caseXX"], "val": ["case01"]}],
                 "fold 0: no labelled case is na",
             ),
-            ([{"train": ["case00"], "val": ["case00"]}], "fold 0: names case00 more than once"),
+            (
+                [{"train": ["case00"], "val": ["case00"]}],
+                "fold 0: case00 twice, in train, in val or in both",
+            ),
             ([{"train": ["case00"], "val": []}], r"0\.val: List should have at least 1 item"),
             (
                 [
@@ -229,7 +232,7 @@ class TestRuns:
         file = write_config(tmp_path / "run.yaml", content)
         code, out, err = riskmap("finetune", file, "--folds", 2, "--dry-run")
         assert code == 0, err
-        assert "2 + 2 cases, 2 + 2 cases" in out
+        assert "Folds: 2 of 2 + 2 cases" in out
         code, out, err = riskmap("finetune", file, "--folds", 2)
         assert code == 0, err
         assert "Dice of 4 cases, each validated once" in out

@@ -51,6 +51,15 @@ def run(
 
 
 class TestPredict:
+    def test_a_blank_image_is_told(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        blank = tmp_path / "blank.nii.gz"
+        save(blank, np.full((16, 16, 16), 3.0, np.float32))
+        predict_images(run / "last.pt", [blank], tmp_path / "out")
+        told = " ".join("".join(capsys.readouterr()).split())
+        assert "blank: every voxel has the same intensity" in told
+
     def test_gives_what_the_run_gave(self, run: Path, root: Path, tmp_path: Path) -> None:
         expected = sorted((run / "predictions").iterdir())
         images = [root / "images" / path.name for path in expected]

@@ -14,7 +14,7 @@ from riskmap_ext.finetune.base.files import check_there, stem
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config, DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import volumes_in
-from riskmap_ext.finetune.data.prepare import read_image
+from riskmap_ext.finetune.data.prepare import read_image, warn_of_blank
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
 from riskmap_ext.finetune.source.checkpoint import load_source
@@ -95,6 +95,7 @@ def predict_images(
         for name, paths in files.items():
             with problems.collected():
                 case = read_image(paths, name, config.data, channels)
+                warn_of_blank(case, log)
                 segmentation = predict(predictors, case, model.structures, full=True)
                 write_segmentation(targets[name], case, segmentation, model.structures)
                 written.append(targets[name])

@@ -130,8 +130,16 @@ def each_case(
             if time.monotonic() > until:
                 return
             with problems.collected():
-                yield read_case(entry, data, listing, store)
+                case = read_case(entry, data, listing, store)
+                if log is not None:
+                    warn_of_blank(case, log)
+                yield case
             advance(entry.name)
+
+
+def warn_of_blank(case: Case, log: Log) -> None:
+    if case.image.amin() == case.image.amax():
+        log.warn(f"{case.files.image}: blank: every voxel has the same intensity")
 
 
 def kept(folder: Path | None, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def _problems(splits: Sequence[Split], names: Sequence[str]) -> Iterator[str]:
             told = f"no labelled case is named {', '.join(unknown)}; there are {some(names)}"
             yield f"fold {index}: {told}"
         if twice := _repeated(both):
-            yield f"fold {index}: names {', '.join(twice)} more than once"
+            yield f"fold {index}: {', '.join(twice)} twice, in train, in val or in both"
     if twice := _repeated([name for split in splits for name in set(split.val)]):
         yield f"more than one fold validates on {', '.join(twice)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,8 +111,9 @@ def make_outline(
                 check_same_run(config)
             if config.data.folds is not None:
                 splits = make_splits(config, [case.name for case in listing.train])
-                folds = (f"{len(each.train)} + {len(each.val)} cases" for each in splits)
-                run.log("Folds: " + ", ".join(folds))
+                sizes = Counter(f"{len(each.train)} + {len(each.val)}" for each in splits)
+                told = ", ".join(f"{n} of {size} cases" for size, n in sizes.items())
+                run.log(f"Folds: {told}")
                 if resumed is not None:
                     _check_folds(config, splits)
     if listing is None or models is None:
