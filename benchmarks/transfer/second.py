@@ -173,7 +173,7 @@ def _page(
     yield (
         f"{len(marked)} comparisons are in the family: {exclude} intervals exclude 0, of which "
         f"{sum(each.holds for each in marked.values())} are marked. "
-        f"{final} runs were scored, {tuning} chose learning rates; on {machines}."
+        f"{final} runs were scored and {tuning} used to choose learning rates, on {machines}."
     )
     there = {(group.scenario, group.length) for group in found}
     missing = [
@@ -225,9 +225,9 @@ def _difference(group: Group, pair: tuple[str, str], base: str, marked: Marks) -
 
 def _without_islands(found: Sequence[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
     yield (
-        "Dice once components smaller than 20 % of a structure's largest are removed, over the "
-        "class prior (CE + Dice where the output layer is the source's) treated alike. Looked at "
-        "afterwards, so without marks."
+        "Dice after removing components smaller than 20 % of a structure's largest, minus that of "
+        "the class prior (CE + Dice if the output layer is the source's) after the same removal. "
+        "This analysis is post hoc, so it has no marks."
     )
     yield ""
     yield from head("data", "steps", *ISLANDS)
@@ -253,8 +253,8 @@ def _counted(told: Sequence[tuple[Interval | None, Marked]]) -> str:
 def _what_is_found(found: Sequence[Group], known: Mapping[str, Scenario]) -> Iterator[str]:
     """Precision, recall and surfaces of the arms of the main table."""
     yield (
-        "Precision / recall, and the median HD95 in mm over the structures that the arm and the "
-        "class prior both found; in brackets the prior's own over the same structures."
+        "Precision / recall, and the median HD95 in mm over the structures that both the arm and "
+        "the class prior found; in brackets the prior's HD95 over the same structures."
     )
     yield ""
     arms = list(dict.fromkeys(arm for arm, _ in COMPARED.values()))
@@ -284,11 +284,11 @@ def _tables(
     yield "# Second round: all arms"
     yield ""
     yield (
-        f"Each arm against {ARMS[BASELINE].name} (against {ARMS[REFERENCE].name} where the output "
+        f"Each arm against {ARMS[BASELINE].name} (against {ARMS[REFERENCE].name} if the output "
         "layer is the source's). ● and ○ as on [the page](../evidence.md). HD95: medians over the "
-        "structures that both found, in brackets that of the arm compared with. Without islands: "
-        "components smaller than 20 % of the largest removed. ‡: the rate is the smallest or "
-        "largest that was tried. ≈: another rate came within a point of it."
+        "structures that both arms found, in brackets that of the other arm. Without islands: "
+        "components smaller than 20 % of the largest are removed. ‡: the rate is the smallest or "
+        "largest one tried. ≈: another rate came within a point of it."
     )
     yield ""
     for name, own in by_scenario(found).items():
