@@ -14,10 +14,10 @@ from riskmap_ext import nn, reference
 HEAD = """\
 # API
 
-Every public name. The docstrings have formulas, shapes, dtypes, units and errors:
+This page lists every public name. The docstrings have formulas, shapes, dtypes, units and errors:
 `help(riskmap_ext.weighted_loss)`. The integrations are described in the
-[how-to pages](howto/README.md), [the driver](finetune.md) and [the formulas](method.md) on pages of
-their own. Names without an underscore keep their meaning within a minor version; nothing is
+[how-to pages](howto/README.md); [the driver](finetune.md) and [the formulas](method.md) have their
+own pages. Names without an underscore keep their meaning within a minor version; nothing is
 deprecated."""
 
 MODULES = {"riskmap_ext": riskmap_ext, "riskmap_ext.nn": nn, "riskmap_ext.reference": reference}

@@ -1,8 +1,8 @@
 """Argument checks shared by the public functions and their plain-PyTorch reference.
 
-Everything here looks at metadata only (type, dtype, shape, device, plain numbers): no voxel is
-read, so the checks cost no device synchronisation and trace under ``torch.compile``.
-Checks of values (labels in range, risk finite) belong to the kernels.
+All checks use metadata only (type, dtype, shape, device, plain numbers): no voxel is
+read, so they cost no device synchronisation and trace under ``torch.compile``.
+The kernels check values (labels in range, risk finite).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SCHEMES = ("exponential", "power", "linear")  # in the order of the numbers in t
 
 _DENSE = torch.strided  # looked up once: every call of every function checks it
 _STACK = (
-    "; is it a stack [B, heads, C, *S] of deep supervision, as MONAI's DynUNet gives it in "
-    "training? torch.unbind(output, 1) takes it apart, finest first"
+    "; is it a stack [B, heads, C, *S] of deep supervision, as MONAI's DynUNet returns it in "
+    "training? torch.unbind(output, 1) splits it, finest first"
 )
 _DEFERRED = " of a fused head: riskmap_ext.nn.RiskWeightedLoss takes them; .logits() makes them"
 MAX_WEIGHT = 1e38  # voxel weights are float32
@@ -49,7 +49,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def plain_tensor(name: str, value: Any) -> Tensor:
     """``value`` as a plain tensor: MONAI MetaTensors and the like are unwrapped, without a copy."""
     if not isinstance(value, torch.Tensor):
-        # By its name: its module would import this one.
+        # By name: importing its module would be circular.
         hint = _DEFERRED if type(value).__name__ == "DeferredLogits" else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if value.layout is not _DENSE:
@@ -74,7 +74,7 @@ def validate_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def near_names(name: str, known: Collection[str], most: int = 2) -> str:
-    """The question whether one of ``known`` was meant, to end a message with; empty if none is."""
+    """A "did you mean" question that ends a message; empty if nothing in ``known`` is close."""
     near = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -147,7 +147,7 @@ def validate_logits(name: str, value: Any, channels: str = "C") -> Tensor:
 
 
 def validate_head(weight: Any, bias: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight [C, F] and bias [C] of a 1x1 convolution, which may have them as [C, F, 1, 1, 1]."""
+    """Weight [C, F], also from [C, F, 1, 1, 1], and bias [C] of a 1x1 convolution."""
     weight = plain_tensor("weight", weight)
     _require_dtype("weight", weight, FLOATING_DTYPES, "a floating dtype")
     channels = features.size(1)
@@ -216,7 +216,7 @@ def validate_joint(value: Any) -> Tensor:
 
 
 def class_weights(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    """A floating tensor as it is; a sequence of numbers as float32 on ``device``."""
+    """A floating tensor unchanged; a sequence of numbers as float32 on ``device``."""
     if isinstance(value, torch.Tensor):
         tensor = plain_tensor(name, value)
         _require_dtype(name, tensor, FLOATING_DTYPES, "a floating dtype")
@@ -227,7 +227,7 @@ def class_weights(name: str, value: Any, device: torch.device | None = None) -> 
 
 
 def class_weight_row(name: str, value: Any) -> Tensor:
-    """Class weights [C] of any number of classes."""
+    """Class weights [C] for any number of classes."""
     weights = class_weights(name, value)
     if weights.dim() != 1 or weights.size(0) == 0:
         raise ValueError(f"{name}: expected [C], got shape {_shape(weights)}")

@@ -1,4 +1,4 @@
-"""Checkpoint files of other tools, read without running any code that they may hold."""
+"""Reads checkpoint files of other tools without running any code in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Beside tensors and plain types: the numbers that training scripts and nnU-Net's log keep.
+# Beside tensors and plain types: the numpy numbers that training scripts and nnU-Net's log store.
 _SAFE: list[Any] = [
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")},
@@ -21,7 +21,7 @@ def load_plain(path: Path) -> Any:
     """The content of a torch file of tensors, numbers and plain types, on the CPU.
 
     Raises: what torch.load(weights_only=True) raises, such as pickle.UnpicklingError for a file
-    with other objects, of which none is made.
+    with other objects, none of which is created.
     """
     with torch.serialization.safe_globals(_SAFE):
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Logits that have not been made: what a fused head gives in their place."""
+"""Deferred logits: what a fused head returns instead of logits."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _HELP = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DeferredLogits:
-    r"""Logits [B, C, \*S] that have not been made: a 1x1 convolution and what goes into it.
+    r"""Logits [B, C, \*S] not computed yet: the input and parameters of a 1x1 convolution.
 
-    :class:`riskmap_ext.nn.FusedHead` gives them; :class:`riskmap_ext.nn.RiskWeightedLoss`, the
+    :class:`riskmap_ext.nn.FusedHead` returns them; :class:`riskmap_ext.nn.RiskWeightedLoss`, the
     losses of ``riskmap_ext.integrations``, and the functions of a source model
-    (:func:`riskmap_ext.leep_statistics`, :func:`riskmap_ext.risk_map`, ...) take them in the place
-    of logits. They pass through DistributedDataParallel, torch.compile, forward hooks and
+    (:func:`riskmap_ext.leep_statistics`, :func:`riskmap_ext.risk_map`, ...) take them instead of
+    logits. They pass through DistributedDataParallel, torch.compile, forward hooks and
     checkpointing with ``use_reentrant=False``.
 
     features: [B, F, \*S]. weight: [C, F] or [C, F, 1(, 1, 1)]. bias: [C] or None.
 
-    Torch's and numpy's functions, operators, indices, iteration and attributes of a tensor raise
-    TypeError or AttributeError that say what to do: nothing takes the features for logits.
+    Torch's and numpy's functions, operators, indexing, iteration and tensor attributes raise a
+    TypeError or AttributeError that says what to do: features are never mistaken for logits.
     """
 
     features: Tensor
@@ -50,7 +50,7 @@ class DeferredLogits:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the logits: [B, C, *S]."""
+        """Shape of the logits: [B, C, *S]."""
         features = self.features.shape
         return torch.Size((features[0], self.weight.shape[0], *features[2:]))
 
@@ -63,13 +63,13 @@ class DeferredLogits:
         return self.features.device
 
     def logits(self) -> Tensor:
-        """Makes them, as the convolution does."""
+        """Computes the logits as the convolution does."""
         kernel = (1,) * (self.features.dim() - 2)
         weight = self.weight.reshape(*self.weight.shape[:2], *kernel)
         return convolved(self.features, weight, self.bias)
 
     def channels(self, mine: slice) -> DeferredLogits:
-        """Of these channels: ``logits[:, mine]``."""
+        """Deferred logits of these channels: ``logits[:, mine]``."""
         bias = None if self.bias is None else self.bias[mine]
         return DeferredLogits(self.features, self.weight[mine], bias)
 
@@ -98,7 +98,7 @@ _OPERATORS = (
     *("and", "or", "xor", "lshift", "rshift"),
 )
 _REFUSED = (
-    # Whoever indexes or unpacks them would get the features as the first of several outputs.
+    # Indexing or unpacking would return the features as the first of several outputs.
     *("getitem", "iter", "next", "reversed", "len", "contains"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
     *_OPERATORS,
@@ -115,14 +115,14 @@ pytree.register_pytree_node(
 
 
 def convolved(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """weight: [C, F, 1(, 1, 1)]. features without a batch are taken as the convolution does."""
+    """weight: [C, F, 1(, 1, 1)]. features may lack a batch dimension, as in a convolution."""
     return _CONVOLUTIONS[weight.dim() - 2](features, weight, bias)
 
 
 def cast_by_autocast(
     features: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As a convolution is cast; what is in float64 stays."""
+    """Casts as for a convolution; float64 is kept."""
     kind = features.device.type
     # There is no autocast on the meta device.
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)

@@ -1,4 +1,4 @@
-"""Digests of contents, and files written beside and then renamed, so that none is half-written."""
+"""Content digests, and files written under a temporary name, then renamed: none is half-written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder (same ending), renamed to `path` when all went well."""
+    """A temporary name in the same folder (same ending), renamed to `path` on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The ending stays: nibabel and torch choose the format by it.
     partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
@@ -32,12 +32,12 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def half_written(folder: Path) -> list[Path]:
-    """Temporary files there of processes that were killed, or of such as are still at work."""
+    """Temporary files in the folder, of processes that were killed or are still running."""
     return [path for path in folder.glob(".*") if re.match(r"\.\d+-\d+-", path.name)]
 
 
 def _to_disk(path: Path) -> None:
-    """Else a power cut may leave the new name with nothing in it."""
+    """Without it, a power cut may leave an empty file under the new name."""
     if path.exists():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -49,7 +49,7 @@ def write_torch(path: Path, content: Any) -> None:
 
 
 def read_torch(path: Path, *, mapped: bool = False) -> Any:
-    """What `write_torch` wrote, or None where it is missing or cannot be read.
+    """What `write_torch` wrote, or None if it is missing or cannot be read.
 
     mapped: tensors stay in the file and are read page by page as they are used.
     """
@@ -62,7 +62,7 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
 
 
 def _is_damaged(path: Path) -> bool:
-    """By the checksums in the file, which torch.load does not look at."""
+    """By the checksums in the file, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
         return archive.testzip() is not None
 

@@ -1,4 +1,4 @@
-"""The last 1x1 convolution of a network, handed to the loss instead of carried out."""
+"""The last 1x1 convolution of a network, computed by the loss instead of the network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from riskmap_ext._arguments import validate_choice
 from riskmap_ext._deferred import DeferredLogits, cast_by_autocast, convolved
 
 WHEN = ("training", "always")
-WORTH_FUSING = 16  # output channels from which on a fused head is taken where nobody says
+WORTH_FUSING = 16  # from this many output channels on, heads are fused by default
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # what an output may come from, to be named
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # layers that messages may name as the last one
 _SETTINGS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     "padding_mode",
@@ -25,13 +25,13 @@ _SETTINGS = (
 
 
 class _Known(NamedTuple):
-    """heads: names of the 1x1 convolutions. unless: (attribute, value, why) that rules them out."""
+    """heads: names of the 1x1 convolutions. unless: (attribute, value, why) that excludes them."""
 
     heads: str
     unless: tuple[str, bool, str] | None = None
 
 
-# By package and class that the network's forward() is of: what it gives is what its heads give.
+# By package and class that define the network's forward(): its outputs are those of its heads.
 _STACKS = ("deep_supervision", True, "in training it resizes and stacks what its heads give")
 _KNOWN = {
     ("monai", "AttentionUnet"): _Known("model.2.conv"),
@@ -50,23 +50,23 @@ _KNOWN = {
 
 
 class FusedHead(nn.Module):
-    r"""A 1x1 convolution whose logits the loss makes, voxel by voxel, and never keeps.
+    r"""A 1x1 convolution whose logits the loss computes, voxel by voxel, and never keeps.
 
-    In training mode it gives :class:`DeferredLogits`, in eval mode real logits, bit by bit those
-    of the convolution. :func:`fuse_head` puts it into a network.
+    In training mode it returns :class:`DeferredLogits`, in eval mode real logits, bitwise equal to
+    the convolution's. :func:`fuse_head` puts it into a network.
 
     Parameters, their names, and the attributes (``in_channels``, ``kernel_size``, ...) are the
     convolution's own: state_dicts and optimizers do not change. Under autocast features and
     parameters are cast as the convolution would cast them. Replicas of ``torch.nn.DataParallel``
-    give logits, since it would join the parameters of several; FSDP is not tested.
+    return logits, since it would concatenate the parameters of several; FSDP is not tested.
 
     Args:
         convolution: Conv1d, Conv2d or Conv3d with kernel 1, stride 1, padding 0 and groups 1.
-        when: "training", or "always": in eval mode too, for a frozen source model.
+        when: "training", or "always": also in eval mode, for a frozen source model.
 
     Raises:
-        TypeError, ValueError: another module; hooks or a parametrization on it, which would not be
-            carried out.
+        TypeError, ValueError: another module; hooks or a parametrization on it, which would not
+            run.
     """
 
     weight: nn.Parameter
@@ -104,13 +104,13 @@ class FusedHead(nn.Module):
                 f"FusedHead: expected features [{expected}], with a batch, for a loss to take; "
                 f"got shape {list(features.shape)}"
             )
-        # Views: DistributedDataParallel finds the parameters behind the outputs of a network by
-        # their graph, which a parameter itself does not have.
+        # Views: DistributedDataParallel finds the parameters behind a network's outputs through
+        # their autograd graph, which a parameter itself does not have.
         weight = self.weight.flatten(1)
         bias = None if self.bias is None else self.bias.view(-1)
         if not torch.is_grad_enabled():
-            # Without their graph they would be leaves, and a loss of them would seem to train: a
-            # reentrant checkpoint runs the network so.
+            # Without a graph they would be leaves, and a loss of them would seem to train them: a
+            # reentrant checkpoint runs the network this way.
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return DeferredLogits(*cast_by_autocast(features, weight, bias))
 
@@ -127,32 +127,32 @@ def fuse_head(
 ) -> list[str]:
     """Replaces the last 1x1 convolutions of a network by :class:`FusedHead`, in place.
 
-    In training the network then gives :class:`DeferredLogits` (deep supervision: a list of them)
-    for :class:`RiskWeightedLoss` and the losses of ``riskmap_ext.integrations``; in eval mode real
-    logits as before. Do it before torch.compile and DistributedDataParallel; optimizers, state
-    dicts and the modes of the network do not matter.
+    In training mode the network then returns :class:`DeferredLogits` (deep supervision: a list of
+    them) for :class:`RiskWeightedLoss` and the losses of ``riskmap_ext.integrations``; in eval mode
+    it returns real logits as before. Call it before torch.compile and DistributedDataParallel; it
+    is independent of optimizers, state dicts and the network's mode.
 
     Known by name are AttentionUnet, BasicUNet, DynUNet, SegResNet, SegResNetDS, SwinUNETR and UNETR
     of MONAI, and PlainConvUNet, ResidualEncoderUNet and ResidualUNet of nnU-Net, with all heads of
-    their deep supervision. For any other network a trial with ``example_input`` tells whether what
-    it gives is what a 1x1 convolution gave. No such head have MONAI's UNet (its last layer is a
-    residual unit or a transposed convolution) and FlexibleUNet (kernel 3), nor DynUNet with
+    their deep supervision. For any other network, a trial run with ``example_input`` checks whether
+    its outputs are those of 1x1 convolutions. Networks without such a head: MONAI's UNet (its last
+    layer is a residual unit or a transposed convolution), FlexibleUNet (kernel 3), and DynUNet with
     deep_supervision=True, which resizes and stacks its heads in training.
 
     Args:
-        network: in its place; whether it is in training or eval mode does not matter.
+        network: changed in place; it may be in training or eval mode.
         when: "training", or "always" for a frozen source model, see :class:`FusedHead`.
-        example_input: an image [B, channels, *S] that the network's forward() takes, for a trial: a
-            copy of the network runs on the meta device, where nothing is computed. Only its shape
-            and dtype count, and B >= 2 where there is batch normalization.
+        example_input: an image [B, channels, *S] that the network's forward() takes, for the trial:
+            a copy of the network runs on the meta device, where nothing is computed. Only its shape
+            and dtype matter; batch normalization needs B >= 2.
 
     Returns:
-        The names of the replaced modules, those of an earlier call included.
+        The names of the replaced modules, including those of an earlier call.
 
     Raises:
         TypeError: not a network.
-        ValueError: no such head; it names what was found in its place. The network is then as it
-            was before.
+        ValueError: no such head; the message names what was found instead. The network is then
+            unchanged.
     """
     _require_bare(network)
     when = validate_choice("when", when, WHEN)
@@ -165,13 +165,13 @@ def fuse_head(
 
 
 def unfuse_head(network: nn.Module) -> list[str]:
-    """Brings the convolutions back that :func:`fuse_head` has replaced, with their parameters.
+    """Restores the convolutions that :func:`fuse_head` has replaced, with their parameters.
 
-    Returns: the names of the modules; an empty list where there is no fused head.
+    Returns: the names of the modules; an empty list if there is no fused head.
 
     Raises:
-        ValueError: a head with hooks or a parametrization, which would be lost; it names the head.
-            The network is then as it was before.
+        ValueError: a head with hooks or a parametrization, which would be lost; the message names
+            the head. The network is then unchanged.
     """
     _require_bare(network)
     heads = {name: m for name, m in network.named_modules() if isinstance(m, FusedHead)}
@@ -197,8 +197,8 @@ def _require_bare(network: Any) -> None:
     require_unwrapped(network)
     if isinstance(network, torch.jit.ScriptModule):
         raise ValueError(
-            "network: expected one that is not scripted or traced, as nothing in such a one can be "
-            f"replaced, got {type(network).__name__}; fuse the network that it was made of"
+            "network: expected one that is not scripted or traced, so that its layers can be "
+            f"replaced, got {type(network).__name__}; fuse the original network instead"
         )
     if isinstance(network, (*_KINDS, FusedHead)):
         raise ValueError(
@@ -208,7 +208,7 @@ def _require_bare(network: Any) -> None:
 
 
 def known_network(network: nn.Module) -> _Known | None:
-    """Where its heads are, if fuse_head knows it by name."""
+    """Its heads, if fuse_head knows the network by name."""
     forward = type(network).forward
     package, owner = forward.__module__.partition(".")[0], forward.__qualname__.partition(".")[0]
     return _KNOWN.get((package, owner))
@@ -219,12 +219,12 @@ def _known_heads(network: nn.Module, when: str) -> list[str]:
     kind = type(network).__name__
     if known is None:
         raise ValueError(
-            f"network: where the head of {kind} is, is not known ({_last_layer(network)}); "
-            "example_input=torch.zeros(2, channels, *patch) finds it by a trial"
+            f"network: the head of {kind} is not known ({_last_layer(network)}); "
+            "example_input=torch.zeros(2, channels, *patch) finds it by a trial run"
         )
     if known.unless is not None:
         name, value, why = known.unless
-        # A frozen source model, in eval mode, does not do what it does in training.
+        # A frozen source model runs in eval mode, where what matters in training does not apply.
         matters = known.unless is not _STACKS or when == "training"
         if matters and getattr(network, name, None) == value:
             raise ValueError(f"network: {kind} gives no output of a 1x1 convolution: {why}")
@@ -246,7 +246,7 @@ class _Ran(NamedTuple):
 
 
 def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[str]:
-    """The modules whose outputs the network gives, by a run on the meta device."""
+    """The modules whose outputs the network returns, found by a run on the meta device."""
     if not isinstance(example_input, Tensor):
         raise TypeError(
             f"example_input: expected a torch.Tensor, got {type(example_input).__name__}"
@@ -257,7 +257,7 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     except Exception as error:  # a tensor of a graph that a module keeps, for one
         raise ValueError(f"network: {kind} cannot be copied: {one_line(error)}") from None
     unfuse_head(tried)
-    # What the network's own hooks make of image and output is no part of it.
+    # The network's own hooks on image and output are not part of it.
     tried._forward_pre_hooks.clear()
     tried._forward_hooks.clear()
     ran: list[_Ran] = []
@@ -302,20 +302,20 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
             given = tried(blank)
     except Exception as error:  # DeferredLogits refuse in several ways
         raise ValueError(
-            f"network: {kind} gives what {', '.join(names)} gives, and does something else with "
-            f"it, too: {one_line(error)}"
+            f"network: {kind} returns the output of {', '.join(names)}, but also uses it "
+            f"elsewhere: {one_line(error)}"
         ) from None
     nodes = pytree.tree_leaves(given, is_leaf=lambda each: isinstance(each, DeferredLogits))
     if sum(isinstance(each, DeferredLogits) for each in nodes) < len(names):
         raise ValueError(
-            f"network: {kind} does not run {', '.join(names)} by that name, but keeps the "
-            "convolution elsewhere, too (a plain list, a function), where nothing can replace it"
+            f"network: {kind} does not run {', '.join(names)} by that name: it also keeps the "
+            "convolution elsewhere (a plain list, a function), where it cannot be replaced"
         )
     return names
 
 
 def _on_meta(network: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers take no memory, not even while it is made."""
+    """A copy whose parameters and buffers take no memory, not even while copying."""
     memo: dict[int, Any] = {}
     for each in network.parameters():
         empty = torch.empty_like(each, device="meta")
@@ -352,7 +352,7 @@ def _check(names: list[str], modules: dict[str, nn.Module]) -> None:
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Wherever it is: a module may have several names."""
+    """Everywhere: a module may have several names."""
     for module in list(network.modules()):
         for name, child in module._modules.items():
             if child is old:
@@ -360,7 +360,7 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _hindrance(module: nn.Module) -> str | None:
-    """What keeps a module from being a head, in words."""
+    """Describes why a module cannot be a head; None if it can."""
     if type(module) not in _KINDS:  # a subclass may do something else: LoRA, quantization
         parametrized = nn.utils.parametrize.is_parametrized(module)
         return "a parametrization of its weights" if parametrized else _described(module)

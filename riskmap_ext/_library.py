@@ -14,7 +14,7 @@ import torch
 _HERE = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
-_no_cuda: str | None = None  # why the CUDA kernels are not there, once load() has looked
+_no_cuda: str | None = None  # why there are no CUDA kernels, set by load()
 _refusals: torch.library.Library | None = None
 
 
@@ -33,7 +33,7 @@ def _load(path: Path) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        reason = error.__cause__ or error  # torch wraps the loader's own words
+        reason = error.__cause__ or error  # torch wraps the loader's message
         raise ImportError(
             f"riskmap_ext: cannot load {path}: {reason}. Built for: {built_for()}. "
             f"Found: {_found()}."
@@ -46,9 +46,9 @@ def _cpu_library() -> Path:
 
 @dataclass(frozen=True)
 class CudaLibrary:
-    """path: the CUDA kernels. toolkit, architectures: "13.0.88", "80 90", what they are built for.
+    """path: the CUDA kernels. toolkit, architectures: built for these, such as "13.0.88", "80 90".
 
-    version: of riskmap_ext, which they go with.
+    version: the riskmap_ext that they belong to.
     """
 
     path: Path
@@ -81,10 +81,10 @@ def _major(version: str) -> str:
 
 
 def _load_cuda() -> str | None:
-    """Loads the CUDA library where torch can use it, or says why not.
+    """Loads the CUDA library if torch can use it, or returns the reason why not.
 
     Never an error: the CPU ops work without it. Another major version is not even tried: the
-    loader could bring in a second CUDA runtime beside torch's.
+    loader could load a second CUDA runtime beside torch's.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
@@ -109,7 +109,7 @@ def _load_cuda() -> str | None:
 
 
 def _refuse_cuda(reason: str) -> torch.library.Library:
-    """Lets the ops say in words why they cannot take CUDA tensors."""
+    """Makes the ops raise a descriptive error for CUDA tensors."""
     library = torch.library.Library("riskmap_ext", "IMPL")
 
     def refusal(name: str) -> Callable[..., NoReturn]:
@@ -135,12 +135,12 @@ def ops(namespace: str = "riskmap_ext") -> list[str]:
 
 
 def no_cuda_reason() -> str | None:
-    """Why the CUDA kernels are not there, or None where they are."""
+    """Why there are no CUDA kernels, or None if there are."""
     return _no_cuda
 
 
 def built_for() -> str:
-    """The torch that the native libraries were built with, and the oldest they run with."""
+    """The torch that the native libraries were built with, and the oldest one they run with."""
     facts = build_facts()
     if facts is None:
         return "an unknown torch (the module of build facts is missing or unloadable)"
@@ -148,7 +148,7 @@ def built_for() -> str:
 
 
 def build_facts() -> dict[str, str] | None:
-    """What ``_C`` knows about the build, or None where it cannot be imported."""
+    """The build facts in ``_C``, or None if it cannot be imported."""
     try:
         from riskmap_ext import _C  # type: ignore[attr-defined]
     except ImportError:
@@ -161,7 +161,7 @@ def build_facts() -> dict[str, str] | None:
 
 
 def load() -> None:
-    """Loads the CPU library (schemas and CPU kernels), and the CUDA library where torch can use it.
+    """Loads the CPU library (schemas and CPU kernels), and the CUDA library if torch can use it.
 
     Called once, on import.
     """

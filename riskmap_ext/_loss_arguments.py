@@ -1,4 +1,4 @@
-"""Checks of what the weighted loss takes, shared by the op, the module and the reference."""
+"""Argument checks of the weighted loss, shared by the op, the module and the reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LossTensors(NamedTuple):
         return self.logits.size(1) if self.regions is None else self.regions.size(1)
 
     def options(self, **given: Any) -> LossOptions:
-        """Those that are not given have their defaults."""
+        """Options that are not given have their defaults."""
         return loss_options(
             self.num_labels,
             has_regions=self.regions is not None,
@@ -97,8 +97,7 @@ def head_tensors(features: Any, weight: Any, bias: Any, *, autocast: bool = True
 
 
 def shape_of_logits(head: HeadTensors) -> Tensor:
-    """Logits that a head would make, to check others beside them: their shape without their
-    memory."""
+    """A tensor with the shape of a head's logits but without their memory, for checking others."""
     features, weight, _ = head
     return features.detach()[:, :1].expand(-1, weight.size(0), *features.shape[2:])
 
@@ -154,7 +153,7 @@ class LossOptions(NamedTuple):
 
     @property
     def of_gradient(self) -> tuple[Any, ...]:
-        """Those that the backward pass takes beside the sums."""
+        """Options that the backward pass takes beside the sums."""
         return (
             self.ignore_index,
             self.background,
@@ -213,7 +212,7 @@ def loss_options(
                 "dice_weight: expected 0 with reduction='none', as Dice has no voxel map, "
                 f"got {options.dice_weight}"
             )
-        # Counted without listing them: nn asks with a number of classes that stands for "enough".
+        # Counted without listing them: nn passes a huge number of classes to mean "enough".
         without_background = options.background is not None and not options.include_background
         if not has_regions and num_labels - without_background < 1:
             raise ValueError(

@@ -16,10 +16,10 @@ from riskmap_ext._head import one_line, require_unwrapped
 
 FLOOR = 1e-4  # of a frequency: a class without voxels starts at log 1e-4 = -9.2
 
-# The trial moves a bias down, as the prior does: what cuts logits off is seen. Steps that differ
-# tell channels apart and are far above the rounding of half precision.
+# The trial moves a bias down, as the prior does, so it detects layers that clip logits. Different
+# steps distinguish the channels; all are far above the rounding of half precision.
 _STEPS = (-4.0, -5.0, -6.0, -7.0, -8.0)
-_ROOM = 0.01  # for convolutions whose sums are not quite the same twice
+_ROOM = 0.01  # for convolutions whose sums are not exactly reproducible
 _STILL, _MOVED, _OTHERWISE = "still", "moved", "otherwise"
 
 
@@ -36,34 +36,34 @@ def set_head_prior(
         b_c \mathrel{+}= \log(f_c + 10^{-4}), \qquad
         \text{sigmoid: } b_c \mathrel{+}= \log\frac{f_c + 10^{-4}}{1 - f_c + 10^{-4}}
 
-    A fresh output layer takes all classes for equally likely. With rare classes a short training
-    spends its steps on moving the bias; from the prior it starts with the network's features (Lin
-    et al., Focal Loss for Dense Object Detection, ICCV 2017). Call it once, after loading
-    pretrained weights and before the first step, where the output layer is fresh: it adds to the
-    bias that is there. Do it before torch.compile and DistributedDataParallel, before or after
+    A fresh output layer treats all classes as equally likely. With rare classes a short training
+    spends its steps on moving the bias; from the prior it can start with the network's features
+    (Lin et al., Focal Loss for Dense Object Detection, ICCV 2017). Call it once, after loading
+    pretrained weights and before the first step, and only for a fresh output layer: it adds to the
+    existing bias. Call it before torch.compile and DistributedDataParallel, before or after
     :func:`fuse_head` and the optimizer.
 
-    A bias belongs to the output layer where each logit moves one to one with it, which a trial with
-    ``example_input`` tells. All outputs [B, C, \*S] that the network gives in training are set
-    (deep supervision, in a list, a dict or a stack [B, scales, C, \*S]). Layers are in eval mode
-    for the trial, and modes, buffers and random states are as before afterwards.
+    A bias belongs to the output layer if each logit moves one to one with it; a trial run with
+    ``example_input`` checks this. All outputs [B, C, \*S] that the network returns in training are
+    set (deep supervision, in a list, a dict or a stack [B, scales, C, \*S]). Layers are in eval
+    mode for the trial; modes, buffers and random states are restored afterwards.
 
     Args:
         frequencies: f, share of each class [C], or with ``sigmoid`` of each region [R], among the
-            valid voxels of the training labels, 0 to 1; without ``sigmoid`` counts of voxels do as
-            well, as they are divided by their sum. See ``TransferStatistics.class_frequencies``,
+            valid voxels of the training labels, 0 to 1. Without ``sigmoid``, voxel counts also
+            work, since they are divided by their sum. See ``TransferStatistics.class_frequencies``,
             or ``torch.bincount`` of the labels.
         example_input: an image [B, channels, \*S] that the network's forward() takes, on its
             device; a small one will do.
-        sigmoid: whether the outputs are regions of their own, not a softmax.
+        sigmoid: whether each output is a region with a sigmoid, instead of a softmax over classes.
 
     Returns: the names of the parameters that were changed, in the network's order.
 
     Raises:
         TypeError: not a network, a tensor or numbers.
-        ValueError: frequencies out of range or as many as no output has channels; an image that
-            does not go through the network; an output without such a bias, or with a frozen one.
-            The network is then as it was before.
+        ValueError: frequencies out of range, or a number of them that is no output's number of
+            channels; an image that does not go through the network; an output without such a bias,
+            or with a frozen one. The network is then unchanged.
     """
     require_unwrapped(network)
     prior = prior_logits(frequencies, sigmoid=validate_flag("sigmoid", sigmoid))
@@ -94,7 +94,7 @@ def prior_logits(frequencies: Tensor | Sequence[float], *, sigmoid: bool = False
 def head_biases(
     network: nn.Module, num_outputs: int, example_input: Tensor
 ) -> dict[str, nn.Parameter]:
-    """By name; together they move each output once. Raises: ValueError where one has none."""
+    """By name; together they move each output once. Raises: ValueError if an output has none."""
     kind = type(network).__name__
     if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
         raise ValueError(f"network: expected {kind} with its lazy layers made: run an image first")
@@ -141,8 +141,8 @@ def add_prior(biases: Mapping[str, nn.Parameter], prior: Tensor) -> None:
 
 @contextmanager
 def _trial(network: nn.Module) -> Iterator[None]:
-    """What holds layers is in training, for all outputs; the layers themselves are in eval mode,
-    for statistics and dropout. Modes and buffers are as before afterwards."""
+    """Containers are in training mode, to get all outputs; the layers themselves are in eval mode,
+    for statistics and dropout. Modes and buffers are restored afterwards."""
     modes = {module: module.training for module in network.modules()}
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -165,7 +165,7 @@ def _trial(network: nn.Module) -> Iterator[None]:
 
 
 def _outputs(network: nn.Module, num_outputs: int, example_input: Tensor) -> list[Tensor]:
-    """[B, C, *S] each. Raises: ValueError where there is none."""
+    """[B, C, *S] each. Raises: ValueError if there is none."""
     kind, shape = type(network).__name__, list(example_input.shape)
     device = example_input.device
     try:

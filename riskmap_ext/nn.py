@@ -1,4 +1,4 @@
-"""Thin modules over the functional API, and the output layer of a network."""
+"""The loss as a module, and tools for the output layer of a network."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ _ELSEWHERE = {  # what other losses call the options
 class RiskWeightedLoss(torch.nn.Module):
     r""":func:`riskmap_ext.weighted_loss` with its options fixed, and with deep supervision.
 
-    With a list of logits, one for each scale of a deeply supervised network (finest first), the
+    With a list of logits, one per scale of a deeply supervised network (finest first), the
     result is :math:`\sum_i s_i L_i`. Target, risk and foreground are then lists too, or one tensor
-    of the finest scale each, which is sampled at the nearest voxel for the others.
+    each at the finest scale, which the other scales sample at the nearest voxel.
 
     Args:
         weight, dice_class_weight: class weights [C], a tensor or a sequence of numbers.
         regions: table [C, L] of overlapping regions, a tensor or nested lists.
-        scale_weights: s_i, finite and >= 0, one for each scale; None: 1, 1/2, 1/4, ... divided by
-            their sum (nnU-Net gives its coarsest scale 0 besides). Not used for a single tensor
+        scale_weights: s_i, finite and >= 0, one per scale; None: 1, 1/2, 1/4, ... divided by
+            their sum (nnU-Net also sets its coarsest scale to 0). Not used for a single tensor
             of logits.
         options: the other keyword arguments of :func:`riskmap_ext.weighted_loss`, checked here.
             Deep supervision needs a reduction.
 
-    ``weight``, ``dice_class_weight`` and ``regions`` are buffers that move with the module and stay
-    out of its state_dict.
+    ``weight``, ``dice_class_weight`` and ``regions`` are buffers: they move with the module but are
+    not in its state_dict.
 
     Shapes: input [B, C, \*S] logits or :class:`DeferredLogits`, or a list of them; target, risk and
     foreground [B, \*S] or [B, 1, \*S].
@@ -102,7 +102,7 @@ class RiskWeightedLoss(torch.nn.Module):
             raise TypeError(
                 f"RiskWeightedLoss: unknown option {unknown[0]!r}{_meant(unknown[0], known)}"
             )
-        # The number of labels may not be known yet: checked as if there were enough of them.
+        # The number of labels may not be known yet: check as if there were enough of them.
         labelled = regions if regions is not None else weight
         num_labels = 2**31 if labelled is None else labelled.size(-1)
         loss_options(num_labels, has_regions=regions is not None, has_foreground=False, **options)

@@ -24,7 +24,7 @@ _UNINFORMATIVE = 0.01
 class TransferStatistics:
     r"""LEEP statistics of a source model on a target training set, in two passes.
 
-    First pass, :meth:`update`: the joint mass J [C, Z] of labels and source classes, hence
+    First pass, :meth:`update`: the joint mass J [C, Z] of labels and source classes, which gives
     :attr:`conditional`, P(y|z). Second pass, :meth:`update_range`, with P(y|z) fixed: the LEEP
     :attr:`score` (mean log-likelihood of a voxel, in nats, <= 0) and the :attr:`hardness_range`
     (smallest and largest -T over all valid voxels), which the risk map's data-set scope needs.
@@ -39,7 +39,7 @@ class TransferStatistics:
 
     Args:
         num_classes: number of target classes C.
-        ignore_index: label of voxels that count nowhere.
+        ignore_index: label of voxels to ignore.
         regions: table [R, Z] for a source of overlapping regions, see
             :func:`riskmap_ext.leep_statistics`.
 
@@ -64,11 +64,11 @@ class TransferStatistics:
     def update(self, source: Tensor | DeferredLogits, target: Tensor) -> None:
         """First pass: adds a batch of source logits [B, Z, *S] and labels [B, *S].
 
-        The logits may be :class:`riskmap_ext.nn.DeferredLogits`: they are made in chunks and never
-        kept.
+        The logits may be :class:`riskmap_ext.nn.DeferredLogits`: they are computed in chunks and
+        never kept.
 
-        Raises ValueError for logits that are not finite and for labels out of range, on any device:
-        what was seen before stays as it is. So does :meth:`update_range`.
+        Raises ValueError for non-finite logits and for labels out of range, on any device; the
+        statistics collected before do not change. The same holds for :meth:`update_range`.
         """
         if self._joint_is_global or self._range_voxels:
             raise RuntimeError(
@@ -136,7 +136,7 @@ class TransferStatistics:
     def score(self) -> float:
         """LEEP: the mean over valid voxels of log sum_z P(y|z) theta[z], in nats, <= 0.
 
-        Warns (UserWarning) when it is within 1 % of -H(Y), the score that the class frequencies
+        Warns (UserWarning) if it is within 1 % of -H(Y), the score that the class frequencies
         alone give: then the source tells nothing about the target.
         """
         self._require_second_pass("score")
@@ -172,9 +172,9 @@ class TransferStatistics:
         return self._low, self._high
 
     def merge(self, other: TransferStatistics) -> None:
-        """Adds what another object has seen (another file, another process).
+        """Adds the statistics of another object (another file, another process).
 
-        After the first pass, the joint masses are added. A second pass is made with P(y|z) of all
+        After the first pass, the joint masses are added. The second pass needs P(y|z) of all
         the data: merge the first passes, give every worker the result (``state_dict``), and merge
         again after ``update_range``; then the joint mass must be the same in both.
         """
@@ -205,8 +205,8 @@ class TransferStatistics:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Sums over the processes of ``group``: call it once after each pass.
 
-        Each pass is reduced once; a process without data takes part all the same. Does nothing
-        where torch.distributed is not initialised.
+        Each pass is reduced once; a process without data must also call it. Does nothing if
+        torch.distributed is not initialised.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -260,7 +260,7 @@ class TransferStatistics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned."""
+        """Restores what :meth:`state_dict` returned."""
         if not isinstance(state, dict):
             raise TypeError(f"state: expected a dict, got {type(state).__name__}")
         missing = sorted(set(self.state_dict()) - set(state))
@@ -348,7 +348,7 @@ def sqrt_inverse_frequency(counts: Tensor | Sequence[float]) -> Tensor:
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both tables are the same, wherever they lie."""
+    """Whether both tables are the same, on any device."""
     if one is None or other is None:
         return one is other
     return torch.equal(one.cpu(), other.cpu())

@@ -1,4 +1,4 @@
-"""Source models whose logits are made chunk by chunk and never kept."""
+"""Source models whose logits are computed chunk by chunk and never kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CPU_BYTES = 2**22  # of logits at once: they stay in a cache
 
 
 def as_checked(source: Any) -> Any:
-    """What the checks of arguments see: for logits that have not been made, a tensor of their
-    shape that takes no memory."""
+    """The input of the argument checks: for deferred logits, a tensor of their shape that takes no
+    memory."""
     if not isinstance(source, DeferredLogits):
         return source
     return shape_of_logits(head_tensors(*source.parts, autocast=False))
@@ -31,14 +31,14 @@ def in_chunks(
     """(images, voxels of each, logits [b, Z, n], labels [b, n]) of target [B, *S], in order: a
     part of an image, or several small ones.
 
-    Chunks depend on shapes alone. The memory of the logits may be used again for the next ones.
+    Chunks depend on shapes alone. The next chunk may reuse the memory of the logits.
     """
     head = Head(*(_detached(each) for each in head_tensors(*source.parts, autocast=False)))
     kind = head.features.device.type
     labels = target.flatten(1)
     chunks = _chunks(head, CHUNK_BYTES if kind == "cuda" else _CPU_BYTES)
     while True:
-        # Their dtype is that of their parts, even where autocast would have another one now.
+        # Their dtype is that of their parts, even if autocast would now choose another.
         with torch.autocast(kind, enabled=False):
             chunk = next(chunks, None)
         if chunk is None:
@@ -69,7 +69,7 @@ def _detached(tensor: Tensor | None) -> Any:
 
 @contextmanager
 def place(images: slice, voxels: slice) -> Iterator[None]:
-    """An error of a chunk says which it is: it counts voxels and positions of the chunk alone."""
+    """Adds the chunk to its errors: they count voxels and positions within the chunk."""
     try:
         yield
     except ValueError as error:

@@ -1,5 +1,7 @@
-"""linear_weighted_loss on CUDA: voxels go through in chunks whose logits stay in the second-level
-cache. The products are torch's (cuBLAS), what is between them our kernels."""
+"""linear_weighted_loss on CUDA, in chunks of voxels whose logits stay in the second-level cache.
+
+The matrix products are torch's (cuBLAS), everything between them is our kernels.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class _Chunk(NamedTuple):
 
 
 class Head:
-    """Chunks of logits, and what becomes of their gradients."""
+    """A head whose logits are computed in chunks."""
 
     def __init__(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.features, self.weight, self.bias = features, weight, bias
@@ -72,7 +74,7 @@ def _tensors(chunk: _Chunk, maps: Sequence[Any]) -> tuple[Any, ...]:
 
 
 class _Gradients:
-    """Those of a head and of the risk, chunk by chunk; what is not wanted is [0]."""
+    """Gradients of a head and of the risk, chunk by chunk; those not requested have shape [0]."""
 
     def __init__(self, head: Head, risk: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
         self.head = head
@@ -213,7 +215,7 @@ def linear_weighted_loss_backward(
 def linear_weighted_loss_with_gradient(
     features: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One pass: the gradient of a sum, then multiplied by what the labels say of each image."""
+    """One pass: the gradient of a sum, then multiplied by each image's scale from its labels."""
     maps, (*options, _, _, grad_risk) = inputs[:5], inputs[5:]
     target, risk, _, foreground, _ = maps
     ignore_index, background, floor, normalization, ce_voxels, reduction, smoothing, ce = options
@@ -241,8 +243,8 @@ def linear_weighted_loss_with_gradient(
     if losses:
         of_images = torch.stack(losses).double().view(head.batch, -1).sum(dim=1)
         sums[:, _CE] = of_images
-        sums[:, _BAD_LABELS] = of_images.isnan()  # the kernels' sign that something is not valid
-        # Smaller integers would take an ignore_index that they cannot hold for another.
+        sums[:, _BAD_LABELS] = of_images.isnan()  # how the kernels mark invalid values
+        # A smaller integer dtype would wrap an ignore_index that it cannot hold.
         labels = target if target.is_floating_point() else target.to(torch.int64)
         valid = labels != ignore_index
         sums[:, _VALID] = valid.flatten(1).sum(dim=1)

@@ -1,5 +1,5 @@
-"""The weighted loss with its gradient made in the backward pass, for what the op's own autograd
-cannot do: sums that several processes share, and a gradient in the memory of the logits."""
+"""The weighted loss with its gradient computed in the backward pass, for what the op's own autograd
+cannot do: sums over several processes, and a gradient in the memory of the logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from riskmap_ext.ops import overwriting, synced_dice
 from riskmap_ext.ops.loss_ops import LossOps
 
 
-@torch.compiler.disable  # processes may meet within
+@torch.compiler.disable  # processes may synchronize within
 def loss(
     ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions, overwrites: bool = False
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weighted loss with its gradient made in the forward pass: one read of the logits."""
+"""The weighted loss with its gradient computed in the forward pass: one read of the logits."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def _enabled() -> bool:
 
 @contextmanager
 def gradient_in_forward(enabled: bool) -> Iterator[None]:
-    """Within the context, and in this thread, allow or forbid the gradient of the loss to be made
-    in the forward pass.
+    """Allow or forbid computing the loss's gradient in the forward pass, within the context and
+    in this thread.
 
-    Allowed by default, and then used in eager mode where it is quicker and exact: cross-entropy
+    Allowed by default. It is used in eager mode where it is faster and exact: cross-entropy
     only (``dice_weight=0``), reduced, float32, float64 or bfloat16 logits that require grad. The
-    forward pass then reads the logits once and writes their gradient, which the backward pass
-    hands over as it is, or scaled in place where the incoming gradient is not 1. Elsewhere
-    (torch.compile and other tracing, Dice, ``reduction="none"``, ``normalization="weighted"`` with
-    class weights, and float16 logits or risk, whose
-    small gradients need the scale of a GradScaler before they are rounded) the backward pass makes
-    the gradient from the logits.
+    forward pass then reads the logits once and writes their gradient. The backward pass returns
+    this gradient, scaled in place if the incoming gradient is not 1.
 
-    Both give the same numbers up to rounding. Forbid it where a forward pass that needs grad is
-    often run without a backward pass.
+    In all other cases the backward pass computes the gradient from the logits: torch.compile and
+    other tracing, Dice, ``reduction="none"``, ``normalization="weighted"`` with class weights, and
+    float16 logits or risk, whose small gradients must be scaled by a GradScaler before rounding.
+
+    Both give the same numbers up to rounding. Forbid it if you often run a forward pass that needs
+    grad without a backward pass.
     """
     enabled = validate_flag("enabled", enabled)
     before, _state.enabled = _enabled(), enabled
@@ -49,10 +49,10 @@ def gradient_in_forward(enabled: bool) -> Iterator[None]:
 
 
 def applies(ops: LossOps, tensors: Sequence[Tensor | None], options: LossOptions) -> bool:
-    """``tensors``: as the op takes them, but for the class weights of the Dice."""
+    """``tensors``: as the op takes them, except for the class weights of the Dice."""
     volume, risk, weight = tensors[0], tensors[ops.risk], tensors[ops.risk + 1]
     assert volume is not None
-    # The sum of the class weights is not known before the voxels of each class are.
+    # The sum of the class weights is known only once the voxels of each class are counted.
     by_class_weight = options.normalization == "weighted" and weight is not None
     return (
         not torch.compiler.is_compiling()
@@ -86,7 +86,7 @@ class _GradientInForward(torch.autograd.Function):
         _, _, _, *wanted = ctx.needs_input_grad
         ctx.ops, ctx.options, ctx.overwrites = ops, options, overwrites
         arguments = (*tensors, *options.of_cross_entropy, *ops.flags(wanted))
-        # Gradients are given away once, so they are not among the saved tensors.
+        # Gradients are handed over once, so they are not among the saved tensors.
         if overwrites:
             loss, grad_risk = ops.call("_with_gradient_", *arguments)
             ctx.gradients = tensors[0].detach(), grad_risk
@@ -99,8 +99,8 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor | None]:
         _, _, _, *wanted = ctx.needs_input_grad
-        # With retain_graph the first gradient belongs to whoever got it; with create_graph the op's
-        # backward pass is there to refuse a second derivative.
+        # With retain_graph the first gradient already belongs to its receiver; with create_graph
+        # the op's backward pass raises the error for a second derivative.
         again = ctx.gradients is None or torch.is_grad_enabled() or is_batched(grad_loss)
         if ctx.overwrites:
             overwriting.require_only_backward(ctx.gradients is None, grad_loss)
@@ -115,7 +115,7 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _again(ctx: Any, grad_loss: Tensor, wanted: Sequence[bool]) -> Sequence[Tensor]:
-    """The gradients from the op that makes them in its backward pass."""
+    """The gradients from the op that computes them in its backward pass."""
     ops, options, inputs = ctx.ops, ctx.options, ctx.saved_tensors
     with torch.no_grad():
         _, *factors = ops.call("", *inputs, None, *options.of_cross_entropy, *options.of_dice)

@@ -26,7 +26,7 @@ def leep_statistics(
     ignore_index: int = -100,
     regions: Tensor | None = None,
 ) -> Tensor:
-    r"""Joint mass of target labels and source classes, the statistics that LEEP is made of.
+    r"""Joint mass of target labels and source classes: the statistics behind LEEP.
 
     .. math:: J_{yz} = \sum_{p\,:\,y_p = y} \theta_p[z], \qquad \theta_p = \mathrm{softmax}(s_p)
 
@@ -37,13 +37,13 @@ def leep_statistics(
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
             float32, float64, float16 or bfloat16. Contiguous and channels-last memory is read in
             place, other strides are copied first. No gradient flows to it. Or
-            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are computed in chunks, never kept.
         target: labels 0 .. num_classes - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any
             integer dtype, bool, or integral floats.
         num_classes: number of target classes C.
-        ignore_index: label of voxels that count nowhere.
+        ignore_index: label of voxels to ignore.
         regions: for a source of R overlapping regions (one sigmoid each): table [R, Z], bool or
-            0/1, of the labels that make up each region; source is [B, R, \*S] then. A label's
+            0/1, of the labels that make up each region; source is then [B, R, \*S]. A label's
             logit is the sum of the logits of the regions it is in, and theta their softmax: the
             posterior of the labels under independent sigmoids. None: a softmax source.
 
@@ -53,10 +53,11 @@ def leep_statistics(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, a label outside 0 .. num_classes - 1, or a source that
-            has no softmax at a valid voxel (a logit of NaN or +inf). On a GPU an error for values
-            would have to wait for the device: there J is NaN, throughout for a label, in the row
-            of the voxel's label for a source. Under torch.compile the latter holds on the CPU too.
+        ValueError: incompatible shapes, a label outside 0 .. num_classes - 1, or a source whose
+            softmax is undefined at a valid voxel (a logit of NaN or +inf). On a GPU, raising an
+            error for values would have to wait for the device: there J is NaN, everywhere for a
+            bad label, in the row of the voxel's label for a bad source. Under torch.compile the
+            latter also holds on the CPU.
 
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned
     Representations", ICML 2020.
@@ -78,7 +79,7 @@ def leep_statistics(
 
 
 def _is_at_hand(joint: Tensor) -> bool:
-    """Whether reading values waits for nothing: C * Z numbers on the CPU, no trace of them."""
+    """Whether reading values needs no wait: C * Z numbers on the CPU, not traced."""
     return not torch.compiler.is_compiling() and joint.device.type == "cpu" and not is_traced(joint)
 
 

@@ -1,4 +1,4 @@
-"""The weighted loss from features: a 1x1 convolution and the loss in one, without its logits."""
+"""The weighted loss from features: a 1x1 convolution and the loss, fused, without logits."""
 
 from __future__ import annotations
 
@@ -47,29 +47,28 @@ def linear_weighted_loss(
     .. math:: x_p[c] = b[c] + \sum_f W[c, f]\, z_p[f], \qquad
               \mathrm{loss} = \mathrm{weighted\_loss}(x, \ldots)
 
-    for the features z of every voxel p. The logits x, [B, C, \*S], and their gradient are never in
-    memory: voxels go through in tiles that stay in a cache, on a GPU in chunks of logits that stay
-    in its second-level cache. With a hundred classes these two tensors are most of what a training
-    step takes. Cross-entropy makes logits and gradients in one pass where
-    :func:`riskmap_ext.gradient_in_forward` applies; with Dice the logits are made twice, and kept
-    neither time.
+    for the features z of every voxel p. The logits x, [B, C, \*S], and their gradient are never
+    stored: voxels are processed in tiles that stay in a cache, on a GPU in chunks of logits that
+    stay in its second-level cache. With a hundred classes these two tensors would be most of a
+    training step's memory. Cross-entropy computes logits and gradients in one pass where
+    :func:`riskmap_ext.gradient_in_forward` applies; with Dice the logits are computed twice.
 
     Args:
         features: z, [B, F, \*S] with 1 to 3 spatial dimensions, the input of the network's last
             convolution; float32, float64, float16 or bfloat16; contiguous and channels-last memory
             is read in place.
-        weight: W, [C, F], or as a convolution has it [C, F, 1, 1, 1]. Under autocast features,
-            weight and bias are cast to its dtype, else they must have the same. Products are
-            summed, and the softmax taken, in float32 or better.
+        weight: W, [C, F], or [C, F, 1, 1, 1] as in a convolution. Autocast casts features, weight
+            and bias to its dtype; without it they must have the same dtype. Products are summed,
+            and the softmax taken, in float32 or better.
         bias: b, [C], or None.
         target, risk: as in :func:`riskmap_ext.weighted_loss`.
         class_weight: the class weights that :func:`riskmap_ext.weighted_loss` calls ``weight``.
         dice_class_weight, foreground, regions, options: as in :func:`riskmap_ext.weighted_loss`,
-            where formula and normalisers are told. ``overwrite_logits`` changes nothing: there are
-            none.
+            which defines formula and normalisers. ``overwrite_logits`` has no effect, since there
+            are no logits.
 
-    As with a convolution, a feature that is NaN or infinite makes the gradient of its column of the
-    weight NaN, at an ignored voxel, too; everything else takes no notice of ignored voxels.
+    As with a convolution, a NaN or infinite feature makes the gradient of its column of the
+    weight NaN, even at an ignored voxel; ignored voxels affect nothing else.
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 features).

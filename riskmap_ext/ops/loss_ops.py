@@ -1,4 +1,4 @@
-"""What the ops of the weighted loss have in common: of logits, and of features with a head."""
+"""Shared code of the weighted loss's ops: of logits, and of features with a head."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Gradients = Sequence[Tensor | None]
 class LossOps(NamedTuple):
     """The op ``name`` and its private companions.
 
-    ``tensors``: how many inputs are tensors, the class weights of the Dice, which follow, left out.
-    ``differentiable``: the inputs that have a gradient, in the order of the ops that make it.
-    ``asked``: for each flag of those ops the inputs of which one at least wants its gradient.
+    ``tensors``: how many inputs are tensors, without the class weights of the Dice, which follow.
+    ``differentiable``: the inputs with a gradient, in the order of the ops that compute it.
+    ``asked``: for each flag of those ops, the inputs of which at least one needs its gradient.
     """
 
     name: str
@@ -37,7 +37,7 @@ class LossOps(NamedTuple):
         return tensors[1].size(0) if self is OF_HEAD else tensors[0].size(1)
 
     def call(self, part: str, *inputs: Any) -> Any:
-        """``part``: "" for the public op, or what the private ones end in."""
+        """``part``: "" for the public op, or the suffix of a private one."""
         name = f"_{self.name}{part}" if part else self.name
         return getattr(torch.ops.riskmap_ext, name)(*inputs)
 
@@ -60,7 +60,7 @@ IMAGE_COLUMNS = 5  # of an image's sums, before those of the classes: see _weigh
 
 
 def require_reverse_mode(ops: LossOps, *tensors: Tensor | None) -> None:
-    """Torch drops the tangents of a custom op in silence, and does not name it in torch.func."""
+    """Torch silently drops the tangents of a custom op, and torch.func does not name the op."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -84,14 +84,14 @@ def register_autograd(ops: LossOps) -> None:
         ctx.options = tuple(inputs[first + i] for i in (0, 1, 4, 6, 13))
         _, scale, dice_slopes = output
         ctx.mark_non_differentiable(scale, dice_slopes)
-        ctx.set_materialize_grads(False)  # zeros for the outputs nobody differentiates cost memory
+        ctx.set_materialize_grads(False)  # zeros for outputs without a gradient cost memory
         ctx.save_for_backward(*inputs[: ops.tensors], scale, dice_slopes)
 
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Gradients:
         wanted = ctx.needs_input_grad
         if grad_loss is None:
             return (None,) * len(wanted)
-        saved = ctx.saved_tensors  # asked for once: checkpointing recomputes at every call
+        saved = ctx.saved_tensors  # read once: checkpointing recomputes at every access
         flags = ops.flags(wanted)
         gradients = ops.call("_backward", grad_loss, *saved, *ctx.options, *flags)
         return ops.of_inputs(gradients, wanted)

@@ -1,5 +1,5 @@
-"""A gradient in the memory of the logits (``overwrite_logits``): where it may be, and the errors of
-whoever looks for the logits later."""
+"""A gradient in the memory of the logits (``overwrite_logits``): when it is possible, and errors
+for later use of the logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = "overwrite_logits"
 
 
 def applies(logits: Tensor, options: LossOptions) -> bool:
-    """Raises: ValueError where the gradient cannot have this memory."""
+    """Raises: ValueError if the gradient cannot use this memory."""
     if (
         not options.overwrite_logits
         or torch.compiler.is_compiling()  # inductor plans the memory
@@ -55,7 +55,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def require_only_backward(done: bool, grad_loss: Tensor) -> None:
-    """Raises: RuntimeError unless this is the one backward pass that there can be."""
+    """Raises: RuntimeError unless this is the only possible backward pass."""
     again = "a second backward pass" if done else None
     if torch.is_grad_enabled():
         again = "create_graph=True"
@@ -69,7 +69,7 @@ def require_only_backward(done: bool, grad_loss: Tensor) -> None:
 
 
 def require_unchanged(gradient: Tensor, version: int) -> None:
-    """Raises: RuntimeError where the memory of the logits was written to since the forward pass."""
+    """Raises: RuntimeError if the memory of the logits was written to since the forward pass."""
     if gradient._version != version:
         raise RuntimeError(
             "riskmap_ext.weighted_loss: its logits were modified by an inplace operation after "
@@ -78,8 +78,8 @@ def require_unchanged(gradient: Tensor, version: int) -> None:
 
 
 def mark_lost(logits: Tensor) -> None:
-    """To whoever has them for a backward pass, or uses them in the graph from here on, the logits
-    are an error."""
+    """Makes later uses of the logits an error: a saved tensor for a backward pass, or in the graph
+    from here on."""
     _Lost.apply(logits)
 
 

@@ -42,7 +42,7 @@ def risk_map(
     Args:
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
             float32, float64, float16 or bfloat16. No gradient flows to it. Or
-            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are computed in chunks, never kept.
         target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
@@ -51,22 +51,23 @@ def risk_map(
         range: (lo, hi) of the hardness over the whole data set, in nats
             (``TransferStatistics.hardness_range``); one pass. None: the range over the valid
             voxels of each image; two passes over the map.
-        background: class that is no foreground; None: every class is foreground.
-        ignore_index: label of voxels that count nowhere; they get weight 0.
+        background: class that is not foreground; None: every class is foreground.
+        ignore_index: label of voxels to ignore; they get weight 0.
         regions: table [R, Z] for a source of overlapping regions, see :func:`leep_statistics`.
 
     Returns:
-        w, [B, \*S] float32, >= 0. Where the range is degenerate (hi - lo < 0.1), and with
-        ``range=None`` in an image without foreground, w = 1: background noise would be stretched
-        to ``base`` otherwise. NaN at a valid voxel where the softmax of ``source`` is NaN (a logit
-        of NaN or +inf): no error here on any device, but on the CPU :func:`weighted_loss` refuses
-        such a ``risk``.
+        w, [B, \*S] float32, >= 0. If the range is degenerate (hi - lo < 0.1), or with
+        ``range=None`` in an image without foreground, w = 1: otherwise background noise would be
+        stretched to ``base``. NaN at a valid voxel where the softmax of ``source`` is NaN (a logit
+        of NaN or +inf). This raises no error on any device, but on the CPU :func:`weighted_loss`
+        rejects such a ``risk``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, or a table that
-            holds no probabilities. On a GPU an error for values would have to wait for the device:
-            there the weight of a voxel with such a label is NaN, with such a table every weight.
+        ValueError: incompatible shapes or options, a label outside 0 .. C - 1, or a table
+            whose entries are not probabilities. On a GPU, raising an error for values would have to
+            wait for the device: there a voxel with such a label gets the weight NaN; with such a
+            table every voxel does.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
     Segmentation", ICASSP 2025 (arXiv 2502.02340).

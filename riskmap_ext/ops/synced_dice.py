@@ -34,13 +34,13 @@ def sums(
     try:
         sums = ops.call("_sums", *tensors, *options.of_gradient)
         total = sums[:, IMAGE_COLUMNS:].sum(dim=0)
-    except Exception as error:  # the others wait: their loss becomes NaN
+    except Exception as error:  # the other processes wait: their loss becomes NaN
         failed = error
         total = volume.new_full((3 * ops.classes(tensors),), torch.nan, dtype=torch.float64)
     dist.all_reduce(total)
     if failed is not None:
         raise failed
-    # Image by image only their total counts, so the first one gets all of it.
+    # Only the total over images matters, so the first image gets all of it.
     sums[:, IMAGE_COLUMNS:] = 0
     sums[:1, IMAGE_COLUMNS:] = total
     _, background, floor, normalization, _, reduction, _, ce_weight = options.of_cross_entropy
@@ -61,7 +61,7 @@ def sums(
         True,
         compute_dtype(volume.dtype) == torch.float64,
     )
-    # Each process has this Dice in its loss.
+    # Each process includes this Dice in its loss.
     return loss, scale, slopes * dist.get_world_size()
 
 

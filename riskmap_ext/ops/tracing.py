@@ -1,4 +1,4 @@
-"""Whether a call is a real one, or of a tracer or transform that looks at it."""
+"""Whether a call is real, or comes from a tracer or a transform."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_traced(logits: Tensor) -> bool:
-    """Whether the backward pass may not ask for the value of the incoming gradient."""
+    """Whether the backward pass must not read the value of the incoming gradient."""
     return (
         logits.is_meta
         or not (type(logits) is Tensor or isinstance(logits, torch.nn.Parameter))  # FakeTensor

@@ -24,28 +24,28 @@ def transferability_map(
               \qquad \theta_p = \mathrm{softmax}(s_p)
 
     Its mean over the valid voxels of the target training set is the LEEP score; ``-T`` is the
-    hardness that :func:`risk_map` turns into voxel weights. Only row ``y_p`` of the table is read
-    at a voxel: nothing of size [B, C, \*S] is made.
+    hardness that :func:`risk_map` turns into voxel weights. Each voxel reads only
+    row ``y_p`` of the table: no tensor [B, C, \*S] is created.
 
     Args:
         source: logits of the frozen source model, [B, Z, \*S] with 1 to 3 spatial dimensions;
             float32, float64, float16 or bfloat16. No gradient flows to it. Or
-            :class:`riskmap_ext.nn.DeferredLogits`: the logits are made in chunks and never kept.
+            :class:`riskmap_ext.nn.DeferredLogits`: the logits are computed in chunks, never kept.
         target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
             bool, or integral floats.
         conditional: P(y|z), [C, Z] floating, from :func:`conditional`.
-        ignore_index: label of voxels that count nowhere; they get T = 0.
+        ignore_index: label of voxels to ignore; they get T = 0.
         regions: table [R, Z] for a source of overlapping regions, see :func:`leep_statistics`.
 
     Returns:
-        T, [B, \*S] float32; NaN at a valid voxel where the softmax is NaN (a logit of NaN or +inf):
-        no error on any device, since to look for one would be another pass over T.
+        T, [B, \*S] float32; NaN at a valid voxel where the softmax is NaN (a logit of NaN or +inf).
+        This raises no error on any device, since the check would need another pass over T.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, a label outside 0 .. C - 1, or a table that holds no
-            probabilities. On a GPU an error for values would have to wait for the device: there a
-            voxel with such a label is NaN, with such a table every voxel.
+        ValueError: incompatible shapes, a label outside 0 .. C - 1, or a table whose entries are
+            not probabilities. On a GPU, raising an error for values would have to wait for the
+            device: there a voxel with such a label is NaN; with such a table every voxel is.
 
     Source: C. V. Nguyen et al., ICML 2020 (LEEP); S. Duan et al., "Transfer Risk Map: Mitigating
     Pixel-level Negative Transfer in Medical Segmentation", ICASSP 2025 (arXiv 2502.02340).

@@ -51,7 +51,7 @@ def weighted_loss(
     r"""Foreground-normalised, risk-weighted segmentation loss: ``ce_weight * L + dice_weight * D``.
 
     ``risk`` may be any map of non-negative voxel weights: a transfer risk map, weights near
-    boundaries, an uncertainty; None is the plain loss, with class weights (``weight``) or without.
+    boundaries, an uncertainty; None is the plain loss, with or without class weights (``weight``).
 
     Cross-entropy part of image b, with voxel weights w (``risk``) and class weights c
     (``weight``):
@@ -60,14 +60,14 @@ def weighted_loss(
               \mathrm{CE}_p = -\log \mathrm{softmax}(x_p)[y_p]
 
     with label smoothing as in :func:`torch.nn.functional.cross_entropy`. Voxels labelled
-    ``ignore_index`` are not valid and count nowhere. An image without valid voxels has L_b = 0 and
-    zero gradient. F, the foreground: valid voxels with a label other than ``background``, or
-    inside the mask ``foreground``. V: all valid voxels.
+    ``ignore_index`` are not valid and are excluded from everything. An image without valid voxels
+    has L_b = 0 and zero gradient. F, the foreground: valid voxels with a label other than
+    ``background``, or inside the mask ``foreground``. V: all valid voxels.
 
     ================== ========================================================================
     ``normalization``  :math:`N_b`
     ================== ========================================================================
-    foreground         max(#F_b, foreground_floor * #V_b); #V_b where F_b is empty
+    foreground         max(#F_b, foreground_floor * #V_b); #V_b if F_b is empty
     batch_foreground   the same from the sums over the batch, divided by the number of images
     valid              #V_b; equals torch's mean for one image
     batch_valid        the same from the sum over the batch, divided by the number of images:
@@ -86,60 +86,60 @@ def weighted_loss(
               {\max(2 U_k + \mathrm{smooth\_dr},\ 10^{-8})}\right), \qquad
               U_k = I_k + \alpha (P_k - I_k) + \beta (G_k - I_k)
 
-    :math:`\alpha = \beta = 1/2` is Dice (2 U = P + G), :math:`\alpha = \beta = 1` Jaccard, others
-    Tversky. A class that is neither labelled nor predicted has the score smooth_nr / smooth_dr, 0
-    where both are 0.
+    :math:`\alpha = \beta = 1/2` is Dice (2 U = P + G), :math:`\alpha = \beta = 1` is
+    Jaccard, other values are Tversky. A class that is neither labelled nor predicted scores
+    smooth_nr / smooth_dr, or 0 if both are 0.
 
     With ``regions`` the C channels are overlapping regions (one sigmoid each, as in BraTS), while
     ``target`` stays a map of labels: :math:`\mathrm{CE}_p = \frac{1}{C} \sum_r c[r]\,
     \mathrm{BCE}(x_p[r], t_p[r])` with :math:`t_p[r]` = ``regions[r, y_p]`` (label smoothing turns
-    t into t (1 - s) + s / 2), :math:`\pi` is the sigmoid, and the Dice of every region counts.
+    t into t (1 - s) + s / 2), :math:`\pi` is the sigmoid, and the Dice averages over every region.
 
     Args:
         logits: [B, C, \*S] with 1 to 3 spatial dimensions; float32, float64, float16 or bfloat16.
             Contiguous and channels-last memory is read in place, other strides are copied first.
-            Read as they are under autocast: sums and logarithms run in float32 or better.
+            Autocast does not change their dtype: sums and logarithms run in float32 or better.
         target: labels 0 .. C - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any integer dtype,
             bool, or integral floats.
         risk: voxel weights, finite and >= 0 at valid voxels, [B, \*S] or [B, 1, \*S], floating;
             None: 1. May require grad.
         weight: class weights [C] of the cross-entropy, c; a floating tensor or a sequence of
             numbers, finite and >= 0; None: 1. No gradient flows to it.
-        ignore_index: label of voxels that count nowhere.
-        background: class that is no foreground; None: every valid voxel is foreground.
-        foreground: mask of the image's own foreground (brain or body, not air), made on the
+        ignore_index: label of voxels to ignore.
+        background: class that is not foreground; None: every valid voxel is foreground.
+        foreground: mask of the image's own foreground (brain or body, not air), computed on the
             un-augmented image; [B, \*S] or [B, 1, \*S], bool or integer, non-zero is inside.
-        foreground_floor: in [0, 1]; 1 / foreground_floor is the most that a small foreground can
-            scale the loss up by.
+        foreground_floor: in [0, 1]; 1 / foreground_floor is the largest factor by which a small
+            foreground can scale up the loss.
         normalization: see the table. None: "foreground" with a mask ``foreground``, else "valid",
             where every valid voxel counts as the image's foreground.
-        ce_voxels: voxels whose cross-entropy counts, R: "valid" (V) or "foreground" (F).
+        ce_voxels: the voxels R of the cross-entropy: "valid" (V) or "foreground" (F).
         reduction: "mean" or "sum" over images; "none": the map ce_weight * w * c * CE, [B, \*S],
-            not normalised, 0 at voxels that do not count.
+            not normalised, 0 at voxels outside R.
         label_smoothing: in [0, 1].
         ce_weight, dice_weight: finite, >= 0.
         dice_class_weight: class weights [C] of the Dice, d, as ``weight``; None: 1.
         smooth_nr, smooth_dr: finite, >= 0.
         alpha, beta: weights of false positives and false negatives, see above; finite, >= 0.
         squared_pred: squared probabilities in the denominator of the Dice.
-        include_background: whether the Dice of the background class counts.
+        include_background: whether to include the Dice of the background class.
         batch_dice: one Dice over the voxels of the whole batch instead of one per image.
         sync_dice: with ``batch_dice``, one Dice over the batches of all processes of
-            ``torch.distributed`` (where it is initialised). The gradient is that of the sum of the
-            processes' losses, so that DistributedDataParallel, which averages, arrives at that of
-            one process with the whole batch. Every process must call it, one with an empty batch,
-            too, which gets 0; where one raises an error the others get NaN. It breaks the graph of
+            ``torch.distributed`` (if it is initialised). The gradient is that of the sum of the
+            processes' losses; DistributedDataParallel averages gradients, which gives that of one
+            process with the whole batch. Every process must call it, even with an empty batch,
+            which gets 0; if one raises an error, the others get NaN. It breaks the graph of
             torch.compile.
         regions: table [C, L], bool or 0/1, of the labels that make up each region; labels and
-            ``background`` are then 0 .. L - 1. None: classes that exclude each other (softmax).
-        overwrite_logits: whether the gradient takes the memory of ``logits``, which are lost: by
-            the forward pass where it makes the gradient (:func:`riskmap_ext.gradient_in_forward`),
-            else by the backward pass. Everything else that reads them, such as a metric, has to
-            come before. One backward pass is possible. For logits that a network has returned:
-            not for a leaf, a part of a larger tensor, or memory with gaps. Where something else
-            needs them for its own backward pass, that raises torch's error about an inplace
-            operation. Nothing is overwritten where the logits need no gradient, and within
-            torch.compile, which plans memory itself.
+            ``background`` are then 0 .. L - 1. None: mutually exclusive classes (softmax).
+        overwrite_logits: whether to store the gradient in the memory of ``logits``, which
+            overwrites them: in the forward pass if it computes the gradient
+            (:func:`riskmap_ext.gradient_in_forward`), else in the backward pass. Anything else that
+            reads them, such as a metric, must run before. Only one backward pass is possible. Use
+            it for a network's output: not for a leaf, a part of a larger tensor, or memory with
+            gaps. If another operation needs the logits for its own backward pass, torch raises its
+            error about an inplace operation. Nothing is overwritten if the logits need no gradient,
+            or within torch.compile, which plans memory itself.
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 logits).
@@ -148,16 +148,16 @@ def weighted_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or options that do not fit, a label outside 0 .. C - 1, a risk or class
-            weight that is negative or not finite. On a GPU an error for values would have to wait
-            for the device: there the loss is NaN (for reduction="none", that of the voxel), and
-            with it the gradient of the image.
+        ValueError: incompatible shapes or options, a label outside 0 .. C - 1, a risk or class
+            weight that is negative or not finite. On a GPU, raising an error for values would have
+            to wait for the device: there the loss is NaN (for reduction="none", that of the voxel),
+            and so is the gradient of the image.
         RuntimeError: on a second derivative, a forward-mode derivative, or one of torch.func; on
             a second backward pass with ``overwrite_logits``.
 
     Source: S. Duan et al., "Transfer Risk Map: Mitigating Pixel-level Negative Transfer in Medical
-    Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fall-back of the foreground are
-    this package's reading; docs/method.md says why.
+    Segmentation", ICASSP 2025 (arXiv 2502.02340). Union, floor and fallback of the foreground are
+    this package's interpretation; docs/method.md says why.
     """
     tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
     options = tensors.options(
