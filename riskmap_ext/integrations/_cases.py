@@ -1,4 +1,4 @@
-"""The cases of a MONAI data set, read one by one; what is wrong with a case names it."""
+"""The cases of a MONAI data set, read one by one; errors name the case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def two_keys(keys: Iterable[Hashable]) -> tuple[Hashable, Hashable]:
 
 
 def image_and_label(case: Any, keys: Iterable[Hashable], name: str = "the case") -> tuple[Any, Any]:
-    """The arrays or tensors of a case that ``name`` stands for in messages."""
+    """The arrays or tensors of a case; messages call it ``name``."""
     if not isinstance(case, Mapping):
         raise TypeError(f"data: expected {name} to be a dictionary, got {type(case).__name__}")
     for key in keys:
@@ -43,7 +43,7 @@ def file_of(*values: Any) -> str:
 
 
 def read_cases(data: Any, title: str, progress: bool) -> Iterator[Any]:
-    """As a DataLoader reads: a data set may not know where its end is."""
+    """Reads by index, as a DataLoader does: a data set may not signal its end."""
     if isinstance(data, DataLoader):
         raise TypeError(
             "data: expected a data set, whose cases have no batch dimension, got a "
@@ -61,7 +61,7 @@ def read_cases(data: Any, title: str, progress: bool) -> Iterator[Any]:
 
 
 def _with_lines(cases: Iterator[Any], title: str, total: int | None) -> Iterator[Any]:
-    """A line for each tenth of the cases, or for each ten where their number is not known."""
+    """A line for each tenth of the cases, or for every ten if their number is not known."""
     step = 10 if total is None else -(-total // 10)
     whole = "" if total is None else f" of {total}"
     for number, case in enumerate(cases, start=1):

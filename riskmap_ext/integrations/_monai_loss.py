@@ -24,7 +24,7 @@ from riskmap_ext._deferred import DeferredLogits
 
 _ROUNDING = 1e-3
 _INSIDE = [[0, 1]]  # one channel of logits for labels 0 and 1
-_BITS = 8  # of the codes of what holds at a voxel
+_BITS = 8  # of the codes for the channels that are 1 at a voxel
 _IGNORED_CODE, _NO_CODE = -100, -1
 
 
@@ -34,50 +34,50 @@ class RiskMapDiceCELoss(_Loss):
     .. math:: \lambda_{ce}\, L + \lambda_{dice}\, D
 
     with L and D of :func:`riskmap_ext.weighted_loss`. The first 15 arguments are DiceCELoss's, in
-    its order and with its defaults. Without a risk map the value is DiceCELoss's own, but for one
-    case: over several channels with ``sigmoid=True`` the cross-entropy is that of the sigmoids
-    (the mean over channels of the binary one), where MONAI takes that of a softmax.
+    its order and with its defaults. Without a risk map the value is DiceCELoss's own, with one
+    exception: over several channels with ``sigmoid=True`` the cross-entropy is that of the sigmoids
+    (the mean over channels of the binary one), where MONAI uses that of a softmax.
 
-    * ``softmax=True``: classes that exclude each other. Target: labels [B, 1, \*S] with
+    * ``softmax=True``: mutually exclusive classes. Target: labels [B, 1, \*S] with
       ``to_onehot_y=True``, else one-hot [B, C, \*S].
     * ``sigmoid=True``: one channel and a target [B, 1, \*S] of 0 and 1; or several overlapping
       ones, with a multi-hot target [B, C, \*S] of 0 and 1, or labels [B, 1, \*S] and
       ``regions``, the table [C, L] of the labels in each channel (``to_onehot_y=True``: each label
       is a channel). ``label_smoothing`` has no effect on one channel, as in MONAI.
-    * ``weight``, class weights [C], acts as in MONAI: on the Dice of each class, whose mean is not
-      divided by their sum; on the cross-entropy, whose mean over labels is, and over one-hot
-      targets is not; of one channel it is the weight of the voxels inside, in the cross-entropy
-      alone.
+    * ``weight``, class weights [C], acts as in MONAI. It weights the Dice of each class, whose mean
+      is not divided by the weights' sum. It weights the cross-entropy, whose mean is divided by
+      that sum for labels, but not for one-hot targets. For one channel it is the weight of the
+      voxels inside, in the cross-entropy alone.
     * ``reduction="sum"``: the sum over images, classes and voxels.
-    * ``other_act``, and Dice without an activation, are refused: the Dice of raw inputs is no
-      overlap of probabilities. Without Dice (``lambda_dice=0``) no activation is asked for.
+    * ``other_act``, and Dice without an activation, raise an error: the Dice of raw inputs is not
+      an overlap of probabilities. Without Dice (``lambda_dice=0``) no activation is required.
 
     Further arguments, by keyword:
         class_weight: class weights [C] of the cross-entropy alone.
-        ignore_index: label of voxels that count nowhere; in a multi-hot target the value of any
-            channel there, neither 0 nor 1.
+        ignore_index: label of voxels to ignore; in a multi-hot target the value of any channel
+            there, neither 0 nor 1.
         regions: see above.
         scale_weights: for a list of inputs (deep supervision, finest first), see
             :class:`riskmap_ext.nn.RiskWeightedLoss`.
-        normalization: see :func:`riskmap_ext.weighted_loss`. None: the mean that DiceCELoss takes;
-            "foreground" where the call brings the image's own foreground, but not with ``weight``
+        normalization: see :func:`riskmap_ext.weighted_loss`. None: the mean that DiceCELoss uses,
+            or "foreground" if the call passes the image's own foreground, except with ``weight``
             or ``reduction="sum"``.
         background, foreground_floor, ce_voxels, sync_dice: see :func:`riskmap_ext.weighted_loss`.
         overwrite_logits: see there; not for a multi-hot target of more than 8 channels.
 
-    It holds no state: class weights stay out of its state_dict. Where the number of channels counts
-    (several sigmoids, ``reduction="sum"``) and neither ``weight`` nor ``regions`` tells it, a first
-    call makes what it needs: call it once before ``torch.compile(fullgraph=True)``.
+    It has no state: class weights are not in its state_dict. If the number of channels matters
+    (several sigmoids, ``reduction="sum"``) and neither ``weight`` nor ``regions`` gives it, the
+    first call builds the loss: call it once before ``torch.compile(fullgraph=True)``.
 
     Shapes: input [B, C, \*S], or a list of them; logits, or for every option the
     :class:`riskmap_ext.nn.DeferredLogits` of a fused head; target as above, or a mapping with the
-    keys "label", and "risk" and "foreground" where there are any, as
-    :class:`riskmap_ext.integrations.monai.PrepareBatchRiskMap` makes it; risk and foreground
-    [B, \*S] or [B, 1, \*S]. Labels that resampling has left within 1e-3 of a whole number are
+    key "label" and optionally "risk" and "foreground", as
+    :class:`riskmap_ext.integrations.monai.PrepareBatchRiskMap` returns it; risk and foreground
+    [B, \*S] or [B, 1, \*S]. Labels within 1e-3 of a whole number, as resampling leaves them, are
     rounded. The result is a scalar, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError, ValueError: an argument that is not supported or does not fit, by name.
+        TypeError, ValueError: an unsupported or incompatible argument, by name.
     """
 
     def __init__(
@@ -170,8 +170,8 @@ class RiskMapDiceCELoss(_Loss):
             "sync_dice": sync_dice,
             "overwrite_logits": overwrite_logits,
         }
-        self.losses = nn.ModuleDict()  # by number of channels, where it counts
-        # Built now where the number is known: for torch.compile, and to tell what is wrong here.
+        self.losses = nn.ModuleDict()  # by number of channels, if it matters
+        # Built now if the number is known: for torch.compile, and to raise errors here.
         given = (self.of_both or self.of_cross_entropy, regions, [0] if sigmoid else [0, 0])
         self._loss(len(next(each for each in given if each is not None)))
 
@@ -231,14 +231,14 @@ class RiskMapDiceCELoss(_Loss):
         if key not in self.losses:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
-                    f"RiskMapDiceCELoss: its loss for {channels} channels is not there yet and "
-                    "cannot be made within torch.compile; call it once before with such an input"
+                    f"RiskMapDiceCELoss: its loss for {channels} channels is not built yet and "
+                    "cannot be built within torch.compile; call it once before with such an input"
                 )
             self.losses[key] = self._built(channels)
         return self.losses[key]
 
     def _built(self, channels: int) -> nn.Module:
-        """The loss for so many channels of logits."""
+        """The loss for this number of channels of logits."""
         options = {**self.options, "label_smoothing": self.label_smoothing}
         weight = self.of_cross_entropy
         normalization = "none" if self.reduction == "sum" else None
@@ -259,7 +259,7 @@ class RiskMapDiceCELoss(_Loss):
             dice_weights = self.of_both if counted > 1 else None
             weight = self.of_both or weight
             options["include_background"] = self.include_background
-            # As torch has it: divided by the weights of the labels, but not of one-hot targets.
+            # As in torch: divided by the weights of the labels, but not of one-hot targets.
             if self.of_both is not None and self.to_onehot_y and self.reduction == "mean":
                 normalization = "weighted"
         if self.reduction == "sum":
@@ -270,15 +270,15 @@ class RiskMapDiceCELoss(_Loss):
         return riskmap_ext.nn.RiskWeightedLoss(weight, dice_class_weight=dice_weights, **options)
 
     def _dice_weights_of_sigmoids(self, channels: int) -> list[float] | None:
-        """Without the background, MONAI's mean is over the channels after the first; where one is
-        left, it has no weight."""
+        """Without the background, MONAI's mean is over the channels after the first; if only one
+        is left, it has no weight."""
         if channels == 1 or self.include_background:
             return None if channels == 1 else self.of_both
         rest = self.of_both if self.of_both and channels > 2 else [1.0] * channels
         return [0.0, *(each * channels / (channels - 1) for each in rest[1:])]
 
     def _target(self, target: Any, channels: int) -> Tensor:
-        """Labels [B, 1, *S], made of a one-hot target; a multi-hot one stays what it is."""
+        """Labels [B, 1, *S], converted from a one-hot target; a multi-hot one is returned as is."""
         target = plain_tensor("target", target)
         sigmoid = self._is_sigmoid(channels)
         labelled = self.to_onehot_y or self.regions is not None or (sigmoid and channels == 1)
@@ -296,10 +296,10 @@ class RiskMapDiceCELoss(_Loss):
 class _MultiHotLoss(nn.Module):
     """Overlapping channels with a target [B, C, *S] of 0 and 1.
 
-    The kernels take one label a voxel and a table of the labels in each channel. The labels are
-    the codes of what holds at a voxel. Where there are too many channels for that, groups of them
-    have codes with one more bit, for anything at all, so that label 0 is the background of all;
-    the losses of the groups are averaged.
+    The kernels take one label per voxel and a table of the labels in each channel. A label is the
+    code of the channels that are 1 at a voxel. If there are too many channels for one code, groups
+    of them have codes with one more bit, set if any channel at all is 1, so that label 0 is the
+    background of all groups; the losses of the groups are averaged.
     """
 
     def __init__(
@@ -353,8 +353,8 @@ class _MultiHotLoss(nn.Module):
         return total
 
     def _codes(self, target: Tensor) -> Tensor:
-        """[groups, B, *S]: sum of 2^c over the channels that hold at a voxel, and one more for
-        any of all."""
+        """[groups, B, *S]: sum of 2^c over the channels that are 1 at a voxel, and one more bit if
+        any channel of all groups is."""
         groups = [list(range(mine.start, mine.stop)) for mine in self.slices]
         factors = [[2**bit for bit in range(len(each))] for each in groups]
         ignored = _ignored(target, self.ignore_index)
@@ -374,7 +374,7 @@ def _table(channels: int, apart: bool) -> list[list[int]]:
 
 
 def _ignored(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Voxels with the ignored label in any channel; None where the dtype has no such value."""
+    """Voxels with the ignored label in any channel; None if the dtype has no such value."""
     if not target.is_floating_point():
         if target.dtype == torch.bool:
             return None
@@ -396,10 +396,10 @@ def _labels_of_one_hot(target: Tensor, ignore_index: int) -> Tensor:
 def _sums_of_ones(
     target: Tensor, factors: list[list[int]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Over groups of channels that hold: the sum of their factors, [groups, B, *S]. Over all
-    channels: how many hold, and whether one has neither 0 nor 1."""
-    # Exactly 0 and 1 cost less to tell; what resampling has left near them is looked at only where
-    # a device need not be waited for, or has to be without a look.
+    """For each group, the sum of the factors of the channels that are 1, [groups, B, *S]. Over all
+    channels: how many are 1, and whether one is neither 0 nor 1."""
+    # Comparing with exactly 0 and 1 is cheaper. On the CPU, values near them, from resampling, are
+    # handled only if there are any; on a device always, since looking would have to wait for it.
     exact = not target.is_floating_point() or may_look(target)
     found = _read(target, factors, dtype, exact)
     if exact and target.is_floating_point() and bool(found[2].any()):
@@ -431,8 +431,8 @@ def _read(
 
 
 def _require_hard(target: Tensor, wrong: Tensor, form: str) -> None:
-    """On the CPU an error; elsewhere it would have to wait for the device, and the loss turns a
-    label that is none into NaN."""
+    """Raises on the CPU. On a device the error would have to wait; the loss turns an invalid label
+    into NaN."""
     if may_look(target) and bool(wrong.any()):
         raise ValueError(
             f"target: expected {form}, got other values at {int(wrong.sum())} voxels; soft labels "
@@ -441,7 +441,7 @@ def _require_hard(target: Tensor, wrong: Tensor, form: str) -> None:
 
 
 def _heavier_inside(target: Any, risk: Any, weight: float, dtype: torch.dtype) -> Any:
-    """The risk times MONAI's weight of the voxels inside; labels other than 0 and 1 stay wrong."""
+    """The risk times MONAI's weight of the voxels inside; labels but 0 and 1 stay invalid."""
     if isinstance(target, list):
         risks = [None] * len(target) if risk is None else risk
         if not isinstance(risks, (list, tuple)) or len(risks) != len(target):
@@ -457,7 +457,7 @@ def _heavier_inside(target: Any, risk: Any, weight: float, dtype: torch.dtype) -
 
 
 def _for_each(value: Any, function: Callable[..., Any], *options: Any) -> Any:
-    """Of a tensor, or of each in a list of them (deep supervision)."""
+    """Applies ``function`` to a tensor, or to each in a list of them (deep supervision)."""
     if isinstance(value, (list, tuple)):
         return [function(each, *options) for each in value]
     return function(value, *options)
@@ -472,14 +472,14 @@ def _item(values: Tensor, index: int) -> Tensor:
 
 
 def _as_list(name: str, value: Any) -> list[float] | None:
-    """Class weights [C] as numbers, so that none of them is state."""
+    """Class weights [C] as numbers, so that they are not state."""
     if value is None:
         return None
     return list(number_sequence(name, class_weight_row(name, value).tolist(), 0.0))
 
 
 def rounded(label: Tensor) -> Tensor:
-    """Resampling, nearest too, leaves labels such as 1e-15; what is no label stays what it is."""
+    """Resampling, even nearest, leaves labels such as 1e-15; other values are not changed."""
     if not label.is_floating_point():
         return label
     whole = label.round()

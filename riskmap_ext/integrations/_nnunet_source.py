@@ -1,4 +1,4 @@
-"""The source model of an nnU-Net checkpoint, and the patches it is run on."""
+"""The source model of an nnU-Net checkpoint, and the patches it runs on."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from riskmap_ext.nn import DeferredLogits, fuse_head
 class SourceNetwork:
     """The network of an nnU-Net checkpoint with its own head, frozen.
 
-    The file is read with ``weights_only``: one that wants to run code is refused.
+    The file is read with ``weights_only``: one that would run code is rejected.
 
     network: image [B, channels, *S] to logits [B, Z, *S], without deep supervision; from 16 of them
-    on to :class:`riskmap_ext.nn.DeferredLogits`, where it has a 1x1 head.
+    on, to :class:`riskmap_ext.nn.DeferredLogits` if it has a 1x1 head.
     regions: the table [R, Z] of a model trained on regions, else None.
     digest: of the weights.
 
     Raises:
-        RuntimeError: a file that is no nnU-Net checkpoint, or of another number of input channels.
+        RuntimeError: not an nnU-Net checkpoint, or a different number of input channels.
     """
 
     def __init__(self, path: str | Path, num_input_channels: int, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class SourceNetwork:
         self.network = network.to(device).eval().requires_grad_(False)
         if labels.num_segmentation_heads >= WORTH_FUSING:
             image = torch.zeros(1, channels, *configuration.patch_size, device="meta")
-            with suppress(ValueError):  # a network of another kind gives logits
+            with suppress(ValueError):  # a network without such a head returns logits
                 fuse_head(self.network, "always", example_input=image)
         self.regions = region_table(labels)
         self.digest = digest(*(part for key in sorted(state) for part in (key, state[key])))
@@ -73,7 +73,7 @@ class SourceNetwork:
 def tile(
     data: Any, seg: Any, starts: Sequence[int], patch: Sequence[int], ignored: int
 ) -> tuple[Tensor, Tensor]:
-    """The patch at `starts`, moved back where it would reach past the end, padded where it must."""
+    """The patch at `starts`, moved back if it would reach past the end, padded if necessary."""
     begins, ends, done, missing = [], [], [], []
     for start, length, size in zip(starts, patch, data.shape[1:], strict=True):
         begin = max(0, min(start, size - length))
@@ -95,7 +95,7 @@ def tile(
 
 
 def region_table(labels: Any) -> Tensor | None:
-    """[R, L] of nnU-Net's label manager, None where classes exclude each other."""
+    """[R, L] from nnU-Net's label manager, None for mutually exclusive classes."""
     if not labels.has_regions:
         return None
     table = torch.zeros(len(labels.foreground_regions), len(labels.all_labels), dtype=torch.bool)

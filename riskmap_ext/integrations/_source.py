@@ -18,12 +18,12 @@ Source = Callable[[Tensor], Any]
 
 
 def as_plain(value: Any) -> Tensor:
-    """A tensor of an array or MetaTensor; arrays with negative strides are copied."""
+    """A plain tensor from an array or MetaTensor; arrays with negative strides are copied."""
     return convert_to_tensor(value, track_meta=False)
 
 
 class FrozenSource:
-    """A source model as it is called on one image: without gradients, in eval mode."""
+    """A source model, called on one image without gradients and in eval mode."""
 
     def __init__(
         self,
@@ -67,24 +67,24 @@ class FrozenSource:
         shape = logits.shape
         if len(shape) == inputs.dim() and shape[1] == 1 and not self.has_regions:
             raise ValueError(
-                "source: gives one channel of logits, which tells nothing as a softmax; "
-                "regions=[[0, 1]] says that it is a sigmoid"
+                "source: gives one channel of logits, over which a softmax is constant; "
+                "regions=[[0, 1]] declares it a sigmoid"
             )
         return logits
 
     def _of_window(self, *inputs: Any, **options: Any) -> Any:
-        """Windows are added up as logits."""
+        """Windows are summed as logits."""
         logits = self.source(*inputs, **options)
         return logits.logits() if isinstance(logits, DeferredLogits) else logits
 
     @property
     def is_known(self) -> bool:
-        """Whether a digest can tell this source from another."""
+        """Whether a digest can distinguish this source from another."""
         plain = self.inferer is None or type(self.inferer).__module__.startswith("monai.")
         return plain and isinstance(self.source, torch.nn.Module)
 
     def digest(self) -> str:
-        """Of weights, architecture and inferer; made again when a weight has changed."""
+        """Of weights, architecture and inferer; recomputed when a weight has changed."""
         assert isinstance(self.source, torch.nn.Module)
         state = self.source.state_dict()
         versions = [(key, value.data_ptr(), value._version) for key, value in state.items()]

@@ -1,4 +1,4 @@
-"""MONAI: ``DiceCELoss`` with a risk map, and a transform that makes the map of a case.
+"""MONAI: ``DiceCELoss`` with a risk map, and a transform that computes the map of a case.
 
 Needs MONAI, and ignite for the engines (extra ``monai``). docs/howto/monai.md has an example.
 """
@@ -35,21 +35,21 @@ Range = str | tuple[float, float]
 
 
 class _Target(dict[str, Any]):
-    """Label and map on their way to the loss, which tells a loss around it what to do instead."""
+    """Label and map for the loss; a wrapping loss that reads it gets a descriptive error."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"{name}: the target is a dictionary of label and risk map, which RiskMapDiceCELoss "
-            "alone takes apart; it takes a list of inputs (deep supervision) as it is, without "
-            "MONAI's DeepSupervisionLoss around it"
+            f"{name}: the target is a dictionary of label and risk map, which only "
+            "RiskMapDiceCELoss reads; it takes a list of inputs (deep supervision) directly, "
+            "without MONAI's DeepSupervisionLoss around it"
         )
 
 
 class PrepareBatchRiskMap(PrepareBatch):
     """``prepare_batch`` for MONAI's SupervisedTrainer: the target is {"label": ..., "risk": ...}.
 
-    The trainer hands its loss two arguments, so the map travels within the second;
-    :class:`RiskMapDiceCELoss` takes it apart. Metrics of the training set find the label in
+    The trainer passes its loss two arguments, so the map is part of the second;
+    :class:`RiskMapDiceCELoss` unpacks it. Metrics on the training set find the label in
     ``output["label"]["label"]``. A batch without ``risk_key`` has no map: its weights are 1.
     """
 
@@ -76,31 +76,31 @@ class PrepareBatchRiskMap(PrepareBatch):
 class RiskMapd(MapTransform):
     """Dictionary transform that adds the transfer risk map of a case, or loads it from a cache.
 
-    It belongs after the transforms that are the same in every epoch (loading, orientation, spacing,
-    intensities) and before the random ones: those then carry the map along with image and label
+    Put it after the deterministic transforms (loading, orientation, spacing, intensities) and
+    before the random ones, which then transform the map with image and label
     (``keys=["image", "label", "risk"]``; interpolate the map like the label, ``mode="nearest"``, or
-    linearly). CacheDataset and PersistentDataset keep it as they keep the rest.
+    linearly). CacheDataset and PersistentDataset cache it like the rest.
 
     Args:
         keys: the keys of image [channels, *S] and label [1, *S], in this order.
         source: the frozen source model, image [1, channels, *S] to logits [1, Z, *S]; a Module is
-            put into eval mode. Where it gives a list (deep supervision), the first counts. With
-            many classes, ``riskmap_ext.nn.fuse_head(source, "always")`` spares their memory; not
-            with an inferer, which adds windows up.
+            put into eval mode. If it returns a list (deep supervision), the first is used. With
+            many classes, ``riskmap_ext.nn.fuse_head(source, "always")`` saves the logits' memory,
+            but not with an inferer, which sums windows.
         statistics: :class:`riskmap_ext.TransferStatistics` of the training set after both passes,
             see :func:`transfer_statistics`.
         risk_key: key of the map, [1, *S] float32, with the meta data of the label.
-        inferer: as of ``monai.inferers`` (SlidingWindowInferer for volumes that do not fit); None:
+        inferer: as in ``monai.inferers`` (SlidingWindowInferer for volumes that do not fit); None:
             the source is called on the whole volume.
         range: "dataset" (the hardness range of ``statistics``), "image", or (lo, hi) in nats. The
-            scheme "power" needs none: statistics of the first pass will do.
-        device: where the source runs; None: where its first parameter lies, or the CPU for a
+            scheme "power" needs none: statistics of the first pass suffice.
+        device: where the source runs; None: the device of its first parameter, or the CPU for a
             function.
-        cache_dir: folder of maps that were made before, by the content of image, label, statistics
-            and options, and the source's weights and architecture; a damaged entry is made again.
+        cache_dir: folder of cached maps, keyed by the content of image, label, statistics
+            and options, and the source's weights and architecture; a damaged entry is recomputed.
             None: no cache.
-        source_key: names source and inferer in the cache. Needed where one of them is a function:
-            its content is not known. Change it when they change.
+        source_key: names source and inferer in the cache. Required if one of them is a function,
+            whose content is not known. Change it when they change.
         options: further options of :func:`riskmap_ext.risk_map` (scheme, base, alpha, scale,
             background).
     """
@@ -180,7 +180,7 @@ class RiskMapd(MapTransform):
 
 
 def _checked(options: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """Options of risk_map; what is wrong with them is told before any case."""
+    """Options of risk_map; errors in them are raised before any case."""
     defaults = {
         name: value
         for name, value in (riskmap_ext.risk_map.__kwdefaults__ or {}).items()
@@ -211,21 +211,21 @@ def transfer_statistics(
 
     Args:
         data: a data set (not a loader) of cases with image [channels, *S] and label [1, *S],
-            through the transforms that are the same in every epoch; read twice.
+            after the deterministic transforms; read twice.
         source, keys, inferer, device: as for :class:`RiskMapd`.
         num_classes: number of target classes C.
-        ignore_index: label of voxels that count nowhere.
+        ignore_index: label of voxels to ignore.
         regions: table [R, Z] for a source of overlapping regions; [[0, 1]] for one sigmoid channel.
-        progress: whether to tell on stderr how far each pass is: a bar on a terminal where tqdm is
-            installed, else a line for each tenth of it.
+        progress: whether to show the progress of each pass on stderr: a bar on a terminal if tqdm
+            is installed, else a line for each tenth of it.
 
     Raises:
-        TypeError: a loader, or cases that are no dictionaries of arrays.
-        ValueError: no cases, a key that a case lacks, labels or logits that do not do (the case is
-            named by index and file), no labelled voxels, or another data set in the second pass (a
-            generator that is used up, random transforms).
+        TypeError: a loader, or cases that are not dictionaries of arrays.
+        ValueError: no cases, a key that a case lacks, invalid labels or logits (the case is
+            named by index and file), no labelled voxels, or different data in the second pass (an
+            exhausted generator, random transforms).
 
-    Warns where the source tells nothing about the labels.
+    Warns if the source tells nothing about the labels.
     """
     keys = two_keys(keys)
     progress = validate_flag("progress", progress)
@@ -256,10 +256,10 @@ def transfer_statistics(
             "expected a data set that can be read twice, not a generator"
         )
     try:
-        _ = statistics.score  # warns where it tells nothing
+        _ = statistics.score  # warns if the source tells nothing
     except RuntimeError:
         raise ValueError(
-            "data: gave other labels in the second pass than in the first; expected transforms "
-            "that are the same every time, no random ones"
+            "data: gave other labels in the second pass than in the first; expected deterministic "
+            "transforms, no random ones"
         ) from None
     return statistics

@@ -7,7 +7,7 @@ class weights, or by voxel weights of your own.
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerRiskMap -pretrained_weights checkpoint.pth
     nnUNetv2_train DATASET 3d_fullres 0 -tr nnUNetTrainerClassWeights
 
-Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has the whole path.
+Needs nnU-Net (``pip install nnunetv2``). docs/howto/nnunet.md has all steps.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ __all__ = [
     "trainer_folder",
 ]
 
-SOURCE = "RISKMAP_SOURCE"  # environment: the checkpoint, where -pretrained_weights does not name it
+SOURCE = "RISKMAP_SOURCE"  # environment: the checkpoint, if -pretrained_weights is not given
 _STATISTICS = "riskmap_statistics.pt"
 _IGNORED = -100
 
 
 def trainer_folder() -> str:
-    """The folder that ``nnUNet_extTrainer`` has to name for training and for prediction."""
+    """The folder that ``nnUNet_extTrainer`` must name for training and for prediction."""
     return str(Path(__file__).parent / "nnunet_trainers")
 
 
 class nnUNetTrainerVoxelWeights(nnUNetTrainer):
-    """nnU-Net's trainer with a weighted cross-entropy + Dice in the place of its loss.
+    """nnU-Net's trainer with a weighted cross-entropy + Dice instead of its loss.
 
-    A subclass gives the weights: :meth:`voxel_weights`. Without any, or with ones, the loss is
-    nnU-Net's own plus 1 (it has -Dice for 1 - Dice), on any number of GPUs: with ``batch_dice`` the
-    Dice is that of the batches of all processes, the scales of deep supervision have nnU-Net's
+    A subclass defines the weights: :meth:`voxel_weights`. Without weights, or with ones, the loss
+    is nnU-Net's own plus 1 (nnU-Net uses -Dice for 1 - Dice), on any number of GPUs: ``batch_dice``
+    covers the batches of all processes, the scales of deep supervision have nnU-Net's
     weights, regions and the ignore label are those of the data set. The loss of the validation
     steps stays nnU-Net's own.
 
     Settings are attributes, to be changed in a subclass:
-        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="batch_valid"`` leaves
+        loss_options: of :func:`riskmap_ext.weighted_loss`. ``normalization="batch_valid"`` keeps
             cross-entropy and Dice on the scale they have in nnU-Net's own loss.
-        fused_head: whether the loss carries out the network's last 1x1 convolutions, so that no
+        fused_head: whether the loss computes the network's last 1x1 convolutions, so that no
             logits are kept in training (:func:`riskmap_ext.nn.fuse_head`). "auto": from 16 classes
-            or regions on, where the network has such heads; True: ValueError where it has none.
+            or regions on, if the network has such heads; True: ValueError if it has none.
             Validation, checkpoints and prediction are those of the network without it.
     """
 
@@ -90,7 +90,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
         patch = self.configuration_manager.patch_size
         image = torch.zeros(2, self.num_input_channels, *patch, device="meta")
         try:
-            # Not traced yet, and with the parameters that optimizer and processes know.
+            # Not yet traced, and with the parameters that the optimizer and DDP hold.
             heads = fuse_head(_bare(self.network), example_input=image)
         except ValueError as error:
             if wanted is True:
@@ -102,7 +102,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
         self.print_to_log_file(f"fused with the loss: {', '.join(heads)}")
 
     def voxel_weights(self, data: Tensor, target: Tensor) -> Tensor | None:
-        """Of a training batch [B, channels, *S] and its labels [B, 1, *S], both augmented.
+        """Weights for a training batch [B, channels, *S] and its labels [B, 1, *S], both augmented.
 
         Returns weights [B, *S] or [B, 1, *S], finite and >= 0; None: 1.
         """
@@ -118,7 +118,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
         }
         options.setdefault("sync_dice", options["batch_dice"])
         if regions is not None and ignored is not None:
-            # nnU-Net then adds the regions' cross-entropies up; else it takes their mean.
+            # nnU-Net then sums the regions' cross-entropies; otherwise it takes their mean.
             options["ce_weight"] = len(regions) * options.get("ce_weight", 1.0)
         scales = getattr(plain, "weight_factors", None)
         weighted = RiskWeightedLoss(regions=regions, scale_weights=scales, **options)
@@ -126,7 +126,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
 
     @staticmethod
     def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
-        """nnU-Net's own, but targets stay labels: the loss makes the regions of them."""
+        """nnU-Net's own, but targets stay labels: the loss converts them to regions."""
         kwargs["regions"] = None
         return nnUNetTrainer.get_training_transforms(*args, **kwargs)
 
@@ -139,10 +139,10 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
             return super().train_step({**batch, "data": data})
 
     def _once(self, name: str, of: Sequence[Any], make: Callable[[Any], dict]) -> dict:
-        """What `make` finds in the training cases, kept in the output folder.
+        """The result of `make` on the training cases, cached in the output folder.
 
-        of: what it depends on beside the cases. make: gets this process's share of them, and adds
-        up what all processes have found.
+        of: what it depends on besides the cases. make: gets this process's share of them, and sums
+        the results of all processes.
         """
         keys, _ = self.do_split()
         made_of = digest(*of, self.configuration_name, self._data_digest(keys))
@@ -160,7 +160,7 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
         return content
 
     def _data_digest(self, keys: Sequence[str]) -> str:
-        """Of the preprocessed files by size and time, and of plans and labels."""
+        """Digest of the preprocessed files' sizes and times, and of plans and labels."""
         folder, wanted = Path(self.preprocessed_dataset_folder), set(keys)
         files = [
             (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -173,16 +173,16 @@ class nnUNetTrainerVoxelWeights(nnUNetTrainer):
 class nnUNetTrainerClassWeights(nnUNetTrainerVoxelWeights):
     """nnU-Net's trainer with class weights in its cross-entropy; needs no source model.
 
-    The weights are sqrt(1/f) with mean 1 over the training voxels, 0 for a class that they lack. f
-    is counted once, in the preprocessed training cases of the fold without ignored voxels, and kept
-    in ``riskmap_class_weights.pt`` in the output folder, so that ``--c`` goes on with it. The
-    cross-entropy is divided by the number of valid voxels, not by the sum of their weights. The
+    The weights are sqrt(1/f) with mean 1 over the training voxels, and 0 for a class without
+    voxels. f is counted once, in the preprocessed training cases of the fold without ignored
+    voxels, and stored in ``riskmap_class_weights.pt`` in the output folder, where ``--c`` finds it.
+    The cross-entropy is divided by the number of valid voxels, not by the sum of their weights. The
     Dice is not weighted.
 
     Settings are attributes, to be changed in a subclass:
-        class_weights: numbers of your own, finite and >= 0: one per class, background first; for a
-            data set of regions one per region, as in its dataset.json. Regions overlap, so that
-            their shares do not add up to 1: sqrt(1/f) is not defined for them.
+        class_weights: your own numbers, finite and >= 0: one per class, background first; for a
+            data set of regions one per region, as in its dataset.json. Regions overlap, so their
+            shares do not add up to 1: sqrt(1/f) is not defined for them.
         loss_options: see :class:`nnUNetTrainerVoxelWeights`.
     """
 
@@ -235,10 +235,10 @@ class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
     """nnU-Net's trainer with the transfer risk map as voxel weights.
 
     The source is the pretrained checkpoint with its own head (``-pretrained_weights``, or the
-    environment variable RISKMAP_SOURCE); it is read, and refused if it wants to run code, when the
-    trainer is initialised, which is before nnU-Net takes weights from it. Before the first epoch it
-    is run over every training case, tile by tile, for the LEEP statistics; they are kept in
-    ``riskmap_statistics.pt`` in the output folder, so that ``--c`` goes on with them. In every
+    environment variable RISKMAP_SOURCE). It is read when the trainer is initialised, before nnU-Net
+    loads weights from it, and rejected if it would run code. Before the first epoch it
+    runs over every training case, tile by tile, for the LEEP statistics; they are stored in
+    ``riskmap_statistics.pt`` in the output folder, where ``--c`` finds them. In every
     training step the source sees the augmented batch, and the risk map of the finest scale weights
     all scales of deep supervision.
 
@@ -302,7 +302,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
         )
 
     def _source_path(self) -> Path | None:
-        """From the command line, else the environment, else what the run was begun with."""
+        """From the command line, else the environment, else what the run started with."""
         flag = _option("-pretrained_weights", sys.argv)
         variable = os.environ.get(SOURCE)
         if flag and variable and Path(flag).resolve() != Path(variable).resolve():
@@ -342,7 +342,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
         return statistics
 
     def _tiles(self, dataset: Any, key: str, ignored: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Patches that cover a preprocessed case; each voxel is labelled in one of them alone."""
+        """Patches that cover a preprocessed case; each voxel is labelled in only one of them."""
         data, seg, *_ = dataset.load_case(key)
         patch = list(self.configuration_manager.patch_size)
         flat = len(patch) == data.ndim - 2  # a 2-D configuration
@@ -383,13 +383,13 @@ class _SwitchedLoss(nn.Module):
 
 
 def _bare(network: nn.Module) -> nn.Module:
-    """Without what nnU-Net wraps it in for several processes and for torch.compile."""
+    """Without nnU-Net's wrappers for several processes and for torch.compile."""
     network = getattr(network, "module", network)
     return getattr(network, "_orig_mod", network)
 
 
 def _option(name: str, arguments: Sequence[str]) -> str | None:
-    """The value of a command-line option. argparse would take nnU-Net's -p for a short form."""
+    """The value of a command-line option. argparse would read nnU-Net's -p as its abbreviation."""
     for index, word in enumerate(arguments):
         if word == name and index + 1 < len(arguments):
             return arguments[index + 1]
