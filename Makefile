@@ -1,5 +1,5 @@
-# Every target makes .venv and installs what it needs: each is the only command a fresh machine with
-# Python >= 3.10, g++ and git needs. Another torch: make TORCH=torch==2.12.0 test
+# Every target creates .venv and installs what it needs: on a fresh machine with Python >= 3.10, g++
+# and git, any of them works as the only command. Another torch: make TORCH=torch==2.12.0 test
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NNUNET ?= nnunetv2==2.8.1 acvl-utils==0.2.6 dynamic-network-architectures==0.4.4 batchgenerators==0.25.5 \
@@ -45,7 +45,7 @@ cuda-on-host-asan: install
 cuda-on-host-tsan: install
 	PYTHON=$(BIN)/python python_tests/run_cuda_on_host.sh thread
 
-# The CUDA library for all architectures of a release, and what its kernels take (csrc/cuda/resources.json).
+# The CUDA library for all release architectures, and its kernels' resources (csrc/cuda/resources.json).
 cuda-release: install
 ifeq ($(shell command -v $${CUDACXX:-nvcc}),)
 	@echo "cuda-release: no nvcc on PATH and no CUDACXX: nothing is compiled"
@@ -56,14 +56,14 @@ else
 	$(BIN)/python csrc/cuda/check_resources.py --build build/cuda_release
 endif
 
-# What is in that library for sm_90, executed on the CPU: results, and what kernels take (budgets.json).
+# That library's machine code for sm_90, executed on the CPU: results, and kernel costs (budgets.json).
 cuda-machine-code: install
 ifneq ($(shell command -v $${CUDACXX:-nvcc}),)
 	-$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 endif
 	$(BIN)/python csrc/cuda/machine_code/check.py --build build/cuda_release
 
-# With the Python and the torch of a machine that has a GPU: no environment is made.
+# Uses the Python and torch of a machine that has a GPU: no environment is created.
 gpu-check:
 	$(PYTHON) python_tests/gpu_check.py $(GPU_CHECK_OPTIONS)
 
@@ -73,7 +73,7 @@ bench: install
 bench-full: install
 	$(BIN)/python -m benchmarks.run --full
 
-# Rows go to benchmarks/results/transfer, the page to docs/evidence.md; what is stored is not run again.
+# Rows go to benchmarks/results/transfer, the page to docs/evidence.md; stored runs are not repeated.
 TRANSFER_OPTIONS ?= --workers 2
 TRANSFER_SECOND = hippocampi,brains,structures,lesion_spots,tissues,patients
 bench-transfer: install
@@ -81,7 +81,7 @@ bench-transfer: install
 	  --tuning-seeds 2 $(TRANSFER_OPTIONS)
 	$(BIN)/python -m benchmarks.transfer report
 
-# What decides comes first, then the rest.
+# The decisive runs come first, then the rest.
 bench-transfer-full: install
 	$(BIN)/python -m benchmarks.transfer run --scenarios $(TRANSFER_SECOND) --arms second $(TRANSFER_OPTIONS)
 	$(BIN)/python -m benchmarks.transfer run --scenarios shifted_1,shifted_2,shifted_4 --arms kept $(TRANSFER_OPTIONS)
@@ -93,7 +93,7 @@ bench-transfer-full: install
 instructions: install
 	$(BIN)/python -m benchmarks.instructions
 
-# The source archive, and from it a wheel for this Python, tried in a fresh environment; in dist/. For others:
+# The source archive and a wheel built from it for this Python, tested in a fresh environment; in dist/. For others:
 #   make wheel WHEEL_OPTIONS="--python python3.10 python3.14 --cuda /usr/local/cuda-12.8/bin/nvcc"
 WHEEL_OPTIONS ?= --torch "$(TORCH)"
 wheel: install
@@ -110,7 +110,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# The site, in build/site: a warning ends it. The variable hushes an advertisement.
+# The site, in build/site: warnings are errors. The variable silences an advertisement.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

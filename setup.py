@@ -1,4 +1,4 @@
-"""Hands the build over to CMake (CMakeLists.txt lists every source and flag).
+"""Builds the native libraries with CMake (CMakeLists.txt lists every source and flag).
 
 Environment: RISKMAP_CUDA (AUTO, ON, OFF; AUTO), RISKMAP_BUILD_DIR, CMAKE_ARGS.
 """
@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
         _call(cmake, "-S", str(ROOT), "-B", str(build), *options)
         _call(cmake, "--build", str(build), "--parallel")
         for stale in (package / "riskmap_ext").glob("*.so"):
-            stale.unlink()  # a library of another build must not travel along
+            stale.unlink()  # do not ship a library of another build
         _call(cmake, "--install", str(build), "--prefix", str(package))
 
     def get_outputs(self) -> list[str]:
@@ -53,17 +53,17 @@ def _call(*command: str) -> None:
     line = shlex.join(command)
     print("riskmap_ext:", line, flush=True)
     if subprocess.run(command, check=False).returncode != 0:
-        raise SystemExit(f"riskmap_ext: `{line}` failed; its messages stand above")
+        raise SystemExit(f"riskmap_ext: `{line}` failed; see its messages above")
 
 
 def _readme() -> str:
-    """README.md with links into the repository, for pages that are not in it."""
+    """README.md with absolute links into the repository, for other sites."""
     links = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)|(?<=src=\")(?!https?:)")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return links.sub("https://github.com/riskmap-ext/riskmap_ext/raw/main/", text)
 
 
-# The extension entry makes wheels platform wheels; CMake knows the sources.
+# The extension entry makes the wheels platform-specific; CMake lists the sources.
 setup(
     ext_modules=[Extension("riskmap_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,5 +1,5 @@
-# Compiles one kernel source once for every CPU instruction set, as object libraries.
-# Which of them runs is decided when the library is loaded (csrc/cpu/capability.cpp).
+# Compiles each kernel source once for every CPU instruction set, as object libraries.
+# The instruction set is selected when the library is loaded (csrc/cpu/capability.cpp).
 
 set(RISKMAP_CPU_CAPABILITIES baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")

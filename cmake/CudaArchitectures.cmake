@@ -1,8 +1,8 @@
-# The GPU architectures that the kernels are compiled for: sets CMAKE_CUDA_ARCHITECTURES unless it is given.
+# The GPU architectures of the kernels: sets CMAKE_CUDA_ARCHITECTURES unless it is given.
 #   -DCMAKE_CUDA_ARCHITECTURES=90            one, with PTX for later GPUs
-#   -DCMAKE_CUDA_ARCHITECTURES=release       all that releases are built for
-# Not given: the GPUs of this machine, or 90 where there is none.
-# Code for 80 runs on 86 and 89, too.
+#   -DCMAKE_CUDA_ARCHITECTURES=release       all architectures of a release
+# Not given: the GPUs of this machine, or 90 if there are none.
+# Code for 80 also runs on 86 and 89.
 set(RISKMAP_RELEASE_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
 
 if(NOT CMAKE_CUDA_ARCHITECTURES AND DEFINED ENV{CUDAARCHS})

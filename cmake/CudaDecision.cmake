@@ -1,6 +1,6 @@
-# Decides whether the CUDA library is built and says why: sets RISKMAP_CUDA_ENABLED and RISKMAP_CUDA_REASON, and for
-# the facts of the build RISKMAP_CUDA_TOOLKIT and RISKMAP_CUDA_ARCHITECTURES (both empty without CUDA).
-set(RISKMAP_CUDA AUTO CACHE STRING "Build the CUDA library: AUTO (where nvcc is found and fits torch's CUDA), ON or OFF")
+# Decides whether to build the CUDA library, and why: sets RISKMAP_CUDA_ENABLED and RISKMAP_CUDA_REASON, and for
+# the build facts RISKMAP_CUDA_TOOLKIT and RISKMAP_CUDA_ARCHITECTURES (both empty without CUDA).
+set(RISKMAP_CUDA AUTO CACHE STRING "Build the CUDA library: AUTO (if nvcc is found and matches torch's CUDA), ON or OFF")
 set_property(CACHE RISKMAP_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT RISKMAP_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "riskmap_ext: RISKMAP_CUDA must be AUTO, ON or OFF, got '${RISKMAP_CUDA}'")

@@ -1,5 +1,5 @@
-# riskmap_make_portable(<target>...): libraries for manylinux_2_28 by a compiler of a newer system.
-# Their libstdc++ stays the system's, since exceptions cross into torch.
+# riskmap_make_portable(<target>...): builds libraries for manylinux_2_28 with the compiler of a newer system.
+# They use the system's libstdc++, since exceptions cross into torch.
 option(RISKMAP_PORTABLE "For systems with glibc 2.28 and the libstdc++ of g++ 8 (manylinux_2_28)" OFF)
 
 set_source_files_properties(csrc/portable.cpp PROPERTIES COMPILE_OPTIONS -fno-lto)  # which drops .symver

@@ -1,8 +1,8 @@
 # Finds torch and offers it as the imported target `torch_stable`.
 #
-# Only the stable ABI is used, so headers and libtorch_cpu.so suffice, of whatever Python's torch.
-# find_package(Torch) is avoided: on CUDA builds of torch it demands a whole CUDA toolkit.
-set(RISKMAP_TORCH_PYTHON "${Python_EXECUTABLE}" CACHE FILEPATH "The Python whose torch is built against")
+# Only the stable ABI is used, so the headers and libtorch_cpu.so of any Python's torch suffice.
+# find_package(Torch) is avoided: on CUDA builds of torch it requires a full CUDA toolkit.
+set(RISKMAP_TORCH_PYTHON "${Python_EXECUTABLE}" CACHE FILEPATH "The Python whose torch to build against")
 
 execute_process(
   COMMAND "${RISKMAP_TORCH_PYTHON}" -c

@@ -1,4 +1,4 @@
-# Warnings for our own sources; torch's headers are system headers and stay out of it.
+# Warnings for our own sources; torch's headers are system headers and cause none.
 add_library(riskmap_warnings INTERFACE)
 target_compile_options(riskmap_warnings INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wnon-virtual-dtor>)

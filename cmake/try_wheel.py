@@ -1,6 +1,6 @@
-"""``python try_wheel.py``: an installed riskmap_ext, every op against plain PyTorch, and `riskmap`.
+"""``python try_wheel.py`` tests an installed riskmap_ext: every op against plain PyTorch, `riskmap`.
 
-Needs torch alone.
+Needs only torch.
 """
 
 import subprocess
@@ -39,4 +39,4 @@ for argument in ("--help", "info"):
     done = subprocess.run([command, argument], capture_output=True, text=True, check=False)
     whole = done.returncode == 0 or 'pip install "riskmap_ext[finetune]"' in done.stderr
     assert whole, (argument, done.stdout, done.stderr)
-print(f"riskmap_ext {riskmap_ext.__version__} on {device}: every op as plain PyTorch has it")
+print(f"riskmap_ext {riskmap_ext.__version__} on {device}: every op agrees with plain PyTorch")

@@ -1,8 +1,8 @@
-"""``make wheel``: the source archive, and wheels for manylinux_2_28 made from it and tried.
+"""``make wheel``: the source archive, and wheels for manylinux_2_28 built from it and tested.
 
-A wheel of riskmap_ext for each Python given, with the CPU library. For each nvcc after ``--cuda`` a
-wheel that has the CUDA library alone (riskmap-ext-cu12, -cu13), for any Python. What they need of
-torch and CUDA is torch's own and stays outside. ``try_wheel.py`` runs in a fresh environment.
+Builds a wheel of riskmap_ext with the CPU library for each Python given, and for each nvcc after
+``--cuda`` a wheel with only the CUDA library (riskmap-ext-cu12, -cu13), for any Python. The
+libraries of torch and CUDA are not included. ``try_wheel.py`` runs in a fresh environment.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Its output. Raises: SystemExit with it where the command fails."""
+    """The command's output. Raises: SystemExit with the output if the command fails."""
     print("+", *command, flush=True)
     done = subprocess.run(
         [str(each) for each in command],
@@ -76,7 +76,7 @@ def unpacked(archive: Path, work: Path) -> Path:
 
 
 def environment(python: str, folder: Path, *packages: str) -> Path:
-    """Its interpreter."""
+    """The interpreter of a new virtual environment."""
     run(python, "-m", "venv", folder)
     inside = folder / "bin" / "python"
     run(inside, "-m", "pip", "install", "--quiet", "--upgrade", "pip", *packages)
@@ -135,7 +135,7 @@ def cuda_wheel(nvcc: str, source: Path, work: Path) -> Path:
 
 
 def portable(wheel: Path, output: Path) -> None:
-    """Tagged for PLATFORM. Raises: SystemExit where it needs something newer."""
+    """Tags the wheel for PLATFORM. Raises: SystemExit if it needs something newer."""
     excluded = [f"--exclude={name}" for name in OF_TORCH]
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, *excluded]
     print(
@@ -146,7 +146,7 @@ def portable(wheel: Path, output: Path) -> None:
 
 
 def try_wheel(python: str, torch: str, output: Path, work: Path) -> None:
-    """In an environment with the core alone, then with the driver, and no compiler on PATH."""
+    """Runs try_wheel.py in an environment with only the core, and no compiler on PATH."""
     tag = run(python, "-c", "import sys; print(f'cp{sys.version_info[0]}{sys.version_info[1]}')")
     wheel = next(output.glob(f"riskmap_ext-*-{tag.strip()}-*.whl"))
     inside = environment(python, work / f"try-{tag.strip()}", *torch.split(), "numpy")
