@@ -1,4 +1,4 @@
-"""``python try_wheel.py`` tests an installed riskmap_ext: every op against plain PyTorch, `riskmap`.
+"""``python try_wheel.py`` tests an installed riskmap_ext: its ops against plain PyTorch, `riskmap`.
 
 Needs only torch.
 """

@@ -1,4 +1,4 @@
-"""What the demo tells: the table and the page. Every sentence on results follows the numbers."""
+"""The demo's table and page. Every sentence about results is derived from the numbers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_page(
     settings: Settings,
     seconds: float,
 ) -> None:
-    """Writes a page that needs no other file: pictures and style are in it."""
+    """Writes a self-contained page, with pictures and style."""
     header, rows = _cells(arms, kinds)
     seeds = len(_points(arms, BASELINE))
     lines = [Line(k.name, [*enumerate(_points(arms, k.key))], {"linestyle": ":"}) for k in kinds]
@@ -95,7 +95,7 @@ def findings(sources: Sequence[SourceResult], arms: Sequence[ArmResult]) -> list
 
 
 def _added(risk: Sequence[float], weights: Sequence[float]) -> str:
-    """What the weighted arms add to the prior, where there are seeds to tell."""
+    """What the weighted arms add to the prior, if there is more than one seed."""
     if len(risk) == 1:
         return ""
     named = (("the map", risk), ("class weights", weights))
@@ -121,7 +121,7 @@ def _reading(risk: Sequence[float], control: Sequence[float]) -> str:
 
 
 def _told(gaps: Sequence[float]) -> str:
-    """With what the seeds allow to say: a direction only where all of them agree."""
+    """The gap and what the seeds support: a direction only if all of them agree."""
     verdict = {
         1: "higher in every seed",
         0: "neither is ahead in every seed, so neither is shown to be better",
@@ -139,7 +139,7 @@ def _gaps(arms: Sequence[ArmResult], key: str, other: str = BASELINE) -> list[fl
 
 
 def _direction(gaps: Sequence[float]) -> int:
-    """1 or -1 where all seeds agree, else 0."""
+    """1 or -1 if all seeds agree, else 0."""
     return (min(gaps) > 0) - (max(gaps) < 0)
 
 

@@ -1,9 +1,9 @@
-"""The demo: few-shot fine-tuning on simulated brains, by head and by weights of the loss.
+"""The demo: few-shot fine-tuning on simulated brains, with different heads and loss weights.
 
-Everything is offline and on the CPU. Per seed, a source network learns tissues on simulated T1
-brains; from it, networks are fine-tuned to find deep structures with a few labelled subjects. The
-arms of a seed share subjects, source, crops and their order, and the initial weights but for the
-bias of the new output layer; that bias and the loss are all that differs.
+It runs offline on the CPU. Per seed, a source network learns tissues on simulated T1
+brains; networks are then fine-tuned from it to find deep structures with a few labelled subjects.
+The arms of a seed share subjects, source, crops and their order, and the initial weights except for
+the bias of the new output layer. They differ only in that bias and in the loss.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _FILES = ("index.html", "comparison.png", "results.csv")
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo. Defaults fit into five minutes on two CPU cores."""
+    """Sizes of the demo. With the defaults it takes less than five minutes on two CPU cores."""
 
     source_subjects: int = 16
     source_test_subjects: int = 2
@@ -209,7 +209,7 @@ def _clear(output: Path) -> None:
 def _run_all(
     output: Path, seeds: int, workers: int, settings: Settings, console: Console
 ) -> tuple[list[SourceResult], list[ArmResult]]:
-    """Source networks first, each seed's arms as soon as its source is there."""
+    """Source networks first, then each seed's arms as soon as its source is trained."""
     sources: list[SourceResult] = []
     arms: list[ArmResult] = []
     # Spawned, since a forked child inherits torch's thread pool in an unusable state.
@@ -263,7 +263,7 @@ def _run_all(
 
 
 def train_source(output: Path, seed: int, settings: Settings) -> SourceResult:
-    """Simulates a seed's subjects, trains its source network and makes the target's risk maps."""
+    """Simulates a seed's subjects, trains its source network, computes the target's risk maps."""
     folder = _folder(output, seed)
     first = 1000 * seed
     cohort = partial(write_cohort, resolution=settings.resolution, extent=settings.extent)
@@ -330,7 +330,7 @@ def _config(
         "output": folder / (name or (arm.key if arm else "source")),
         "overwrite": True,
         "cache": folder / "cache",
-        # The same for every arm: it draws the new head, the crops and their order.
+        # The same for every arm: it determines the new head, the crops and their order.
         "seed": seed,
         "device": "cpu",
         "threads": 1,

@@ -2,7 +2,7 @@
 
 Each subject is the ICBM 152 average brain that ships with nilearn (T1, grey-matter and
 white-matter maps), warped by a random smooth deformation and given its own tissue intensities,
-bias field and noise. The labels are exact by construction: they are warped along.
+bias field and noise. The labels are warped with the image, so they are exact by construction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTRASTS = {
     "t2": (1.00, 0.62, 0.45),
     "flair": (0.20, 0.85, 0.65),
 }
-# Of a white-matter lesion, on the same scale: dark in T1, bright in T2 and FLAIR.
+# Intensity of a white-matter lesion, on the same scale: dark in T1, bright in T2 and FLAIR.
 _LESION_INTENSITY = {"t1": 0.62, "t2": 0.90, "flair": 1.05}
 
 
@@ -47,7 +47,7 @@ class _Ellipsoid:
 
 
 # Coarse stand-ins for the structures' places and sizes; each is clipped to the tissue it is made
-# of, so that its outer border follows the template. Later entries give way to earlier ones.
+# of, so that its outer border follows the template. Earlier entries take precedence.
 _ELLIPSOIDS = (
     _Ellipsoid("ventricles", (7, 14, 9), (8, 20, 11), yaw=12),
     _Ellipsoid("ventricles", (11, -12, 20), (9, 26, 9), yaw=-8),
@@ -65,7 +65,7 @@ _MADE_OF = {
     "hippocampus": ("grey matter",),
     "ventricles": ("csf",),
 }
-# The thalamus is seen between grey and white matter.
+# The thalamus has an intensity between grey and white matter.
 _WHITE_SHARE = {"thalamus": 0.35, "putamen": 0.12}
 
 
@@ -95,15 +95,16 @@ def simulate_subject(
     extent: tuple[float, float] | None = None,
     lesions: bool = False,
 ) -> Subject:
-    """Simulates one subject, the same for the same arguments.
+    """Simulates one subject, deterministically for the same arguments.
 
     Args:
-        seed: anatomy, intensities, bias field and noise follow from it (>= 0).
-        resolution: isotropic voxel size in mm, 2 to 8 (finer than 2 mm the templates only
-            interpolate).
+        seed: determines anatomy, intensities, bias field and noise (>= 0).
+        resolution: isotropic voxel size in mm, 2 to 8 (below 2 mm the templates would only be
+            interpolated).
         contrast: key of CONTRASTS: "t1", "t2" or "flair". The anatomy does not depend on it.
         extent: lowest and highest z in MNI mm of a slab; None is the whole brain.
-        lesions: with white-matter lesions, in the same places in every contrast; all else stays.
+        lesions: adds white-matter lesions, in the same places in every contrast; nothing else
+            changes.
 
     Raises:
         ValueError: a negative seed, unknown contrast, resolution out of range or an empty extent.
@@ -114,7 +115,7 @@ def simulate_subject(
         raise ValueError(f"contrast: expected one of {sorted(CONTRASTS)}, got {contrast!r}")
     if not 2.0 <= resolution <= 8.0:
         raise ValueError(f"resolution: expected 2 to 8 mm, got {resolution}")
-    # Independent streams, so that a contrast or a slab leaves the anatomy as it is.
+    # Independent streams, so that contrast and slab do not change the anatomy.
     anatomy, appearance, disease = (
         np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)
     )
@@ -149,7 +150,7 @@ def write_cohort(
     folder/dataset.json that lists them under "training" or "validation", with label names.
 
     Args:
-        labels: "tissues", "structures" or "lesions", which subjects have only with these labels.
+        labels: "tissues", "structures" or "lesions"; subjects have lesions only with "lesions".
         resolution, contrast, extent: as for `simulate_subject`.
 
     Returns: the path of dataset.json.

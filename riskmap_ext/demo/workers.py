@@ -1,4 +1,4 @@
-"""Worker processes of one thread each, that end when their parent does."""
+"""Single-threaded worker processes that end when their parent does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 def start_worker() -> None:
     """For ProcessPoolExecutor's `initializer`."""
     torch.set_num_threads(1)
-    # Ctrl-C is for the parent: what runs is ended first.
+    # The parent handles Ctrl-C and ends the running workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Otherwise a worker whose parent was killed would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
