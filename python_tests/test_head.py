@@ -144,7 +144,7 @@ def test_bad_arguments() -> None:
     compiled: Any = torch.compile(network)
     with pytest.raises(ValueError, match=r"before torch.compile and Dist.*got OptimizedModule"):
         fuse_head(compiled, example_input=image)
-    with pytest.raises(ValueError, match=r"Conv2d itself; FusedHead\(convolution\) makes one"):
+    with pytest.raises(ValueError, match=r"Conv2d itself; FusedHead\(convolution\) converts"):
         fuse_head(nn.Conv2d(6, 5, 1))
 
 
@@ -335,5 +335,5 @@ def test_monais_loss_is_told() -> None:
     losses = pytest.importorskip("monai.losses", reason="needs MONAI")
     image, label = data()
     given = fused(net(), image).train()(image)
-    with pytest.raises((TypeError, AttributeError), match=r"\.logits\(\) makes them"):
+    with pytest.raises((TypeError, AttributeError), match=r"\.logits\(\) computes them"):
         losses.DiceCELoss(softmax=True, to_onehot_y=True)(given, label[:, None])

@@ -119,7 +119,7 @@ def test_reentrant_checkpointing_is_no_silent_stop() -> None:
 
 def test_traced_in_training() -> None:
     image, _ = data()
-    with pytest.raises(RuntimeError, match=r"DeferredLogits.*not made"):
+    with pytest.raises(RuntimeError, match=r"DeferredLogits.*not computed"):
         torch.jit.trace(fused(net(), image).train(), image)
 
 

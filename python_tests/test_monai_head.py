@@ -155,7 +155,7 @@ def test_a_step_of_the_trainer() -> None:
 def test_decollating_is_told() -> None:
     """It would hand features on as the images of a batch."""
     data = pytest.importorskip("monai.data")
-    with pytest.raises(TypeError, match=r"\.logits\(\) makes them"):
+    with pytest.raises(TypeError, match=r"\.logits\(\) computes them"):
         data.decollate_batch({"pred": deferred(5), "image": torch.zeros(2, 1, *SHAPE)})
 
 

@@ -23,7 +23,7 @@ _STACK = (
     "; is it a stack [B, heads, C, *S] of deep supervision, as MONAI's DynUNet returns it in "
     "training? torch.unbind(output, 1) splits it, finest first"
 )
-_DEFERRED = " of a fused head: riskmap_ext.nn.RiskWeightedLoss takes them; .logits() makes them"
+_DEFERRED = " of a fused head: riskmap_ext.nn.RiskWeightedLoss takes them; .logits() computes them"
 MAX_WEIGHT = 1e38  # voxel weights are float32
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -263,7 +263,7 @@ def validate_regions(value: Any, logits: Tensor, logits_name: str = "logits") ->
 
 
 def region_table(value: Any, device: torch.device | None = None) -> Tensor:
-    """A tensor, or nested lists of 0 and 1 (then made on ``device``), as a bool table [R, L]."""
+    """A tensor, or nested lists of 0 and 1 (then created on ``device``), as a bool table [R, L]."""
     if isinstance(value, torch.Tensor):
         table = plain_tensor("regions", value)
         _require_dtype("regions", table, INTEGER_DTYPES, "bool or an integer dtype")

@@ -18,8 +18,8 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {
 }
 _HELP = (
     "riskmap_ext.nn.RiskWeightedLoss and the losses of riskmap_ext.integrations take them as they "
-    "are; for anything else .logits() makes them, and riskmap_ext.nn.unfuse_head(network) brings "
-    "the convolution back"
+    "are; for anything else .logits() computes them, and riskmap_ext.nn.unfuse_head(network) "
+    "restores the convolution"
 )
 
 
@@ -74,21 +74,21 @@ class DeferredLogits:
         return DeferredLogits(self.features, self.weight[mine], bias)
 
     def __repr__(self) -> str:
-        return f"DeferredLogits(shape={list(self.shape)}, not made: .logits() makes them)"
+        return f"DeferredLogits(shape={list(self.shape)}, not computed: .logits() computes them)"
 
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:
         name = getattr(function, "__name__", str(function))
-        raise TypeError(f"{name}: got DeferredLogits, logits that have not been made; {_HELP}")
+        raise TypeError(f"{name}: got DeferredLogits, logits that have not been computed; {_HELP}")
 
     def __getattr__(self, name: str) -> NoReturn:
-        hint = "" if name.startswith("_") else f", since they have not been made; {_HELP}"
+        hint = "" if name.startswith("_") else f", since they have not been computed; {_HELP}"
         raise AttributeError(f"DeferredLogits have no {name!r}{hint}")
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
     def refuse(self: DeferredLogits, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(f"{name}: DeferredLogits have not been made; {_HELP}")
+        raise TypeError(f"{name}: DeferredLogits have not been computed; {_HELP}")
 
     return refuse
 

@@ -203,7 +203,7 @@ def _require_bare(network: Any) -> None:
     if isinstance(network, (*_KINDS, FusedHead)):
         raise ValueError(
             f"network: expected a network with a head in it, got {type(network).__name__} itself; "
-            "FusedHead(convolution) makes one of it"
+            "FusedHead(convolution) converts it"
         )
 
 
@@ -300,7 +300,7 @@ def _tried_heads(network: nn.Module, when: str, example_input: Tensor) -> list[s
     try:
         with torch.no_grad():
             given = tried(blank)
-    except Exception as error:  # DeferredLogits refuse in several ways
+    except Exception as error:  # DeferredLogits raise several types
         raise ValueError(
             f"network: {kind} returns the output of {', '.join(names)}, but also uses it "
             f"elsewhere: {one_line(error)}"

@@ -116,7 +116,7 @@ def _refuse_cuda(reason: str) -> torch.library.Library:
         def refuse(*_: Any) -> NoReturn:
             raise RuntimeError(
                 f"riskmap_ext.{name.strip('_')}: got CUDA tensors, but {reason}. "
-                "`python -m riskmap_ext.info` shows what is there; move the tensors to the CPU, "
+                "`python -m riskmap_ext.info` shows what was found; move the tensors to the CPU, "
                 "or install CUDA kernels for this torch (docs/install.md)."
             )
 

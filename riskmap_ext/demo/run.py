@@ -150,7 +150,7 @@ def run(
     """Runs all arms over `seeds` seeds and writes index.html, comparison.png and results.csv.
 
     Args:
-        output: folder, made where missing; an earlier demo in it is replaced.
+        output: folder, created if missing; an earlier demo in it is replaced.
         seeds: number of repetitions, each with its own subjects, source network and crops.
         steps: fine-tuning steps; None takes those of the settings (300).
         workers: processes, each with one torch thread.
@@ -253,7 +253,7 @@ def _run_all(
                         }
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process of the demo ended without an error of its own (killed, often for "
+            "a worker process of the demo ended without an error message (killed, often for "
             f"lack of memory); run it again with workers=1 instead of {workers}"
         ) from None
     finally:

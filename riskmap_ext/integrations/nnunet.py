@@ -261,7 +261,7 @@ class nnUNetTrainerRiskMap(nnUNetTrainerVoxelWeights):
         if self.is_cascaded:
             raise RuntimeError(
                 f"nnUNetTrainerRiskMap: the configuration {configuration!r} is the second stage of "
-                "a cascade, which has no source model of its own; use it for the others"
+                "a cascade, which has no separate source model; use it for the others"
             )
         self.source: SourceNetwork | None = None
         self.statistics: riskmap_ext.TransferStatistics | None = None

@@ -93,5 +93,5 @@ class _Lost(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> None:
         raise RuntimeError(
             "riskmap_ext.weighted_loss: its logits were used again after their gradient had taken "
-            f"their memory ({_NAME}=True); use them before the loss is made"
+            f"their memory ({_NAME}=True); use them before the loss is computed"
         )

@@ -38,5 +38,5 @@ def check_weights(name: str, values: Tensor, where: Tensor | None = None) -> Non
 
 
 def wanted(flag: bool, tensor: Tensor) -> bool:
-    """Whether values can and shall be read: not while compiling, not on tensors without data."""
+    """Whether values can and should be read: not while compiling, not on tensors without data."""
     return flag and not torch.compiler.is_compiling() and not tensor.is_meta

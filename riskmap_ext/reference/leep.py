@@ -48,11 +48,11 @@ def conditional(joint: Tensor, *, _check_values: bool = True) -> Tensor:
         joint: J of :func:`leep_statistics`, [C, Z] floating, finite and >= 0.
 
     Returns:
-        P(y|z), [C, Z] float64, on the device of ``joint``. Columns add up to 1; that of a source
+        P(y|z), [C, Z] float64, on the device of ``joint``. Columns sum to 1; that of a source
         class without mass is zero. No gradient flows to ``joint``.
 
     Raises:
-        TypeError: ``joint`` is no floating tensor.
+        TypeError: ``joint`` is not a floating tensor.
         ValueError: it is not two-dimensional, or holds a negative or non-finite value.
 
     Source: C. V. Nguyen et al., "LEEP: A New Measure to Evaluate Transferability of Learned

@@ -1,4 +1,4 @@
-"""The weighted loss from features in plain PyTorch: the logits are made, then the loss."""
+"""The weighted loss from features in plain PyTorch: first the logits, then the loss."""
 
 from __future__ import annotations
 

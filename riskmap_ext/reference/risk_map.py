@@ -68,7 +68,7 @@ def _position_in_range(
     range: tuple[float, float] | None,
     background: int | None,
 ) -> Tensor:
-    """clip((h - lo) / (hi - lo), 0, 1), and 0 (hence w = 1) where the range is degenerate."""
+    """clip((h - lo) / (hi - lo), 0, 1), and 0 (hence w = 1) if the range is degenerate."""
     if range is not None:
         span = range[1] - range[0]
         if span < MIN_RANGE:

@@ -29,7 +29,7 @@ def weighted_loss(
 ) -> Tensor:
     """ce_weight * L + dice_weight * L_dice, a scalar, or the voxel map for reduction="none".
 
-    The options are those of :func:`riskmap_ext.weighted_loss`; ``overwrite_logits`` changes nothing
+    The options are those of :func:`riskmap_ext.weighted_loss`; ``overwrite_logits`` has no effect
     here: a formula of PyTorch needs its logits.
     """
     tensors = loss_tensors(logits, target, risk, weight, foreground, regions, dice_class_weight)
@@ -39,7 +39,7 @@ def weighted_loss(
 def _loss(tensors: LossTensors, options: LossOptions, check_values: bool) -> Tensor:
     logits, target, risk, weight, foreground, regions, dice_class_weight = tensors
     if options.sync_dice:
-        raise ValueError("sync_dice: expected False in the reference, which knows one process")
+        raise ValueError("sync_dice: expected False in the reference, which runs in one process")
     labels = target.to(torch.int64)
     valid = labels != options.ignore_index
     if wanted(check_values, target):
@@ -53,10 +53,10 @@ def _loss(tensors: LossTensors, options: LossOptions, check_values: bool) -> Ten
     labels = torch.where(valid, labels, 0)
     inside = _foreground_voxels(labels, valid, foreground, options.background)
     summed = inside if options.ce_voxels == "foreground" else valid
-    if options.ce_weight == 0:  # switched off: not even an infinite cross-entropy counts
+    if options.ce_weight == 0:  # switched off: even an infinite cross-entropy is ignored
         summed = torch.zeros_like(summed)
 
-    # Voxels that count nowhere are blanked, so that not even their NaN reaches the gradient.
+    # Unused voxels are blanked, so that not even their NaN reaches the gradient.
     used = valid if options.dice_weight > 0 else summed
     logits = torch.where(used.unsqueeze(1), logits.to(compute_dtype(logits.dtype)), 0.0)
     if regions is None:
@@ -123,7 +123,7 @@ def _binary_cross_entropy(
 ) -> Tensor:
     """[B, *S], the mean over regions."""
     target = inside.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    # torch's binary_cross_entropy_with_logits, but an infinite logit that is right costs nothing.
+    # As binary_cross_entropy_with_logits, but an infinite logit of the right sign costs nothing.
     logsigmoid = torch.nn.functional.logsigmoid
     loss = torch.where(target > 0, -target * logsigmoid(logits), 0.0)
     loss = loss + torch.where(target < 1, (target - 1) * logsigmoid(-logits), 0.0)
@@ -146,7 +146,7 @@ def _normalizer(
     options: LossOptions,
     dtype: torch.dtype,
 ) -> Tensor:
-    """N_b, [B]; infinite where it is 0, as where nothing is valid: then L_b is 0."""
+    """N_b, [B]; infinite where it would be 0, as without valid voxels: then L_b is 0."""
     num_valid = valid.flatten(1).sum(dim=1).to(dtype)
     if options.normalization == "none":
         return torch.ones_like(num_valid)
