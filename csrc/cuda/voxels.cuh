@@ -171,6 +171,15 @@ __device__ __forceinline__ void load_labels(const MapRow& map, const LabelCode& 
   }
 }
 
+// 0 of 0, else 1.
+__device__ __forceinline__ uint32_t nonzero_bit(uint32_t value) {
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ < 13
+  return (value | (0u - value)) >> 31;  // CUDA 12: its ptxas crashes on a mask whose bits come from comparisons
+#else
+  return value != 0 ? 1u : 0u;
+#endif
+}
+
 template <class T, class Span>
 __device__ __forceinline__ uint32_t nonzero_bits(const MapRow& map, const Span& span) {
   T bits[Span::kVoxels];
@@ -179,9 +188,9 @@ __device__ __forceinline__ uint32_t nonzero_bits(const MapRow& map, const Span& 
 #pragma unroll
   for (int i = 0; i < Span::kVoxels; ++i) {
     if constexpr (sizeof(T) == 8) {
-      set |= ((bits[i].x | bits[i].y) != 0 ? 1u : 0u) << i;
+      set |= nonzero_bit(bits[i].x | bits[i].y) << i;
     } else {
-      set |= (bits[i] != 0 ? 1u : 0u) << i;
+      set |= nonzero_bit(bits[i]) << i;
     }
   }
   return set;
