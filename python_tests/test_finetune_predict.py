@@ -51,6 +51,16 @@ def run(
 
 
 class TestPredict:
+    def test_the_folder_of_a_run_is_its_last_checkpoint(
+        self, run: Path, root: Path, tmp_path: Path
+    ) -> None:
+        image = next((root / "images").iterdir())
+        named, folder = (
+            predict_images(given, [image], tmp_path / name, progress=False)[0]
+            for name, given in (("file", run / "last.pt"), ("folder", run))
+        )
+        assert np.array_equal(nib.load(named).dataobj, nib.load(folder).dataobj)
+
     def test_a_blank_image_is_told(
         self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

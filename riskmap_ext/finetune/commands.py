@@ -222,7 +222,7 @@ def _finetune(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a segmentation network with the transfer-risk-weighted loss.
+    """Fine-tune a segmentation network; risk.use=true weighs its loss by the transfer risk map.
 
     Without `source` in the configuration it trains the network from scratch: that is how a source
     model is made. With --folds it trains a run for each fold, in OUTPUT/fold_0, fold_1, ...
@@ -302,8 +302,8 @@ def _predict(
     checkpoint: Annotated[
         list[Path],
         typer.Argument(
-            help="last.pt or best.pt of a run, or a model of nnU-Net or MONAI. Several, or the "
-            "folder of a cross-validation: by the mean of their probabilities."
+            help="Folder of a run (its last.pt), best.pt, or a model of nnU-Net or MONAI. Several, "
+            "or the folder of a cross-validation: by the mean of their probabilities."
         ),
     ],
     image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],

@@ -108,7 +108,10 @@ def predict_images(
 
 
 def _checkpoints(given: Iterable[Path]) -> list[Path]:
-    """With those of its folds for a cross-validation. Raises: ConfigError for unfinished folds."""
+    """Of a run its last.pt, of a cross-validation those of its folds.
+
+    Raises: ConfigError for unfinished folds.
+    """
     found = []
     for path in given:
         folds = fold_folders(path)
@@ -117,7 +120,8 @@ def _checkpoints(given: Iterable[Path]) -> list[Path]:
                 f"{path}: {', '.join(missing)} of its {len(folds)} folds are not finished; go on "
                 "with riskmap finetune --resume, or name the checkpoints"
             )
-        found += [fold / "last.pt" for fold in folds] or [path]
+        last = path / "last.pt"
+        found += [fold / "last.pt" for fold in folds] or [last if last.is_file() else path]
     if not found:
         raise ConfigError("checkpoint: expected at least one, got none")
     return found

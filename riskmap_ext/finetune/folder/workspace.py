@@ -140,9 +140,11 @@ def check_output(config: Config) -> list[str]:
     check_folder("cache", config.cache or output / "cache")
     held = _held(output)
     if held and not config.overwrite:
-        state = "already holds a run" if finished(output) else "holds an unfinished run"
+        done = finished(output)
+        state = "already holds a run" if done else "holds an unfinished run"
+        go_on = "" if done else "--resume goes on with it; "
         raise ConfigError(
-            f"output: {output} {state} ({some(held)}); choose another folder, or set "
+            f"output: {output} {state} ({some(held)}); {go_on}choose another folder, or set "
             "overwrite=true to replace it"
         )
     if config.source is not None and output in config.source.checkpoint.parents and held:
