@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel
+.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel fuzz
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release cuda-machine-code gpu-check
 
 install: $(VENV)/.installed
@@ -31,6 +31,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# N generated calls of the ops, after those of the last run; it prints how to repeat a failure.
+N ?= 20000
+fuzz: install
+	$(BIN)/python python_tests/fuzz.py --calls $(N)
 
 sanitize: install
 	PYTHON=$(BIN)/python python_tests/run_sanitized.sh
