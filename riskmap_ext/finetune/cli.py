@@ -24,10 +24,10 @@ def main() -> None:
             raise
         extra = 'pip install "riskmap_ext[finetune]"'
         _fail(f"the package {error.name} is missing; install it with: {extra}")
-    except KeyboardInterrupt:  # before a command has begun
+    except KeyboardInterrupt:  # before a command starts
         print("riskmap: stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except ToldElsewhere:  # another process of the run says it
+    except ToldElsewhere:  # another process of the run reports it
         raise SystemExit(2) from None
     except InputError as error:
         _fail(str(error))
@@ -39,7 +39,7 @@ def _fail(message: str) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A library's warning in the way of this command, without lines of source code."""
+    """A library's warning in the style of this command, without lines of source code."""
     print(f"riskmap: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The commands of `riskmap`. What they lean on is imported when one of them runs."""
+"""The commands of `riskmap`. A command's imports happen when it runs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _print_version(wanted: bool) -> None:
 def _riskmap(
     _: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Transfer risk maps and risk-weighted fine-tuning of segmentation networks."""
 
 
 def _can_be_written(output: Path | None) -> Path | None:
-    """That a file can be written there is known before hours of work."""
+    """Checks that the file can be written, before hours of work."""
     from riskmap_ext.finetune.folder.workspace import check_folder
 
     if output is not None:
@@ -63,7 +63,7 @@ Overrides = Annotated[
 Table = Annotated[
     Path | None, typer.Option(callback=_can_be_written, help="CSV file for the scores.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -71,7 +71,7 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
     """Registers a function as the command of its name, with examples at the end of its help.
 
     Ctrl-C and SIGTERM end it with one line and the shell's code, 130 or 143. processes: whether
-    torchrun may start several of it.
+    torchrun may start several processes of it.
     """
 
     def register(function: Callable[..., None]) -> Any:
@@ -95,7 +95,7 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
             finally:
                 signal.signal(signal.SIGTERM, before)
 
-        # Blank lines keep the examples on lines of their own.
+        # Blank lines keep each example on its own line.
         return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
 
     return register
@@ -106,7 +106,7 @@ def _terminate(*_: Any) -> None:
 
 
 def _import_package() -> None:
-    """Runs the package that riskmap_ext_command.py left empty, for a quick --help."""
+    """Executes the package that riskmap_ext_command.py left empty to make --help fast."""
     package = sys.modules["riskmap_ext"]
     spec = package.__spec__
     if not hasattr(package, "__all__") and spec is not None and spec.loader is not None:
@@ -118,9 +118,9 @@ def _demo(
     output: Annotated[Path, typer.Option(help="Folder for the table, picture and page.")] = Path(
         "demo_output"
     ),
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other subjects.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, with other subjects.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps of each run.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Number of parallel runs.")] = 2,
 ) -> None:
     """Compare ways to fine-tune on simulated brains: offline, a few minutes on two cores."""
     from riskmap_ext.demo import run as demo
@@ -135,16 +135,16 @@ def _demo(
 def _rank(
     config: ConfigFile,
     source: Annotated[
-        list[Path], typer.Option(help="Checkpoint of a source model; once for each of them.")
+        list[Path], typer.Option(help="Checkpoint of a source model; repeat for each one.")
     ],
     overrides: Overrides = None,
     output: Table = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score source models by LEEP on the training cases: choose one before training for a week.
+    """Score source models by LEEP on the training cases, to choose one before a week of training.
 
     The score is the mean log-likelihood of a voxel's label given the source's outputs; "told" is
-    what it gains over the class frequencies alone.
+    its gain over the class frequencies alone.
     """
     from riskmap_ext.finetune.base.files import write_rows
     from riskmap_ext.finetune.config.load import located_config
@@ -165,8 +165,8 @@ def _rank(
 )
 def _map(
     source: Annotated[Path, typer.Option(help="Checkpoint of the source model.")],
-    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
-    label: Annotated[list[Path], typer.Option(help="Label file, or a folder of them.")],
+    image: Annotated[list[Path], typer.Option(help="Image file or folder of images.")],
+    label: Annotated[list[Path], typer.Option(help="Label file or folder of labels.")],
     output: Annotated[Path, typer.Option(help="Folder for the maps and pictures.")],
     classes: Annotated[
         str | None,
@@ -208,24 +208,24 @@ def _finetune(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run in the output folder.")
+        bool, typer.Option("--resume", help="Resume the unfinished run in the output folder.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the whole plan; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything; train and write nothing.")
     ] = False,
     folds: Annotated[
         str | None,
         typer.Option(
-            help="Cross-validate: how many folds, or a file of splits such as nnU-Net's "
-            "splits_final.json; the same as data.folds."
+            help="Cross-validate: number of folds, or a file of splits such as nnU-Net's "
+            "splits_final.json; same as data.folds."
         ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a segmentation network; risk.use=true weighs its loss by the transfer risk map.
+    """Fine-tune a segmentation network; risk.use=true weights its loss by the transfer risk map.
 
-    Without `source` in the configuration it trains the network from scratch: that is how a source
-    model is made. With --folds it trains a run for each fold, in OUTPUT/fold_0, fold_1, ...
+    Without `source` in the configuration, it trains the network from scratch: use this to make a
+    source model. With --folds, it trains one run per fold, in OUTPUT/fold_0, fold_1, ...
     """
     from riskmap_ext.finetune.config.load import located_config
     from riskmap_ext.finetune.dry_run import check_run
@@ -245,7 +245,7 @@ def _init(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="With dataset.json, images/ and labels/, imagesTr/ and labelsTr/, or BIDS.",
+            help="Contains dataset.json, images/ and labels/, imagesTr/ and labelsTr/, or BIDS.",
         ),
     ],
     source: Annotated[
@@ -257,9 +257,9 @@ def _init(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a first configuration for a folder of images and labels, with comments.
+    """Write a first, commented configuration for a folder of images and labels.
 
-    It runs as it is: paths, channels, classes, patch size and network are found in the files.
+    It runs without changes: paths, channels, classes, patch size and network come from the files.
     """
     from riskmap_ext.finetune.init import write_first_config
 
@@ -277,14 +277,14 @@ def _report(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.html", callback=_can_be_written, help="RUN/report.html otherwise."
+            metavar="FILE.html", callback=_can_be_written, help="Default: RUN/report.html."
         ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML file of a run: curves, classes, cases, LEEP, settings.
 
-    It needs no other file and no network. The run may be unfinished.
+    The page needs no other file and no internet access. The run may be unfinished.
     """
     from riskmap_ext.finetune.report.write import write_report
 
@@ -303,42 +303,42 @@ def _predict(
         list[Path],
         typer.Argument(
             help="Folder of a run (its last.pt), best.pt, or a model of nnU-Net or MONAI. Several, "
-            "or the folder of a cross-validation: by the mean of their probabilities."
+            "or the folder of a cross-validation, form an ensemble (mean of their probabilities)."
         ),
     ],
-    image: Annotated[list[Path], typer.Option(help="Image file, or a folder of them.")],
+    image: Annotated[list[Path], typer.Option(help="Image file or folder of images.")],
     output: Annotated[Path, typer.Option(help="Folder for the segmentations.")],
     suffix: Annotated[
         str | None,
         typer.Option(
-            help="Endings of the file names of each channel, such as _T1w,_FLAIR; of several "
-            "channels, as in the training otherwise."
+            help="File name endings of the channels, such as _T1w,_FLAIR. Default for several "
+            "channels: as in training."
         ),
     ] = None,
     orientation: Annotated[
         str | None,
         typer.Option(
-            help="Order of the axes in the files of the training, such as LPS; for a checkpoint of "
-            "nnU-Net, RAS otherwise."
+            help="Order of the axes in the training files, such as LPS. Default for nnU-Net "
+            "checkpoints: RAS."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overlap: Annotated[
-        float, typer.Option(min=0.0, max=0.95, help="Of neighbouring windows, as a share.")
+        float, typer.Option(min=0.0, max=0.95, help="Overlap of neighbouring windows, as a share.")
     ] = 0.25,
     patch_size: Annotated[
-        str | None, typer.Option(help="Window, such as 64,64,64; that of the training otherwise.")
+        str | None, typer.Option(help="Window, such as 64,64,64. Default: as in training.")
     ] = None,
     overwrite: Overwrite = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Only images without a segmentation there.")
+        bool, typer.Option("--skip-existing", help="Skip images that have a segmentation there.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Segment images with a trained checkpoint: NAME.nii.gz on each image's own grid.
 
-    The checkpoint knows its network, its classes and how its images were prepared. Values are class
-    numbers, 0 for the background.
+    The checkpoint stores its network, its classes and the preprocessing. Values are class numbers,
+    0 for the background.
     """
     from pydantic import ValidationError
 
@@ -371,26 +371,26 @@ def _predict(
     "--structure core=1 --output scores.csv",
 )
 def _evaluate(
-    prediction: Annotated[Path, typer.Option(help="Segmentation file, or a folder of them.")],
-    reference: Annotated[Path, typer.Option(help="Reference label file, or a folder of them.")],
+    prediction: Annotated[Path, typer.Option(help="Segmentation file or folder.")],
+    reference: Annotated[Path, typer.Option(help="Reference label file or folder.")],
     structure: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUES",
-            help="Such as lesion=1 or whole=1,2,3; once for each structure or region.",
+            help="Such as lesion=1 or whole=1,2,3; repeat for each structure or region.",
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Of the NSD (surface Dice), in mm.")] = 1.0,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Leave out references without a prediction.")
+        bool, typer.Option("--partial", help="Skip references without a prediction.")
     ] = False,
     output: Table = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare segmentations with reference labels: Dice, HD95, NSD (surface Dice).
 
-    Files are paired by name. A structure that the prediction misses counts as 0 and is counted, one
-    that neither has is left out, one that only the prediction has is counted as extra.
+    Files are paired by name. A structure that the prediction misses scores 0 and is counted; one
+    that only the prediction has is counted as extra; one that neither has is left out.
     """
     from riskmap_ext.finetune.base.files import write_rows
     from riskmap_ext.finetune.evaluate import score_files
@@ -427,7 +427,7 @@ def _structures(given: list[str]) -> dict[str, list[int]] | None:
 
 
 def _map_files(image: list[Path], label: list[Path]) -> dict[str, Any]:
-    """The `data` section of --image and --label."""
+    """The `data` section for --image and --label."""
     from riskmap_ext.finetune.base.files import check_there
 
     check_there(("--image", image), ("--label", label))

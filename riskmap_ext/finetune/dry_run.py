@@ -1,4 +1,4 @@
-"""A run checked without being begun: files, grids, labels, keys of the checkpoint, memory."""
+"""Checks a run without starting it: files, grids, labels, keys of the checkpoint, memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from riskmap_ext.finetune.train.plan import (
 from riskmap_ext.finetune.train.session import Session, session
 from riskmap_ext.finetune.train.step import loss_in_words
 
-# For reading whole volumes; of further ones the headers are enough.
+# For reading whole volumes; of the others, only the headers are checked.
 _SECONDS = 30.0
 
 
@@ -35,7 +35,7 @@ _SECONDS = 30.0
 class DryRun:
     """What a run would work on. class_voxels: class -> voxels in the training cases read.
 
-    Of a cross-validation, train and validation are the cases of all `folds`.
+    For a cross-validation, train and validation are the cases of all `folds`.
     """
 
     train: list[str]
@@ -48,7 +48,7 @@ class DryRun:
 
 
 class _Read(NamedTuple):
-    """What is kept of a case that was read."""
+    """What is kept of a case after reading it."""
 
     digest: str
     class_voxels: Tensor
@@ -57,7 +57,7 @@ class _Read(NamedTuple):
 def check_run(config: Config, *, progress: bool = True, resume: bool = False) -> DryRun:
     """Checks everything a run would check, in under a minute, and writes nothing.
 
-    All headers are looked at; whole volumes and their labels are read for half a minute.
+    All headers are checked; whole volumes and their labels are read for half a minute.
 
     Raises: InputError as finetune does, with a line for each problem.
     """
@@ -88,7 +88,7 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     validation = [case.name for case in listing.validation]
     validation += [name for fold in folds for name in fold.val]
     total = len({*names, *validation})
-    by_header = f" ({total - len(read)} by their headers alone)" if len(read) < total else ""
+    by_header = f" ({total - len(read)} by header only)" if len(read) < total else ""
     log(f"{total} cases checked{by_header}: nothing is in the way of this run")
     return DryRun(
         train=names,
@@ -113,7 +113,7 @@ def header_problems(listing: Listing) -> Problems:
 
 
 def _read_some(run: Session, listing: Listing) -> dict[str, _Read]:
-    """By case name. Raises: DataError with a line for each problem of the cases that were read."""
+    """By case name. Raises: DataError with a line for each problem of the cases read."""
     count, problems, read = len(listing.structures.classes), Problems(), dict[str, _Read]()
     until = time.monotonic() + _SECONDS
     for case in each_case(listing, run.config.data, problems, log=run.log, until=until):

@@ -1,4 +1,4 @@
-"""Segmentation files against reference labels: Dice, HD95, NSD, missed structures."""
+"""Scores segmentation files against reference labels: Dice, HD95, NSD, missed structures."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def score_files(
     partial: bool = False,
     progress: bool = True,
 ) -> list[Score]:
-    """Scores predictions against the references of the same names.
+    """Scores predictions against the references of the same name.
 
     Args:
-        predictions, references: a file each, or a folder each; paired by name.
-        structures: name -> the label values that make it up; regions may overlap. None: every value
-            but 0 that occurs in a file of either side.
+        predictions, references: two files, or two folders; paired by name.
+        structures: name -> its label values; regions may overlap. None: every value except 0 that
+            occurs in a file of either side.
         tolerance: of the NSD (surface Dice), in mm.
-        partial: leave out references without a prediction, which is an error otherwise.
+        partial: skip references without a prediction; otherwise they are an error.
         progress: print the table and a progress bar.
 
-    Raises: InputError naming the files: no counterpart, another grid, no whole numbers.
+    Raises: InputError naming the files: no counterpart, another grid, values not whole numbers.
     """
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ConfigError(f"--tolerance: expected a number >= 0 in mm, got {tolerance!r}")
@@ -64,7 +64,7 @@ def score_files(
 
 
 def summary(scores: Sequence[Score], tolerance: float) -> Table:
-    """A row for each structure. Missed structures count as Dice 0; nothing is averaged away."""
+    """One row per structure. Missed structures count as Dice 0; nothing is averaged away."""
     cases = len({score.case for score in scores})
     table = Table(
         title=f"{cases} cases; NSD: surface Dice at {tolerance:g} mm; HD95 in mm",

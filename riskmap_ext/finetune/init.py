@@ -1,4 +1,4 @@
-"""A first configuration, made by looking at a folder of images and labels."""
+"""Makes a first configuration from a folder of images and labels."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from riskmap_ext.finetune.folder.workspace import check_folder
 from riskmap_ext.finetune.source.checkpoint import SourceModel, load_source
 from riskmap_ext.finetune.source.network import spatial_dims
 
-# For reading labels, and with the first of them the images.
+# For reading labels, and the images of the first of them.
 _SECONDS = 20.0
 _IMAGES = 5
-# In Hounsfield units air is at -1000; scaled images of other kinds may be below 0, too.
+# In Hounsfield units, air is -1000; scaled images of other modalities may be below 0, too.
 _CT_BELOW = -800
-# Thinner volumes are seen slice by slice.
+# Thinner volumes get a 2-D network.
 _LEAST_DEPTH = 16
 _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}
-# Of a crop's voxel in training, beside 24 for each output: measured on the networks written here.
+# Per voxel of a training crop, plus 24 per output: measured on the networks written here.
 _BYTES = {2: 1600, 3: 600}
 
 
@@ -59,12 +59,12 @@ def write_first_config(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Writes a commented configuration for the data set in `folder` that runs as it is.
+    """Writes a commented configuration for the data set in `folder` that runs without changes.
 
     Args:
-        folder: a data set, as `data.root`; suffixes, classes and channels are found.
+        folder: a data set, as `data.root`; suffixes, classes and channels are detected.
         output: the file to write.
-        source: checkpoint of a source model; None: a network to be trained from scratch.
+        source: checkpoint of a source model; None: train a network from scratch.
         overwrite: replace the file.
         progress: print a progress bar.
 
@@ -88,13 +88,13 @@ def write_first_config(
     looked_at = found.cases[:_IMAGES] if known else found.cases
     values, read, lowest = _look(looked_at, len(listing.channels), log)
     if known:
-        told = f"Classes, as dataset.json has them: {', '.join(known)}."
+        told = f"Classes from dataset.json: {', '.join(known)}."
     else:
         labels, told = _labels(root, found.cases, values)
         told += f" ({read} of {count} label files were read.)"
     ct = lowest < _CT_BELOW
     if ct:
-        log.warn(f"taken for CT in Hounsfield units, since the lowest intensity is {lowest:g}")
+        log.warn(f"assumed to be CT in Hounsfield units: the lowest intensity is {lowest:g}")
     base, run = path.absolute().parent, f"runs/{root.name}"
     runs = (run, *(f"{run}_{number}" for number in range(2, 1000)))
     text = _TEMPLATES.get_template("init.yaml.j2").render(
@@ -104,7 +104,7 @@ def write_first_config(
         told=told,
         labels=labels,
         validation=None if found.validation else math.ceil(count / 5) if count > 1 else 0,
-        # A source of CT has a window of its own.
+        # A CT source has its own window.
         ct=ct and not (model and model.preprocessing.get("window")),
         source=model,
         channels=listing.channels,
@@ -117,7 +117,7 @@ def write_first_config(
 
 
 def _suffixes(root: Path) -> dict[str, Any]:
-    """data.image_suffix and data.label_suffix, as far as the names of the files tell them."""
+    """data.image_suffix and data.label_suffix, as far as file names show them."""
     if (root / "dataset.json").is_file():
         return {}
     for folders in (("images", "labels"), ("imagesTr", "labelsTr")):
@@ -133,7 +133,7 @@ def _suffixes(root: Path) -> dict[str, Any]:
 
 
 def _endings(images: list[str], labels: list[str]) -> dict[str, Any]:
-    """What follows the names of most cases."""
+    """The suffixes that most cases have."""
     for start in _cuts(labels[0]):
         suffix = labels[0][start:]
         cases = {label.removesuffix(suffix) for label in labels if label.endswith(suffix)}
@@ -148,12 +148,12 @@ def _of_most(kinds: Iterable[str], cases: set[str]) -> list[str]:
 
 
 def _cuts(name: str) -> list[int]:
-    """Where a suffix may begin, from the end of the name on."""
+    """Where a suffix may start, searched from the end of the name."""
     return [len(name), *(n for n in reversed(range(1, len(name))) if name[n] in "_-.")]
 
 
 def _on_one_grid(data: dict[str, Any]) -> tuple[dict[str, Any], Found]:
-    """Without the channels that do not lie on the grid of the first case's label."""
+    """Drops the channels that are not on the grid of the first case's label."""
     found = find_cases(DataConfig.model_validate(data))
     suffixes, first = data.get("image_suffix", []), found.cases[0]
     if len(suffixes) > 1:
@@ -165,7 +165,7 @@ def _on_one_grid(data: dict[str, Any]) -> tuple[dict[str, Any], Found]:
 
 
 def _look(cases: Sequence[CaseFiles], channels: int, log: Log) -> tuple[list[int], int, float]:
-    """Label values beside 0, in how many files, and the lowest intensity: as time allows."""
+    """Label values except 0, the number of files read and the lowest intensity, as time allows."""
     values, lowest, problems, read = set[int](), 0.0, Problems(), 0
     until = time.monotonic() + _SECONDS
     with log.counting("Looking at labels", len(cases)) as advance:
@@ -184,7 +184,7 @@ def _look(cases: Sequence[CaseFiles], channels: int, log: Log) -> tuple[list[int
 def _labels(
     root: Path, cases: Sequence[CaseFiles], values: list[int]
 ) -> tuple[dict[str, Any], str]:
-    """data.label_map, by a table that has all values, and where it is from."""
+    """data.label_map from a table that has all values, and a note on where it is from."""
     if not values:
         raise DataError(f"{cases[0].label.parent}: no labels: every voxel is 0")
     for folder in (root, cases[0].label.parent, *root.glob("derivatives/*/")):
@@ -194,13 +194,13 @@ def _labels(
                 if set(values) <= table.keys():
                     whole = len(table) == len(values)
                     used = str(path) if whole else {value: table[value] for value in values}
-                    return {"label_map": used}, f"Classes, as {path.name} has them."
+                    return {"label_map": used}, f"Classes from {path.name}."
     names = [f"label_{value}" for value in values] if len(values) > 1 else ["foreground"]
     return {"label_map": dict(zip(values, names, strict=True))}, "Names for the values found."
 
 
 def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int) -> dict[str, Any]:
-    """Of a median case; and the patch: the source's, or as large as volumes and memory allow."""
+    """Sizes of a median case; the patch: the source's, or what volumes and memory allow."""
     grids = [Grid.reoriented(read_header(case.label), "RAS") for case in cases]
     spacings = np.array([grid.spacing for grid in grids])
     shape = np.median([grid.prepared_shape for grid in grids], axis=0).tolist()
@@ -211,7 +211,7 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
     elif min(shape) < _LEAST_DEPTH:
         dims, axis = 2, slice_axis_of("RAS"[shape.index(min(shape))])
     shape, spacing = (arranged(values, "RAS", PREPARED[axis]) for values in (shape, spacing))
-    # Deeper for large volumes; a source's network may be as deep as any.
+    # Deeper for large volumes; a source's network may have any depth.
     depth = 5 if source is not None else 4 if min(shape[:dims]) >= 64 else 3
     step, device = 2**depth, device_of("auto")
     cuda = device.type == "cuda"
@@ -220,7 +220,7 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
     patch = [max(2 * step, int(size) // step * step) for size in shape[:dims]]
     while math.prod(patch) > most and max(patch) > 2 * step:
         patch[patch.index(max(patch))] -= step
-    why = f"As volumes and {gib(memory)} of memory allow, divisible by {step} for the network."
+    why = f"As large as volumes and {gib(memory)} of memory allow, divisible by {step} (network)."
     if told.get("patch_size"):
         patch, why = list(told["patch_size"]), "As in the source's training."
     return {
@@ -235,14 +235,14 @@ def _sizes(cases: Sequence[CaseFiles], source: SourceModel | None, outputs: int)
 
 
 def _seen(source: SourceModel | None, channels: list[str]) -> list[int]:
-    """Of the channels, those that the source sees: by their names, else the first ones."""
+    """The channels that the source sees: by name, else the first ones."""
     wanted = channels if source is None else source.channels
     named = [channels.index(name) for name in wanted if name in channels]
     return named if len(named) == len(wanted) else [*range(len(wanted))]
 
 
 def _yaml(value: Any) -> str:
-    """On one line, or on several that are deeper than any key."""
+    """On one line, or on several lines indented deeper than any key."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=90)
     return text.removesuffix("...\n").strip().replace("\n", "\n    ")
 

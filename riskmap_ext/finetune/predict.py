@@ -1,4 +1,4 @@
-"""Segmentations of unlabelled images by a trained checkpoint, on the images' own grids."""
+"""Segments unlabelled images with a trained checkpoint, on the images' own grids."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def predict_images(
     """Segments each image by sliding window and writes OUTPUT/NAME.nii.gz.
 
     Args:
-        checkpoint: last.pt or best.pt of a run: it knows its network, classes and preparation. Or
-            a checkpoint of another tool whose preparation `data` can express. Several of them, or
-            the folder of a cross-validation, segment by the mean of their probabilities.
-        images: files, or folders of them. A case of several channels has a file for each, told by
-            the suffix, or one 4-D file.
+        checkpoint: last.pt or best.pt of a run, which store network, classes and preprocessing; or
+            a checkpoint of another tool whose preprocessing `data` can express. If several, or the
+            folder of a cross-validation, their probabilities are averaged.
+        images: files, or folders of them. A case of several channels has a file for each,
+            identified by its suffix, or one 4-D file.
         suffix: what follows the case's name in the file names, one for each channel; None: as in
-            the training where that had several channels.
+            training if that had several channels.
         output: folder of the segmentations: class numbers in uint8 (int16 beyond 256 classes), with
-            the image's shape, affine and its qform and sform codes.
-        orientation: of the training's files, as `source.orientation`; for other tools' checkpoints.
+            the image's shape, affine, qform and sform codes.
+        orientation: of the training files, as `source.orientation`; for other tools' checkpoints.
         device: as in a configuration.
-        inference: sliding window; None: that of the training's patches.
-        overwrite: replace segmentations that are there already.
-        skip_existing: leave them, and segment the other images.
+        inference: sliding window; None: with the training's patch size.
+        overwrite: replace existing segmentations.
+        skip_existing: keep existing segmentations, and segment the other images.
         progress: print the log and a progress bar.
 
-    Returns: the files written. Raises: InputError naming the file, before the first prediction
-    where its header shows it; images that turn out bad later are named when all others are done.
+    Returns: the files written. Raises: InputError naming the file: before the first prediction if
+    its header is bad, else after all other images are done.
     """
     output = Path(output)
     log = Log(quiet=not progress)
@@ -77,7 +77,7 @@ def predict_images(
     for each in models:
         if not (inference.patch_size or each.preprocessing.get("patch_size")):
             raise ConfigError(
-                f"{each.path}: does not say with which patches it was trained; give --patch-size"
+                f"{each.path}: does not say which patch size it was trained with; set --patch-size"
             )
     source = SourceConfig(checkpoint=model.path)
     config = Config(output=output, data=_agreed(models), source=source, inference=inference)
@@ -108,7 +108,7 @@ def predict_images(
 
 
 def _checkpoints(given: Iterable[Path]) -> list[Path]:
-    """Of a run its last.pt, of a cross-validation those of its folds.
+    """The last.pt of a run, or those of a cross-validation's folds.
 
     Raises: ConfigError for unfinished folds.
     """
@@ -117,7 +117,7 @@ def _checkpoints(given: Iterable[Path]) -> list[Path]:
         folds = fold_folders(path)
         if missing := [fold.name for fold in folds if not finished(fold)]:
             raise ConfigError(
-                f"{path}: {', '.join(missing)} of its {len(folds)} folds are not finished; go on "
+                f"{path}: {', '.join(missing)} of its {len(folds)} folds are not finished; resume "
                 "with riskmap finetune --resume, or name the checkpoints"
             )
         last = path / "last.pt"
@@ -138,7 +138,7 @@ def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
 def _files(
     images: Sequence[Path], suffixes: list[str], channels: list[str]
 ) -> dict[str, tuple[Path, ...]]:
-    """Case -> its files. Raises: DataError with a line for each file that cannot be used."""
+    """Case -> its files. Raises: DataError with a line for each unusable file."""
     if len(suffixes) not in (1, len(channels)):
         raise ConfigError(
             f"--suffix: expected one for each of the {len(channels)} channels "
@@ -152,11 +152,11 @@ def _files(
         with problems.collected():
             paths = volumes_in(given) if given.is_dir() else [given]
         for path in paths:
-            # Of _T1w and _ce_T1w the longer one, where both fit.
+            # If both _T1w and _ce_T1w match, the longer one.
             fitting = [suffix for suffix in suffixes if stem(path).endswith(suffix)]
             suffix = max(fitting, key=len, default=None)
             if suffix is None:
-                # In a folder it is another contrast.
+                # In a folder, it is another contrast.
                 if path == given:
                     problems.append(f"{path}: its name ends in none of {', '.join(suffixes)}")
                 continue
@@ -193,7 +193,7 @@ def _check_targets(
 
 
 def _agreed(models: Sequence[SourceModel]) -> DataConfig:
-    """How all models' images are prepared. Raises: CheckpointError naming what differs."""
+    """The preprocessing that all models share. Raises: CheckpointError naming what differs."""
     prepared = [_preparation(model) for model in models]
     facts = [
         vars(model.structures)
@@ -213,13 +213,13 @@ def _agreed(models: Sequence[SourceModel]) -> DataConfig:
 
 
 def _preparation(model: SourceModel) -> DataConfig:
-    """Raises: ConfigError where the images of the training were prepared in ways unknown here."""
+    """Raises: ConfigError if the training images were prepared in a way that is unknown here."""
     known, unknown = own_preparation(model)
     if not {"normalize", "spacing"} <= known.keys() and not unknown:
         unknown = ["in a way that its file does not say"]
     if unknown:
         raise ConfigError(
             f"{model.path}: its images were prepared {', '.join(unknown)}, which riskmap predict "
-            "cannot do; segment with the tool that it was trained with, or fine-tune it first"
+            "cannot do; segment with the tool that trained the model, or fine-tune it first"
         )
     return DataConfig(root=Path(), **known)

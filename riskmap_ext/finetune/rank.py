@@ -1,4 +1,4 @@
-"""Several source models scored by LEEP on one target training set: which to fine-tune from."""
+"""Scores several source models by LEEP on one target training set, to choose which to fine-tune."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from riskmap_ext.finetune.train.session import session
 class RankedSource:
     """A source model and what it tells about the target labels.
 
-    leep: mean log-likelihood of a voxel's label, in nats, <= 0. entropy: H(Y), what the class
-    frequencies alone leave open. gain: leep + entropy, the nats that the source tells. told: gain
+    leep: mean log-likelihood of a voxel's label, in nats, <= 0. entropy: H(Y), the uncertainty that
+    the class frequencies leave. gain: leep + entropy, the nats that the source tells. told: gain
     over entropy, 0 to 1. tells_nothing: told is at most 1 %.
     """
 
@@ -52,11 +52,11 @@ def rank_sources(
     *,
     progress: bool = True,
 ) -> list[RankedSource]:
-    """LEEP of each source on the training cases of `config`, the best first.
+    """LEEP of each source on the training cases of `config`, best first.
 
-    A checkpoint is read as `source.checkpoint` is; `source.network` and `source.classes` of the
-    configuration hold for all of them. What `data` leaves out is prepared for each source as its
-    own training had it. Statistics are kept in the cache and used by a later run.
+    Checkpoints are read as `source.checkpoint` is; `source.network` and `source.classes` of the
+    configuration apply to all of them. Keys that `data` omits are set for each source as in its
+    own training. Statistics are cached for later runs.
 
     Raises: InputError naming the file and what does not fit, before any model is run.
     """
@@ -98,7 +98,7 @@ def rank_sources(
 
 
 def _ranked(source: SourceModel, statistics: TransferStatistics) -> RankedSource:
-    with warnings.catch_warnings():  # the table says it
+    with warnings.catch_warnings():  # the table reports it
         warnings.simplefilter("ignore", UserWarning)
         leep = statistics.score
     entropy = statistics.label_entropy

@@ -1,4 +1,4 @@
-"""A configuration read from a YAML file with `key.sub=value` overrides; what is wrong, in words."""
+"""Reads a configuration from a YAML file with `key.sub=value` overrides, and explains errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file with `key.sub=value` overrides (values parsed as YAML).
 
-    Relative paths in the file start from the file's folder, those in overrides from the current
-    folder; `data.datalist`, `data.images` and `data.labels` from `data.root` where it is set.
+    Relative paths in the file are relative to the file's folder, those in overrides to the current
+    folder; `data.datalist`, `data.images` and `data.labels` to `data.root` if it is set.
 
     Raises: ConfigError naming the file, the key and what was expected.
     """
@@ -33,7 +33,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 @contextmanager
 def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[Config]:
-    """load_config; lines of an error within that begin with a key also get the key's place."""
+    """load_config; errors raised within also get the location of each key that begins a line."""
     path, errors, config = Path(path), Problems(), None
     content, lines = read_mapping(path)
     places = {key: f"line {line}" for key, line in lines.items()}
@@ -44,7 +44,7 @@ def located_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) 
         places[key] = "command line"
 
     def placed(found: re.Match[str]) -> str:
-        """With the line of the key, or of the section that it is missing in."""
+        """Adds the line of the key, or of the section that lacks it."""
         indent, key = found.groups()
         while key and key not in places:
             key = key.rpartition(".")[0]
@@ -73,9 +73,9 @@ def parse_config(
 ) -> Config:
     """A Config from plain mappings; relative paths start from `base` (default: current folder).
 
-    origin: what the errors call the whole. typed: keys whose paths start from the current folder.
+    origin: the name used in errors. typed: keys whose paths start from the current folder.
     """
-    # No path stands deeper than in a section.
+    # Paths are nested at most one section deep.
     names = {key.rpartition(".")[2] for key in typed if key.count(".") < 2}
     try:
         return Config.model_validate(content, context={"base": base, "typed": names})
@@ -85,9 +85,9 @@ def parse_config(
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Of each problem the key, and what was expected there and came. model: what was validated."""
+    """Each problem's key, and what was expected and given. model: what was validated."""
     for problem in error.errors():
-        # Of a wrong key of a mapping, pydantic says that it is one.
+        # pydantic adds this part for a bad key of a mapping.
         names = [str(part) for part in problem["loc"] if part != "[key]"]
         yield ".".join(names), _told(problem, names, model)
 
@@ -120,14 +120,14 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
-    """What was expected at a key, what came, and near names. problem: one of pydantic's errors."""
+    """What was expected at a key, what was given, and near names. problem: an error of pydantic."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         sections, (*above, last) = dict(_sections(model)), names
         same = [f"{key}.{last}" for key, known in sections.items() if key and last in known]
         if same:
             return f"unknown key; did you mean {' or '.join(same)}?"
-        # Not below a number of an item.
+        # Without the indices of list items.
         known = sections.get(".".join(n for n in above if not n.isdigit()), sections[""])
         hint = near_names(last, known) or f"; known keys are {', '.join(known)}"
         return f"unknown key{hint}"
@@ -141,7 +141,7 @@ def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
 
 
 def _sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, list[str]]]:
-    """The dotted key of each section from `model` on, and the names of its keys."""
+    """The dotted key of each section, starting with `model`, and the names of its keys."""
     yield key, list(model.model_fields)
     for name, field in model.model_fields.items():
         if (below := _section_in(field.annotation)) is not None:

@@ -1,4 +1,4 @@
-"""YAML as it is read here: with the line of each key, and none given twice."""
+"""Reads YAML with the line of each key; a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from riskmap_ext.finetune.base.files import read_text
 
 class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A scalar by the rules of its tag: `2020-13-45` looks like a date, but is none."""
+        """A scalar by the rules of its tag: `2020-13-45` looks like a date, but is not one."""
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, OverflowError) as error:
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(
     path: Path, kind: type[InputError] = ConfigError
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The keys of a file; dotted key -> its line, of YAML. Raises: `kind` naming the file."""
+    """The keys of a file; dotted key -> its line if YAML. Raises: `kind` naming the file."""
     language, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path, kind)
     try:
         content, lines = (json.loads(text), {}) if language == "JSON" else read_yaml(text)
@@ -40,9 +40,9 @@ def read_mapping(
 
 
 def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
-    """The plain content of a document; dotted key -> its line from 1, items of lists by number.
+    """The plain content of a document; dotted key -> its line from 1, list items by number.
 
-    Raises: yaml.YAMLError, also for a key that is given twice and a value within itself.
+    Raises: yaml.YAMLError, also for a duplicate key and for a value that contains itself.
     """
     loader = _Loader(text)
     try:
@@ -56,14 +56,14 @@ def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
 
 
 def _lines(node: yaml.Node, prefix: str, above: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
-    """Of each key in `node`, which is within the nodes `above`."""
+    """Each key in `node` and its line. above: the nodes that enclose it."""
     if node in above:
         line = node.start_mark.line + 1
         raise yaml.YAMLError(f"line {line}: an alias (*) of this value is within itself")
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     if isinstance(node, yaml.SequenceNode):
         pairs = [(each, each) for each in node.value]
-    # Keys that a merge (<<) brings in are not among these, and may be given again.
+    # Keys merged in by << are not among these, and may be given again.
     given: dict[tuple[str, str], int] = {}
     for index, (key, value) in enumerate(pairs):
         line, name = key.start_mark.line + 1, str(index)
