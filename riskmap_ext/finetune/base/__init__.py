@@ -1,1 +1,1 @@
-"""What all rooms of the driver stand on."""
+"""What all other packages of the driver build on."""

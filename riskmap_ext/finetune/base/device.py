@@ -1,4 +1,4 @@
-"""What a run works on: its device, memory, and torch's global state."""
+"""A run's device and memory, and torch's global state."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from riskmap_ext.finetune.base.errors import ConfigError
 from riskmap_ext.finetune.base.processes import local_rank, local_size
 
 DEVICE = re.compile(r"^(auto|cpu|cuda(:[0-9]+)?)$")
-# More is slower, and some thousands end the process.
+# More are slower, and some thousands crash the process.
 _THREADS_PER_CPU = 4
 
 
 @contextmanager
 def torch_state(seed: int, threads: int | None, device: torch.device) -> Iterator[None]:
-    """Seed and number of threads of a run; the caller's come back afterwards.
+    """Sets a run's seed and number of threads; restores the caller's afterwards.
 
-    Raises: ConfigError for a number of threads that can only be a slip.
+    Raises: ConfigError for a number of threads that can only be a mistake.
     """
     before, cpus = torch.get_num_threads(), os.cpu_count() or 1
     if threads is not None and threads > _THREADS_PER_CPU * cpus:
@@ -41,7 +41,7 @@ def torch_state(seed: int, threads: int | None, device: torch.device) -> Iterato
 
 
 def device_of(wanted: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N. Raises: ConfigError where there is no such device."""
+    """auto, cpu, cuda or cuda:N. Raises: ConfigError if there is no such device."""
     if not DEVICE.fullmatch(wanted):
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {wanted!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,7 +54,7 @@ def device_of(wanted: str) -> torch.device:
         why = f"for each of {local_size()} processes; expected cuda, which gives each its own GPU"
     elif max(index or 0, local_size() - 1) >= count:
         why = f"asked for, but torch {torch.__version__} sees {count} CUDA devices for "
-        why += f"{local_size()} of the run's processes; start no more than that, or set device=cpu"
+        why += f"{local_size()} of the run's processes; start at most that many, or set device=cpu"
     elif not kernels:
         why = "asked for, but riskmap_ext has no CUDA kernels here (`riskmap info` says why); "
         why += "set device=cpu"
@@ -65,5 +65,5 @@ def device_of(wanted: str) -> torch.device:
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping."""
+    """Bytes that can be allocated without swapping."""
     return psutil.virtual_memory().available

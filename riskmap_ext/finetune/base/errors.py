@@ -1,4 +1,4 @@
-"""Errors of user input. The command line prints their message alone and exits with code 2."""
+"""Errors in user input. The command line prints only their message and exits with code 2."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names it and how to put it right."""
+    """The user's input cannot be used; the message names it and says how to fix it."""
 
 
 class ConfigError(InputError):
-    """A key or value of the configuration."""
+    """A bad key or value of the configuration."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint file that is not readable or does not fit the network."""
+    """A checkpoint file that cannot be read or does not fit the network."""
 
 
 class DataError(InputError):
-    """Image or label files; `problems` has one line for each, naming the file.
+    """Bad image or label files; `problems` has one line for each, naming the file.
 
     The message has one line for each kind of problem, with the names of the first files.
     """
@@ -36,18 +36,18 @@ class DataError(InputError):
 
 
 class Problems(list[Any]):
-    """Lines about files, and errors of several checks, to be told at once."""
+    """Lines about files, and errors of several checks, to raise together."""
 
     @contextmanager
     def collected(self, kind: type[InputError] = DataError) -> Iterator[None]:
-        """Takes over an error of this kind; of a DataError its problems."""
+        """Collects an error of this kind; of a DataError, its problems."""
         try:
             yield
         except kind as error:
             self.extend(error.problems if isinstance(error, DataError) else [error])
 
     def tell(self) -> None:
-        """Raises: the one error there is, a DataError of lines alone, else a ConfigError of all."""
+        """Raises: the only error, a DataError if all are lines, else a ConfigError of all."""
         errors = [each for each in self if isinstance(each, InputError)]
         if self and not errors:
             raise DataError(self)
@@ -59,20 +59,20 @@ class Problems(list[Any]):
 
 
 class ToldElsewhere(InputError):
-    """Another process of the run has failed, and says so itself."""
+    """Another process of the run has failed and reports the error itself."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A request to end (SIGTERM): treated as Ctrl-C is."""
+    """A request to end (SIGTERM), treated like Ctrl-C."""
 
 
 def _kinds(problems: Sequence[str]) -> list[str]:
-    """One line of those that differ in their file alone, with how many more there are and where."""
+    """One line for problems that differ only in their file: how many more there are, and where."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for problem in problems:
         place, _, why = problem.partition(": ")
         path = Path(place)
-        # Words with digits or paths in them are the file's own.
+        # Words with digits or paths depend on the file.
         folder, kind = (re.sub(r"\S*[\d/\\]\S*", "", text) for text in (path.parent.name, why))
         key = (problem,) if path.name == place else (path.anchor, folder, kind)
         alike.setdefault(key, []).append(problem)
@@ -89,5 +89,5 @@ def _kinds(problems: Sequence[str]) -> list[str]:
 
 
 def one_line(error: object) -> str:
-    """What an error of another library says, without its line breaks."""
+    """The message of another library's error, without line breaks."""
     return " ".join(str(error).split())

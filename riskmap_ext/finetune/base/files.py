@@ -1,4 +1,4 @@
-"""Texts read, and files written beside and then renamed, so that none is ever half-written."""
+"""Reads text; writes files under a temporary name, then renames them: none is half-written."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """Raises: InputError naming the file, which is then as it was before."""
+    """Raises: InputError naming the file, which then stays as it was."""
     try:
         with written_beside(path) as partial:
             yield partial
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
 
@@ -39,13 +39,13 @@ def is_image(path: Path) -> bool:
 
 
 def stem(path: Path) -> str:
-    """The file name without the image format's ending."""
+    """The file name without the image format's extension."""
     ending = next((e for e in IMAGE_ENDINGS if path.name.lower().endswith(e)), "")
     return path.name[: len(path.name) - len(ending)]
 
 
 def read_text(path: Path, kind: type[InputError] = DataError) -> str:
-    """Of a file in UTF-8, with or without its mark. Raises: `kind` naming the file and why."""
+    """Reads UTF-8, with or without a BOM. Raises: `kind` naming the file and why."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_text(path: Path, kind: type[InputError] = DataError) -> str:
 
 
 def read_json(path: Path, kind: Any) -> Any:
-    """The content as pydantic reads it into the type `kind`. Raises: DataError naming the file."""
+    """The content, parsed by pydantic as the type `kind`. Raises: DataError naming the file."""
     try:
         return TypeAdapter(kind).validate_json(read_text(path))
     except ValidationError as error:
@@ -88,7 +88,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) 
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """CSV of dataclasses of one kind, at least one."""
+    """Writes one or more dataclasses of one type as CSV."""
     write_csv(path, [each.name for each in fields(rows[0])], map(astuple, rows))
 
 
@@ -108,14 +108,14 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def check_there(*given: tuple[str, Sequence[Path]]) -> None:
-    """given: options with their paths. Raises: InputError naming all that are not there."""
+    """given: options with their paths. Raises: InputError naming all that do not exist."""
     pairs = [(key, path) for key, paths in given for path in paths if not os.path.exists(path)]
     if pairs:
         raise InputError("\n".join(f"{k}: {p}: no such file or folder" for k, p in pairs))
 
 
 def absent(path: Path, kind: str = "file") -> str:
-    """Why there is no `kind`, file or folder, to be read at `path`."""
+    """Why no `kind` (file or folder) can be read at `path`."""
     other, there = ("folder", os.path.isdir) if kind == "file" else ("file", os.path.isfile)
     why = f"is a {other}; expected a {kind}" if there(path) else f"no such {kind}, or no access"
     return f"{path}: {why}"

@@ -19,9 +19,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process; the system lets go of it however the process ends.
+    """Holds `folder` for this process; the system releases it however the process ends.
 
-    Does nothing where the file system has no such locks.
+    Does nothing if the file system has no such locks.
 
     Raises: ConfigError naming the process that holds it.
     """
@@ -34,14 +34,14 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             holder = path.read_text(errors="replace") or holder
         raise ConfigError(
-            f"output: {folder} is in use by a run ({holder}); wait for its end, or choose another "
-            "folder"
+            f"output: {folder} is in use by a run ({holder}); wait for it to end, or choose "
+            "another folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
     try:
-        with suppress(OSError):  # Windows lets nobody write or read what is locked
+        with suppress(OSError):  # Windows denies all access to a locked file
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a run tells its user: messages, progress bars, numbers in words."""
+"""What a run reports to its user: messages, progress bars, formatted numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rich.text import Text
 MISSING = "\N{EN DASH}"
 
 
-# For the handlers of a program that calls the driver; silent without them.
+# For handlers of a program that calls the driver; silent without them.
 _LOGGER = logging.getLogger("riskmap_ext.finetune")
 _LOGGER.addHandler(logging.NullHandler())
 
@@ -39,7 +39,7 @@ class Log:
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._path: Path | None = None
         self._unwritten: list[str] = []
-        # How far the run is, for the message when it is stopped.
+        # The progress, for the message if the run is stopped.
         self.stage = "before training"
 
     @property
@@ -57,7 +57,7 @@ class Log:
         self.note(message)
 
     def note(self, message: str, level: int = logging.INFO) -> None:
-        """Into log.txt, and not to the terminal."""
+        """Writes to log.txt only, not to the terminal."""
         _LOGGER.log(level, message)
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
         if self._path is None:
@@ -80,16 +80,16 @@ class Log:
 
     @contextmanager
     def counting(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-        """A bar with count and time left; it goes away when done.
+        """A bar with count and time left; it disappears when done.
 
-        Gives a function that counts one and shows a note.
+        Yields a function that counts one and shows a note.
         """
         columns = (
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
             *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        # Where there is no terminal, the log's lines tell how far it is.
+        # Without a terminal, the log's lines show the progress.
         hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
             task = bar.add_task(title, total=total, completed=done, note="")
@@ -106,5 +106,5 @@ def gib(count: float) -> str:
 
 
 def some(names: Sequence[object], most: int = 5) -> str:
-    """The first ones, and whether there are more."""
+    """The first ones, and an ellipsis if there are more."""
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

@@ -1,6 +1,6 @@
-"""The order in which a network sees the axes of a volume, and the way there and back.
+"""The order in which a network sees the axes of a volume: reorients volumes to it and back.
 
-Orders are letters, as nibabel's axis codes: "RAS" grows to the right, the front and the top.
+Orders are letters like nibabel's axis codes: "RAS" increases to the right, the front and the top.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def axis_of(letter: str) -> str:
 
 
 def check_orientation(letters: Any) -> Any:
-    """Upper-case letters; ValueError where they do not name different axes."""
+    """Upper-case letters; ValueError if they do not name different axes."""
     if letters is None:
         return None
     known = [axis for letter in str(letters).upper() for axis in _AXES if letter in axis]
@@ -39,7 +39,7 @@ def check_orientation(letters: Any) -> Any:
 
 
 def slice_axis_of(letter: str) -> str:
-    """The plane that is perpendicular to an axis, as `data.slice_axis` names it."""
+    """The plane perpendicular to an axis, as `data.slice_axis` names it."""
     return _PLANES[axis_of(letter)]
 
 
@@ -52,9 +52,9 @@ def arranged(values: Sequence[T], have: str, wanted: str) -> list[T]:
 def orient(network: nn.Module, wanted: str | None, slice_axis: str, dims: int) -> None:
     """Lets `network` see prepared images [B, M, *S] in the order `wanted`; None: as they are.
 
-    What it gives comes back in the prepared order. Names of its weights stay.
+    Its output is returned in the prepared order. The names of its weights do not change.
 
-    Raises: ConfigError where a 2-D network is of other slices than those of `slice_axis`.
+    Raises: ConfigError if a 2-D network sees slices other than those of `slice_axis`.
     """
     if wanted is None:
         return

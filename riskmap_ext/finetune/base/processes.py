@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them; a single one without it."""
+"""The processes of one run, as torchrun starts them, or a single process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """rank and size; what the processes tell each other goes over gloo, on the CPU.
+    """rank and size; messages between the processes go over gloo, on the CPU.
 
     gradients: the group of DistributedDataParallel (NCCL between GPUs); None for one process.
     """
@@ -34,13 +34,13 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Every so-many-th item: all of them are some process's."""
+        """Every `size`-th item from `rank` on: each item belongs to one process."""
         return list(items[self.rank :: self.size])
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives here, if no process has failed at it.
+        """The result of `work` on this process, if it failed on none.
 
-        Raises: InputError of the first process that has; ToldElsewhere on the others.
+        Raises: InputError of the first process that failed; ToldElsewhere on the others.
         """
         result, failed = None, None
         try:
@@ -56,7 +56,7 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which the first process alone does."""
+        """The result of `work`, which only the first process runs."""
         result = self.together(lambda: work() if self.is_main else None)
         return self.gather(result)[0]
 
@@ -69,7 +69,7 @@ class Processes:
         return found
 
     def spread(self, items: Mapping[str, S], work: Callable[[S], T]) -> dict[str, T]:
-        """The result of `work` for each item, done by one process and known to all."""
+        """The result of `work` for each item, computed by one process and sent to all."""
         tables = self.gather({name: work(items[name]) for name in self.share([*items])})
         return {name: each[name] for name in items for each in tables if name in each}
 
@@ -83,7 +83,7 @@ class Processes:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Those that torchrun has started, or those of a process group that is there already."""
+    """The processes that torchrun started, or those of an existing process group."""
     there = dist.is_available() and dist.is_initialized()
     own = not there and started().size > 1
     if own:
@@ -92,8 +92,8 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield _joined(device) if there or own else Processes()
     finally:
         if own:
-            # What still holds the group, as DistributedDataParallel does in a cycle, keeps its
-            # threads, and these must not outlive the interpreter.
+            # References to the group (DistributedDataParallel has one in a cycle) keep its threads
+            # alive, and these must not outlive the interpreter.
             gc.collect()
             dist.destroy_process_group()
 
@@ -114,15 +114,15 @@ def _joined(device: torch.device) -> Processes:
 
 
 def started() -> Processes:
-    """Those that torchrun has started, without any talk between them."""
+    """The processes that torchrun started, without communication between them."""
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def local_rank() -> int:
-    """Of this process on its machine, as torchrun says it; 0 without it."""
+    """Rank of this process on its machine, as set by torchrun; 0 without it."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_size() -> int:
-    """How many of the run's processes are on this machine."""
+    """Number of the run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

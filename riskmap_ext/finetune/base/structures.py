@@ -1,4 +1,4 @@
-"""What a network's outputs mean: classes that exclude each other, or regions that overlap."""
+"""What a network's outputs mean: exclusive classes, or regions that may overlap."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from riskmap_ext.finetune.base.errors import ConfigError
 
-# Of labels that count nowhere.
+# Of labels that are ignored everywhere.
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class Structures:
-    """The classes of the labels, background first, and the regions made of them, if any.
+    """The classes of the labels, background first, and the regions built from them, if any.
 
-    regions: name -> class indices. region_classes: for each region the class that a voxel of it
-    gets in a segmentation, unless a later region claims it (nnU-Net's regions_class_order).
+    regions: name -> class indices. region_classes: for each region, the class that its voxels get
+    in a segmentation, unless a later region claims them (nnU-Net's regions_class_order).
     """
 
     classes: list[str]
@@ -38,7 +38,7 @@ class Structures:
 
     @property
     def scored(self) -> dict[str, list[int]]:
-        """Structures that have a Dice, by name: their class indices."""
+        """The structures that get a Dice: name -> class indices."""
         if self.regions is not None:
             return self.regions
         return {name: [index] for index, name in enumerate(self.classes) if index > 0}
@@ -71,7 +71,7 @@ class Structures:
 
 
 def check_names(names: list[str]) -> list[str]:
-    """Class names as they are; ValueError for empty ones and for the same name twice."""
+    """Class names, unchanged; ValueError for empty and duplicate names."""
     empty = [place for place, name in enumerate(names) if not name.strip()]
     if empty:
         raise ValueError(f"expected a name for each class, got none for class {empty[0]}")
@@ -87,10 +87,10 @@ def structures_of(
     region_classes: Sequence[int | str] | None = None,
     key: str = "data",
 ) -> Structures:
-    """Structures with names turned into class indices.
+    """Structures, with names replaced by class indices.
 
-    Without `region_classes`, regions are painted from the largest to the smallest, and each gets
-    the one class that no smaller region has.
+    Without `region_classes`, regions are painted from the largest to the smallest, each with the
+    one class that no smaller region has.
 
     Raises: ConfigError naming the region and what was expected.
     """
@@ -133,7 +133,7 @@ def structures_of(
 
 
 def class_index(value: int | str, classes: Sequence[str], key: str, also: str = "") -> int:
-    """Of a class by its name or index. Raises: ConfigError naming the key."""
+    """The index of a class given by name or index. Raises: ConfigError naming the key."""
     if isinstance(value, str) and value in classes:
         return list(classes).index(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):

@@ -504,7 +504,7 @@ class Config(_Section):
             found.append(f"{keys}: {why}")
         if self.loss.label_smoothing > 0 and self.loss.class_weights is not None:
             found.append(
-                "loss.class_weights weigh what loss.label_smoothing spreads, too: large weights can "
+                "loss.class_weights weigh what loss.label_smoothing spreads, too: strong ones can "
                 "draw all voxels to rare classes"
             )
         return found

@@ -23,8 +23,8 @@ def bids_pairs(
 ) -> tuple[list[dict[str, Path]], dict[str, Path], list[str]]:
     """Case -> image of each channel, case -> label, and the suffixes of the channels.
 
-    A case is a subject, or a session of one. Suffixes say how names end; left out, all have to be
-    of one kind.
+    A case is a subject, or a session of one. Suffixes are how file names must end; if omitted, all
+    files must be of one kind.
 
     Raises: ConfigError naming the kinds to choose from, DataError for several files of one case.
     """
@@ -35,7 +35,7 @@ def bids_pairs(
 
 
 def bids_files(root: Path, label_suffix: str = "") -> tuple[Files, Files]:
-    """Images of the tree itself; labels of it and of derivatives/, however deep."""
+    """Images of the tree itself; labels of it and of derivatives/, at any depth."""
     images: Files = []
     labels: Files = []
     for pattern in ("sub-*/anat/*", "sub-*/ses-*/anat/*", "derivatives/**/anat/*"):

@@ -1,4 +1,4 @@
-"""Which files make up the training and validation cases, and what their classes are called."""
+"""The files of the training and validation cases, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from riskmap_ext.finetune.data.labels import dataset_labels, labels_of
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """images: a file for each channel, or one that holds them all."""
+    """images: one file per channel, or one file with all of them."""
 
     name: str
     images: tuple[Path, ...]
@@ -39,10 +39,10 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of every case, the structures and channels they have, and remarks for the log.
+    """The files of each case, its structures and channels, and notes for the log.
 
     label_table: original label value -> class index or IGNORE_INDEX. image_suffix: what follows the
-    case's name in the files of each channel, where that is known.
+    case's name in the files of each channel, if known.
     """
 
     train: list[CaseFiles]
@@ -55,7 +55,7 @@ class Listing:
 
     @property
     def label_map(self) -> dict[int, int | str] | None:
-        """`data.label_map` in numbers; None where every value is its own index."""
+        """`data.label_map` in numbers; None if every value is its own index."""
         table = {v: i for v, i in self.label_table.items() if (v, i) != (0, 0)}
         if all(value == index for value, index in table.items()):
             return None
@@ -64,7 +64,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Found:
-    """All cases, before any is chosen, and what the data set itself says, as keys of `data`.
+    """All cases before selection, and what the data set itself specifies, as keys of `data`.
 
     left_out: name -> what the case lacks.
     """
@@ -77,9 +77,9 @@ class Found:
 
 
 def list_cases(data: DataConfig) -> Listing:
-    """The cases that `data` selects; no image is opened.
+    """The cases that `data` selects; opens no image.
 
-    Raises: ConfigError for a selection that cannot be made, DataError for missing folders.
+    Raises: ConfigError for an impossible selection, DataError for missing folders.
     """
     found, errors = find_cases(data), Problems()
     counts = Counter(case.name for case in found.cases)
@@ -105,7 +105,7 @@ def list_cases(data: DataConfig) -> Listing:
 
 
 def volumes_in(folder: Path) -> list[Path]:
-    """Image files directly in `folder`, sorted by name. Raises: DataError where there are none."""
+    """Image files directly in `folder`, sorted by name. Raises: DataError if there are none."""
     if not (os.path.isdir(folder) and os.access(folder, os.R_OK)):
         raise DataError(absent(folder, "folder"))
     if found := sorted(path for path in folder.iterdir() if is_image(path)):
@@ -115,7 +115,7 @@ def volumes_in(folder: Path) -> list[Path]:
 
 
 def contents(folder: Path) -> str:
-    """The kinds of files in a folder, and the folders in it, for messages."""
+    """The kinds of files in a folder and its subfolders' names, for messages."""
     shown = {
         f"{path.name}/"
         if path.is_dir()
@@ -134,7 +134,7 @@ def find_cases(data: DataConfig) -> Found:
     if data.images is not None and data.labels is not None:
         return _pair_folders(data.images, data.labels, data)
     root = data.root
-    assert root is not None  # DataConfig asks for one of the four
+    assert root is not None  # DataConfig requires one of the four
     if not os.path.isdir(root):
         raise DataError(f"{absent(root, 'folder')} (data.root)")
     if (root / "dataset.json").is_file():
@@ -171,7 +171,7 @@ def _read_datalist(path: Path, data: DataConfig) -> Found:
 
 
 class _Entry(CaseConfig):
-    """As in `data.cases`. Other tools add keys of their own; nnU-Net's list is `images`."""
+    """As in `data.cases`. Other tools add their own keys; nnU-Net's list is `images`."""
 
     model_config = ConfigDict(
         extra="ignore",
@@ -180,7 +180,7 @@ class _Entry(CaseConfig):
 
 
 def _entries(path: Path, key: str, kind: Any, content: Any) -> Any:
-    """`content` as a list or dict (`kind`) of entries; their paths start from the file's folder.
+    """`content` as a list or dict (`kind`) of entries; paths are relative to the file's folder.
 
     Raises: DataError with a line for each problem.
     """
@@ -208,12 +208,12 @@ def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
 
 
 def _named(cases: Sequence[CaseConfig]) -> list[CaseFiles]:
-    """By their image file; where several share its name, with the folders above it.
+    """Named by image file; if several share its name, with the folders above it.
 
     sub-1/mri/T1.mgz and sub-2/mri/T1.mgz become sub-1_mri_T1 and sub-2_mri_T1.
     """
     places = [(*case.images[0].parts[1:-1], stem(case.images[0])) for case in cases]
-    # The same file twice shares its name: a longer one would tell nothing more.
+    # A file that is listed twice keeps its name: a longer one would add nothing.
     counts = Counter(place[i:] for place in set(places) for i in range(len(place)))
     names = (
         "_".join(next((p[i:] for i in range(len(p) - 1, 0, -1) if counts[p[i:]] == 1), p))
@@ -243,7 +243,7 @@ def _pair_folders(images: Path, labels: Path, data: DataConfig) -> Found:
 def _paired(
     by_channel: list[dict[str, Path]], by_label: dict[str, Path], suffixes: list[str]
 ) -> Found:
-    """Cases of the files that share a name; of the others, what each lacks."""
+    """Cases whose files share a name; for the others, what each lacks."""
     cases, left_out = [], {}
     for name in sorted(set().union(*by_channel, by_label)):
         pairs = zip(suffixes, by_channel, strict=True)
@@ -264,7 +264,7 @@ def _paired(
 
 
 def _notes(left_out: dict[str, str]) -> list[str]:
-    """A remark for each thing that cases lack."""
+    """One note for each thing that cases lack."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left_out.items():
         by_reason.setdefault(why, []).append(name)
@@ -272,7 +272,7 @@ def _notes(left_out: dict[str, str]) -> list[str]:
 
 
 def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
-    """Case name -> file, of the files whose name without format ends in `suffix`.
+    """Case name -> file, for the files whose name without extension ends in `suffix`.
 
     Raises: DataError for a.nii beside a.nii.gz.
     """
@@ -292,7 +292,7 @@ def files_by_name(folder: Path, suffix: str = "") -> dict[str, Path]:
 def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
     """Names of the training and validation cases; numbers count in the order of the list.
 
-    With folds all of them are to train on: each fold validates on its own part.
+    With folds, all of them are for training: each fold validates on its own part.
     """
     names = [case.name for case in found.cases]
     wanted = {"data.train": data.train, "data.validation": data.validation}
@@ -313,7 +313,7 @@ def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
         if isinstance(count, int):
             if count > len(free):
                 raise ConfigError(f"{key}: asks for {count} cases, but {len(free)} are left{told}")
-            # The last ones for validation where the others are for training.
+            # The last ones for validation if the others are for training.
             first = 0 if data.train is not None else len(free) - count
             named[key] = free[first : first + count]
             free = free[:first] + free[first + count :]
@@ -326,7 +326,7 @@ def _split(data: DataConfig, found: Found) -> tuple[list[str], list[str]]:
 
 
 def _channels(data: DataConfig, found: Found, cases: Sequence[CaseFiles]) -> list[str]:
-    """Names of the channels; each case has a file for each, or one file with all of them."""
+    """Names of the channels; each case has one file per channel, or one file with all of them."""
     most = max(len(case.images) for case in cases)
     suffixes = [suffix.strip("_-. ") or suffix for suffix in found.image_suffix or []]
     given = data.channels or found.told.get("channels") or (suffixes if suffixes[1:] else most)

@@ -1,4 +1,4 @@
-"""From the grid of a case's file to that of its prepared volumes, and back."""
+"""Converts from the grid of a case's file to that of its prepared volumes, and back."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from riskmap_ext.finetune.data.volumes import Volume, voxel_sizes
 
 @dataclass(frozen=True)
 class Grid:
-    """From the prepared grid of a case back to the file's own.
+    """Converts from the prepared grid of a case back to the file's own.
 
     affine, shape, codes: of the file. full_shape: the same voxels in the prepared order of axes.
-    box: slices of what is kept of them, box_affine: its affine. nnunet: resampled from the box as
+    box: slices of the part that is kept, box_affine: its affine. nnunet: resampled from the box as
     nnU-Net does, edge to edge.
     """
 
@@ -73,7 +73,7 @@ class Grid:
 
     @property
     def resampled(self) -> bool:
-        """Whether the voxels are others than the file's."""
+        """Whether the voxels differ from the file's."""
         same = np.allclose(self.prepared_affine, self.box_affine, atol=1e-5)
         return self.prepared_shape != self.box_shape or not same
 
@@ -87,7 +87,7 @@ class Grid:
         return resized(volume, self.prepared_affine, self.box_affine, self.box_shape, mode)
 
     def uncropped(self, volume: Tensor) -> Tensor:
-        """A volume of the box in the file's whole extent, 0 outside the box."""
+        """A volume of the box at the file's full extent, 0 outside the box."""
         full = volume.new_zeros((*volume.shape[:-3], *self.full_shape))
         full[(..., *self.box)] = volume
         return full
@@ -102,7 +102,7 @@ class Grid:
         return apply_orientation(np.asarray(volume), ornt_transform(prepared, file))
 
     def from_file(self, volume: np.ndarray) -> np.ndarray:
-        """A volume of the file's orientation in the prepared one; resolution as it is."""
+        """A volume in the file's orientation, reoriented to the prepared one; same resolution."""
         prepared, file = axcodes2ornt(self.orientation), io_orientation(self.affine)
         return apply_orientation(volume, ornt_transform(file, prepared))
 

@@ -1,4 +1,4 @@
-"""The image's own foreground, and intensities as a network is given them."""
+"""The image's own foreground, and intensities as a network gets them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MIN_STD = 1e-8
 
 
 def crop_mask(image: np.ndarray) -> np.ndarray:
-    """Voxels other than 0 in any channel [M, X, Y, Z], and the holes among them."""
+    """Voxels other than 0 in any channel [M, X, Y, Z], with holes filled."""
     mask: np.ndarray = binary_fill_holes((image != 0).any(axis=0))
     return mask
 
 
 def image_foreground(image: np.ndarray, data: DataConfig) -> np.ndarray:
-    """Brain or body rather than air, in any channel; everything where nothing would be left."""
+    """Brain or body rather than air, in any channel; everything if nothing would be left."""
     mask = np.ones(image.shape[1:], dtype=bool)
     if data.image_foreground == "nonzero":
         mask = crop_mask(image) if data.crop == "nonzero" else (image != 0).any(axis=0)
@@ -30,7 +30,7 @@ def image_foreground(image: np.ndarray, data: DataConfig) -> np.ndarray:
 
 
 def _otsu_threshold(image: np.ndarray) -> float:
-    """The grey level that splits the histogram with the largest variance between both parts."""
+    """The grey level that splits the histogram with the largest variance between the parts."""
     counts, edges = np.histogram(image, bins=256)
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -45,7 +45,7 @@ def _otsu_threshold(image: np.ndarray) -> float:
 def normalized(image: np.ndarray, mask: np.ndarray, data: DataConfig) -> np.ndarray:
     """[M, X, Y, Z] by data.window, data.normalize and data.mean_std; mask: the foreground.
 
-    Raises: ConfigError where one of these has another number of channels.
+    Raises: ConfigError if one of these has a different number of channels.
     """
     options = [
         _of_channels(key, getattr(data, key), len(image))
@@ -56,7 +56,7 @@ def normalized(image: np.ndarray, mask: np.ndarray, data: DataConfig) -> np.ndar
 
 
 def _of_channels(key: str, value: Any, count: int) -> list[Any]:
-    """One for each channel, where a single one (a text, or a pair of numbers) is of all."""
+    """One for each channel; a single one (a text, or a pair of numbers) applies to all."""
     several = isinstance(value, list) and not isinstance(value[0], (int, float))
     if not several:
         return [value] * count
@@ -81,6 +81,6 @@ def _scaled(
         return (image - low) / (high - low if high > low else 1.0)
     inside = image[mask].astype(np.float64)
     mean, std = mean_std or (float(inside.mean()), float(inside.std()))
-    # A constant image has nothing to scale by.
+    # A constant image has no range to scale by.
     scaled = (image - mean) / (std if std > _MIN_STD else 1.0)
     return np.where(mask, scaled, np.float32(0)) if kind == "zscore_foreground" else scaled

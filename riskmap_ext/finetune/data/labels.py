@@ -1,4 +1,4 @@
-"""What label values mean: classes and regions, by the configuration, a table or a dataset.json."""
+"""What label values mean: classes and regions, from the configuration, a table or dataset.json."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from riskmap_ext.finetune.base.structures import (
 )
 from riskmap_ext.finetune.config.schema import DataConfig
 
-# Of int16.
+# The largest of int16.
 _MAX_CLASS = 32767
 
 
 def labels_of(data: DataConfig, told: Mapping[str, Any]) -> tuple[Structures, dict[int, int]]:
     """The structures, and label value -> class index or IGNORE_INDEX.
 
-    told: what the data set itself says, as keys of `data`; what is given there comes first.
+    told: what the data set itself specifies, as keys of `data`; keys set in `data` override it.
 
     Raises: ConfigError naming the key, DataError naming the file of data.label_map.
     """
@@ -38,7 +38,7 @@ def labels_of(data: DataConfig, told: Mapping[str, Any]) -> tuple[Structures, di
         names = [name for name in given["label_map"].values() if name != "ignore"]
         if names and all(isinstance(name, str) for name in names):
             given.setdefault("classes", list(dict.fromkeys(["background", *names])))
-    # Regions of the data set are of its own labels: no use where others are made of them.
+    # The data set's regions are of its own labels: they do not apply to other classes.
     own = {"classes", "label_map"} & set(given)
     dropped = keys if own else ["region_classes"] if "regions" in given else []
     labels = {key: value for key, value in told.items() if key not in dropped} | given
@@ -62,8 +62,8 @@ def labels_of(data: DataConfig, told: Mapping[str, Any]) -> tuple[Structures, di
 def read_label_map(path: Path) -> dict[int, int | str]:
     """A table of label values and class names: CSV or TSV with the columns `value` and `name`.
 
-    The first may be called `index`, as in BIDS. Several values may share a class; the class
-    `ignore` leaves its values out.
+    The first may be called `index`, as in BIDS. Several values may share a class; values of the
+    class `ignore` are ignored.
 
     Raises: DataError naming the file and the line.
     """
@@ -95,8 +95,8 @@ def read_label_map(path: Path) -> dict[int, int | str]:
 def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """`labels` of a dataset.json: number: name, name: number, or nnU-Net's name: [numbers].
 
-    Returns: keys of `data`, as far as it says them (label_map: for numbers with gaps), and under
-    `ignore` the numbers that it says to leave out.
+    Returns: keys of `data`, as far as it has them (label_map: for numbers with gaps), and under
+    `ignore` the numbers to ignore.
     """
     given = content.get("labels")
     if not isinstance(given, dict) or not given:
@@ -114,7 +114,7 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise DataError(f"{path}: labels: expected number: name, got {given}")
     ignored = {"ignore": named.pop("ignore", [])}
-    # As in nnU-Net, lists of one number each are no regions.
+    # As in nnU-Net, lists of one number each are not regions.
     if any(len(values) != 1 for values in named.values()):
         return ignored | _region_labels(path, named, content.get("regions_class_order"))
     by_value = {value: name for name, (value,) in sorted(named.items(), key=lambda item: item[1])}
@@ -128,7 +128,7 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _region_labels(path: Path, named: dict[str, list[int]], order: Any) -> dict[str, Any]:
-    """nnU-Net's regions; a class takes the name of the region that is it alone."""
+    """nnU-Net's regions; a class is named after the region that consists of it alone."""
     regions = {name: values for name, values in named.items() if values != [0]}
     highest = max((number for values in regions.values() for number in values), default=0)
     if not 0 < highest <= _MAX_CLASS or not all(regions.values()):

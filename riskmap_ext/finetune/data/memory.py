@@ -1,4 +1,4 @@
-"""What a run will take of memory, from the headers of its files, and where its volumes are kept."""
+"""How much memory a run takes, from the headers of its files, and where its volumes are kept."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _BYTES_PER_LOGIT = 12
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of one process. volumes: of all prepared cases, their crops' sources and their maps.
+    """Bytes per process. volumes: of all prepared cases, their crops' sources and their maps.
 
-    largest: what the largest case takes while the source or the network runs over it.
+    largest: what the largest case takes while the source or the network runs on it.
     """
 
     volumes: int
@@ -34,7 +34,7 @@ class MemoryNeed:
 
 
 def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
-    """outputs: the most output channels of the source and the network."""
+    """outputs: the larger number of output channels of the source and the network."""
     spacing, image = config.data.spacing or [None] * 3, 4 * len(listing.channels)
     trained, validated = (
         {case.name: _prepared_voxels(case, spacing) for case in cases}
@@ -51,7 +51,7 @@ def memory_need(config: Config, listing: Listing, outputs: int) -> MemoryNeed:
 
 
 def _prepared_voxels(case: CaseFiles, spacing: list[float | None]) -> int:
-    """How many voxels a case has once it is resampled; 0 for a file that reading it will name."""
+    """Voxels of a case after resampling; 0 for a file whose error is reported when it is read."""
     try:
         label = read_header(case.label)
     except DataError:
@@ -60,9 +60,9 @@ def _prepared_voxels(case: CaseFiles, spacing: list[float | None]) -> int:
 
 
 def volume_store(config: Config, need: MemoryNeed, device: torch.device) -> Path | None:
-    """The folder that prepared volumes go to, by data.storage; None: they stay in memory.
+    """The folder for prepared volumes, by data.storage; None: they stay in memory.
 
-    Raises: DataError where memory cannot hold them, or not even one case's logits.
+    Raises: DataError if memory cannot hold them, or not even one case's logits.
     """
     share, storage = available_memory() // local_size(), config.data.storage
     if need.largest > share and device.type == "cpu":

@@ -35,7 +35,7 @@ class Case:
 
     image: [M, X, Y, Z] float32, normalised. label: int16, 0 .. C-1 or IGNORE_INDEX. mask: bool, the
     image's own foreground. full_label: label at the file's resolution and extent, in the same
-    memory where these are the prepared ones.
+    memory if these are the prepared ones.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Cases:
 
     @cached_property
     def class_voxels(self) -> Tensor:
-        """Of the training cases; [C] float64."""
+        """Voxels of each class in the training cases; [C] float64."""
         return class_voxels(self.train, len(self.classes))
 
 
@@ -97,10 +97,10 @@ def prepare_cases(
 ) -> Cases:
     """Reads, checks and prepares every case of `config.data`.
 
-    listing: of list_cases, where it is known. store: folder of the volumes; None: in memory.
-    log: shows how far it is.
+    listing: from list_cases, if known. store: folder of the volumes; None: in memory. log: shows
+    the progress.
 
-    Raises: DataError with one line per problem, after all files were looked at; ConfigError.
+    Raises: DataError with one line per problem, after all files were checked; ConfigError.
     """
     listing = listing or list_cases(config.data)
     problems = Problems()
@@ -120,9 +120,9 @@ def each_case(
     log: Log | None = None,
     until: float = math.inf,
 ) -> Iterator[Case]:
-    """Cases as they are read; of others the problems are collected.
+    """Cases as they are read; the problems of the others are collected.
 
-    until: of time.monotonic(), when no further one is begun.
+    until: by time.monotonic(), after which no further case is started.
     """
     files = [*listing.train, *listing.validation]
     with (log or Log(quiet=True)).counting("Reading", len(files)) as advance:
@@ -145,8 +145,8 @@ def warn_of_blank(case: Case, log: Log) -> None:
 def kept(folder: Path | None, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values; with `folder`, as memory-mapped files in it.
 
-    A mapped file takes memory only as long as the system has some to spare, so a cohort may be
-    larger than memory. Names say what the content is: a file that is there is taken as it is.
+    A mapped file takes memory only while the system has some to spare, so a cohort may be larger
+    than memory. Names identify the content: an existing file is used as it is.
     """
     if folder is None:
         return tensors

@@ -1,4 +1,4 @@
-"""Resampling of volumes to another voxel size, refused where the outcome is absurd."""
+"""Resamples volumes to another voxel size; rejects absurd results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from riskmap_ext.finetune.base.errors import DataError
 from riskmap_ext.finetune.data.volumes import voxel_sizes
 
 _MIN_SIZE = 4
-# Image, label and mask, and the float64 copies and sampling grid while they are made.
+# Image, label and mask, and the float64 copies and sampling grid needed to make them.
 _BYTES_PER_VOXEL = 64
 
 
 def resample(
     volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
 ) -> tuple[list[Tensor], np.ndarray]:
-    """[image, label, mask] at `spacing` mm: image linearly, label and mask to the nearest voxel.
+    """[image, label, mask] at `spacing` mm: linear for the image, nearest voxel for the others.
 
     The image is [M, X, Y, Z], label and mask are [X, Y, Z].
     """
@@ -50,7 +50,7 @@ def resized(
 def resample_as_nnunet(
     volumes: Sequence[Tensor], affine: np.ndarray, spacing: Sequence[float]
 ) -> tuple[list[Tensor], np.ndarray]:
-    """As `resample`, from edge to edge: the image by cubic splines, kept in its range."""
+    """Like `resample`, but edge to edge: the image by cubic splines, kept in its range."""
     shape, sizes = volumes[1].shape, voxel_sizes(affine)
     new = [round(n * size / to) for n, size, to in zip(shape, sizes, spacing, strict=True)]
     out = [
@@ -59,7 +59,7 @@ def resample_as_nnunet(
     ]
     factors = np.divide(shape, new)
     moved = affine.copy()
-    # The first voxel's outer corner stays where it is.
+    # The outer corner of the first voxel stays in place.
     moved[:3, 3] += affine[:3, :3] @ ((factors - 1) / 2)
     moved[:3, :3] *= factors
     return out, moved
@@ -73,10 +73,10 @@ def resized_as_nnunet(
     *,
     order: int,
 ) -> Tensor:
-    """[..., X, Y, Z] with `shape` voxels between the same edges; its type stays.
+    """[..., X, Y, Z] with `shape` voxels between the same edges; keeps the type.
 
-    order: of the splines. Where voxels of either spacing are more than 3 times as long along one
-    axis, planes across it are resampled, and of these the nearest ones taken.
+    order: of the splines. If voxels of either spacing are more than 3 times as long along one
+    axis, planes across it are resampled, then the nearest of these planes taken.
     """
     flat = volume.reshape(-1, *volume.shape[-3:])
     coarse = _coarse_axis(spacing, wanted)
@@ -112,7 +112,7 @@ def _zoomed(
 def _transformed(
     volume: Tensor, affine: np.ndarray, transform: Callable[..., Any], **options: Any
 ) -> tuple[Tensor, np.ndarray]:
-    """A volume [..., X, Y, Z] and its affine after a transform of MONAI; its type stays."""
+    """A volume [..., X, Y, Z] and its affine after a transform of MONAI; keeps the type."""
     lead = volume.shape[:-3]
     channels = volume.reshape(-1, *volume.shape[-3:]).float()
     out = transform(MetaTensor(channels, affine=torch.as_tensor(affine)), **options)
@@ -123,8 +123,8 @@ def _transformed(
 def resampled_shape(
     shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float | None]
 ) -> list[int]:
-    """Voxels along each axis once voxels of `sizes` mm have become such of `spacing` mm, if any."""
-    # From the first voxel's centre to the last one's, as the transform counts.
+    """Voxels along each axis after resampling from `sizes` mm to `spacing` mm, if it is given."""
+    # From the centre of the first voxel to that of the last, as the transform counts.
     return [
         round((n - 1) * size / (wanted or size) + 1)
         for n, size, wanted in zip(shape, sizes, spacing, strict=True)
@@ -134,9 +134,9 @@ def resampled_shape(
 def check_spacing(
     path: Path, shape: Sequence[int], sizes: Sequence[float], spacing: Sequence[float]
 ) -> None:
-    """Refuses a spacing that leaves next to nothing of `path`, or more than memory holds.
+    """Rejects a spacing that leaves next to nothing of `path`, or more than memory holds.
 
-    Raises: DataError with the resulting shape, before anything of that size is made.
+    Raises: DataError with the resulting shape, before anything of that size is allocated.
     """
     result = resampled_shape(shape, sizes, spacing)
     made = (

@@ -25,7 +25,7 @@ from riskmap_ext.finetune.data.prepare import Case, kept
 class Batch:
     """image [B, M, *P] float32; label [B, *P] int16; foreground [B, *P] bool; risk [B, *P].
 
-    cases: the case that each crop is of.
+    cases: the case of each crop.
     """
 
     image: Tensor
@@ -39,8 +39,8 @@ class Batch:
 class _Volume:
     """image [N, M, *S], guides [N, 3, *S] = label, image foreground, risk: N slices or 1 volume.
 
-    foreground: flat indices of labelled voxels in `shape` [X, Y, Z], class by class; class_voxels:
-    of each class.
+    foreground: flat indices of labelled voxels in `shape` [X, Y, Z], by class; class_voxels: their
+    number for each class.
     """
 
     name: str
@@ -66,7 +66,7 @@ def flip_axes(orientation: str, dims: int, augment: AugmentConfig) -> list[int]:
 
 
 def _storage_device(cases: Sequence[Case], device: torch.device) -> torch.device:
-    """Volumes live on the GPU where they take less than half of its free memory."""
+    """The GPU if all volumes take less than half of its free memory, else the CPU."""
     if device.type != "cuda":
         return device
     needed = sum(4 * (case.image.numel() + 3 * case.label.numel()) for case in cases)
@@ -77,11 +77,11 @@ def _storage_device(cases: Sequence[Case], device: torch.device) -> torch.device
 class CropSampler:
     """Batches of random crops of `patch` voxels from all cases, each case equally often.
 
-    One sampling grid per crop carries every change of place, so only the crop is ever touched.
-    The image is read linearly. Label, image foreground and risk map are read at the nearest voxel
-    of the same grid: the weight belongs to the voxel's label, and a linear mix at a border would
-    give one class the weight of the other. Voxels outside the volume repeat its border in the
-    image, or are 0 there, and are ignored in the label (weight 0).
+    One sampling grid per crop combines all spatial changes, so only the crop is touched. The image
+    is interpolated linearly. Label, image foreground and risk map use the nearest voxel of the same
+    grid: the weight belongs to the voxel's label, and linear interpolation at a border would give
+    one class the weight of the other. Outside the volume, the image repeats its border or is 0, and
+    the label is ignored (weight 0).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class CropSampler:
         part: tuple[int, int] = (0, 1),
         geometry: str = "monai",
     ) -> None:
-        """part: (rank, processes); each process draws its share of one and the same batch.
+        """part: (rank, processes); each process draws its share of the same batch.
 
         geometry: data.geometry.
         """
@@ -120,7 +120,7 @@ class CropSampler:
         self._noise = torch.Generator(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the generator stands, in plain numbers."""
+        """The generator's state, in plain numbers."""
         return {"rng": self._rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class CropSampler:
     def _store(self, case: Case, risk: Tensor | None) -> _Volume:
         risk = torch.ones(case.label.shape) if risk is None else risk
         guides = torch.stack([case.label.float(), case.mask.float(), risk.float()])
-        # In 2-D each slice contiguous: [slices, channels, X, Y].
+        # In 2-D, each slice contiguous: [slices, channels, X, Y].
         image, guides = (
             each.permute(3, 0, 1, 2) if self._dims == 2 else each[None]
             for each in (case.image, guides)
@@ -183,7 +183,7 @@ class CropSampler:
         volume = self._volumes[rng.integers(len(self._volumes))]
         size = np.array(volume.image.shape[2:])
         room = size - self._patch
-        # A crop larger than the volume has it in its middle.
+        # A crop larger than the volume is centred on it.
         low, high = np.minimum(room // 2, 0), np.where(room < 0, room // 2, room)
         if len(volume.foreground) and rng.random() < self._train.foreground_crops:
             voxels = volume.foreground
@@ -229,7 +229,7 @@ class CropSampler:
         return matrix
 
     def _change_intensity(self, image: Tensor, units: np.ndarray) -> Tensor:
-        """Contrast, gamma, brightness and noise, drawn anew for each image of the whole batch.
+        """Contrast, gamma, brightness and noise, drawn for each image of the whole batch.
 
         image: this process's part of it; units: [B, M] of the part.
         """
@@ -238,7 +238,7 @@ class CropSampler:
         per_channel = (*lead, *(1,) * (image.dim() - 2))
 
         def column(values: np.ndarray) -> Tensor:
-            """[B] or [B, M] of the part, to be combined with its image."""
+            """[B] or [B, M] of the part, to combine with its image."""
             values = np.broadcast_to(values.reshape(len(values), -1), lead)
             return torch.from_numpy(values.astype(np.float32)).view(per_channel).to(image.device)
 
@@ -257,7 +257,7 @@ class CropSampler:
         sigma = rng.uniform(0, augment.noise, count)
         sigma *= rng.random(count) < augment.noise_probability
         if sigma.any():
-            # A seed for each image, so that processes need not draw the noise of the others.
+            # One seed per image, so that no process has to draw the noise of the others.
             seeds = rng.integers(2**62, size=count)[mine]
             for index, (scale, seed) in enumerate(zip(sigma[mine], seeds, strict=True)):
                 self._noise.manual_seed(int(seed))

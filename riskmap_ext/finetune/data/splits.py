@@ -1,4 +1,4 @@
-"""The folds of a cross-validation: which cases each trains on, and which it validates on."""
+"""The folds of a cross-validation: the cases that each trains on and validates on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_splits(config: Config, names: Sequence[str]) -> list[Split]:
     """The folds of `data.folds` over the cases of these names; the same on every machine.
 
     Raises: ConfigError for fewer cases than folds; DataError with a line for each fold of a file
-    that names other cases, or the same case twice.
+    that names unknown cases, or the same case twice.
     """
     folds = config.data.folds
     if isinstance(folds, Path):
@@ -57,7 +57,7 @@ def make_splits(config: Config, names: Sequence[str]) -> list[Split]:
 
 
 def not_validated(splits: Sequence[Split], names: Sequence[str]) -> list[str]:
-    """Warnings of cases that a file's folds leave out."""
+    """Warnings about cases that a file's folds leave out."""
     left = sorted(set(names) - {name for split in splits for name in split.val})
     return [f"{len(left)} cases are validated by no fold: {some(left)}"] if left else []
 
@@ -79,7 +79,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
 
 
 def cases_of(split: Split, cases: Cases) -> Cases:
-    """Those of one fold, as its own `data` section chooses them. Raises: DataError."""
+    """The cases of one fold, as its own `data` section selects them. Raises: DataError."""
     by_name = {case.name: case for case in cases.train}
     train, validation = ([by_name[name] for name in names] for names in (split.train, split.val))
     listing = replace(

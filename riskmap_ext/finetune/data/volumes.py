@@ -1,4 +1,4 @@
-"""Image and label files: opened, checked, and their values as arrays on the file's own grid."""
+"""Image and label files, opened and checked, as arrays on the file's own grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError, Problems, one_line
 from riskmap_ext.finetune.base.files import absent
 
-# Corners of two files of one grid may lie this far apart, in voxels.
+# Largest distance between the corners of two files on one grid, in voxels.
 _GRID_TOLERANCE = 0.1
 
 
@@ -32,7 +32,7 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the grid."""
+        """Shape of the grid."""
         return self.values.shape[-3:]
 
     @property
@@ -44,8 +44,8 @@ class Volume:
 def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
     """An image of `channels` channels as float32 [M, X, Y, Z]: a file each, or one 4-D file.
 
-    Raises: DataError naming the file: unreadable, another number of channels, another grid than
-    the first channel's, values that float32 cannot hold.
+    Raises: DataError naming the file: unreadable, wrong number of channels, a grid other than the
+    first channel's, values too large for float32.
     """
     if len(paths) not in (1, channels):
         raise DataError(f"{paths[0]}: expected {channels} files, one a channel, got {len(paths)}")
@@ -62,7 +62,7 @@ def read_image_files(paths: Sequence[Path], channels: int) -> Volume:
 def read_label(path: Path) -> Volume:
     """Whole numbers [X, Y, Z], int64. Raises: DataError naming the file."""
     volume = _open(path)
-    with np.errstate(invalid="ignore"):  # of what is not finite or beyond int64
+    with np.errstate(invalid="ignore"):  # from values that are not finite or beyond int64
         odd = volume.values[volume.values % 1 != 0]
         whole = volume.values.astype(np.int64)
     if odd.size:
@@ -74,7 +74,7 @@ def read_label(path: Path) -> Volume:
 
 
 def read_labels(first: Path, second: Path) -> list[Volume]:
-    """Two label files of one grid. Raises: DataError naming the file, or both of other grids."""
+    """Two label files on one grid. Raises: DataError naming the file, or both if grids differ."""
     volumes, problems = [], Problems()
     for path in (first, second):
         with problems.collected():
@@ -85,15 +85,15 @@ def read_labels(first: Path, second: Path) -> list[Volume]:
 
 
 def read_header(path: Path, channels: int = 1) -> Volume:
-    """The file's grid; its values, which are not read, are 0.
+    """The file's grid; its values are not read and are 0.
 
-    Raises: DataError naming the file: unreadable, or no 3-D volume (4-D of `channels` channels).
+    Raises: DataError naming the file: unreadable, or not a 3-D volume (4-D with `channels`).
     """
     return _open(path, channels, header_alone=True)
 
 
 def grid_problems(image: Volume, volume: Volume) -> list[str]:
-    """What keeps `volume` from lying on the grid of `image`."""
+    """Why `volume` is not on the grid of `image`."""
     expected = f"{volume.path}: expected the grid of its image {image.path}"
     if image.shape != volume.shape:
         return [f"{expected}, shape {image.shape}; got {volume.shape}"]
@@ -113,7 +113,7 @@ def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volume:
-    """Voxels [X, Y, Z], or [M, X, Y, Z] of a 4-D file of M > 1 channels."""
+    """Voxels [X, Y, Z], or [M, X, Y, Z] of a 4-D file with M > 1 channels."""
     if not os.path.isfile(path):
         raise DataError(absent(path))
     try:
@@ -130,7 +130,7 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
         codes = int(code("qform_code", 1)), int(code("sform_code", 1))
     except DataError:
         raise
-    except Exception as error:  # a damaged file can raise nearly anything in its reader
+    except Exception as error:  # the reader of a damaged file can raise nearly anything
         why = one_line(f"{type(error).__name__}: {error}")
         raise DataError(f"{path}: cannot be read ({why})") from None
     if values.dtype.kind not in "biuf":
@@ -143,7 +143,7 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
         wanted = "a 3-D volume" if channels == 1 else f"a 4-D volume of {channels} channels"
         told = f"{path}: expected {wanted}, got {values.ndim}-D with shape {values.shape}"
         if channels == 1 and values.ndim == 4:
-            told += "; data.channels says that the last axis is channels"
+            told += "; if the last axis is channels, set data.channels"
         raise DataError(told)
     if values.size == 0:
         raise DataError(f"{path}: the volume is empty, shape {values.shape}")
@@ -153,7 +153,7 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
 
 
 def _check_memory(path: Path, shape: Sequence[int]) -> None:
-    """A damaged header may ask for any size."""
+    """A damaged header may declare any size."""
     needed, available = math.prod(shape) * 4, available_memory()
     if needed > available:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A run for each fold of the cases, and what they reach together."""
+"""One run per fold of the cases, and their joint result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from riskmap_ext.finetune.train.session import Session, session
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidation(Scores):
-    """What the runs in OUTPUT/fold_0, fold_1, ... ended with; each case was validated once.
+    """The results of the runs in OUTPUT/fold_0, fold_1, ...; each case was validated once.
 
     cases: of all folds, in the digits of dice.csv. splits: the cases of each fold.
     """
@@ -40,10 +40,10 @@ def cross_validate(
 ) -> CrossValidation:
     """Runs a configuration with `data.folds`: one run for each fold, and a report over all.
 
-    The cases are read once. Args as of finetune, which also takes the `options` (loss, weights,
-    prepare); with `resume`, folds that are done stay as they are.
+    The cases are read once. Args as for finetune, which also takes the `options` (loss, weights,
+    prepare); with `resume`, finished folds stay as they are.
 
-    Raises: InputError as finetune does, for all folds before the first one begins.
+    Raises: InputError as finetune does, for all folds before the first one starts.
     """
     with (
         processes(device_of(config.device)) as group,
@@ -51,7 +51,7 @@ def cross_validate(
     ):
         outline, cases = group.together(lambda: read_inputs(run, resume=resume))
         config, resumed = outline.config, outline.resumed is not None
-        # Without `data.folds` this says so.
+        # Raises if there is no `data.folds`.
         splits = outline.splits or make_splits(config, [case.name for case in cases.train])
         run = replace(run, config=config)
         del outline  # and its networks
@@ -84,7 +84,7 @@ def _claim(run: Session, splits: list[Split], cases: Cases, resumed: bool) -> No
 
 
 def _end(run: Session) -> RunFiles:
-    """What the folds have reached; writes dice.csv and the report."""
+    """The joint result of the folds; writes dice.csv and the report."""
     output = run.config.output
     found = read_run(output)
     write_dice(output / "dice.csv", found.dice, found.classes, found.fold_of)

@@ -1,4 +1,4 @@
-"""A whole fine-tuning run: inputs checked, maps made, network trained, results written."""
+"""A whole fine-tuning run: checks inputs, makes maps, trains the network, writes results."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from riskmap_ext.finetune.train.step import loss_in_words
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The Dice that validation ended with, background left out.
+    """The final Dice of the validation, without background.
 
-    structures: classes or regions. cases: case -> structure -> Dice, NaN where its label has none.
+    structures: classes or regions. cases: case -> structure -> Dice, NaN if its label lacks it.
     """
 
     output: Path
@@ -48,7 +48,7 @@ class Scores:
 
     @property
     def dice(self) -> dict[str, float]:
-        """Structure -> mean over the cases that have it, NaN where none has."""
+        """Structure -> mean over the cases that have it, NaN if none has."""
         rows = self.cases.values()
         return {name: mean_without_nan([row[name] for row in rows]) for name in self.structures}
 
@@ -59,10 +59,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult(Scores):
-    """What a run ended with.
+    """The results of a run.
 
     leep, remark: the source's LEEP score and the warning that it tells nothing, None without a
-    source. history: the rows of metrics.csv. step_seconds: mean of a step, validations left out.
+    source. history: the rows of metrics.csv. step_seconds: mean of a step, without validations.
     """
 
     classes: list[str]
@@ -91,27 +91,27 @@ def finetune(
 ) -> FinetuneResult:
     """Runs a whole configuration and writes its output folder.
 
-    Started by torchrun, the processes share each batch, the source's maps and the validation; the
-    first of them writes.
+    Under torchrun, the processes share each batch, the source's maps and the validation; the first
+    one writes.
 
     Args:
         config: from load_config, or built in code.
         cases: the result of prepare_cases for the same `data` section, to share between runs.
         progress: print the log and progress bars.
-        resume: go on with the unfinished run in the output folder from its last validation; begin
-            where there is none.
-        loss: in the place of the configuration's: (logits [B, C, *P], label [B, *P] int16 with -100
+        resume: resume the unfinished run in the output folder from its last validation; start a
+            new one if there is none.
+        loss: replaces the configuration's: (logits [B, C, *P], label [B, *P] int16 with -100
             for ignored voxels, risk [B, *P] or None, image foreground [B, *P]) -> a scalar.
-        weights: in the place of the risk maps, with `risk.use`: (maps, training cases) -> case name
+        weights: replace the risk maps, with `risk.use`: (maps, training cases) -> case name
             -> voxel weights, such as a function of `maps.transferability`.
-        prepare: called with the plan and the maps before the first step, such as to put hooks on
-            `plan.models.network`.
-        callback: called with the step and numbers by name, such as to log them elsewhere: every 25
-            steps `train_loss` (mean since the last validation) and `lr`; at a validation the
-            columns of metrics.csv that are known, `dice_CLASS` and `mean_dice` among them.
+        prepare: called with the plan and the maps before the first step, for example to put hooks
+            on `plan.models.network`.
+        callback: called with the step and a dict of numbers, for example to log them elsewhere:
+            every 25 steps `train_loss` (mean since the last validation) and `lr`; at a validation
+            the known columns of metrics.csv, including `dice_CLASS` and `mean_dice`.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
-    ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
+    ValueError for `weights` without `risk.use`, without a training case or with another shape.
     """
     started = time.perf_counter()
     config = _checked(config, loss, weights)
@@ -128,7 +128,7 @@ def finetune(
         trainer = Trainer(plan, _voxel_weights(plan, maps, weights), loss, callback)
         trainer.run()
         dice = _evaluate(plan, maps, trainer.predictions)
-        plan.processes.gather(None)  # waits for what the others still write
+        plan.processes.gather(None)  # waits for the other processes to finish writing
         seconds = time.perf_counter() - started
         if run.processes.is_main:
             note_end(config.output, run.device, seconds)
@@ -150,7 +150,7 @@ def finetune(
 
 
 def tell_end(run: Session, model: Path, done: str) -> None:
-    """Writes the report, and tells what may come next. model: what `riskmap predict` takes."""
+    """Writes the report, and prints the next commands. model: what `riskmap predict` takes."""
     output, log = run.config.output, run.log
     told = [f"{shlex.join(['riskmap', 'predict', str(model)])} --image IMAGES --output FOLDER"]
     if run.config.write.report:
@@ -162,9 +162,9 @@ def tell_end(run: Session, model: Path, done: str) -> None:
 
 
 def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
-    """The maps of all cases of `config` with its frozen source, without any training.
+    """The maps of all cases of `config` with its frozen source, without training.
 
-    Statistics and range come from the training cases. Writes maps/ and overlays/ into the output
+    Statistics and range come from the training cases. Writes maps/ and overlays/ to the output
     folder. Raises: InputError as finetune does.
     """
     if config.source is None:
@@ -189,18 +189,16 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
 
 
 def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction | None) -> Config:
-    """The configuration as the caller's own functions need it."""
+    """The configuration that the caller's own functions need."""
     if config.data.folds is not None:
-        raise ConfigError("data.folds: are for cross_validate; expected null for one run")
+        raise ConfigError("data.folds: cross_validate takes them; expected null for one run")
     if weights is not None and not config.risk.use:
-        raise ValueError(
-            "weights: stand in the place of the risk map; expected a source and risk.use=true"
-        )
+        raise ValueError("weights: they replace the risk map; expected a source and risk.use=true")
     if loss is None:
         return config
     if config.loss.fused_head is True:
         raise ConfigError("loss.fused_head: true is for the configuration's loss, got another one")
-    # The caller's takes logits.
+    # The caller's loss takes logits.
     return config.model_copy(update={"loss": config.loss.model_copy(update={"fused_head": False})})
 
 
@@ -211,7 +209,7 @@ def _begin(plan: Plan, loss: str) -> None:
     counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
     note_start(config.output, plan.device, counts, loss, resumed=resumed is not None)
     if resumed is not None:
-        plan.log(f"Going on after step {resumed['step']} of {config.train.steps}")
+        plan.log(f"Resuming after step {resumed['step']} of {config.train.steps}")
     elif plan.models.keys is not None:
         write_json(config.output / "keys.json", vars(plan.models.keys))
     plan.log(f"Loss: {loss}")
@@ -221,7 +219,7 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
     config, models = plan.config, plan.models
     if models.source is None or models.source_predictor is None:
         return None
-    # Maps of validation cases are only looked at: neither statistics nor training see them.
+    # Maps of validation cases are for viewing only: neither statistics nor training use them.
     shown = config.write.maps or bool(config.write.overlays)
     validation = plan.cases.validation if shown else []
     return map_cases(plan, models.source, models.source_predictor, plan.cases, validation)
@@ -230,7 +228,7 @@ def _source_maps(plan: Plan) -> SourceMaps | None:
 def _voxel_weights(
     plan: Plan, maps: SourceMaps | None, own: WeightFunction | None
 ) -> Mapping[str, Tensor] | None:
-    """The risk maps, or the caller's own in their place; None where the loss has neither."""
+    """The risk maps, or the caller's weights instead; None if the loss uses neither."""
     if maps is None or not plan.config.risk.use:
         return None
     if own is None:

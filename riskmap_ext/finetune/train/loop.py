@@ -35,12 +35,11 @@ class Trainer:
     """Trains the network of a plan in place.
 
     Writes metrics.csv, losses.csv, last.pt, best.pt and, last, resume.pt, which has everything that
-    a step depends on: a run that goes on from it ends in the same bits, on a CPU with the same
-    number of threads. best.pt has the highest mean Dice of all validations (the last one's where it
-    is undefined).
+    a step depends on: on a CPU with the same number of threads, a resumed run ends in the same
+    bits. best.pt has the highest mean Dice of all validations (the last one's if it is undefined).
 
     predictions: of this process's share of the validation cases, on the prepared grid, by name.
-    step_seconds: mean of its steps, validations left out; NaN where there were none.
+    step_seconds: mean of its steps, without validations; NaN if there were none.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Trainer:
         loss: LossFunction | None,
         callback: Callback | None,
     ) -> None:
-        """risk: case name -> voxel weights. loss, callback: as of finetune()."""
+        """risk: case name -> voxel weights. loss, callback: as for finetune()."""
         config, group, cases = plan.config, plan.processes, plan.cases
         self._plan = plan
         self._callback = callback if group.is_main else None
@@ -86,7 +85,7 @@ class Trainer:
         )
         if plan.resumed is not None:
             self._restore(plan.resumed)
-        if not group.is_main:  # dropout of its own
+        if not group.is_main:  # with its own dropout
             torch.manual_seed(config.seed + 1_000_003 * group.rank + before["step"])
         # Since the last validation.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=plan.device)
@@ -135,7 +134,7 @@ class Trainer:
             self.predictions = self._segment()
 
     def _take(self, step: int) -> None:
-        """One step of the optimiser; nothing in it waits for the device."""
+        """One optimiser step; nothing in it waits for the device."""
         self._lr = self._optimize.lr
         count = self._plan.config.train.accumulate
         batches = [self._sampler.next_batch() for _ in range(count)]
@@ -153,7 +152,7 @@ class Trainer:
         return mean
 
     def _validate(self, step: int, loss: float) -> dict[str, float]:
-        """Segments, scores and keeps; returns the row of metrics.csv."""
+        """Segments, scores and saves; returns the row of metrics.csv."""
         plan = self._plan
         cases, structures = plan.cases.validation, plan.cases.structures
         self.predictions = self._segment()
@@ -189,7 +188,7 @@ class Trainer:
         return {case.name: predict([plan.models.predictor], case, structures) for case in shared}
 
     def _keep(self, row: Mapping[str, float]) -> None:
-        """last.pt, best.pt where it is better, and after them what --resume goes on from."""
+        """Saves last.pt, best.pt if it is better, and then the state for --resume."""
         plan, output = self._plan, self._plan.config.output
         step, dice = int(row["step"]), row["mean_dice"]
         last = step == plan.config.train.steps

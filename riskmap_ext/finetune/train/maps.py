@@ -1,4 +1,4 @@
-"""LEEP statistics and risk maps of all cases with the frozen source model, kept on disk."""
+"""LEEP statistics and risk maps of all cases from the frozen source model, cached on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.predictor import Predictor
 from riskmap_ext.finetune.train.session import Session
 
-# Logits of the statistics pass are kept for the maps up to this size in all, else made again.
+# Up to this total size, logits of the statistics pass are kept for the maps, else recomputed.
 _KEPT_BYTES = 2**30
 
 
@@ -33,7 +33,7 @@ class SourceMaps:
 
     score: LEEP. hardness_range: (lo, hi) over the training set. transferability, risk: case name ->
     [X, Y, Z] float32 on the prepared grid. remark: the statistics' warning, if any. statistics:
-    what all of this was computed from.
+    what all of these were computed from.
     """
 
     score: float
@@ -45,12 +45,12 @@ class SourceMaps:
 
 
 class SourceMapper:
-    """Streams the statistics over the training set and makes each case's maps, both cached.
+    """Streams the statistics over the training set and makes each case's maps; caches both.
 
-    The cache's keys are digests of what the maps depend on: prepared image and label, the source's
+    Cache keys are digests of what the maps depend on: prepared image and label, the source's
     weights, the sliding window, the statistics of the training set, and the risk options.
 
-    made: how many cases' maps were not in the cache.
+    made: the number of cases whose maps were not in the cache.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SourceMapper:
         cases: Cases,
         progress: Callable[[str], Any],
     ) -> None:
-        """cases: those of the statistics; where their volumes are on disk, the maps stay there."""
+        """cases: those of the statistics; if their volumes are on disk, the maps stay there."""
         config = session.config
         window = {
             "patch_size": predictor.patch,
@@ -81,7 +81,7 @@ class SourceMapper:
         self.made = 0
 
     def statistics(self) -> riskmap_ext.TransferStatistics:
-        """LEEP statistics of the training cases, both passes; from the cache where it has them."""
+        """LEEP statistics of the training cases, both passes; from the cache if possible."""
         path = self._cache / f"statistics-{self._study[:24]}.pt"
         statistics = riskmap_ext.TransferStatistics(
             len(self._cases.classes), ignore_index=IGNORE_INDEX, regions=self._regions
@@ -106,7 +106,7 @@ class SourceMapper:
         return statistics
 
     def maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
-        """transferability and risk of a case; from the cache where it has them."""
+        """transferability and risk of a case; from the cache if possible."""
         options = self._risk.model_dump(mode="json", exclude={"use"})
         path = self._cache / f"maps-{digest(self._study, case.digest, options)[:24]}.pt"
         on_disk = self._cases.store is not None
@@ -143,7 +143,7 @@ class SourceMapper:
         if case.name in self._logits:
             return self._logits[case.name]
         logits = self._predictor(case.image)
-        # A sum is finite in float64 where, and only where, all of its float32 terms are.
+        # In float64, a sum is finite if and only if all of its float32 terms are.
         if not math.isfinite(float(logits.sum(dtype=torch.float64))):
             raise InputError(
                 f"{case.files.image}: the source model's logits of case {case.name} are NaN or "
@@ -174,7 +174,7 @@ def map_cases(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             score = statistics.score
-        if group.size > 1:  # each process makes its share; all of them find it in the cache
+        if group.size > 1:  # each process makes its share; all find it in the cache
             group.together(lambda: [mapper.maps(case, statistics) for case in group.share(every)])
         for case in every:
             maps = mapper.maps(case, statistics)
@@ -199,7 +199,7 @@ def map_cases(
 def _write_maps(folder: Path, case: Case, maps: SourceMaps) -> None:
     """<case>_transferability.nii.gz and <case>_risk.nii.gz on the image file's own grid."""
     for kind, volumes in (("transferability", maps.transferability), ("risk", maps.risk)):
-        # Nearest, since both belong to the label of their voxel.
+        # Nearest voxel, since both belong to its label.
         values = case.grid.to_file(case.grid.to_full(volumes[case.name], mode="nearest"))
         path = folder / f"{case.name}_{kind}.nii.gz"
         write_nifti(path, values.astype("float32"), case.grid.affine, case.grid.codes)

@@ -1,4 +1,4 @@
-"""The network that is trained and its source, both tried on a blank patch."""
+"""The network to train and its source, both tried on a blank patch."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from riskmap_ext.finetune.train.session import Session
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """keys: what became of the source's weights. fresh: biases of an output layer that is not the
-    source's and is to start at the class prior."""
+    """keys: what was done with the source's weights. fresh: biases of an output layer that is not
+    the source's and is to start at the class prior."""
 
     source: SourceModel | None
     source_predictor: Predictor | None
@@ -49,7 +49,7 @@ class Models:
 
 
 def build_models(session: Session, listing: Listing, source: SourceModel | None) -> Models:
-    """Tells in the log what they are.
+    """Builds them, and describes them in the log.
 
     Raises: InputError for a checkpoint, a network or a patch size that does not fit.
     """
@@ -73,7 +73,7 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
         norms = nn.modules.batchnorm._BatchNorm
         if device.type != "cuda" and any(isinstance(m, norms) for m in network.modules()):
             log.warn(
-                "the network has batch normalization: on the CPU each process normalizes by its "
+                "the network has batch normalization: on the CPU, each process normalizes over its "
                 "own part of the batch"
             )
     log(f"{wanted.name}, {count:,} parameters, patches of {patch}, on {device}{many}")
@@ -125,12 +125,12 @@ def build_models(session: Session, listing: Listing, source: SourceModel | None)
 def network_and_patch(
     config: Config, source: SourceModel | None
 ) -> tuple[NetworkConfig, list[int]]:
-    """What is wanted, as far as no case is needed.
+    """Network and patch, as far as they do not depend on the cases.
 
-    The network has the source's order of axes where its weights are taken: kernels have directions.
+    If the source's weights are used, the network has its order of axes: kernels have directions.
     """
     wanted = config.network or (source.config if source else None)
-    assert wanted is not None  # Config asks for one of the two
+    assert wanted is not None  # Config requires one of the two
     starts = source is not None and config.source is not None and config.source.initialize
     if starts and source is not None and wanted.orientation is None:
         wanted = wanted.model_copy(update={"orientation": source.config.orientation})
@@ -148,7 +148,7 @@ def _check_class_weights(config: Config, structures: Structures) -> None:
 def predictor_of_source(
     config: Config, source: SourceModel, channels: list[str], device: torch.device
 ) -> Predictor:
-    """Of images with these channels. Raises: ConfigError where the source sees others."""
+    """For images with these channels. Raises: ConfigError if the source sees others."""
     assert config.source is not None
     seen = _source_channels(config.source.channels, source, channels)
     dims = spatial_dims(source.config)
@@ -180,7 +180,7 @@ def _source_channels(
             return None
         raise ConfigError(
             f"source.channels: {source.path} sees images of {len(source.channels)} channels, "
-            f"{has}; say which of them it is to see, in its order, such as source.channels=[0]"
+            f"{has}; set which of them it sees, in its order, such as source.channels=[0]"
         )
     found = []
     for each in wanted:

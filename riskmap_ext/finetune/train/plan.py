@@ -45,10 +45,10 @@ WeightFunction = Callable[[SourceMaps, Sequence[Case]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outline(Session):
-    """What headers and blank patches tell of a run, before a volume is read.
+    """What headers and blank patches tell about a run, before any volume is read.
 
-    config: with what the data set says of itself, and the source's preparation. splits: of
-    `data.folds`. resumed: what resume.pt holds where a run is gone on with; nothing of a
+    config: with what the data set specifies, and the source's preprocessing. splits: of
+    `data.folds`. resumed: the content of resume.pt if a run is resumed; empty for a
     cross-validation.
     """
 
@@ -60,7 +60,7 @@ class Outline(Session):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Outline):
-    """Everything that is known once all inputs are checked.
+    """Everything that is known once all inputs have been checked.
 
     inputs: digest of the source and the training cases.
     """
@@ -72,19 +72,19 @@ class Plan(Outline):
 def make_outline(
     run: Session, problems: Problems, *, resume: bool = False, cases: Cases | None = None
 ) -> tuple[Listing | None, Outline | None]:
-    """What can be known without reading a volume, of the cases whose files are there.
+    """What can be known without reading a volume, about the cases whose files exist.
 
-    problems: takes the InputErrors, each of a check of its own. cases: where they are read already.
+    problems: collects the InputErrors of the checks. cases: if they have been read already.
     """
     config = run.config
     listing = models = resumed = None
     splits: list[Split] = []
     with problems.collected(InputError):
-        if run.processes.is_main:  # two that look at once would each find the other
+        if run.processes.is_main:  # two checks at once would each find the other
             check_free(config.output)
         resumed = unfinished_run(config) if resume else None
         if resumed is None:
-            # Without resume.pt nothing would be lost.
+            # Without resume.pt, nothing would be lost.
             config = config.model_copy(update={"overwrite": config.overwrite or resume})
             check_output(config)
     with problems.collected(InputError):
@@ -167,7 +167,7 @@ def memory_of(outline: Outline) -> tuple[MemoryNeed, Path | None]:
 
 
 def _resolved(config: Config, listing: Listing) -> Config:
-    """With what the data set itself has said of labels and channels, as keys of `data`."""
+    """With what the data set itself specifies about labels and channels, as keys of `data`."""
     told = {
         "classes": listing.structures.classes,
         "label_map": listing.label_map,
@@ -181,20 +181,20 @@ def _resolved(config: Config, listing: Listing) -> Config:
 def check_inputs(outline: Outline, cases: Sequence[str]) -> str:
     """The digest of the source's weights and of the training cases' own digests.
 
-    Raises: ConfigError where a run that is gone on with was begun with others.
+    Raises: ConfigError if a resumed run started with others.
     """
     source, resumed = outline.models.source, outline.resumed
     inputs = digest(None if source is None else source.digest, list(cases))
     if resumed and resumed["inputs"] != inputs:
         raise ConfigError(
-            "--resume: the source checkpoint or the training cases have changed since the run was "
-            "begun; overwrite=true without --resume starts anew"
+            "--resume: the source checkpoint or the training cases have changed since the run "
+            "started; set overwrite=true without --resume to start again"
         )
     return inputs
 
 
 def _check_folds(config: Config, splits: list[Split]) -> None:
-    """That those begun are these, and can be gone on with."""
+    """Checks that the folds are those of the unfinished run, and can be resumed."""
     path = config.output / SPLITS_FILE
     if read_splits(path) != splits:
         raise ConfigError(f"--resume: {path}: has other folds than data.folds makes of the cases")
@@ -204,7 +204,7 @@ def _check_folds(config: Config, splits: list[Split]) -> None:
 
 
 def _check_options(run: Session) -> None:
-    """Keys that only the device or the number of processes can refuse."""
+    """Keys that only the device or the number of processes can reject."""
     train, processes = run.config.train, run.processes
     if train.amp == "fp16" and run.device.type != "cuda":
         raise ConfigError("train.amp: fp16 needs a CUDA device; use bf16 or none")
@@ -216,7 +216,7 @@ def _check_options(run: Session) -> None:
 
 
 def _check_batch(run: Session, models: Models, listing: Listing) -> None:
-    """Crops, logits and their gradient alone must fit; what the network keeps is unknown."""
+    """Crops, logits and their gradient must fit; what else the network keeps is unknown."""
     count = run.config.train.batch_size
     voxels = count // run.processes.size * math.prod(models.patch)
     needed = voxels * (4 * len(listing.channels) + 8 * listing.structures.num_outputs)
@@ -229,7 +229,7 @@ def _check_batch(run: Session, models: Models, listing: Listing) -> None:
 
 
 def _check_sizes(outline: Outline, train: Sequence[Case]) -> None:
-    """Warns of volumes that are small beside the patch."""
+    """Warns of volumes that are small compared with the patch."""
     patch, shapes = outline.models.patch, {case.name: tuple(case.label.shape) for case in train}
     small = [n for n, s in shapes.items() if any(2 * a < b for a, b in zip(s, patch, strict=False))]
     if small:
@@ -241,13 +241,13 @@ def _check_sizes(outline: Outline, train: Sequence[Case]) -> None:
 
 
 def _check_cases(config: Config, cases: Cases) -> None:
-    """That they are of this `data` section; where volumes are kept changes nothing."""
+    """Checks that they match this `data` section; where volumes are kept does not matter."""
     mine, theirs = (data.model_dump(exclude={"storage"}) for data in (config.data, cases.data))
     if changed := [key for key in mine if mine[key] != theirs[key]]:
         key = changed[0]
         raise ConfigError(
             f"cases: prepared with data.{key}={theirs[key]!r}, the configuration has "
-            f"{mine[key]!r}; prepare_cases makes them for it"
+            f"{mine[key]!r}; call prepare_cases with it"
         )
 
 
@@ -269,7 +269,7 @@ def tell_cases(
     class_voxels: Tensor,
     which: str = "the training cases",
 ) -> None:
-    """What the training cases are made of, in the log."""
+    """Logs the classes of the training cases."""
     counts = dict(zip(outline.listing.structures.classes, class_voxels.tolist(), strict=True))
     total = max(sum(counts.values()), 1)
     shares = (f"{name} {count / total:.2%}" for name, count in counts.items())

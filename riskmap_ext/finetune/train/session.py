@@ -1,4 +1,4 @@
-"""What everything that a command does works with."""
+"""The objects that every command works with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from riskmap_ext.finetune.folder.workspace import told_when_stopped
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """held: what is let go at the end, such as the output folder."""
+    """held: what is released at the end, such as the output folder."""
 
     config: Config
     log: Log
@@ -30,7 +30,7 @@ class Session:
 def session(
     config: Config, *, progress: bool = True, processes: Processes | None = None
 ) -> Iterator[Session]:
-    """With the seed and the threads of `config`; the caller's come back afterwards.
+    """With the seed and the threads of `config`; restores the caller's afterwards.
 
     progress: print the log and progress bars. Raises: ConfigError for the device or the threads.
     """

@@ -21,7 +21,7 @@ from riskmap_ext.finetune.train.plan import LossFunction, Plan
 from riskmap_ext.nn import DeferredLogits, RiskWeightedLoss
 from riskmap_ext.statistics import sqrt_inverse_frequency
 
-# About that of one voxel in ten thousand, where the others are background.
+# About that of one voxel in ten thousand, if the others are background.
 _LARGE_WEIGHT = 100.0
 
 
@@ -29,7 +29,7 @@ class Stepper:
     """One optimiser step per call; returns the loss of this process's part, detached."""
 
     def __init__(self, plan: Plan, loss: LossFunction | None = None) -> None:
-        """loss: in the place of the configuration's."""
+        """loss: instead of the configuration's."""
         config, device, network = plan.config, plan.device, plan.models.network
         train = config.train
         self._network = network
@@ -105,7 +105,7 @@ def _distributed(plan: Plan) -> nn.Module:
 
 
 def _has_unused(network: nn.Module, image: Tensor) -> bool:
-    """Whether there are layers that the loss does not see, such as heads of deep supervision."""
+    """Whether there are layers that the loss does not reach, such as deep supervision heads."""
     tried = copy.deepcopy(network).train()
     output = first_output(tried(image), image)
     logits = output.logits() if isinstance(output, DeferredLogits) else output
@@ -125,7 +125,7 @@ def _loss(plan: Plan) -> LossFunction:
 
 
 def class_weights(config: Config, cases: Cases, log: Log) -> Tensor | None:
-    """Of the configuration; [C] float32."""
+    """Class weights of the configuration; [C] float32."""
     wanted = config.loss.class_weights
     if wanted is None:
         return None
@@ -138,7 +138,7 @@ def class_weights(config: Config, cases: Cases, log: Log) -> Tensor | None:
         name = cases.classes[int(weights.argmax())]
         log.warn(
             f"class {name} is so rare in the training cases that its weight is {largest:.3g}; are "
-            "its labels right? loss.class_weights takes null, and numbers of your own"
+            "its labels right? Set loss.class_weights to null, or to your own numbers"
         )
     return weights
 
@@ -161,7 +161,7 @@ def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> Any:
 
 
 def loss_in_words(config: Config, loss: bool = False, weights: bool = False) -> str:
-    """loss, weights: whether the caller has given a function in their place."""
+    """loss, weights: whether the caller passed a function instead."""
     factors = []
     if config.risk.use:
         factors.append("the caller's weights" if weights else f"the {config.risk.scheme} risk map")
