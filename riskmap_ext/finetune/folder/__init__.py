@@ -1,1 +1,1 @@
-"""What a run's folder holds."""
+"""The files in a run's folder."""

@@ -19,7 +19,7 @@ _POINTS = 500
 
 
 class LossCurve:
-    """Mean losses of runs of steps of equal length: 500 to 999 rows, or one for each step.
+    """Mean losses of blocks of equally many steps: 500 to 999 rows, or one for each step.
 
     A row is (last step of its mean, loss, learning rate there). Nothing waits for the device until
     `write`.
@@ -33,7 +33,7 @@ class LossCurve:
         group: Processes | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """state: what `state_dict` gave when the run that is gone on with was kept."""
+        """state: the `state_dict` saved with the run that is resumed."""
         self._path = path
         self._group = group or Processes()
         self._every = max(1, steps // _POINTS)
@@ -62,12 +62,12 @@ class LossCurve:
             write_csv(self._path, HEADER, rows)
 
     def close(self) -> None:
-        """What came after the last validation, for a run that ends early."""
-        if self._group.size > 1:  # the others may have ended already
+        """Writes what came after the last validation, for a run that ends early."""
+        if self._group.size > 1:  # the other processes may have ended
             return
-        with suppress(InputError):  # the reason for the early end is the one to be told
+        with suppress(InputError):  # the reason for the early end is the one to report
             self.write()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of what was written."""
+        """State of what was written."""
         return {"rows": self._rows, "sum": self._sum.cpu(), "count": self._count}

@@ -1,4 +1,4 @@
-"""metrics.csv and dice.csv of a run, and what its TensorBoard shows."""
+"""metrics.csv and dice.csv of a run, and its TensorBoard events."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Metrics:
         *,
         writes: bool = True,
     ) -> None:
-        """rows: those of the run that is gone on with; what came after them is dropped.
+        """rows: those of the run that is resumed; later ones are dropped.
 
-        writes: false for all processes but one.
+        writes: false for all processes except one.
         """
         self._path = path if writes else None
         dice = [f"dice_{name}" for name in structures]
@@ -38,7 +38,7 @@ class Metrics:
         self.rows = list(rows)
         self._writer: Any = None
         if tensorboard is not None and writes:
-            # Slow to import, and not wanted by every run.
+            # Slow to import, and not every run needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             purge = int(self.rows[-1]["step"]) + 1 if self.rows else None
@@ -81,7 +81,7 @@ def write_dice(
 ) -> None:
     """dice.csv: a row per case, then the mean over those that have the structure, and how many.
 
-    folds: case -> its fold, for a column of its own.
+    folds: case -> its fold, for an extra column.
     """
     columns = known_dice(table, len(names))
     means = list(map(mean_without_nan, columns))

@@ -1,4 +1,4 @@
-"""environment.json: when a run began and ended, and on what."""
+"""environment.json: when a run started and ended, and on what."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def note_start(
 
 
 def note_end(folder: Path, device: torch.device, seconds: float) -> None:
-    """Completes the last start: seconds, and the largest memory this process has had."""
+    """Completes the last start: seconds, and the peak memory of this process."""
     starts = _starts(folder / ENVIRONMENT_FILE) or [{}]
     cuda = device.type == "cuda"
     starts[-1] |= {
@@ -63,13 +63,13 @@ def note_end(folder: Path, device: torch.device, seconds: float) -> None:
 
 
 def ended(folder: Path) -> bool:
-    """Whether the last start of the run came to its end."""
+    """Whether the last start of the run ended normally."""
     starts = _starts(folder / ENVIRONMENT_FILE)
     return bool(starts) and starts[-1].get("ended") is not None
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:
-    """Of an earlier process; none where the file cannot be used."""
+    """Those of earlier processes; none if the file cannot be used."""
     with suppress(DataError):
         return read_json(path, dict[str, list[dict[str, Any]]]).get("starts", [])
     return []

@@ -1,4 +1,4 @@
-"""The output folder of a run: claimed, cleared, resumed, refused."""
+"""The output folder of a run: claimed, cleared, resumed, rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, end
 
 RESUME_FILE, RESUME_FORMAT = "resume.pt", "riskmap_ext.resume.1"
 NONFINITE_FILE = "nonfinite.json"
-# Keys that may differ where an unfinished run is gone on with: none changes what is computed.
+# Keys that may differ when an unfinished run is resumed: none changes what is computed.
 _FREE_KEYS = ("output", "overwrite", "threads", "device", "cache", "write")
 _OUTPUT_FILES = (
     *("config.yaml", "keys.json", RESUME_FILE, "last.pt", "best.pt", "metrics.csv", "losses.csv"),
@@ -33,7 +33,7 @@ _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
 
 @contextmanager
 def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
-    """Gives a KeyboardInterrupt the message what was stopped and what is left."""
+    """Gives a KeyboardInterrupt a message that says what was stopped and what is left."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -48,11 +48,11 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
 
 
 def unfinished_run(config: Config) -> dict[str, Any] | None:
-    """What resume.pt in the output folder holds; None where no run has come as far as that.
+    """The content of resume.pt in the output folder; None if no run has got that far.
 
-    Of a cross-validation that was begun, an empty one: its folds have theirs.
+    For an unfinished cross-validation, an empty one: its folds have their own.
 
-    Raises: ConfigError where the run has come to its end, or has another configuration.
+    Raises: ConfigError if the run is finished, or has a different configuration.
     """
     output = config.output
     path = output / RESUME_FILE
@@ -68,8 +68,8 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
         if held:
             raise ConfigError(
-                f"output: {output} holds {' and '.join(held)}, but no {RESUME_FILE} to go on from; "
-                "overwrite=true without --resume starts anew"
+                f"output: {output} holds {' and '.join(held)}, but no {RESUME_FILE} to resume; set "
+                "overwrite=true without --resume to start anew"
             )
         return None
     state = read_torch(path)
@@ -86,8 +86,8 @@ def check_same_run(config: Config) -> None:
     changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]
     if changed:
         raise ConfigError(
-            f"--resume: {', '.join(changed)}: not as in {path}; a run is gone on with as it was "
-            "begun, or begun anew with overwrite=true and without --resume"
+            f"--resume: {', '.join(changed)}: not as in {path}; restore what the run started with, "
+            "or start anew with overwrite=true and without --resume"
         )
 
 
@@ -104,9 +104,9 @@ def _differences(one: Any, other: Any, key: str = "") -> list[str]:
 
 @contextmanager
 def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterator[None]:
-    """Makes the output folder, or clears the earlier run in it where that is allowed.
+    """Makes the output folder, or clears the earlier run in it if that is allowed.
 
-    Raises: ConfigError where it cannot be written, or where another run is at work in it.
+    Raises: ConfigError if it cannot be written, or if another run is using it.
     """
     output = config.output
     made = not output.exists()
@@ -131,9 +131,9 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
 
 
 def check_output(config: Config) -> list[str]:
-    """What an earlier run has left in the output folder; refused unless `overwrite` is set.
+    """What an earlier run left in the output folder; rejected unless `overwrite` is set.
 
-    Raises: ConfigError naming output or cache where no folder can be made there.
+    Raises: ConfigError naming output or cache if no folder can be made there.
     """
     output = config.output
     check_folder("output", output)
@@ -142,7 +142,7 @@ def check_output(config: Config) -> list[str]:
     if held and not config.overwrite:
         done = finished(output)
         state = "already holds a run" if done else "holds an unfinished run"
-        go_on = "" if done else "--resume goes on with it; "
+        go_on = "" if done else "--resume continues it; "
         raise ConfigError(
             f"output: {output} {state} ({some(held)}); {go_on}choose another folder, or set "
             "overwrite=true to replace it"
@@ -156,21 +156,21 @@ def check_output(config: Config) -> list[str]:
 
 
 def _held(output: Path) -> list[str]:
-    """What a run has left in the folder, and the runs of its folds."""
+    """What a run left in the folder, and the runs of its folds."""
     own = [name for name in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS) if (output / name).exists()]
     folds = sorted(output.glob("fold_*"))
     return own + [f"{fold.name}/{name}" for fold in folds for name in _held(fold)]
 
 
 def fold_folders(output: Path) -> list[Path]:
-    """Of the cross-validation in `output`, in their order; none where it holds none."""
+    """The folds of the cross-validation in `output`, in order; none if it holds none."""
     path = output / SPLITS_FILE
     count = len(read_splits(path)) if path.exists() else 0
     return [output / f"fold_{index}" for index in range(count)]
 
 
 def finished(output: Path) -> bool:
-    """Whether the run in `output` came to its end: its scores, its last start, or its log."""
+    """Whether the run in `output` finished, by its scores, its last start, or its log."""
     if (output / RESUME_FILE).exists():
         return False
     if (output / "dice.csv").exists() or ended(output):
@@ -182,7 +182,7 @@ def finished(output: Path) -> bool:
 
 
 def check_folder(key: str, path: Path) -> None:
-    """Refuses a path where no folder is and none can be made."""
+    """Rejects a path where there is no folder and none can be made."""
     existing = next(p for p in (path, *path.parents) if p.exists())
     if not existing.is_dir():
         where = "" if existing == path else f"{path}: "

@@ -15,9 +15,9 @@ from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
 def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures) -> list[float]:
     """Dice of each class 1 .. C-1, or of each region; NaN where the label has none of it.
 
-    Both are class indices [*S]; ignored voxels count nowhere.
+    Both are class indices [*S]; ignored voxels are not counted.
     """
-    # Ignored voxels are in no structure, so that none gains or loses by them.
+    # Ignored voxels are in no structure, so none gains or loses by them.
     prediction = torch.where(label == IGNORE_INDEX, 0, prediction)
     found = []
     for members in structures.scored.values():
@@ -31,7 +31,7 @@ def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures
 
 
 def mean_without_nan(values: Sequence[float]) -> float:
-    """The mean of the values that are numbers; NaN where there is none."""
+    """The mean of the values other than NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 

@@ -20,8 +20,8 @@ FOUND, MISSED, EXTRA, ABSENT = "found", "missed", "extra", "absent"
 class Score:
     """One structure in one case.
 
-    outcome: found (in both), missed (in the reference alone), extra (in the prediction alone),
-    absent (in neither). dice, surface_dice: 0 where it is missed or extra, NaN where absent.
+    outcome: found (in both), missed (only in the reference), extra (only in the prediction),
+    absent (in neither). dice, surface_dice: 0 if missed or extra, NaN if absent.
     hd95: the larger of the two directed 95th percentiles of the distances between the surfaces, in
     mm; NaN unless found. voxels: of the reference and of the prediction.
     """
@@ -44,7 +44,7 @@ def score_masks(
     spacing: Sequence[float],
     tolerance: float,
 ) -> Score:
-    """The score of two boolean volumes of one grid; spacing and tolerance in mm."""
+    """The score of two boolean volumes on one grid; spacing and tolerance in mm."""
     there, found = int(reference.sum()), int(prediction.sum())
     score = partial(Score, case, structure, reference_voxels=there, predicted_voxels=found)
     if not (there or found):
@@ -53,7 +53,7 @@ def score_masks(
         outcome = MISSED if there else EXTRA
         return score(outcome=outcome, dice=0.0, surface_dice=0.0, hd95=math.nan)
     dice = 2 * int((prediction & reference).sum()) / (there + found)
-    # What lies a voxel beyond both does not change distances.
+    # Voxels further out than one voxel around both do not change distances.
     start, end = generate_spatial_bounding_box(
         (prediction | reference)[None], margin=1, allow_smaller=True
     )

@@ -1,4 +1,4 @@
-"""Pictures of segmentations and risk maps by matplotlib; no global state is left."""
+"""Pictures of segmentations and risk maps by matplotlib; changes no global state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matplotlib.style import context as style_context
 from riskmap_ext._files import written_beside
 from riskmap_ext.finetune.pictures.slices import Slice, Volumes, class_colours, coloured, slice_of
 
-# RGB of the voxels that the label has alone, the prediction has alone, or both in other classes.
+# RGB of voxels that only the label has, only the prediction has, or both in different classes.
 ERROR_COLOURS = {
     "missed": (0.34, 0.71, 0.91),
     "extra": (0.84, 0.37, 0.0),
@@ -32,12 +32,12 @@ _LEGEND_CLASSES = 14
 _FINE = 4
 _DPI = 120
 _INCHES = 3.0
-# The least weight lets the image through.
+# The smallest weight lets the image through.
 _SHARE = np.linspace(0, 1, 256)
 _SHADES = colormaps["magma"](0.25 + 0.75 * _SHARE)
 _SHADES[:, 3] = 0.85 * np.minimum(1, 3 * _SHARE)
 RISK = ListedColormap(_SHADES)
-# Tried for letters that matplotlib's own font lacks.
+# Fallbacks for letters that matplotlib's own font lacks.
 _WIDE_FONTS = (
     *(f"Noto Sans {script}" for script in ("CJK SC", "CJK JP", "CJK KR", "Arabic", "Devanagari")),
     *("WenQuanYi Zen Hei", "Source Han Sans SC", "IPAexGothic", "Microsoft YaHei"),
@@ -49,8 +49,8 @@ _WIDE_FONTS = (
 class Panels:
     """One slice of a case, a picture for each panel.
 
-    pictures: PNG files by name (image, label, risk map, prediction, errors). present: classes that
-    are seen. errors: voxels of the slice by kind. weights: smallest and largest of the case; None
+    pictures: PNG files by name (image, label, risk map, prediction, errors). present: visible
+    classes. errors: voxels of the slice by kind. weights: smallest and largest of the case; None
     without a risk map.
     """
 
@@ -127,14 +127,14 @@ def panels(case: Volumes) -> Panels:
 
 
 def _classes(slices: Sequence[Slice]) -> tuple[list[int], np.ndarray]:
-    """Those that are seen, and the colours of all up to them."""
+    """The visible classes, and the colours of all classes up to them."""
     planes = [plane for shown in slices for plane in shown.classes.values()]
     present = sorted({int(value) for plane in planes for value in np.unique(plane)} - {0})
     return present, class_colours(max(present, default=0) + 1)
 
 
 def _weights(rows: Sequence[Volumes]) -> tuple[float, float]:
-    """Smallest and largest of those that are drawn."""
+    """Smallest and largest of the drawn weights."""
     drawn = [row.risk[row.risk > 0] for row in rows if row.risk is not None]
     values = np.concatenate([*drawn, np.ones(0)])
     return (float(values.min()), float(values.max())) if values.size else (1.0, 1.0)
@@ -143,12 +143,12 @@ def _weights(rows: Sequence[Volumes]) -> tuple[float, float]:
 def _pictures(
     shown: Slice, colours: np.ndarray, weights: tuple[float, float]
 ) -> dict[str, np.ndarray]:
-    """RGB of the image alone, and with each of what is drawn on it."""
+    """RGB of the image alone, and with each overlay."""
     classes = {n: coloured(shown.grey, c, colours, fine=_FINE) for n, c in shown.classes.items()}
     grey = shown.grey[..., None].repeat(3, axis=-1)
     pictures = {"image": grey, "label": classes["label"]}
     if shown.risk is not None:
-        # Even steps of hardness; what is no weight stays clear.
+        # Even steps of hardness; voxels without a weight stay clear.
         shades = RISK(LogNorm(*weights)(shown.risk))
         pictures[RISK_COLUMN] = grey + shades[..., 3:] * (shades[..., :3] - grey)
     return pictures | classes

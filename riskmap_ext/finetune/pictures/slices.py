@@ -50,7 +50,7 @@ class Slice:
 
 
 def volumes_of(case: Case, prediction: Any | None, risk: Any | None) -> Volumes:
-    """Of a prepared case, without its name; prediction and risk: tensors or arrays on its grid."""
+    """From a prepared case, without its name; prediction, risk: tensors or arrays on its grid."""
     ras = case.grid.to_ras
     predictions = {} if prediction is None else {"prediction": ras(prediction)}
     weights = None if risk is None else ras(risk)
@@ -61,8 +61,8 @@ def volumes_of(case: Case, prediction: Any | None, risk: Any | None) -> Volumes:
 def slice_of(case: Volumes) -> Slice:
     """The axial slice with most labelled area, or the middle one.
 
-    Where axial slices are thin strips, the plane with most voxels is taken. It is cut to what is
-    labelled or bright enough to be body, and two pixels around it.
+    If axial slices are thin strips, the plane with most voxels is used. It is cropped to what is
+    labelled or bright enough to be body, plus two pixels.
     """
     sizes = case.image.shape
     axis = 2 if 4 * min(sizes[:2]) >= sizes[2] else int(np.argmin(sizes))
@@ -85,7 +85,7 @@ def slice_of(case: Volumes) -> Slice:
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
-    """Black and white are the 1st and the 99.5th percentile of the finite values."""
+    """Black and white are the 1st and 99.5th percentiles of the finite values."""
     finite = image[np.isfinite(image)]
     low, high = np.percentile(finite, (1.0, 99.5)) if finite.size else (0.0, 1.0)
     return np.nan_to_num(np.clip((image - low) / (high - low if high > low else 1.0), 0.0, 1.0))
@@ -96,7 +96,7 @@ def coloured(
 ) -> np.ndarray:
     """RGB of the image with its classes half-transparent, each pixel as `fine` x `fine`.
 
-    With `fine` above 1 they have borders of a pixel in full colour.
+    With `fine` above 1, they have borders of one pixel in full colour.
     """
     grey, classes = (a.repeat(fine, 0).repeat(fine, 1) for a in (grey, classes))
     edge = np.zeros(classes.shape, dtype=bool)
@@ -114,7 +114,7 @@ def class_colours(num_classes: int) -> np.ndarray:
     """
     index = np.arange(max(num_classes - 1, 0))[:, None]
     turn, rounds = index // len(_OKABE_ITO), -(-index.size // len(_OKABE_ITO))
-    # Towards white and black by turns, further from the base colour each time.
+    # Alternately towards white and black, further from the base colour each time.
     reach = 0.75 * ((turn + 1) // 2) / ((rounds + 1) // 2 or 1)
     hues = to_rgba_array(_OKABE_ITO)[index[:, 0] % len(_OKABE_ITO), :3]
     return np.concatenate([np.zeros((1, 3)), hues + reach * (turn % 2 - hues)])

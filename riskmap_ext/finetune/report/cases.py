@@ -19,12 +19,12 @@ from riskmap_ext.finetune.report.read import RunFiles
 
 # Of the NSD (surface Dice), in mm.
 TOLERANCE = 1.0
-# Voxels times classes times cases up to which surfaces are measured: a minute or so.
+# Up to this many voxels times classes times cases, surfaces are measured: a minute or so.
 _MOST_WORK = 1e9
 
 
 class DrawnCase(NamedTuple):
-    """A case with its rank ("best", "median", "worst"); panels is None where problem says why."""
+    """A case with its rank ("best", "median", "worst"); panels is None if problem says why."""
 
     name: str
     rank: str
@@ -34,7 +34,7 @@ class DrawnCase(NamedTuple):
 
 
 class CaseResults(NamedTuple):
-    """scores: of each case and class; empty with the reason in remark."""
+    """scores: of each case and class; if empty, remark has the reason."""
 
     drawn: Sequence[DrawnCase] = ()
     scores: Sequence[Score] = ()
@@ -42,7 +42,7 @@ class CaseResults(NamedTuple):
 
 
 def read_results(run: RunFiles) -> CaseResults:
-    """Pictures of the best, median and worst case, and scores; what cannot be had is told."""
+    """Pictures of the best, median and worst case, and scores; reports what is missing."""
     means = run.case_means
     order = sorted((n for n in means if not math.isnan(means[n])), key=means.__getitem__)
     # Each case has one rank.
@@ -89,7 +89,7 @@ def _read(run: RunFiles, name: str) -> tuple[Volumes, dict[str, list[int]]]:
     cases = prepare_cases(run.config.model_copy(update={"data": data}))
     (case,) = cases.train
     prediction = case.grid.from_file(read_labels(path, case.files.label)[0].values)
-    # Ignored voxels agree with everything, as they do in the Dice.
+    # Ignored voxels agree with everything, as in the Dice.
     prediction = np.where(case.label.numpy() == IGNORE_INDEX, 0, prediction)
     risk, path = None, run.folder / "maps" / f"{name}_risk.nii.gz"
     if path.exists():

@@ -1,4 +1,4 @@
-"""Curves as inline SVG for a page; lines are told apart by their marks, too."""
+"""Curves as inline SVG for a page; marks distinguish lines, too."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.style import context as style_context
 from matplotlib.ticker import StrMethodFormatter
 
-# Okabe and Ito's hues, as light as shows on a white page and on a dark one.
+# Okabe and Ito's hues, in a lightness that shows on a white page and on a dark one.
 _COLOURS = ("#b87700", "#2b86bd", "#00936b", "#8f8500", "#5b7fe0", "#d95b0b", "#b86098")
-# By matplotlib's names for them; the first is of the mean.
+# Keys are matplotlib's names; the first mark is for the mean.
 _MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "X": "✖", "P": "✚", "v": "▼", "*": "★"}
 _MOST_MARKS = 12
 _MOST_POINTS = 250
-# A smaller span stays on a linear axis.
+# Smaller spans keep a linear axis.
 _LOG_SPAN = 30.0
-# Stand-ins for the page's colours, by their names there.
+# Stand-ins for the page's colours, by their names on the page.
 _PAGE = {"ink": "#c01045", "soft": "#c01046", "line": "#c01047"}
 _STYLE: dict[Any, Any] = {
     "axes.prop_cycle": cycler(color=_COLOURS, marker=list(_MARKS)[1:]),
@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
     "axes.ymargin": 0,
     "lines.linewidth": 1.8,
 }
-# Faint: many points, or the rest of many lines. Other lines take the looks of the cycle by turns.
+# Faint: many points, or the rest of many lines. Other lines cycle through the colours and marks.
 _STRONG: dict[str, Any] = {"color": _PAGE["ink"], "marker": "o"}
 _FAINT: dict[str, Any] = {"color": _PAGE["soft"], "marker": "", "linewidth": 1, "alpha": 0.45}
 
@@ -74,10 +74,10 @@ def chart(
     x_range: tuple[float, float] | None = None,
     log: bool = False,
 ) -> Chart | None:
-    """None where no line has a finite point; each other one is a gap.
+    """None if no line has a finite point; any other point is a gap.
 
-    x_range: from 0 to the last step where left out. log: a logarithmic axis where the values are
-    positive and span much.
+    x_range: by default from 0 to the last step. log: a logarithmic axis if the values are positive
+    and span a wide range.
     """
     known = [(x, y) for line in lines for x, y in line.points if math.isfinite(y)]
     if not known:
@@ -107,7 +107,7 @@ def chart(
 
 
 def _svg(figure: Figure) -> str:
-    """Without what names other places or repeats on a page; paths to a tenth of a pixel."""
+    """Without names that refer elsewhere or repeat on a page; paths to a tenth of a pixel."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing, transparent=True)
@@ -129,7 +129,7 @@ def run_charts(
 ) -> list[Chart]:
     """Loss, Dice and learning rate over the steps, as far as they are known.
 
-    Without `losses` (step, loss, lr) they are those of the validations.
+    Without `losses` (step, loss, lr), those of the validations are used.
     """
     rows = losses or [(row["step"], row["train_loss"], row["lr"]) for row in metrics]
     points, rates = [(row[0], row[1]) for row in rows], [(row[0], row[2]) for row in rows]
@@ -147,14 +147,14 @@ def run_charts(
 
 
 def _smooth(points: Sequence[tuple[float, float]], width: int) -> list[tuple[float, float]]:
-    """Means of `width` neighbours; at both ends of those that are there."""
+    """Means of `width` neighbours; at both ends, of those that exist."""
     steps, values = np.transpose(points)
     sums, counts = (np.convolve(v, np.ones(width), "same") for v in (values, np.ones(len(values))))
     return list(zip(steps, sums / counts, strict=True))
 
 
 def _dice_lines(metrics: Sequence[dict[str, float]]) -> list[Line]:
-    """The mean, and each class; of many classes the lowest have names."""
+    """The mean and each class; with many classes, only the lowest have names."""
     last = metrics[-1] if metrics else {}
     columns = [name for name in last if name.startswith("dice_")]
     lowest = sorted(columns, key=lambda c: (math.isnan(last[c]), last[c]))[: len(_COLOURS)]
@@ -168,6 +168,6 @@ def _dice_lines(metrics: Sequence[dict[str, float]]) -> list[Line]:
 
 
 def thinned(rows: Sequence[dict[str, float]], most: int) -> Sequence[dict[str, float]]:
-    """At most so many, evenly, with the last one."""
+    """At most this many rows, evenly spaced, including the last one."""
     every = max(1, -(-len(rows) // most))
     return rows[(len(rows) - 1) % every :: every]

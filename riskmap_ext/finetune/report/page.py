@@ -1,4 +1,4 @@
-"""Pages that need no other file and no network: templates, and how they write numbers."""
+"""Pages that need no other file and no internet access: templates and number formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from riskmap_ext.finetune.base.log import number
 
 
 def render(template: str, **facts: Any) -> str:
-    """The page of a template (its path in the package); every text in it is escaped."""
+    """The page of a template (its path in the package); all text in it is escaped."""
     return _PAGES.get_template(template).render(facts)
 
 

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read back for its report."""
+"""Reads the folder of a run for its report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE
 from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished, fold_folders
 from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_means
 
-# A configuration alone is no run.
+# A configuration alone is not a run.
 _SIGNS = ("log.txt", "metrics.csv", "dice.csv", "leep.json")
 _METRICS = ("step", "train_loss", "mean_dice", "lr", "seconds")
 
@@ -50,12 +50,12 @@ class Leep(BaseModel):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its files tell it; None (or nothing) where there is no such file.
+    """A run as its files describe it; None (or empty) if there is no such file.
 
-    config: None where config.yaml is not one that this version can use, with the reason in
-    config_problem. dice: case -> Dice of each class but the background, NaN where the label lacks
-    it. losses: (step, loss, lr). starts: of environment.json. folds: those that a cross-validation
-    has begun, by name; `dice` is that of all of them.
+    config: None if this version cannot use config.yaml, with the reason in config_problem. dice:
+    case -> Dice of each class except the background, NaN if the label lacks it. losses: (step,
+    loss, lr). starts: of environment.json. folds: those that a cross-validation has started, by
+    name; `dice` is then that of all of them.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class RunFiles:
 
     @property
     def steps_done(self) -> int:
-        """As far as the files tell."""
+        """As far as the files say."""
         rows = [row["step"] for row in self.metrics[-1:]] + [row[0] for row in self.losses[-1:]]
         return int(max(rows, default=0))
 
@@ -100,7 +100,7 @@ class RunFiles:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises: InputError naming the folder that is none of a run, or the damaged file."""
+    """Raises: InputError naming the folder that holds no run, or the damaged file."""
     if not folder.is_dir():
         why = "is a file; expected the folder of a run" if folder.exists() else "no such folder"
         raise ConfigError(f"{folder}: {why}")
@@ -166,7 +166,7 @@ def _config(path: Path, text: str) -> tuple[Config | None, str | None]:
 
 
 def _table(path: Path, columns: tuple[str, ...], names: int = 0) -> tuple[list[str], list[Any]]:
-    """Header and rows, of numbers but for the first `names`; nothing where there is no file."""
+    """Header and rows, numbers except for the first `names` columns; empty without a file."""
     if (text := _text(path)) is None:
         return [], []
     header, *rows = list(csv.reader(text.splitlines())) or [[]]

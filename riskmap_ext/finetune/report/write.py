@@ -1,4 +1,4 @@
-"""`riskmap report`: one HTML file of a run, with what its files say and what they lack."""
+"""`riskmap report`: one HTML file of a run, with what its files say and what is missing."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from riskmap_ext.finetune.report.page import duration, render
 from riskmap_ext.finetune.report.read import Leep, RunFiles, read_run
 
 REPORT_FILE = "report.html"
-# Further lists are folded up.
+# Longer lists are collapsed.
 _OPEN_ROWS = 12
 # Larger tables would make the file large.
 _MOST_CELLS = 12000
-# Further source classes are counted.
+# Further source classes are only counted.
 _MOST_COLUMNS = 30
 _NAMES = {"train_loss": "loss", "mean_dice": "mean Dice", "lr": "learning rate"}
-_ERRORS = {"missed": "missed (label alone)", "extra": "extra (prediction alone)"}
+_ERRORS = {"missed": "missed (only in the label)", "extra": "extra (only in the prediction)"}
 
 
 class Table(NamedTuple):
@@ -52,8 +52,8 @@ def write_report(
 
     Returns: its path.
 
-    output: OUTPUT/report.html where None. What the folder lacks (older runs, `write` keys that were
-    false, images that have moved) is told in the report.
+    output: default OUTPUT/report.html. The report says what the folder lacks (older runs, `write`
+    keys that were false, images that have moved).
 
     Raises: InputError naming the folder that holds no run, or the file that is damaged or cannot be
         written.
@@ -66,14 +66,14 @@ def write_report(
     start = path.absolute().parent
     check_folder("--output", start)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries; what matters is in the report
+        warnings.simplefilter("ignore")  # from libraries; what matters is in the report
         content = run_page(run, read_results(run), start)
     write_text(path, content)
     return path
 
 
 def report_at_end(folder: Path, log: Log) -> None:
-    """The report of a run that has just ended; its results are complete without it."""
+    """Writes the report of a run that has just ended; its results are complete without it."""
     try:
         log(f"Report: {write_report(folder)}")
     except Exception as error:
@@ -82,7 +82,7 @@ def report_at_end(folder: Path, log: Log) -> None:
 
 
 def run_page(run: RunFiles, results: CaseResults, start: Path = Path()) -> str:
-    """start: the folder that links to the reports of the folds are relative to."""
+    """start: the folder to which the links to the folds' reports are relative."""
     name = run.folder.resolve().name
     return render(
         "finetune/report/run.html.j2",
@@ -130,7 +130,7 @@ def _validations(metrics: Sequence[dict[str, float]]) -> Table | None:
 
 
 def _classes(run: RunFiles, scores: Sequence[Score]) -> Table | None:
-    """None where no Dice is known."""
+    """None if no Dice is known."""
     if run.dice:
         header = ["class", "mean Dice", "sd", "lowest", "highest", "cases with it"]
         surfaces = ["missed", "extra", "mean NSD", "mean HD95, mm", "median HD95, mm"]
@@ -189,7 +189,7 @@ def _case_tables(run: RunFiles, scores: Sequence[Score]) -> list[Table]:
             (s.case, s.structure): f"{getattr(s, column):.3f}" if s.outcome == FOUND else s.outcome
             for s in scores
         }
-        # A class that the configuration does not have is not scored.
+        # A class that the configuration lacks is not scored.
         rows = [[n, *(cells.get((n, c), MISSING) for c in run.classes)] for n in names]
         tables.append(Table(f"{title} of {which}", header, rows, open=False))
     return tables
@@ -237,7 +237,7 @@ def _said(key: str, value: Any) -> str:
 
 
 def _legend(run: RunFiles, results: CaseResults) -> dict[str, Any] | None:
-    """Colours of the classes that are seen, of the errors, and of the weights."""
+    """Colours of the visible classes, of the errors, and of the weights."""
     shown = [case.panels for case in results.drawn if case.panels]
     present = sorted({i for panels in shown for i in panels.present})
     colours = class_colours(max(present, default=0) + 1)

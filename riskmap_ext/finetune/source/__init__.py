@@ -1,1 +1,1 @@
-"""What a source model is, and how it is read."""
+"""What a source model is, and how to read one."""

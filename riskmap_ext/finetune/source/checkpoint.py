@@ -1,4 +1,4 @@
-"""Checkpoints of tensors and plain types, and starting a network from a source model's weights."""
+"""Reads checkpoints of tensors and plain types, and starts a network from a source's weights."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from riskmap_ext.finetune.source.network import build_network, head_keys, withou
 from riskmap_ext.finetune.source.nnunet import nnunet_source
 
 FORMAT = "riskmap_ext.checkpoint.1"
-# Where other tools keep the weights: MONAI, Lightning, nnU-Net, and many training scripts.
+# Where other tools store the weights: MONAI, Lightning, nnU-Net, and many training scripts.
 _STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
 
 
 @dataclass
 class KeyReport:
-    """What became of each state-dict key when a network was started from a source's weights.
+    """What happened to each state-dict key when a network started from a source's weights.
 
-    loaded: copied. reinitialized: the output layer, fresh. mismatched: same name, other shape,
+    loaded: copied. reinitialized: the output layer, fresh. mismatched: same name, different shape,
     left fresh. new: not in the source, left fresh. skipped: in the source, not in the network.
     """
 
@@ -65,7 +65,7 @@ def save_checkpoint(
     preprocessing: Mapping[str, Any],
     progress: Mapping[str, Any],
 ) -> None:
-    """A file that torch.load(weights_only=True) reads and `source.checkpoint` takes."""
+    """Writes a file that torch.load(weights_only=True) reads and `source.checkpoint` takes."""
     state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
     write_checkpoint(
         path,
@@ -82,7 +82,7 @@ def save_checkpoint(
 
 
 def source_of(config: Config) -> SourceModel | None:
-    """The source of a run, if it has one. Raises: CheckpointError."""
+    """The source of a run, if any. Raises: CheckpointError."""
     return None if config.source is None else load_source(config.source)
 
 
@@ -90,7 +90,7 @@ def load_source(source: SourceConfig) -> SourceModel:
     """The source network with its weights, in eval mode and without gradients.
 
     The checkpoint is one of this package's, of nnU-Net, a MONAI bundle, or any file of tensors and
-    plain types with a state dict in it; then `source.network` and `source.classes` must be given.
+    plain types with a state dict; for the latter, set `source.network` and `source.classes`.
 
     Raises: CheckpointError naming the file and what is missing or does not fit.
     """
@@ -127,7 +127,7 @@ def load_source(source: SourceConfig) -> SourceModel:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises: CheckpointError with what the file is instead."""
+    """Raises: CheckpointError saying what the file is instead."""
     if not path.is_file():
         there = sorted(each.name for each in path.parent.glob("*"))
         why = f"no such checkpoint; its folder holds {some(there) or 'nothing'}"
@@ -138,7 +138,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {why} (source.checkpoint)")
     try:
         with warnings.catch_warnings():
-            # torch warns of archives that are refused below.
+            # torch warns of archives that are rejected below.
             warnings.simplefilter("ignore")
             content = load_plain(path)
     except Exception as error:  # zip, pickle and torch errors of every kind
@@ -150,7 +150,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """What the file is instead of a checkpoint. torch's own text advises to run the file's code."""
-    # A cut archive makes torch seek to places before its start, which is EINVAL.
+    # A truncated archive makes torch seek to places before its start, which is EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return f"cannot be read ({error.strerror})"
     with path.open("rb") as file:
@@ -202,7 +202,7 @@ def _without_wrappers(state: dict[str, Tensor], wanted: Set[str]) -> dict[str, T
 
 
 def _load(found: SourceModel, state: dict[str, Tensor]) -> None:
-    """Raises: CheckpointError saying which network the file is of, as far as it tells."""
+    """Raises: CheckpointError saying which network the file belongs to, as far as it says so."""
     known = found.network.state_dict().keys()
     state = _without_wrappers(state, known)
     try:
@@ -214,15 +214,15 @@ def _load(found: SourceModel, state: dict[str, Tensor]) -> None:
             lines = "; ".join(one_line(line) for line in str(error).splitlines()[1:4])
             why = f"the weights do not fit {wanted}: {found.told} ({lines})"
         raise CheckpointError(
-            f"{found.path}: {why}; source.network and source.classes, where they are given, must "
-            "be the model's own"
+            f"{found.path}: {why}; source.network and source.classes, if set, must be those of "
+            "the model"
         ) from None
 
 
 def _plain(
     source: SourceConfig, path: Path, own: dict[str, Any], state: dict[str, Tensor]
 ) -> SourceModel:
-    """own: of a checkpoint of this package. What a file does not say, `source` has to."""
+    """own: of a checkpoint of this package. `source` must give what a file does not say."""
     config, structures = source.network, given_structures(source)
     told = f"its keys are such as {', '.join(list(state)[:3])}"
     if own.get("network") is not None:
@@ -258,10 +258,10 @@ def start_from_source(
 ) -> KeyReport:
     """Copies the source's weights into `network` and reports every key.
 
-    head: "auto" gives the output layer fresh weights where the numbers of outputs differ or only
-    one of the two has regions, "keep" asks for equal numbers, "reinitialize" always does.
+    head: "auto" gives the output layer fresh weights if the numbers of outputs differ or only one
+    of the two has regions, "keep" requires equal numbers, "reinitialize" always gives fresh ones.
 
-    Raises: CheckpointError where nothing can be loaded or the head cannot be kept.
+    Raises: CheckpointError if nothing can be loaded or the head cannot be kept.
     """
     mine, theirs = network.state_dict(), source.network.state_dict()
     count, their_count = structures.num_outputs, source.structures.num_outputs
@@ -270,7 +270,7 @@ def start_from_source(
             f"source.head: keep needs as many outputs as the source has ({their_count}), got "
             f"{count}"
         )
-    # Sigmoids say nothing of a softmax, however many there are.
+    # Sigmoids say nothing about a softmax, however many there are.
     same_kind = (structures.regions is None) == (source.structures.regions is None)
     alike = same_kind and count == their_count
     renewed = head == "reinitialize" or (head == "auto" and not alike)

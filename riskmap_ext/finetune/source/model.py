@@ -1,4 +1,4 @@
-"""What a source model is: its network, its structures, and how its images were prepared."""
+"""A source model: its network, its structures, and the preprocessing of its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from riskmap_ext.finetune.config.load import problems_of
 from riskmap_ext.finetune.config.schema import Config, DataConfig, NetworkConfig, SourceConfig
 
 Section = TypeVar("Section", bound=BaseModel)
-# Keys of data that a checkpoint keeps.
+# Keys of data that a checkpoint stores.
 PREPARATION = (
     *("spacing", "geometry", "crop", "normalize", "window", "mean_std", "image_foreground"),
     "slice_axis",
@@ -28,11 +28,11 @@ PREPARATION = (
 
 @dataclass(kw_only=True)
 class SourceModel:
-    """The frozen source network, and what its file says of it, whatever tool has written it.
+    """The frozen source network, and what its file says about it, whichever tool wrote it.
 
-    told: what the file itself says of its network, for messages. preprocessing: as a run's
-    `preparation`, as far as it is known; values may be such as `data` has no word for. notes:
-    warnings for the log.
+    told: what the file itself says about its network, for messages. preprocessing: like a run's
+    `preparation`, as far as known; may have values that `data` cannot express. notes: warnings for
+    the log.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class SourceModel:
 
 @contextmanager
 def placed(place: str) -> Iterator[None]:
-    """Says of which network it is that an argument cannot be used."""
+    """Says which network an unusable argument belongs to."""
     try:
         yield
     except ConfigError as error:
@@ -69,7 +69,7 @@ def checked(model: type[Section], content: Any, path: Path, section: str) -> Sec
 
 
 def given_structures(source: SourceConfig) -> Structures | None:
-    """`source.classes`, names or how many, where it is given."""
+    """`source.classes`, names or their number, if set."""
     names = source.classes
     if isinstance(names, int):
         names = numbered("class", names)
@@ -81,21 +81,21 @@ def numbered(what: str, count: int) -> list[str]:
 
 
 def stored_orientation(source: SourceConfig, why: str) -> tuple[str, list[str]]:
-    """Of files that do not say it: `source.orientation`, or RAS and a warning with the reason."""
+    """For files that do not say it: `source.orientation`, or RAS and a warning with the reason."""
     if source.orientation is not None:
         return source.orientation, []
-    otherwise = "RAS is assumed (source.orientation=LPS, for example, says otherwise)"
+    otherwise = "RAS is assumed (source.orientation=LPS, for example, overrides this)"
     return "RAS", [f"{source.checkpoint}: {why}; {otherwise}"]
 
 
 def preparation(data: DataConfig, patch: list[int], suffix: list[str] | None) -> dict[str, Any]:
-    """As a checkpoint keeps it. suffix: of the image files, one for each channel."""
+    """As a checkpoint stores it. suffix: of the image files, one for each channel."""
     told = data.model_dump(include=set(PREPARATION))
     return told | {"patch_size": patch, "image_suffix": suffix}
 
 
 def own_preparation(source: SourceModel) -> tuple[dict[str, Any], list[str]]:
-    """What the source's file says, as keys of `data`, and what of it `data` has no word for."""
+    """What the source's file says, as keys of `data`, and what of it `data` cannot express."""
     told = {key: source.preprocessing[key] for key in PREPARATION if key in source.preprocessing}
     unknown = set()
     try:
@@ -107,9 +107,9 @@ def own_preparation(source: SourceModel) -> tuple[dict[str, Any], list[str]]:
 
 
 def prepared_as_source(config: Config, source: SourceModel | None) -> Config:
-    """The configuration with what `data` leaves out as the images of the source's training had it.
+    """The configuration, with keys that `data` omits set as in the source's training.
 
-    A list with a value for each channel is left out where the source sees some of the channels.
+    A list with a value for each channel is omitted if the source sees only some of the channels.
     """
     if source is None or config.source is None:
         return config
@@ -131,11 +131,11 @@ def _of_channels(value: Any) -> bool:
 
 
 def preparation_warnings(config: Config, source: SourceModel) -> list[str]:
-    """What the source's file warns of, and where its images were prepared otherwise."""
+    """Warnings of the source's file, and about preprocessing that differs from the source's."""
     theirs, unknown = own_preparation(source)
     suffers = "its logits and the maps may suffer"
     warnings = [
-        f"the images of the source's training were prepared {each}, for which data has no word; "
+        f"the images of the source's training were prepared {each}, which data cannot express; "
         + suffers
         for each in unknown
     ]
@@ -148,7 +148,7 @@ def preparation_warnings(config: Config, source: SourceModel) -> list[str]:
             pairs = zip(value, mine, strict=True)
             same = all(None in pair or math.isclose(*pair, rel_tol=0.01) for pair in pairs)
         elif key == "image_foreground":
-            # The network has it from the scaling of intensities alone.
+            # The network gets it only through the scaling of intensities.
             same |= config.data.normalize == "none"
         if not same:
             warnings.append(
@@ -158,7 +158,7 @@ def preparation_warnings(config: Config, source: SourceModel) -> list[str]:
 
 
 def in_prepared_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
-    """Sizes of a volume's axes in a run's order; a network without an order takes any."""
+    """Sizes of a volume's axes in a run's order; a network without an order fits any."""
     if source.config.orientation is None or values is None or len(values) != 3:
         return values
     theirs = source.preprocessing.get("slice_axis", "axial")

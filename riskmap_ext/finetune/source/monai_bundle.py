@@ -1,7 +1,7 @@
-"""MONAI bundles as sources: what configs/ and models/model.pt say, with nothing of it evaluated.
+"""MONAI bundles as sources: reads configs/ and models/model.pt, and evaluates nothing.
 
 A bundle's configuration is a program: its `$` texts are Python, and `_target_` names what to
-import. Here plain values alone are read, and the one class comes from monai.networks.nets.
+import. Only plain values are read here, and the one class comes from monai.networks.nets.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _SET_BOTH = "set source.network and source.classes"
 
 
 def bundle_root(path: Path) -> Path | None:
-    """The folder of the bundle that `path` is, or whose weights it is; None where it is of none."""
+    """The folder of the bundle that `path` is, or whose weights it is; None if of no bundle."""
     root = path if path.is_dir() else path.parent.parent
     of_bundle = path.is_dir() or path.parent.name == "models"
     return root if of_bundle and (root / "configs").is_dir() else None
 
 
 def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
-    """Raises: CheckpointError naming the file and what is missing or would have to be evaluated."""
+    """Raises: CheckpointError naming the file and what is missing or would need evaluation."""
     file, key, config = _definition(root)
     place = f"{file}: {key}"
     network = _network(_resolved(config[key], config), place)
@@ -90,7 +90,7 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
 
 
 def _definition(root: Path) -> tuple[Path, str, ConfigParser]:
-    """The file with the first description of a network, its key, and the content of the file."""
+    """The file with the first description of a network, its key, and the file's content."""
     files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
     configs = {file: _read(file) for file in files if file.is_file()}
     found = [(file, key) for file, each in configs.items() for key in _NETWORKS if key in each]
@@ -106,12 +106,12 @@ def _definition(root: Path) -> tuple[Path, str, ConfigParser]:
 
 
 def _read(file: Path) -> ConfigParser:
-    """Of its methods only those are used that look up texts; parse() would import and evaluate."""
+    """Only its methods that look up texts are used; parse() would import and evaluate."""
     return ConfigParser(read_mapping(file, CheckpointError)[0])
 
 
 def _resolved(value: Any, config: ConfigParser, seen: tuple[str, ...] = ()) -> Any:
-    """The value with what `@a::b` stands for put in, as far as it is in the same file."""
+    """The value with each `@a::b` replaced by what it refers to, if that is in the same file."""
     if isinstance(value, dict):
         return {key: _resolved(each, config, seen) for key, each in value.items()}
     if isinstance(value, list):
@@ -130,7 +130,7 @@ def _network(definition: dict[str, Any], place: str) -> NetworkConfig:
             f"{place}._target_: expected a class of monai.networks.nets, got {target!r}, which "
             f"is not imported; {_SET_BOTH}"
         )
-    # MONAI takes _desc_, _requires_, _disabled_ and _mode_ for itself; the weights are the proof.
+    # MONAI uses _desc_, _requires_, _disabled_ and _mode_ itself; the weights are the proof.
     args = {name: value for name, value in definition.items() if not name.startswith("_")}
     _check_plain(args, place)
     return NetworkConfig(name=match["name"], args=args)
@@ -161,7 +161,7 @@ def _count(network: NetworkConfig, names: tuple[str, ...]) -> int:
 
 
 def _channel_names(metadata: ConfigParser, side: str, count: int) -> list[str] | None:
-    """Of {"0": name, ...}, where it names each of `count` channels and no two alike."""
+    """From {"0": name, ...}, if it names each of `count` channels and no two alike."""
     given = metadata.get(f"network_data_format::{side}::channel_def")
     if not isinstance(given, dict):
         return None
@@ -175,7 +175,7 @@ def _structures(
 ) -> Structures:
     """Classes of a softmax, or the one region of a single sigmoid.
 
-    Raises: CheckpointError for several sigmoids: which labels make up each of them is nowhere told.
+    Raises: CheckpointError for several sigmoids: nothing says which labels make up each of them.
     """
     names = _channel_names(metadata, "outputs::pred", outputs)
     if outputs == 1:
@@ -191,7 +191,7 @@ def _structures(
         raise CheckpointError(
             f"{file}: its {outputs} outputs are {what}, so they may overlap, and the bundle does "
             "not say of which labels each is made; set source.classes to their number or names to "
-            "take them as classes that exclude each other, background first"
+            "treat them as mutually exclusive classes, background first"
         )
     return Structures(names or numbered("class", outputs))
 
@@ -208,7 +208,7 @@ def _transforms(config: ConfigParser, key: str) -> list[tuple[str, dict[str, Any
 
 
 def _window(transform: dict[str, Any]) -> dict[str, Any] | None:
-    """`window` and `mean_std` of a range of intensities that becomes another range."""
+    """`window` and `mean_std` of a transform from one range of intensities to another."""
     numbers: list[Any] = [transform.get(name) for name in ("a_min", "a_max", "b_min", "b_max")]
     if not all(type(each) in (int, float) for each in numbers):
         return None
@@ -221,9 +221,9 @@ def _window(transform: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _preprocessing(config: ConfigParser) -> tuple[dict[str, Any], str | None]:
-    """What the bundle's transforms make of an image, as far as the driver has words for it.
+    """What the bundle's transforms do to an image, as far as the driver can express it.
 
-    Also the letters of the axes of the volumes that the network sees.
+    Also the axis letters of the volumes that the network sees.
     """
     transforms = _transforms(config, "preprocessing")
     made: dict[str, Any] = {"spacing": None} if transforms else {}

@@ -20,7 +20,7 @@ from riskmap_ext.nn import DeferredLogits, fuse_head
 IN_ARGUMENTS = ("in_channels", "input_channels")
 OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
-# Of nnU-Net's package dynamic_network_architectures; their layers are named by text.
+# From nnU-Net's package dynamic_network_architectures; their layers are named by strings.
 NNUNET_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _LAYERS = {
     "conv_op": ("Conv2d", "Conv3d"),
@@ -38,7 +38,7 @@ def monai_class(name: str) -> type[nn.Module] | None:
 
 
 def network_class(name: str) -> type[nn.Module]:
-    """Raises: ConfigError with near names, or the package that is missing."""
+    """Raises: ConfigError with near names, or naming the package that is missing."""
     if name in NNUNET_NETWORKS:
         try:
             from dynamic_network_architectures.architectures import unet
@@ -56,7 +56,7 @@ def network_class(name: str) -> type[nn.Module]:
 
 
 def _nnunet_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """With classes in the place of their names.
+    """The arguments, with classes instead of their names.
 
     Raises: ConfigError for a name that is not in the list: nothing else is imported.
     """
@@ -111,7 +111,7 @@ def channel_parameter(network: NetworkConfig, names: Sequence[str]) -> inspect.P
 def without_channels(network: NetworkConfig, num_outputs: int, channels: int) -> NetworkConfig:
     """`network` without the arguments that follow from the data and the classes.
 
-    Raises: ConfigError where they are given and say something else.
+    Raises: ConfigError if they are given with other values.
     """
     fixed = dict.fromkeys(IN_ARGUMENTS, (channels, "the number of image channels"))
     fixed |= dict.fromkeys(OUT_ARGUMENTS, (num_outputs, "the number of classes or regions"))
@@ -119,8 +119,8 @@ def without_channels(network: NetworkConfig, num_outputs: int, channels: int) ->
     for name, (expected, why) in fixed.items():
         if (given := args.pop(name, expected)) != expected:
             raise ConfigError(
-                f"network.args.{name}: expected {expected} ({why}), got {given!r}; it can be left "
-                "out"
+                f"network.args.{name}: expected {expected} ({why}), got {given!r}; it can be "
+                "omitted"
             )
     return network.model_copy(update={"args": args})
 
@@ -128,7 +128,7 @@ def without_channels(network: NetworkConfig, num_outputs: int, channels: int) ->
 def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -> nn.Module:
     """The network for images of `channels` channels and `num_outputs` output channels.
 
-    Raises: ConfigError naming the argument that the class does not take or refuses.
+    Raises: ConfigError naming the argument that the class does not take or rejects.
     """
     cls, parameters = network_class(network.name), _parameters(network)
     # The channels follow from the data and the classes, whatever the arguments say.
@@ -175,7 +175,7 @@ def sizes_of(key: str, sizes: Sequence[int], dims: int) -> list[int]:
 def check_forward(
     network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
 ) -> None:
-    """Runs one blank patch through the network, so that a misfit is told before any work."""
+    """Runs one blank patch through the network, to report a misfit before any work."""
     takes = "sizes divisible by the product of the network's strides usually fit"
     try:
         with eval_mode(network):
@@ -183,7 +183,7 @@ def check_forward(
             shape = list(first_output(network(blank), blank).shape)
     except Exception as error:  # whatever the network's layers raise
         if "alloc" in str(error) or "out of memory" in str(error):
-            takes = "it needs more memory than there is"
+            takes = "it needs more memory than is available"
         raise ConfigError(
             f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
             f"({one_line(error)[:300]}); {takes}"
@@ -205,7 +205,7 @@ def fused_heads(
 ) -> tuple[list[str], str | None]:
     """Fuses the heads of `network` with the loss as loss.fused_head says.
 
-    Returns: their names, and why there are none where "auto" would have fused them.
+    Returns: their names, and why there are none if "auto" would have fused them.
 
     image_shape: [B, M, *S] as the network's own forward() sees it. Raises: ConfigError.
     """
@@ -228,5 +228,5 @@ def first_output(out: Any, image: Tensor) -> Tensor | DeferredLogits:
         return out
     if isinstance(out, (list, tuple)):
         return first_output(out[0], image)
-    # DynUNet stacks its heads of deep supervision along an axis of their own.
+    # DynUNet stacks its deep supervision heads along an extra axis.
     return out[:, 0] if out.dim() == image.dim() + 1 else out

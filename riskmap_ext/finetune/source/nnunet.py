@@ -59,7 +59,7 @@ class _MadeWith(BaseModel):
 
 
 class _Architecture(TypedDict):
-    """The arguments are without tuples, which YAML has no word for."""
+    """The arguments have no tuples, which YAML cannot express."""
 
     network_class_name: Annotated[
         str,
@@ -118,7 +118,7 @@ def nnunet_source(source: SourceConfig, content: Mapping[str, Any]) -> SourceMod
         preprocessing={
             "image_suffix": [f"_{index:04d}" for index in range(len(channels))],
             "patch_size": arranged(configuration.patch_size, seen, prepared),
-            # Slices stay as far apart as they are.
+            # The distance between slices does not change.
             "spacing": [*arranged(spacing, seen, prepared), None][:3],
             "geometry": "nnunet" if resampling == _RESAMPLING else resampling,
             "crop": "nonzero",
@@ -141,7 +141,7 @@ def _with_inherited(
                 f"{path}: its plans.configurations: expected a configuration {name!r}, got "
                 f"{', '.join(given) or 'none'}"
             )
-        # Taken out, so that none inherits from itself.
+        # Removed, so that none inherits from itself.
         each = left.pop(name)
         merged = each | merged
         name = each.get("inherits_from")
@@ -153,7 +153,7 @@ def _structures(path: Path, dataset: dict[str, Any]) -> Structures:
     if isinstance(labels, dict):
         lists = [value for value in labels.values() if isinstance(value, list)]
         if all(len(value) == 1 for value in lists):
-            # As nnU-Net does, lists of one label each are no regions.
+            # As in nnU-Net, lists of one label each are not regions.
             labels = {k: v[0] if isinstance(v, list) else v for k, v in labels.items()}
     found = dataset_labels(path, {**dataset, "labels": labels})
     if "classes" not in found:
@@ -171,14 +171,14 @@ def _seen_orientation(source: SourceConfig, plans: _Plans) -> tuple[str, list[st
     stored, notes = stored_orientation(source, why)
     if plans.image_reader_writer == _REORIENTS:
         stored, notes = "RAS", []
-    # It reads a file's axes from the last to the first.
+    # It reads a file's axes from last to first.
     return "".join(stored[::-1][axis] for axis in plans.transpose_forward), notes
 
 
 def _normalization(configuration: _Configuration, plans: _Plans) -> dict[str, Any]:
     """`normalize`, `window`, `mean_std` and `image_foreground`.
 
-    A scheme that the driver lacks is there by its name.
+    A scheme that the driver lacks keeps its name.
     """
     schemes = configuration.normalization_schemes
     pairs = zip(schemes, configuration.use_mask_for_norm, strict=False)
@@ -190,7 +190,7 @@ def _normalization(configuration: _Configuration, plans: _Plans) -> dict[str, An
     told: dict[str, Any] = {"image_foreground": "nonzero" if masked else "all"}
     keys = ("normalize", "window", "mean_std")
     for key, values in zip(keys, zip(*channels, strict=True), strict=True):
-        # One for all channels, where they are alike.
+        # One for all channels if they are alike.
         told[key] = values[0] if values.count(values[0]) == len(values) else list(values)
     return told
 
@@ -199,7 +199,7 @@ def _of_scheme(name: str, masked: bool, plans: _Plans, channel: int) -> tuple[An
     """normalize, window and mean_std of a channel."""
     if name == "ZScoreNormalization":
         return "zscore_foreground" if masked else "zscore", None, None
-    # Of the foreground's intensities in the training set.
+    # Over the foreground's intensities in the training set.
     told = plans.foreground_intensity_properties_per_channel.get(str(channel), {})
     names = ("percentile_00_5", "percentile_99_5", "mean", "std")
     if name == "CTNormalization" and told.keys() >= {*names}:

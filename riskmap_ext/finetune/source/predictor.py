@@ -38,7 +38,7 @@ class Predictor:
         channels: Sequence[int] | None = None,
         geometry: str = "monai",
     ) -> None:
-        """channels: those of the image that it sees; None: all. geometry: data.geometry."""
+        """channels: the image channels that it sees; None: all. geometry: data.geometry."""
         self.channels = None if channels is None else list(channels)
         self.patch = sizes_of("inference.patch_size", inference.patch_size or patch, dims)
         count = inference.batch_size or _WINDOWS_AT_ONCE[dims]
@@ -47,9 +47,9 @@ class Predictor:
             "sw_batch_size": count,
             "overlap": inference.overlap,
             "mode": "gaussian",
-            # Crops of training repeat the border in the same way.
+            # Training crops repeat the border in the same way.
             "padding_mode": "replicate",
-            # MONAI keeps the window's weights in the network's dimensions: no use for slices.
+            # MONAI caches the window's weights in the network's dimensions, which slices lack.
             "cache_roi_weight_map": dims == 3,
         }
         self._infer: Callable[[Tensor, Callable[[Tensor], Any]], Any]
@@ -81,12 +81,12 @@ def _even_windows(
     image: Tensor,
     network: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Logits of an image [1, M, X, Y, Z] from windows that are spread evenly, as nnU-Net's are.
+    """Logits of an image [1, M, X, Y, Z] from evenly spread windows, as nnU-Net does it.
 
-    count: windows at once. A smaller image is padded with 0 on both sides.
+    count: windows per forward pass. A smaller image is padded with 0 on both sides.
     """
     size, dims = list(image.shape[2:]), len(patch)
-    patch = [*patch, *[1] * (3 - dims)]  # a slice is a window of one voxel's depth
+    patch = [*patch, *[1] * (3 - dims)]  # a slice is a window one voxel deep
     missing = [max(0, wanted - have) for wanted, have in zip(patch, size, strict=True)]
     both = [side for each in reversed(missing) for side in (each // 2, each - each // 2)]
     image = F.pad(image[0], both)
@@ -117,7 +117,7 @@ def _even_windows(
 
 @functools.lru_cache(maxsize=2)
 def _window_weight(patch: tuple[int, ...]) -> Tensor:
-    """A Gaussian around the middle with an eighth of the patch as its standard deviation."""
+    """A Gaussian around the centre; its standard deviation is an eighth of the patch."""
     peak = np.zeros(patch)
     peak[tuple(size // 2 for size in patch)] = 1
     weight = gaussian_filter(peak, [size / 8 for size in patch], mode="constant")
@@ -125,7 +125,7 @@ def _window_weight(patch: tuple[int, ...]) -> Tensor:
 
 
 def _starts(size: int, patch: int, overlap: float) -> list[int]:
-    """First voxels of windows that overlap by `overlap` or more and end at the border."""
+    """First voxels of windows that overlap by at least `overlap` and end at the border."""
     count = math.ceil((size - patch) / (patch * (1 - overlap))) + 1
     return [round(index * (size - patch) / max(1, count - 1)) for index in range(count)]
 
@@ -135,8 +135,8 @@ def predict(
 ) -> Tensor:
     """Class indices int16 on the prepared grid or, with `full`, of the file's whole volume.
 
-    Of several predictors the mean of their probabilities counts; in nnU-Net's geometry that of
-    their logits, as there.
+    With several predictors, their probabilities are averaged; in nnU-Net's geometry, their logits,
+    as there.
     """
     grid, resampled = case.grid, full and case.grid.resampled
     as_logits = grid.nnunet or (len(predictors) == 1 and not resampled)

@@ -188,7 +188,7 @@ def check_inputs(outline: Outline, cases: Sequence[str]) -> str:
     if resumed and resumed["inputs"] != inputs:
         raise ConfigError(
             "--resume: the source checkpoint or the training cases have changed since the run "
-            "started; set overwrite=true without --resume to start again"
+            "started; set overwrite=true without --resume to start anew"
         )
     return inputs
 
