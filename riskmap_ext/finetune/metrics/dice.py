@@ -13,7 +13,7 @@ from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
 
 
 def dice_per_structure(prediction: Tensor, label: Tensor, structures: Structures) -> list[float]:
-    """Dice of each class 1 .. C-1, or of each region; NaN where the label has none of it.
+    """Dice of each class 1 .. C-1, or of each region; NaN if the label has none of it.
 
     Both are class indices [*S]; ignored voxels are not counted.
     """

@@ -191,7 +191,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
 def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction | None) -> Config:
     """The configuration that the caller's own functions need."""
     if config.data.folds is not None:
-        raise ConfigError("data.folds: cross_validate takes them; expected null for one run")
+        raise ConfigError("data.folds: are for cross_validate; expected null for one run")
     if weights is not None and not config.risk.use:
         raise ValueError("weights: they replace the risk map; expected a source and risk.use=true")
     if loss is None:
