@@ -500,7 +500,7 @@ class Config(_Section):
             keys = ", ".join(f"risk.{key}" for key in sorted(given))
             why = "there is no source, so that no map is made"
             if self.source is not None:
-                why = "only the report uses the map; risk.use=true weights the loss by it"
+                why = "the map is for the report only; risk.use=true gives it to the loss"
             found.append(f"{keys}: {why}")
         if self.loss.label_smoothing > 0 and self.loss.class_weights is not None:
             found.append(

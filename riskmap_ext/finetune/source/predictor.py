@@ -49,7 +49,7 @@ class Predictor:
             "mode": "gaussian",
             # Training crops repeat the border in the same way.
             "padding_mode": "replicate",
-            # MONAI caches the window's weights in the network's dimensions, which slices lack.
+            # MONAI caches the window's weights in the network's dimensions: of no use for slices.
             "cache_roi_weight_map": dims == 3,
         }
         self._infer: Callable[[Tensor, Callable[[Tensor], Any]], Any]

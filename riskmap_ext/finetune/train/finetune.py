@@ -111,7 +111,7 @@ def finetune(
             the known columns of metrics.csv, including `dice_CLASS` and `mean_dice`.
 
     Raises: InputError (ConfigError, DataError, CheckpointError) before anything is written;
-    ValueError for `weights` without `risk.use`, without a training case or with another shape.
+    ValueError for `weights` without `risk.use`, or that lack a training case or have another shape.
     """
     started = time.perf_counter()
     config = _checked(config, loss, weights)
