@@ -37,6 +37,8 @@ import riskmap_ext
 from riskmap_ext import reference
 
 CPU = torch.device("cpu")
+# The CUDA head keeps the logits of a chunk in the features' dtype, as a convolution does.
+ROUNDS_LOGITS = "--cuda-on-host" in sys.argv
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -164,10 +166,11 @@ def loss_matches(call: Call, function: Callable[..., Tensor], leaves: int) -> No
     )
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = dtype == torch.float64
-    assert_close(
-        found[0].double(), expected[0], rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-5
-    )
+    value = 1e-12 if exact else 1e-5
     limit = 1e-11 if exact else 1e-5 + 2 * ROUNDING.get(dtype, 0.0)
+    if leaves > 1 and ROUNDS_LOGITS:
+        value, limit = value + 8 * ROUNDING.get(dtype, 0.0), limit + 16 * ROUNDING.get(dtype, 0.0)
+    assert_close(found[0].double(), expected[0], rtol=value, atol=value)
     smallest = 2.0**-24 if dtype == torch.float16 else 0.0
     for one, other, size in zip(found[1:], expected[1:], sizes[1:], strict=True):
         assert one.dtype == dtype
@@ -251,8 +254,9 @@ def wrong_call(pick: random.Random, number: int) -> tuple[str, Case, Callable[[]
             )
             if isinstance(found, Tensor) and found.requires_grad:
                 found.sum().backward()
-        except MemoryError:  # of 10**9 classes
-            pass
+        except (MemoryError, RuntimeError) as error:  # 10**9 classes want 10**9 rows
+            if isinstance(error, RuntimeError) and "new_empty" not in str(error):
+                raise
         except (ValueError, TypeError) as error:
             if not re.match(r"[\w.]+(: [\w.]+)?: ", str(error)):
                 raise AssertionError(f"names no argument: {error}") from error
