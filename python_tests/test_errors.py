@@ -83,6 +83,7 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
         for f in (*MAPS, loss)
     ),
     (leep, {"num_classes": 0}, ValueError, ["num_classes", "1", "0"]),
+    (leep, {"num_classes": 10**9}, ValueError, ["num_classes", "65536", "1000000000"]),
     (leep, {"num_classes": 2.5}, TypeError, ["num_classes", "integer", "float"]),
     (leep, {"num_classes": True}, TypeError, ["num_classes", "integer", "bool"]),
     *(

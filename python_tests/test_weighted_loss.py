@@ -185,18 +185,24 @@ def test_minus_infinity_at_the_target_is_an_infinite_loss(device: torch.device) 
     torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("dice", [0.0, 1.0], ids=["ce", "dice"])
+@pytest.mark.parametrize(
+    ("ce", "dice"), [(1.0, 0.0), (1.0, 1.0), (0.0, 1.0)], ids=["ce", "both", "dice"]
+)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @every_way
-def test_nan_is_not_hidden(case: Case, bad: float, dice: float, device: torch.device) -> None:
+def test_nan_is_not_hidden(
+    case: Case, bad: float, ce: float, dice: float, device: torch.device
+) -> None:
     for channel in range(min(case.classes, 4)):
         (logits, target, risk), kwargs = case.loss_call(device)
         target[0, 3, 4], risk[0, 3, 4] = 1, 1.0
         logits[0, channel, 3, 4] = bad
-        call = (logits, target, risk), {**kwargs, "dice_weight": dice}
+        call = (logits, target, risk), {**kwargs, "ce_weight": ce, "dice_weight": dice}
         loss, gradient, _ = loss_and_gradients(call)
         assert loss.isnan()
         assert gradient[0, :, 3, 4].isnan().all()
+        if dice:  # its sums are over the image
+            assert gradient[0].isnan()[:, case.valid(device)[0]].all()
 
 
 @pytest.mark.parametrize("in_forward", [True, False], ids=["in_forward", "recompute"])

@@ -25,6 +25,7 @@ _STACK = (
 )
 _DEFERRED = " of a fused head: riskmap_ext.nn.RiskWeightedLoss takes them; .logits() computes them"
 MAX_WEIGHT = 1e38  # voxel weights are float32
+MAX_CLASSES = 2**16  # of a table for labels that no tensor has yet
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (
@@ -330,7 +331,7 @@ def leep_arguments(
         source,
         validate_labels("target", target, source, "source"),
         validate_regions(regions, source, "source"),
-        integer("num_classes", num_classes, 1, 2**31 - 1),
+        integer("num_classes", num_classes, 1, MAX_CLASSES),
         integer("ignore_index", ignore_index, -(2**63), 2**63 - 1),
     )
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from riskmap_ext._arguments import integer, number_sequence, plain_tensor, region_table
+from riskmap_ext._arguments import MAX_CLASSES, integer, number_sequence, plain_tensor, region_table
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext.ops.deferred import as_checked
 from riskmap_ext.ops.leep_statistics import NOT_FINITE, conditional, leep_statistics
@@ -49,7 +49,7 @@ class TransferStatistics:
     def __init__(
         self, num_classes: int, *, ignore_index: int = -100, regions: Tensor | None = None
     ) -> None:
-        self.num_classes = integer("num_classes", num_classes, 1)
+        self.num_classes = integer("num_classes", num_classes, 1, MAX_CLASSES)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.regions = None if regions is None else region_table(regions)
         self._joint: Tensor | None = None

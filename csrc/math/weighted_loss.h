@@ -104,7 +104,7 @@ RISKMAP_HD DiceTerm dice_term(double intersection, double predicted, double labe
   const double of_both = 1 - formula.alpha - formula.beta;
   const double sum =
       2 * (of_both * intersection + formula.alpha * predicted + formula.beta * labelled) + formula.smooth_dr;
-  const bool clamped = !(sum > kDiceMinDenominator);  // neither predicted nor labelled
+  const bool clamped = sum <= kDiceMinDenominator;  // neither predicted nor labelled; NaN is neither
   const double denominator = clamped ? kDiceMinDenominator : sum;
   const double score = (2 * intersection + formula.smooth_nr) / denominator;
   const double by_sum = clamped ? 0 : 2 * score / denominator;

@@ -10,7 +10,7 @@ void check_leep_statistics(const Tensor& source, const Tensor& target, const Opt
   check_logits(op, "source", source);
   check_labels(op, "target", target, "source", source);
   if (regions) check_regions(op, *regions, source.size(1), source);
-  check(num_classes >= 1 && num_classes <= INT32_MAX, op, ": num_classes must be 1 to 2^31 - 1, got ", num_classes);
+  check(num_classes >= 1 && num_classes <= 65536, op, ": num_classes must be 1 to 65536, got ", num_classes);
 }
 
 }  // namespace riskmap

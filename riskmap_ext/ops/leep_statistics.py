@@ -40,7 +40,7 @@ def leep_statistics(
             :class:`riskmap_ext.nn.DeferredLogits`: the logits are computed in chunks, never kept.
         target: labels 0 .. num_classes - 1 or ``ignore_index``, [B, \*S] or [B, 1, \*S]; any
             integer dtype, bool, or integral floats.
-        num_classes: number of target classes C.
+        num_classes: number of target classes C, at most 65,536.
         ignore_index: label of voxels to ignore.
         regions: for a source of R overlapping regions (one sigmoid each): table [R, Z], bool or
             0/1, of the labels that make up each region; source is then [B, R, \*S]. A label's
