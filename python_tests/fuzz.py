@@ -177,23 +177,20 @@ def loss_matches(call: Call, function: Callable[..., Tensor]) -> None:
     """
     dtype = call[0][0].dtype
     truth = getattr(reference, function.__name__)
+    is_head = function is riskmap_ext.linear_weighted_loss
     exact_call = in_double(call)
     found = value_and_gradients(call, function)
     expected, *neutral = (
         value_and_gradients(each, truth)
-        for each in (
-            exact_call,
-            with_zeros(exact_call, 0, 1),
-            with_zeros(exact_call, 1, 3 if function is riskmap_ext.linear_weighted_loss else 1),
-        )
+        for each in (exact_call, *neutral_calls(exact_call, is_head))
     )
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = dtype == torch.float64
     value, limit = (1e-12, 1e-11) if exact else (1e-5, 1e-5)
-    if function is riskmap_ext.linear_weighted_loss and not exact:
+    if is_head and not exact:
         logits = rounding_of_logits(*exact_call[0][:2])
         value, limit = value + 2 * logits, limit + 4 * logits
-    if function is riskmap_ext.linear_weighted_loss and ROUNDS_LOGITS:
+    if is_head and ROUNDS_LOGITS:
         value, limit = value + 8 * ROUNDING.get(dtype, 0.0), limit + 14 * ROUNDING.get(dtype, 0.0)
     assert_close(found[0].double(), expected[0], rtol=value, atol=value, equal_nan=True)
     for one, other, *sizes in zip(found[1:], expected[1:], *(n[1:] for n in neutral), strict=True):
@@ -214,10 +211,19 @@ def rounding_of_logits(features: Tensor, weight: Tensor) -> float:
     return 2.0**-24 * float(largest(terms))
 
 
-def with_zeros(call: Call, first: int, end: int) -> Call:
-    args, options = call
-    zeros = (None if t is None else torch.zeros_like(t) for t in args[first:end])
-    return (*args[:first], *zeros, *args[end:]), options
+def neutral_calls(call: Call, is_head: bool) -> list[Call]:
+    """Where all classes are equally probable, and the terms of a gradient do not cancel out."""
+    (first, *others), options = call
+    if not is_head:
+        return [((torch.zeros_like(first), *others), options)]
+    weight, bias, *others = others
+    signs = 1 - 2 * (torch.arange(weight.size(0), dtype=weight.dtype) % 2)
+    apart = weight.abs() * signs.view(-1, *[1] * (weight.dim() - 1))
+    no_bias = None if bias is None else torch.zeros_like(bias)
+    return [
+        ((torch.zeros_like(first), apart, bias, *others), options),
+        ((first, torch.zeros_like(weight), no_bias, *others), options),
+    ]
 
 
 def largest(values: Tensor) -> Tensor:
