@@ -382,6 +382,18 @@ def main() -> int:
         return campaign(name, options)
 
 
+def memory_and_files() -> tuple[float, float]:
+    """MiB of memory that is not of files, and open files; NaN where there is no /proc."""
+    process = Path("/proc/self")
+    if not process.exists():
+        return math.nan, math.nan
+    status = (process / "status").read_text()
+    memory = re.search(r"RssAnon:\s+(\d+)", status)
+    return int(memory[1]) / 1024 if memory else math.nan, float(
+        len(list((process / "fd").iterdir()))
+    )
+
+
 def campaign(name: str, options: argparse.Namespace) -> int:
     folder = ROOT / "build" / "fuzz"
     folder.mkdir(parents=True, exist_ok=True)
@@ -397,7 +409,7 @@ def campaign(name: str, options: argparse.Namespace) -> int:
 
     total: Counter[str] = Counter(known.get("counts", {}))
     until, end, here = begun + options.seconds, first + options.calls, first
-    failures = 0
+    failures, growth = 0, []
     while here < end and time.monotonic() < until:
         # So that a crash costs little, and its number is known to lie in this part.
         state.write_text(json.dumps({"next": here, "counts": total}))
@@ -405,10 +417,14 @@ def campaign(name: str, options: argparse.Namespace) -> int:
         here = counts.pop("last", here - 1) + 1
         failures += counts["failed"]
         total += counts
+        growth.append(memory_and_files())
     state.write_text(json.dumps({"next": here, "counts": total}))
     print(
         f"{name}: calls {first} to {here - 1}, {failures} failed, {time.monotonic() - begun:.0f} s"
     )
+    if len(growth) > 1:  # the first part loads and allocates what all use
+        for what, before, after in zip(("MiB", "open files"), growth[1], growth[-1], strict=True):
+            print(f"  {what}: {before:.0f} after 2,000 calls, {after:.0f} at the end")
     print("  of all runs:", ", ".join(f"{kind} {n}" for kind, n in sorted(total.items())))
     print("  python python_tests/fuzz.py --only N repeats one")
     return 1 if failures else 0
