@@ -9,6 +9,7 @@ from pathlib import Path
 
 import op_tests
 import pytest
+import torch
 
 TESTS = Path(__file__).parent
 VARIABLE = "RISKMAP_CPU_CAPABILITY"
@@ -38,6 +39,38 @@ def test_matches_reference(capability: str) -> None:
     run = _python(capability, "-m", "pytest", *options, *op_tests.files())
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
+
+
+SAVE_RESULTS = """
+import sys
+sys.path.insert(0, "python_tests")
+import torch, every_op
+from test_determinism import CASES, LOSSES
+torch.set_num_threads(1)
+found = {case.name: every_op.results(case, torch.device("cpu"), LOSSES) for case in CASES}
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_instruction_sets_differ_by_rounding_alone(tmp_path: Path) -> None:
+    """Relative L2 below 5e-7; below 1e-14 for logits and results in float64."""
+    results = {}
+    for capability in ("baseline", "avx2", "avx512"):
+        file = tmp_path / f"{capability}.pt"
+        saved = _python(capability, "-c", SAVE_RESULTS, str(file))
+        if "this machine has no" not in saved.stderr:
+            assert saved.returncode == 0, saved.stderr
+            results[capability] = torch.load(file, weights_only=True)
+    expected = results["baseline"]
+    for capability, found in results.items():
+        for case, ops in found.items():
+            for name, outputs in ops.items():
+                for one, other in zip(outputs, expected[case][name], strict=True):
+                    exact = case == "float64" and one.dtype == torch.float64
+                    limit = 1e-14 if exact else 5e-7
+                    distance = torch.linalg.vector_norm(one.double() - other.double())
+                    size = torch.linalg.vector_norm(other.double())
+                    assert distance <= limit * size, f"{capability}: {name} of {case}"
 
 
 def test_unknown_instruction_set_is_refused() -> None:
