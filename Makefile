@@ -17,7 +17,7 @@ install: $(VENV)/.installed
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy cmake ninja "pybind11>=2.12"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy cmake ninja "pybind11>=2.13"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

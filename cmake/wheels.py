@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PLATFORM = "manylinux_2_28_x86_64"
 OF_TORCH = ["libtorch_cpu.so", "libtorch_cuda.so", "libcudart.so.12", "libcudart.so.13"]
-BUILD = ["setuptools>=77", "wheel", "cmake>=3.25", "ninja", "pybind11>=2.12"]
+BUILD = ["setuptools>=77", "wheel", "cmake>=3.25", "ninja", "pybind11>=2.13"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ std::string torch_target() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.doc() = "Facts about the build of riskmap_ext's native libraries.";
   m.attr("version") = RISKMAP_VERSION;
   m.attr("torch_built_with") = RISKMAP_TORCH_BUILT_FOR;
