@@ -147,8 +147,10 @@ def test_cut_off_while_the_report_of_a_run_without_validation_is_written(
     run = config(root, tmp_path / "run", source, data={"validation": 0})
     with monkeypatch.context() as patch:
         patch.setattr("riskmap_ext.finetune.train.finetune.report_at_end", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"an unfinished run \(--resume goes on"):
             finetune(run, progress=False)
+    finetune(run, progress=False, resume=True)
+    assert "unfinished" not in (run.output / "report.html").read_text()
     with pytest.raises(ConfigError, match="holds a finished run"):
         finetune(run, progress=False, resume=True)
 

@@ -9,31 +9,64 @@ import re
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder (same ending), renamed to `path` on success."""
+    """A temporary name in the same folder (same ending), renamed to `path` on success.
+
+    Those that killed processes have left of the same file are removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in half_written(path.parent, path.name):
+        _remove_abandoned(left)
     # The ending stays: nibabel and torch choose the format by it.
     partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
-        yield partial
-        _to_disk(partial)
-        os.replace(partial, path)
+        with partial.open("wb") as held:
+            _lock(held, shared=True)  # while this process is alive
+            yield partial
+            _to_disk(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def half_written(folder: Path) -> list[Path]:
-    """Temporary files in the folder, of processes that were killed or are still running."""
-    return [path for path in folder.glob(".*") if re.match(r"\.\d+-\d+-", path.name)]
+def half_written(folder: Path, name: str = "") -> list[Path]:
+    """Temporary files in the folder, of processes that were killed or are still running.
+
+    name: only those that were to become this file.
+    """
+    pattern = rf"\.\d+-\d+-{re.escape(name)}" + ("$" if name else "")
+    return [path for path in folder.glob(".*") if re.match(pattern, path.name)]
+
+
+def _remove_abandoned(partial: Path) -> None:
+    with suppress(OSError), partial.open("rb+") as file:
+        if _lock(file, shared=False):
+            partial.unlink()
+
+
+def _lock(file: IO[bytes], *, shared: bool) -> bool:
+    """False if another process has it, or if the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _to_disk(path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from typing import Any
 
-from riskmap_ext.finetune.base.errors import InputError, ToldElsewhere
+from riskmap_ext.finetune.base.errors import InputError, Terminated, ToldElsewhere, one_line
 
 
 def main() -> None:
@@ -24,13 +24,19 @@ def main() -> None:
             raise
         extra = 'pip install "riskmap_ext[finetune]"'
         _fail(f"the package {error.name} is missing; install it with: {extra}")
-    except KeyboardInterrupt:  # before a command starts
+    except KeyboardInterrupt as stop:  # before a command starts, or a second one
         print("riskmap: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     except ToldElsewhere:  # another process of the run reports it
         raise SystemExit(2) from None
     except InputError as error:
         _fail(str(error))
+    except OSError as error:  # of the system, not of what was asked for
+        _fail(f"{error.filename or 'system'}: {error.strerror or one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        _fail(f"not enough memory ({one_line(error)[:200] or 'of Python'})")
 
 
 def _fail(message: str) -> None:

@@ -88,6 +88,11 @@ def _kinds(problems: Sequence[str]) -> list[str]:
     return lines
 
 
+def unwritten(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return InputError(f"{path}: cannot be written ({reason}); is the disk full?")
+
+
 def one_line(error: object) -> str:
     """The message of another library's error, without line breaks."""
     return " ".join(str(error).split())

@@ -17,21 +17,23 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from riskmap_ext._files import written_beside
-from riskmap_ext.finetune.base.errors import DataError, InputError
+from riskmap_ext.finetune.base.errors import DataError, InputError, unwritten
 
 # .img is the other half of .hdr.
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """Raises: InputError naming the file, which then stays as it was."""
+def written(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path`.
+
+    Raises: InputError naming the file, which then stays as it was.
+    """
     try:
         with written_beside(path) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # torch's writer raises the second
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); is the disk full?") from None
+        raise unwritten(path, error) from None
 
 
 def is_image(path: Path) -> bool:
@@ -72,7 +74,7 @@ def read_json(path: Path, kind: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    with _written(path) as partial:
+    with written(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -81,7 +83,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with _written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -98,12 +100,12 @@ def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray, codes: tuple
     image.set_qform(affine, code=codes[0])
     image.set_sform(affine, code=codes[1])
     image.header.set_xyzt_units("mm")
-    with _written(path) as partial:
+    with written(path) as partial:
         nib.save(image, partial)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    with _written(path) as partial:
+    with written(path) as partial:
         torch.save(content, partial)
 
 

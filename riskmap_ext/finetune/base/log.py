@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from riskmap_ext.finetune.base.errors import unwritten
+
 MISSING = "\N{EN DASH}"
 
 
@@ -48,9 +50,9 @@ class Log:
         return self._path is not None
 
     def open(self, path: Path, *, append: bool = False) -> None:
+        """Raises: InputError naming the file, as all that write to it do."""
         self._path = path
-        with path.open("a" if append else "w", encoding="utf-8") as file:
-            file.writelines(self._unwritten)
+        self._write("".join(self._unwritten), "a" if append else "w")
 
     def __call__(self, message: str) -> None:
         self.console.print(message, markup=False)
@@ -63,8 +65,15 @@ class Log:
         if self._path is None:
             self._unwritten.append(line)
         else:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            self._write(line)
+
+    def _write(self, text: str, mode: str = "a") -> None:
+        assert self._path is not None
+        try:
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise unwritten(self._path, error) from None
 
     def warn(self, message: str) -> None:
         self.console.print(Text(f"Warning: {message}", style="yellow"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,13 @@ def told_when_stopped(config: Config, log: Log) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         message = "stopped before anything was written"
         if log.is_open:
-            message = f"stopped {log.stage}; {config.output} holds an unfinished run"
-            if any((config.output / name).exists() for name in (RESUME_FILE, SPLITS_FILE)):
+            done = finished(config.output)
+            held = "a finished run" if done else "an unfinished run"
+            message = f"stopped {log.stage}; {config.output} holds {held}"
+            if not done and any((config.output / n).exists() for n in (RESUME_FILE, SPLITS_FILE)):
                 message += " (--resume goes on with it)"
-            log.note(message)
+            with suppress(InputError):
+                log.note(message)
         stop.args = (message,)
         raise
 
@@ -103,10 +106,15 @@ def _differences(one: Any, other: Any, key: str = "") -> list[str]:
 
 
 @contextmanager
-def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterator[None]:
+def claimed_output(
+    config: Config, log: Log, *, resume: bool = False, resumed: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Makes the output folder, or clears the earlier run in it if that is allowed.
 
-    Raises: ConfigError if it cannot be written, or if another run is using it.
+    resume: whether to go on with what it holds. resumed: what `unfinished_run` found in it.
+
+    Raises: InputError if it cannot be written, if another run is using it, or has used it since
+    `unfinished_run`.
     """
     output = config.output
     made = not output.exists()
@@ -116,22 +124,33 @@ def claimed_output(config: Config, log: Log, *, resumed: bool = False) -> Iterat
             held.enter_context(locked(output))
         except OSError as error:
             if made and output.exists():
-                output.rmdir()
+                with suppress(OSError):
+                    output.rmdir()
             raise ConfigError(f"output: {output} cannot be written ({error})") from None
-        for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
-            for left in half_written(folder):
-                left.unlink(missing_ok=True)
-        if not resumed:
-            for name in check_output(config):
-                path = output / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if resume and _step(unfinished_run(config)) != _step(resumed):
+            raise ConfigError(f"output: {output} was used by another run meanwhile; start again")
+        try:
+            for folder in (output, *(output / name for name in _OUTPUT_FOLDERS)):
+                for left in half_written(folder):
+                    left.unlink(missing_ok=True)
+            if resumed is None:
+                for name in check_output(config, replace=resume):
+                    path = output / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            raise ConfigError(f"output: {output} cannot be cleared ({error})") from None
+        if resumed is None:
             write_text(output / "config.yaml", config.to_yaml())
-        log.open(output / "log.txt", append=resumed)
+        log.open(output / "log.txt", append=resumed is not None)
         yield
 
 
-def check_output(config: Config) -> list[str]:
-    """What an earlier run left in the output folder; rejected unless `overwrite` is set.
+def _step(state: Mapping[str, Any] | None) -> Any:
+    return None if state is None else state.get("step", 0)
+
+
+def check_output(config: Config, *, replace: bool = False) -> list[str]:
+    """What an earlier run left in the folder; rejected unless `overwrite` or `replace` is set.
 
     Raises: ConfigError naming output or cache if no folder can be made there.
     """
@@ -139,7 +158,7 @@ def check_output(config: Config) -> list[str]:
     check_folder("output", output)
     check_folder("cache", config.cache or output / "cache")
     held = _held(output)
-    if held and not config.overwrite:
+    if held and not (config.overwrite or replace):
         done = finished(output)
         state = "already holds a run" if done else "holds an unfinished run"
         go_on = "" if done else "--resume continues it; "

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.style import context as style_context
 
-from riskmap_ext._files import written_beside
+from riskmap_ext.finetune.base.files import written
 from riskmap_ext.finetune.pictures.slices import Slice, Volumes, class_colours, coloured, slice_of
 
 # RGB of voxels that only the label has, only the prediction has, or both in different classes.
@@ -105,7 +105,7 @@ def comparison(path: Path, rows: Sequence[Volumes], class_names: Sequence[str], 
                 handles=handles, loc="outside lower center", ncols=2 * len(columns),
                 handlelength=1.0, handleheight=1.0, frameon=False,
             )  # fmt: skip
-        with written_beside(path) as partial:
+        with written(path) as partial:
             figure.savefig(partial, format="png", dpi=_DPI)
     return path
 

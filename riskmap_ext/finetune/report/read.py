@@ -15,7 +15,7 @@ from riskmap_ext.finetune.base.files import read_json, read_text
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
-from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE
+from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished, fold_folders
 from riskmap_ext.finetune.metrics.dice import mean_without_nan, structure_means
 
@@ -125,10 +125,11 @@ def read_run(folder: Path) -> RunFiles:
         classes, dice = found, {name: row[:-1] for name, *row in rows[:-2]}
     environment = _json(folder / ENVIRONMENT_FILE, dict[str, list[dict[str, Any]]]) or {}
     log = _text(folder / "log.txt")
+    is_finished = _is_finished(folder)
     return RunFiles(
         folder=folder,
-        is_finished=finished(folder),
-        can_resume=bool(folds) or (folder / RESUME_FILE).exists(),
+        is_finished=is_finished,
+        can_resume=not is_finished and (bool(folds) or (folder / RESUME_FILE).exists()),
         config_text=config_text,
         config=config,
         config_problem=problem,
@@ -142,6 +143,12 @@ def read_run(folder: Path) -> RunFiles:
         log=None if log is None else log.splitlines(),
         folds=folds,
     )
+
+
+def _is_finished(folder: Path) -> bool:
+    """Also of a run that is writing its report."""
+    folds = fold_folders(folder)
+    return finished(folder) or ended(folder) or (bool(folds) and all(map(finished, folds)))
 
 
 def _damaged(path: Path, why: object) -> DataError:

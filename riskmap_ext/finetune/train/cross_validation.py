@@ -20,7 +20,7 @@ from riskmap_ext.finetune.data.splits import (
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.workspace import claimed_output, finished, fold_folders
 from riskmap_ext.finetune.report.read import RunFiles, read_run
-from riskmap_ext.finetune.train.finetune import Scores, finetune, tell_end
+from riskmap_ext.finetune.train.finetune import Scores, finetune, make_report, tell_end
 from riskmap_ext.finetune.train.plan import read_inputs
 from riskmap_ext.finetune.train.session import Session, session
 
@@ -50,19 +50,20 @@ def cross_validate(
         session(config, progress=progress, processes=group) as run,
     ):
         outline, cases = group.together(lambda: read_inputs(run, resume=resume))
-        config, resumed = outline.config, outline.resumed is not None
+        config, before = outline.config, outline.resumed
         # Raises if there is no `data.folds`.
         splits = outline.splits or make_splits(config, [case.name for case in cases.train])
         run = replace(run, config=config)
         del outline  # and its networks
+        resumed = before is not None
         shares = group.together(lambda: [cases_of(split, cases) for split in splits])
-        group.on_main(lambda: _claim(run, splits, cases, resumed))
+        group.on_main(lambda: _claim(run, splits, cases, resume, before))
         folders = fold_folders(config.output)
         done = group.on_main(lambda: [resumed and finished(folder) for folder in folders])
-        for folder, mine, before in zip(folders, shares, done, strict=True):
+        for folder, mine, is_done in zip(folders, shares, done, strict=True):
             run.log.stage = f"in {folder.name}"
-            run.log(f"{folder.name} of {len(folders)} folds{', done before' if before else ''}")
-            if not before:
+            run.log(f"{folder.name} of {len(folders)} folds{', done before' if is_done else ''}")
+            if not is_done:
                 cache = config.cache or config.output / "cache"
                 own = {"output": folder, "cache": cache, "data": mine.data}
                 fold = config.model_copy(update=own)
@@ -76,8 +77,15 @@ def cross_validate(
     )
 
 
-def _claim(run: Session, splits: list[Split], cases: Cases, resumed: bool) -> None:
-    run.held.enter_context(claimed_output(run.config, run.log, resumed=resumed))
+def _claim(
+    run: Session,
+    splits: list[Split],
+    cases: Cases,
+    resume: bool,
+    resumed: dict[str, Any] | None,
+) -> None:
+    claimed = claimed_output(run.config, run.log, resume=resume, resumed=resumed)
+    run.held.enter_context(claimed)
     write_json(run.config.output / SPLITS_FILE, [split.model_dump() for split in splits])
     for note in not_validated(splits, [case.name for case in cases.train]):
         run.log.warn(note)
@@ -87,8 +95,10 @@ def _end(run: Session) -> RunFiles:
     """The joint result of the folds; writes dice.csv and the report."""
     output = run.config.output
     found = read_run(output)
-    write_dice(output / "dice.csv", found.dice, found.classes, found.fold_of)
     title = f"Dice of {len(found.dice)} cases, each validated once"
     run.log.table(dice_table(found.dice, found.classes, title))
+    make_report(run)
+    # Last: it tells that the whole is finished.
+    write_dice(output / "dice.csv", found.dice, found.classes, found.fold_of)
     tell_end(run, output, "Done")
     return found

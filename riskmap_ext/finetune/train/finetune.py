@@ -132,8 +132,10 @@ def finetune(
         seconds = time.perf_counter() - started
         if run.processes.is_main:
             note_end(config.output, run.device, seconds)
-            (config.output / RESUME_FILE).unlink(missing_ok=True)
+            make_report(run)
             tell_end(run, config.output / "last.pt", f"Done in {seconds:.1f} s")
+            # Last: until then, --resume does again what is missing.
+            (config.output / RESUME_FILE).unlink(missing_ok=True)
     names = list(plan.cases.structures.scored)
     return FinetuneResult(
         output=config.output,
@@ -149,13 +151,16 @@ def finetune(
     )
 
 
+def make_report(run: Session) -> None:
+    if run.config.write.report:
+        report_at_end(run.config.output, run.log)
+
+
 def tell_end(run: Session, model: Path, done: str) -> None:
-    """Writes the report, and prints the next commands. model: what `riskmap predict` takes."""
+    """Prints the next commands. model: what `riskmap predict` takes."""
     output, log = run.config.output, run.log
     told = [f"{shlex.join(['riskmap', 'predict', str(model)])} --image IMAGES --output FOLDER"]
-    if run.config.write.report:
-        report_at_end(output, log)
-    else:
+    if not run.config.write.report:
         told.append(shlex.join(["riskmap", "report", str(output)]))
     log("\n  ".join(["Next:", *told]))
     log(f"{done}: {output}")
@@ -205,7 +210,8 @@ def _checked(config: Config, loss: LossFunction | None, weights: WeightFunction 
 def _begin(plan: Plan, loss: str) -> None:
     """Claims the output folder. loss: in words."""
     config, resumed = plan.config, plan.resumed
-    plan.held.enter_context(claimed_output(config, plan.log, resumed=resumed is not None))
+    claimed = claimed_output(config, plan.log, resume=plan.resume, resumed=resumed)
+    plan.held.enter_context(claimed)
     counts = {"train": len(plan.cases.train), "validation": len(plan.cases.validation)}
     note_start(config.output, plan.device, counts, loss, resumed=resumed is not None)
     if resumed is not None:

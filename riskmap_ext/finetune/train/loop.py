@@ -34,8 +34,8 @@ Callback = Callable[[int, dict[str, float]], None]
 class Trainer:
     """Trains the network of a plan in place.
 
-    Writes metrics.csv, losses.csv, last.pt, best.pt and, last, resume.pt, which has everything that
-    a step depends on: on a CPU with the same number of threads, a resumed run ends in the same
+    Writes metrics.csv, losses.csv, resume.pt, last.pt and best.pt. resume.pt has everything that a
+    step depends on: on a CPU with the same number of threads, a resumed run ends in the same
     bits. best.pt has the highest mean Dice of all validations (the last one's if it is undefined).
 
     predictions: of this process's share of the validation cases, on the prepared grid, by name.
@@ -188,29 +188,23 @@ class Trainer:
         return {case.name: predict([plan.models.predictor], case, structures) for case in shared}
 
     def _keep(self, row: Mapping[str, float]) -> None:
-        """Saves last.pt, best.pt if it is better, and then the state for --resume."""
-        plan, output = self._plan, self._plan.config.output
+        """Saves the state for --resume, and then last.pt, and best.pt if it is better.
+
+        A resumed run writes the two again, so it is of no matter where this is cut off.
+        """
+        plan = self._plan
         step, dice = int(row["step"]), row["mean_dice"]
         last = step == plan.config.train.steps
         better = dice > self._best or (self._best == -math.inf and last)
         if better:
             self._best = max(self._best, dice)
-        for name in ("last.pt", "best.pt") if better else ("last.pt",):
-            save_checkpoint(
-                output / name,
-                plan.models.network,
-                plan.models.config,
-                plan.cases.structures,
-                plan.cases.channels,
-                preparation(plan.config.data, plan.models.patch, plan.cases.listing.image_suffix),
-                {"step": step, "mean_dice": dice},
-            )
         cuda = plan.device.type == "cuda"
         content = {
             "format": RESUME_FORMAT,
             "inputs": plan.inputs,
             "step": step,
             "best": self._best,
+            "better": better,
             "seconds": row["seconds"],
             "metrics": self._metrics.rows,
             "losses": self._losses.state_dict(),
@@ -220,7 +214,21 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(plan.device) if cuda else None,
         }
-        write_checkpoint(output / RESUME_FILE, content)
+        write_checkpoint(plan.config.output / RESUME_FILE, content)
+        self._save(row, better)
+
+    def _save(self, row: Mapping[str, float], better: bool) -> None:
+        plan = self._plan
+        for name in ("last.pt", "best.pt") if better else ("last.pt",):
+            save_checkpoint(
+                plan.config.output / name,
+                plan.models.network,
+                plan.models.config,
+                plan.cases.structures,
+                plan.cases.channels,
+                preparation(plan.config.data, plan.models.patch, plan.cases.listing.image_suffix),
+                {"step": int(row["step"]), "mean_dice": row["mean_dice"]},
+            )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         device = self._plan.device
@@ -230,6 +238,8 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
+        row, better = state["metrics"][-1], state.get("better", False)
+        self._plan.processes.on_main(lambda: self._save(row, better))
 
     def _stop_at_nonfinite(self) -> NoReturn:
         """Names the first step whose loss is not finite, and the cases of its crops."""

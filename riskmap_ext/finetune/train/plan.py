@@ -48,13 +48,14 @@ class Outline(Session):
     """What headers and blank patches tell about a run, before any volume is read.
 
     config: with what the data set specifies, and the source's preprocessing. splits: of
-    `data.folds`. resumed: the content of resume.pt if a run is resumed; empty for a
-    cross-validation.
+    `data.folds`. resume: whether to go on with what the output folder holds. resumed: the content
+    of resume.pt if a run is resumed; empty for a cross-validation.
     """
 
     listing: Listing
     models: Models
     splits: list[Split]
+    resume: bool
     resumed: dict[str, Any] | None
 
 
@@ -84,9 +85,7 @@ def make_outline(
             check_free(config.output)
         resumed = unfinished_run(config) if resume else None
         if resumed is None:
-            # Without resume.pt, nothing would be lost.
-            config = config.model_copy(update={"overwrite": config.overwrite or resume})
-            check_output(config)
+            check_output(config, replace=resume)  # without resume.pt, nothing would be lost
     with problems.collected(InputError):
         _check_options(run)
     with problems.collected(InputError):
@@ -118,8 +117,8 @@ def make_outline(
                     _check_folds(config, splits)
     if listing is None or models is None:
         return listing, None
-    given = vars(run) | {"config": config}
-    return listing, Outline(**given, listing=listing, models=models, splits=splits, resumed=resumed)
+    given = vars(run) | {"config": config, "resume": resume, "resumed": resumed}
+    return listing, Outline(**given, listing=listing, models=models, splits=splits)
 
 
 def read_inputs(run: Session, *, resume: bool, cases: Cases | None = None) -> tuple[Outline, Cases]:
