@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-_PRELOADED = ("broken_runs", "riskmap_ext.finetune.commands", "torch.utils.tensorboard")
+_PRELOADED = ("pytest", "disks", "riskmap_ext.finetune.commands", "torch.utils.tensorboard")
 _CODE = "from riskmap_ext.finetune.cli import main; main()"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 HALF_WRITTEN = re.compile(r"\.\d+-\d+-")
@@ -37,14 +37,13 @@ class Fault:
 
     kind: "count" only lists the changes in the file `listed`; "kill" ends the process before it;
     "halve" does so, too, and leaves half of a file that has just been written; else the name of an
-    errno, which this and all later changes but removals raise (`once`: only this one).
+    errno, which this and all later changes but removals raise. "slow" waits before each change.
     """
 
     kind: str
     folder: Path
     at: int = -1
     listed: Path | None = None
-    once: bool = False
 
     def install(self) -> None:
         count = -1
@@ -63,11 +62,11 @@ class Fault:
                 if self.kind == "halve" and path.is_file():
                     os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
-            is_error = self.kind not in ("count", "kill", "halve")
-            if is_error and (count == self.at or (count > self.at and not self.once)):
+            elif self.kind == "slow":
+                time.sleep(0.03)
+            elif self.kind in vars(errno) and count >= self.at and not change.startswith("rem"):
                 code = getattr(errno, self.kind)
-                if not event.endswith(("remove", "rmdir")):
-                    raise OSError(code, os.strerror(code), str(args[0]))
+                raise OSError(code, os.strerror(code), str(args[0]))
 
         sys.addaudithook(hook)
 

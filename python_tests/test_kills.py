@@ -1,0 +1,233 @@
+"""A short form of `make kill-runs` and `make disk-faults`, and what these have found."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("monai", reason="needs the extra 'finetune'")
+pytest.importorskip("fcntl", reason="signals and limits of POSIX")
+
+import yaml
+from broken_runs import Fault, Started, differences, left_behind
+from disks import (
+    FailingSync,
+    JumpingClock,
+    Limit,
+    MemoryToSpare,
+    Output,
+    check_told,
+    fail,
+    fill,
+    small_disk,
+)
+from kills import Kind, changes, kill_at, kinds, trial
+
+FULL = "No space left on device"
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    return kinds(tmp_path_factory.mktemp("commands"), ["plain", "predict"])
+
+
+@pytest.fixture(scope="module")
+def plain(commands: dict[str, Kind]) -> Kind:
+    return commands["plain"]
+
+
+@pytest.fixture(scope="module")
+def places(plain: Kind) -> list[str]:
+    return changes(plain)
+
+
+@pytest.mark.parametrize("name", ["plain", "predict"])
+def test_killed_at_random_moments(commands: dict[str, Kind], name: str) -> None:
+    counts: Counter[str] = Counter()
+    for number in range(3):
+        counts += trial(commands[name], random.Random(number), lambda _: None)
+    assert counts.total() >= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "open run/.lock",
+        "rename run/cache/.N-statistics",
+        "rename run/.N-last.pt",  # the first checkpoint: nothing has been saved before
+        "rename run/.N-best.pt",
+        "rename run/predictions",
+        "rename run/.N-report.html",
+        "remove run/resume.pt",
+    ],
+)
+def test_killed_at_a_change_of_a_file(plain: Kind, places: list[str], change: str) -> None:
+    at = next(index for index, place in enumerate(places) if place.startswith(change))
+    kill_at(plain, at, "kill")
+
+
+def test_killed_in_the_middle_of_a_write_and_in_that_of_the_resume(
+    plain: Kind, places: list[str]
+) -> None:
+    at = [index for index, place in enumerate(places) if place == "open run/.N-resume.pt"]
+    kill_at(plain, at[1], "halve", resumed_at=at[0])
+
+
+def test_a_restart_by_resume_allows_no_overwriting(plain: Kind, places: list[str]) -> None:
+    kill_at(plain, places.index("open run/.N-environment.json"), "kill")
+    config = yaml.safe_load((plain.folder / "killed" / "run" / "config.yaml").read_text())
+    assert config["overwrite"] is False
+
+
+def test_half_a_segmentation_is_removed(commands: dict[str, Kind]) -> None:
+    kill_at(
+        commands["predict"],
+        changes(commands["predict"]).index("open run/.N-case02.nii.gz"),
+        "halve",
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("ENOSPC", "open run/log.txt"),
+        ("EIO", "open run/cache/"),
+        ("EDQUOT", "rename run/.N-resume.pt"),
+        ("ESTALE", "open run/overlays"),
+        ("EROFS", "mkdir run/predictions"),
+    ],
+)
+def test_a_change_of_a_file_fails(plain: Kind, places: list[str], code: str, change: str) -> None:
+    at = next(index for index, place in enumerate(places) if place.startswith(change))
+    fail(plain, Fault(code, plain.folder / "killed", at).install)
+
+
+def test_a_failing_fsync(plain: Kind) -> None:
+    fail(plain, FailingSync(9, "EIO").install)
+
+
+def test_a_clock_that_jumps_by_years(plain: Kind) -> None:
+    fail(plain, JumpingClock().install)
+
+
+@pytest.mark.parametrize("options", ["size=60k", "size=200k", "size=64m,nr_inodes=12"])
+def test_a_small_disk(plain: Kind, options: str) -> None:
+    try:
+        fill(plain, options)
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
+def test_a_read_only_disk_with_the_lock_of_a_killed_run(plain: Kind) -> None:
+    output = plain.folder / "readonly" / "run"
+    try:
+        with small_disk(output.parent, "size=1m"):
+            output.mkdir()
+            (output / ".lock").touch()
+            subprocess.run(["mount", "-o", "remount,ro", str(output.parent)], check=True)
+            started = plain.runner.run(plain.arguments(output, again=True))
+    except PermissionError as error:
+        pytest.skip(str(error))
+    assert started.codes == [2], started.told
+    assert f"riskmap: error: {plain.folder}" in started.told
+    assert "Traceback" not in started.told
+
+
+def test_a_limit_of_file_sizes(plain: Kind) -> None:
+    fail(plain, Limit("RLIMIT_FSIZE", 6000).install)
+
+
+def test_few_open_files(plain: Kind) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    started = plain.runner.run(
+        plain.arguments(output, again=False), Limit("RLIMIT_NOFILE", 9).install
+    )
+    assert "Traceback" not in started.told, started.told
+    assert started.codes[0] in (0, 2)
+
+
+def test_little_memory(plain: Kind) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    started = plain.runner.run(plain.arguments(output, again=False), MemoryToSpare(8).install)
+    assert started.codes == [2], started.told
+    assert "Traceback" not in started.told, started.told
+    assert started.told.count("riskmap: error:") == 1
+    assert not left_behind(output.parent)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", None])
+def test_an_output_that_takes_nothing(plain: Kind, path: str | None) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    started = plain.runner.run(plain.arguments(output, again=False), Output(path).install)
+    assert started.codes[0] in (1, 2), started.told
+    assert "Traceback" not in started.told, started.told
+    assert "Exception ignored" not in started.told, started.told
+    assert not left_behind(output.parent)
+    if path is not None:
+        assert started.told.count("riskmap: error:") == 1
+        assert FULL in started.told
+
+
+def test_an_output_folder_that_is_deleted(plain: Kind) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    started = plain.runner.start(plain.arguments(output, again=False))
+    _wait_for(output / "losses.csv", started)
+    shutil.rmtree(output, ignore_errors=True)
+    assert started.wait(60)
+    check_told(started, output)
+
+
+def test_two_starts_at_once(plain: Kind) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    both = [plain.runner.start(plain.arguments(output, again=True)) for _ in range(2)]
+    assert all(started.wait(120) for started in both)
+    codes = sorted(code for started in both for code in started.codes if code is not None)
+    assert codes == [0, 2], [started.told for started in both]
+    (loser,) = (started for started in both if started.codes == [2])
+    told = ("is in use by a run", "was used by another run", "there is nothing to resume")
+    assert any(each in loser.told for each in told), loser.told
+    assert not differences(output, plain.expected)
+
+
+def test_two_runs_with_one_cache(plain: Kind) -> None:
+    folder = plain.folder / "killed"
+    plain.begin(folder / "run")
+    outputs = [folder / "run", folder / "other"]
+    both = [
+        plain.runner.start([*plain.arguments(each, again=False), f"cache={folder / 'cache'}"])
+        for each in outputs
+    ]
+    assert all(started.wait(120) for started in both)
+    for output in outputs:
+        found = [each for each in differences(output, plain.expected) if "cache" not in each]
+        assert [each for each in found if "config.yaml" not in each] == []
+
+
+def test_a_signal_ends_the_command_with_its_code(plain: Kind) -> None:
+    output = plain.folder / "killed" / "run"
+    plain.begin(output)
+    started = plain.runner.start(plain.arguments(output, again=False))
+    _wait_for(output / "leep.json", started)
+    started.send(signal.SIGTERM)
+    assert started.wait(60)
+    assert started.codes == [143]
+    assert started.told.count("riskmap: stopped") == 1
+
+
+def _wait_for(path: Path, started: Started) -> None:
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until and not started.wait(0):
+        time.sleep(0.005)
+    assert path.exists(), started.told
