@@ -175,7 +175,7 @@ def test_an_output_that_takes_nothing(plain: Kind, path: str | None) -> None:
     assert not left_behind(output.parent)
     if path is not None:
         assert started.told.count("riskmap: error:") == 1
-        assert FULL in started.told
+        assert f"standard output: {FULL}" in started.told
 
 
 def test_an_output_folder_that_is_deleted(plain: Kind) -> None:

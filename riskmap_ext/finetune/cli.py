@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -14,6 +16,7 @@ def main() -> None:
     try:
         from riskmap_ext.finetune.commands import app
 
+        threading.excepthook = _thread_failed
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
@@ -32,7 +35,12 @@ def main() -> None:
     except InputError as error:
         _fail(str(error))
     except OSError as error:  # of the system, not of what was asked for
-        _fail(f"{error.filename or 'system'}: {error.strerror or one_line(error)}")
+        place = os.fsdecode(error.filename) if error.filename else "system"
+        try:
+            sys.stdout.close()  # nothing is left to be flushed at the end
+        except OSError:
+            place = "standard output"
+        _fail(f"{place}: {error.strerror or one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
@@ -42,6 +50,12 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"riskmap: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread cannot write: the next use of its writer raises that again."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from riskmap_ext.finetune.base.errors import unwritten
 from riskmap_ext.finetune.base.files import write_csv
 from riskmap_ext.finetune.base.log import number
 from riskmap_ext.finetune.metrics.dice import known_dice, mean_without_nan
@@ -37,12 +39,14 @@ class Metrics:
         self._header = ["step", "train_loss", *dice, "mean_dice", "lr", "seconds"]
         self.rows = list(rows)
         self._writer: Any = None
+        self._folder = tensorboard or path.parent
         if tensorboard is not None and writes:
             # Slow to import, and not every run needs it.
             from torch.utils.tensorboard import SummaryWriter
 
             purge = int(self.rows[-1]["step"]) + 1 if self.rows else None
-            self._writer = SummaryWriter(str(tensorboard), purge_step=purge)
+            with self._told():
+                self._writer = SummaryWriter(str(tensorboard), purge_step=purge)
 
     def add(
         self, step: int, loss: float, dice: Sequence[float], lr: float, seconds: float
@@ -53,10 +57,11 @@ class Metrics:
         if self._path is not None:
             write_csv(self._path, self._header, [map(_plain, r.values()) for r in self.rows])
         if self._writer is not None:
-            for name, value in row.items():
-                if name not in ("step", "seconds") and not math.isnan(value):
-                    self._writer.add_scalar(name, value, step)
-            self._writer.flush()
+            with self._told():
+                for name, value in row.items():
+                    if name not in ("step", "seconds") and not math.isnan(value):
+                        self._writer.add_scalar(name, value, step)
+                self._writer.flush()
         return row
 
     @property
@@ -65,12 +70,22 @@ class Metrics:
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """picture: [H, W, 3] uint8."""
-        self._writer.add_image(name, picture, step, dataformats="HWC")
-        self._writer.flush()
+        with self._told():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # everything was flushed, or the error is on its way
+                self._writer.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises: InputError naming the folder of the events."""
+        try:
+            yield
+        except OSError as error:
+            raise unwritten(self._folder, error) from None
 
 
 def write_dice(
