@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel fuzz
+.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel fuzz kill-runs disk-faults
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release cuda-machine-code gpu-check
 
 install: $(VENV)/.installed
@@ -36,6 +36,14 @@ test: install
 N ?= 20000
 fuzz: install
 	$(BIN)/python python_tests/fuzz.py --calls $(N)
+
+# At least KILLS kills of runs at random moments; then disks that fail or fill up (minutes to hours).
+KILLS ?= 120
+kill-runs: install
+	$(BIN)/python python_tests/kills.py --kills $(KILLS)
+
+disk-faults: install
+	$(BIN)/python python_tests/disks.py
 
 sanitize: install
 	PYTHON=$(BIN)/python python_tests/run_sanitized.sh

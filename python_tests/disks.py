@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import os
 import resource
 import shutil
@@ -46,7 +47,7 @@ class FailingSync:
                 raise OSError(code, os.strerror(code))
             sync(file)
 
-        os.fsync = fsync
+        os.fsync = fsync  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,23 @@ def sweep(kind: Kind, step: int, codes: list[str]) -> Iterator[tuple[str, Callab
     for code in codes:
         for at in range(0, len(places), step):
             fault = Fault(code, kind.folder / "killed", at)
-            yield f"{code} at change {at} ({places[at]})", lambda f=fault: fail(kind, f.install)
+            yield (
+                f"{code} at change {at} ({places[at]})",
+                functools.partial(fail, kind, fault.install),
+            )
     for at in range(0, 12, 3):
         sync = FailingSync(at, "EIO")
-        yield f"EIO at fsync {at}", lambda f=sync: fail(kind, f.install)
-    yield "the clock jumps", lambda: fail(kind, JumpingClock().install)
+        yield f"EIO at fsync {at}", functools.partial(fail, kind, sync.install)
+    yield "the clock jumps", functools.partial(fail, kind, JumpingClock().install)
     slow = Fault("slow", kind.folder / "killed")
-    yield "a slow disk", lambda: fail(kind, slow.install)
+    yield "a slow disk", functools.partial(fail, kind, slow.install)
     for inodes in range(2, 42, 4):
         told = f"size=64m,nr_inodes={inodes}"
-        yield told, lambda options=told: fill(kind, options)
+        yield told, functools.partial(fill, kind, told)
     used = sum(path.stat().st_size for path in kind.expected.rglob("*") if path.is_file())
     for part in range(20):
         told = f"size={4 + int(used * (part / 20) ** 2 / 1024)}k"
-        yield told, lambda options=told: fill(kind, options)
+        yield told, functools.partial(fill, kind, told)
 
 
 def main() -> int:

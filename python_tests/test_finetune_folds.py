@@ -273,6 +273,23 @@ class TestResume:
             path = tmp_path / "cv" / f"fold_{index}" / "last.pt"
             assert path.stat().st_mtime_ns == before[path]
 
+    def test_stopped_in_its_report(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = config(root, tmp_path / "cv")
+        for place, told in (
+            ("make_report", "--resume goes on with it)"),
+            ("tell_end", "finished run"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"riskmap_ext.finetune.train.cross_validation.{place}", _interrupt)
+                with pytest.raises(KeyboardInterrupt) as stopped:
+                    cross_validate(mine, progress=False, resume=True)
+            assert stopped.value.args[0].endswith(told)
+        assert "Unfinished run" not in (mine.output / "report.html").read_text()
+        with pytest.raises(ConfigError, match="holds a finished run"):
+            cross_validate(mine, progress=False, resume=True)
+
     @pytest.fixture
     def stopped(self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         with monkeypatch.context() as patch:
@@ -437,6 +454,10 @@ class TestReport:
         shutil.rmtree(tmp_path / "cv" / "fold_0")
         shutil.rmtree(tmp_path / "cv" / "fold_1")
         assert "Unfinished" in Page(write_report(tmp_path / "cv").read_text()).text
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def tables_of(page: Page, case: str) -> list[list[str]]:

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -224,6 +225,25 @@ def test_a_signal_ends_the_command_with_its_code(plain: Kind) -> None:
     assert started.wait(60)
     assert started.codes == [143]
     assert started.told.count("riskmap: stopped") == 1
+
+
+def test_a_signal_in_a_finalizer_is_not_lost() -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from riskmap_ext.finetune.commands import _command, app\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.1)\n"
+        "@_command()\n"
+        "def _wait() -> None:\n"
+        "    Last()\n"
+        "    time.sleep(20)\n"
+        "sys.argv = ['riskmap', 'wait']\n"
+        "app()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "riskmap: stopped\n")
 
 
 def _wait_for(path: Path, started: Started) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from riskmap_ext.finetune.base.errors import InputError, Terminated, ToldElsewhere, one_line
@@ -37,9 +38,11 @@ def main() -> None:
     except OSError as error:  # of the system, not of what was asked for
         place = os.fsdecode(error.filename) if error.filename else "system"
         try:
-            sys.stdout.close()  # nothing is left to be flushed at the end
+            sys.stdout.flush()
         except OSError:
             place = "standard output"
+            with suppress(OSError):  # at the end, nothing is left to be flushed
+                sys.stdout.close()
         _fail(f"{place}: {error.strerror or one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):

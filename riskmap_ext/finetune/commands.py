@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -85,6 +86,7 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
                     f"torchrun: riskmap {name} is one process; start it without torchrun"
                 )
             before = signal.signal(signal.SIGTERM, _terminate)
+            hook, sys.unraisablehook = sys.unraisablehook, _stop_again
             try:
                 _import_package()
                 function(**arguments)
@@ -94,6 +96,7 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
                 raise typer.Exit(128 + number) from None
             finally:
                 signal.signal(signal.SIGTERM, before)
+                sys.unraisablehook = hook
 
         # Blank lines keep each example on its own line.
         return app.command(name, epilog="\n\n".join(["Examples:", *examples]))(run)
@@ -103,6 +106,15 @@ def _command(*examples: str, processes: bool = False) -> Callable[[Callable[...,
 
 def _terminate(*_: Any) -> None:
     raise Terminated
+
+
+def _stop_again(lost: Any) -> None:
+    """Python drops what is raised in a finalizer, such as the request to end: it is made again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def _import_package() -> None:
