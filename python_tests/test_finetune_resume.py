@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -173,40 +168,6 @@ def test_a_cache_that_has_rotted_is_made_again(root: Path, source: Path, tmp_pat
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-@pytest.mark.slow
-def test_after_sigkill(root: Path, source: Path, tmp_path: Path) -> None:
-    """Killed at whatever point it has come to, several times over."""
-    train = {**TRAIN, "steps": 400, "validate_every": 20}
-    expected = config(root, tmp_path / "expected", source, train=train)
-    finetune(expected, progress=False)
-    run = config(root, tmp_path / "run", source, train=train)
-    file = tmp_path / "run.yaml"
-    file.write_text(run.to_yaml())
-    code = "from riskmap_ext.finetune.cli import main; main()"
-    command = [sys.executable, "-c", code, "finetune", str(file), "--resume", "--quiet"]
-    kills = 0
-    for wait in (0.0, 0.1, 0.25):
-        process = subprocess.Popen(command, start_new_session=True)
-        before = _step(tmp_path / "run")
-        while process.poll() is None and _step(tmp_path / "run") == before:
-            time.sleep(0.02)
-        time.sleep(wait)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills > 0
-    assert subprocess.run(command, check=False).returncode == 0
-    assert_same_run(tmp_path / "run", tmp_path / "expected")
-    left = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-    assert len(left) <= kills  # of a file that was being written
-
-
-def _step(run: Path) -> float:
-    path = run / "resume.pt"
-    return path.stat().st_mtime if path.exists() else 0.0
 
 
 class TestRefuses:

@@ -36,7 +36,7 @@ FULL = "No space left on device"
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    return kinds(tmp_path_factory.mktemp("commands"), ["plain", "predict"])
+    return kinds(tmp_path_factory.mktemp("commands"), ["plain", "short", "predict"])
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,19 @@ def plain(commands: dict[str, Kind]) -> Kind:
 
 
 @pytest.fixture(scope="module")
-def places(plain: Kind) -> list[str]:
-    return changes(plain)
+def short(commands: dict[str, Kind]) -> Kind:
+    return commands["short"]
 
 
-@pytest.mark.parametrize("name", ["plain", "predict"])
+@pytest.fixture(scope="module")
+def places(short: Kind) -> list[str]:
+    return changes(short)
+
+
+@pytest.mark.parametrize("name", ["short", "predict"])
 def test_killed_at_random_moments(commands: dict[str, Kind], name: str) -> None:
     counts: Counter[str] = Counter()
-    for number in range(3):
+    for number in range(4):
         counts += trial(commands[name], random.Random(number), lambda _: None)
     assert counts.total() >= 2
 
@@ -65,25 +70,28 @@ def test_killed_at_random_moments(commands: dict[str, Kind], name: str) -> None:
         "rename run/.N-last.pt",  # the first checkpoint: nothing has been saved before
         "rename run/.N-best.pt",
         "rename run/predictions",
-        "rename run/.N-report.html",
         "remove run/resume.pt",
     ],
 )
-def test_killed_at_a_change_of_a_file(plain: Kind, places: list[str], change: str) -> None:
+def test_killed_at_a_change_of_a_file(short: Kind, places: list[str], change: str) -> None:
     at = next(index for index, place in enumerate(places) if place.startswith(change))
-    kill_at(plain, at, "kill")
+    kill_at(short, at, "kill")
 
 
 def test_killed_in_the_middle_of_a_write_and_in_that_of_the_resume(
-    plain: Kind, places: list[str]
+    short: Kind, places: list[str]
 ) -> None:
     at = [index for index, place in enumerate(places) if place == "open run/.N-resume.pt"]
-    kill_at(plain, at[1], "halve", resumed_at=at[0])
+    kill_at(short, at[1], "halve", resumed_at=at[0])
 
 
-def test_a_restart_by_resume_allows_no_overwriting(plain: Kind, places: list[str]) -> None:
-    kill_at(plain, places.index("open run/.N-environment.json"), "kill")
-    config = yaml.safe_load((plain.folder / "killed" / "run" / "config.yaml").read_text())
+def test_killed_while_the_report_is_written(plain: Kind) -> None:
+    kill_at(plain, changes(plain).index("rename run/.N-report.html"), "kill")
+
+
+def test_a_restart_by_resume_allows_no_overwriting(short: Kind, places: list[str]) -> None:
+    kill_at(short, places.index("open run/.N-environment.json"), "kill")
+    config = yaml.safe_load((short.folder / "killed" / "run" / "config.yaml").read_text())
     assert config["overwrite"] is False
 
 
@@ -101,64 +109,64 @@ def test_half_a_segmentation_is_removed(commands: dict[str, Kind]) -> None:
         ("ENOSPC", "open run/log.txt"),
         ("EIO", "open run/cache/"),
         ("EDQUOT", "rename run/.N-resume.pt"),
-        ("ESTALE", "open run/overlays"),
+        ("ESTALE", "open run/maps"),
         ("EROFS", "mkdir run/predictions"),
     ],
 )
-def test_a_change_of_a_file_fails(plain: Kind, places: list[str], code: str, change: str) -> None:
+def test_a_change_of_a_file_fails(short: Kind, places: list[str], code: str, change: str) -> None:
     at = next(index for index, place in enumerate(places) if place.startswith(change))
-    fail(plain, Fault(code, plain.folder / "killed", at).install)
+    fail(short, Fault(code, short.folder / "killed", at).install)
 
 
-def test_a_failing_fsync(plain: Kind) -> None:
-    fail(plain, FailingSync(9, "EIO").install)
+def test_a_failing_fsync(short: Kind) -> None:
+    fail(short, FailingSync(9, "EIO").install)
 
 
-def test_a_clock_that_jumps_by_years(plain: Kind) -> None:
-    fail(plain, JumpingClock().install)
+def test_a_clock_that_jumps_by_years(short: Kind) -> None:
+    fail(short, JumpingClock().install)
 
 
 @pytest.mark.parametrize("options", ["size=60k", "size=200k", "size=64m,nr_inodes=12"])
-def test_a_small_disk(plain: Kind, options: str) -> None:
+def test_a_small_disk(short: Kind, options: str) -> None:
     try:
-        fill(plain, options)
+        fill(short, options)
     except PermissionError as error:
         pytest.skip(str(error))
 
 
-def test_a_read_only_disk_with_the_lock_of_a_killed_run(plain: Kind) -> None:
-    output = plain.folder / "readonly" / "run"
+def test_a_read_only_disk_with_the_lock_of_a_killed_run(short: Kind) -> None:
+    output = short.folder / "readonly" / "run"
     try:
         with small_disk(output.parent, "size=1m"):
             output.mkdir()
             (output / ".lock").touch()
             subprocess.run(["mount", "-o", "remount,ro", str(output.parent)], check=True)
-            started = plain.runner.run(plain.arguments(output, again=True))
+            started = short.runner.run(short.arguments(output, again=True))
     except PermissionError as error:
         pytest.skip(str(error))
     assert started.codes == [2], started.told
-    assert f"riskmap: error: {plain.folder}" in started.told
+    assert f"riskmap: error: {short.folder}" in started.told
     assert "Traceback" not in started.told
 
 
-def test_a_limit_of_file_sizes(plain: Kind) -> None:
-    fail(plain, Limit("RLIMIT_FSIZE", 6000).install)
+def test_a_limit_of_file_sizes(short: Kind) -> None:
+    fail(short, Limit("RLIMIT_FSIZE", 6000).install)
 
 
-def test_few_open_files(plain: Kind) -> None:
-    output = plain.folder / "killed" / "run"
-    plain.begin(output)
-    started = plain.runner.run(
-        plain.arguments(output, again=False), Limit("RLIMIT_NOFILE", 9).install
+def test_few_open_files(short: Kind) -> None:
+    output = short.folder / "killed" / "run"
+    short.begin(output)
+    started = short.runner.run(
+        short.arguments(output, again=False), Limit("RLIMIT_NOFILE", 9).install
     )
     assert "Traceback" not in started.told, started.told
     assert started.codes[0] in (0, 2)
 
 
-def test_little_memory(plain: Kind) -> None:
-    output = plain.folder / "killed" / "run"
-    plain.begin(output)
-    started = plain.runner.run(plain.arguments(output, again=False), MemoryToSpare(8).install)
+def test_little_memory(short: Kind) -> None:
+    output = short.folder / "killed" / "run"
+    short.begin(output)
+    started = short.runner.run(short.arguments(output, again=False), MemoryToSpare(8).install)
     assert started.codes == [2], started.told
     assert "Traceback" not in started.told, started.told
     assert started.told.count("riskmap: error:") == 1
@@ -166,10 +174,10 @@ def test_little_memory(plain: Kind) -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/full", None])
-def test_an_output_that_takes_nothing(plain: Kind, path: str | None) -> None:
-    output = plain.folder / "killed" / "run"
-    plain.begin(output)
-    started = plain.runner.run(plain.arguments(output, again=False), Output(path).install)
+def test_an_output_that_takes_nothing(short: Kind, path: str | None) -> None:
+    output = short.folder / "killed" / "run"
+    short.begin(output)
+    started = short.runner.run(short.arguments(output, again=False), Output(path).install)
     assert started.codes[0] in (1, 2), started.told
     assert "Traceback" not in started.told, started.told
     assert "Exception ignored" not in started.told, started.told
@@ -189,30 +197,30 @@ def test_an_output_folder_that_is_deleted(plain: Kind) -> None:
     check_told(started, output)
 
 
-def test_two_starts_at_once(plain: Kind) -> None:
-    output = plain.folder / "killed" / "run"
-    plain.begin(output)
-    both = [plain.runner.start(plain.arguments(output, again=True)) for _ in range(2)]
+def test_two_starts_at_once(short: Kind) -> None:
+    output = short.folder / "killed" / "run"
+    short.begin(output)
+    both = [short.runner.start(short.arguments(output, again=True)) for _ in range(2)]
     assert all(started.wait(120) for started in both)
     codes = sorted(code for started in both for code in started.codes if code is not None)
     assert codes == [0, 2], [started.told for started in both]
     (loser,) = (started for started in both if started.codes == [2])
     told = ("is in use by a run", "was used by another run", "there is nothing to resume")
     assert any(each in loser.told for each in told), loser.told
-    assert not differences(output, plain.expected)
+    assert not differences(output, short.expected)
 
 
-def test_two_runs_with_one_cache(plain: Kind) -> None:
-    folder = plain.folder / "killed"
-    plain.begin(folder / "run")
+def test_two_runs_with_one_cache(short: Kind) -> None:
+    folder = short.folder / "killed"
+    short.begin(folder / "run")
     outputs = [folder / "run", folder / "other"]
     both = [
-        plain.runner.start([*plain.arguments(each, again=False), f"cache={folder / 'cache'}"])
+        short.runner.start([*short.arguments(each, again=False), f"cache={folder / 'cache'}"])
         for each in outputs
     ]
     assert all(started.wait(120) for started in both)
     for output in outputs:
-        found = [each for each in differences(output, plain.expected) if "cache" not in each]
+        found = [each for each in differences(output, short.expected) if "cache" not in each]
         assert [each for each in found if "config.yaml" not in each] == []
 
 
