@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from riskmap_ext._files import check_archive, check_content
 
 # Beside tensors and plain types: the numpy numbers that training scripts and nnU-Net's log store.
 _SAFE: list[Any] = [
@@ -21,7 +24,11 @@ def load_plain(path: Path) -> Any:
     """The content of a torch file of tensors, numbers and plain types, on the CPU.
 
     Raises: what torch.load(weights_only=True) raises, such as pickle.UnpicklingError for a file
-    with other objects, none of which is created.
+    with other objects, none of which is created; TooMuch for one made to fill memory.
     """
+    if zipfile.is_zipfile(path):
+        check_archive(path)
     with torch.serialization.safe_globals(_SAFE):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    check_content(content)
+    return content

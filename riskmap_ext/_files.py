@@ -22,6 +22,14 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 
+class TooMuch(ValueError):
+    """A file that stands for far more than it has, as one made to fill memory does."""
+
+
+# Of a checkpoint beside its tensors: optimizers and logs have thousands.
+_MOST_VALUES, _DEEPEST = 1_000_000, 100
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder (same ending), renamed to `path` on success.
@@ -87,9 +95,14 @@ def read_torch(path: Path, *, mapped: bool = False) -> Any:
     mapped: tensors stay in the file and are read page by page as they are used.
     """
     try:
-        if not mapped and _is_damaged(path):
+        if not path.is_file():  # a pipe would be waited for
             return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        check_archive(path)
+        if _is_damaged(path):
+            return None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        check_content(content)
+        return content
     except Exception:  # a damaged zip raises errors of many types
         return None
 
@@ -98,6 +111,34 @@ def _is_damaged(path: Path) -> bool:
     """By the checksums in the file, which torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
         return archive.testzip() is not None
+
+
+def check_archive(path: Path) -> None:
+    """torch does not compress: more content than file is an archive made to fill memory.
+
+    Raises: TooMuch, or what zipfile raises for a damaged one.
+    """
+    with zipfile.ZipFile(path) as archive:
+        content = sum(member.file_size for member in archive.infolist())
+    if content > path.stat().st_size:
+        raise TooMuch(f"expected an archive as torch.save writes it, got {content} bytes in it")
+
+
+def check_content(content: Any) -> None:
+    """Lists that repeat each other, or themselves, can be far more than the file.
+
+    Raises: TooMuch.
+    """
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise TooMuch(f"expected at most {_MOST_VALUES:,} values, {_DEEPEST} deep")
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, (list, tuple, set)):
+            waiting += ((each, depth + 1) for each in value)
 
 
 def digest(*parts: Any) -> str:

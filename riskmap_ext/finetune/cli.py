@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -9,11 +10,19 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-from riskmap_ext.finetune.base.errors import InputError, Terminated, ToldElsewhere, one_line
+from riskmap_ext.finetune.base.errors import (
+    InputError,
+    Terminated,
+    ToldElsewhere,
+    one_line,
+    visible,
+)
 
 
 def main() -> None:
     """Entry point of `riskmap`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from riskmap_ext.finetune.commands import app
 
@@ -51,7 +60,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"riskmap: error: {message}", file=sys.stderr)
+    print(f"riskmap: error: {visible(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -164,7 +164,7 @@ def _rank(
 
     first = f"source.checkpoint={source[0]}"
     with located_config(config, [*(overrides or []), first]) as settings:
-        ranked = rank_sources(settings, [each.resolve() for each in source], progress=not quiet)
+        ranked = rank_sources(settings, [each.absolute() for each in source], progress=not quiet)
     if output is not None:
         write_rows(output, ranked)
 

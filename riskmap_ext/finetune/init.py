@@ -118,7 +118,7 @@ def write_first_config(
 
 def _suffixes(root: Path) -> dict[str, Any]:
     """data.image_suffix and data.label_suffix, as far as file names show them."""
-    if (root / "dataset.json").is_file():
+    if os.path.lexists(root / "dataset.json"):
         return {}
     for folders in (("images", "labels"), ("imagesTr", "labelsTr")):
         if all((root / name).is_dir() for name in folders):

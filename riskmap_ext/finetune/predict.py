@@ -121,7 +121,7 @@ def _checkpoints(given: Iterable[Path]) -> list[Path]:
                 "with riskmap finetune --resume, or name the checkpoints"
             )
         last = path / "last.pt"
-        found += [fold / "last.pt" for fold in folds] or [last if last.is_file() else path]
+        found += [fold / "last.pt" for fold in folds] or [last if os.path.lexists(last) else path]
     if not found:
         raise ConfigError("checkpoint: expected at least one, got none")
     return found

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Control characters except the line break, what turns the direction of text, and bytes of file
+# names that are not UTF-8.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the message names it and says how to fix it."""
@@ -91,6 +95,17 @@ def _kinds(problems: Sequence[str]) -> list[str]:
 def unwritten(path: Path, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     return InputError(f"{path}: cannot be written ({reason}); is the disk full?")
+
+
+def shortened(value: object, most: int = 300) -> str:
+    """Its repr; the start of a long one."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def visible(text: str) -> str:
+    """Without what a terminal would act upon: names of files and classes may have anything."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: object) -> str:

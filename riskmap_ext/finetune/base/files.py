@@ -49,6 +49,8 @@ def stem(path: Path) -> str:
 def read_text(path: Path, kind: type[InputError] = DataError) -> str:
     """Reads UTF-8, with or without a BOM. Raises: `kind` naming the file and why."""
     try:
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise kind(f"{path}: is a pipe or a device; expected a file")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         why = "no such file"
@@ -75,7 +77,7 @@ def read_json(path: Path, kind: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     with written(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -83,7 +85,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    with written(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    options: Any = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with written(path) as partial, partial.open("w", **options) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -120,4 +123,6 @@ def absent(path: Path, kind: str = "file") -> str:
     """Why no `kind` (file or folder) can be read at `path`."""
     other, there = ("folder", os.path.isdir) if kind == "file" else ("file", os.path.isfile)
     why = f"is a {other}; expected a {kind}" if there(path) else f"no such {kind}, or no access"
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        why = f"is a pipe or a device; expected a {kind}"
     return f"{path}: {why}"

@@ -23,7 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Does nothing if the file system has no such locks.
 
-    Raises: ConfigError naming the process that holds it.
+    Raises: ConfigError naming the process that holds it, or why it cannot be locked.
     """
     path = folder / _NAME
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            raise ConfigError(f"output: {path} cannot be written ({error.strerror})") from None
     try:
         with suppress(OSError):  # Windows denies all access to a locked file
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")

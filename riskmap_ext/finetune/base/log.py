@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from riskmap_ext.finetune.base.errors import unwritten
+from riskmap_ext.finetune.base.errors import InputError, unwritten, visible
 
 MISSING = "\N{EN DASH}"
 
@@ -38,7 +38,7 @@ class Log:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._path: Path | None = None
         self._unwritten: list[str] = []
         # The progress, for the message if the run is stopped.
@@ -51,17 +51,19 @@ class Log:
 
     def open(self, path: Path, *, append: bool = False) -> None:
         """Raises: InputError naming the file, as all that write to it do."""
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path}: expected a file to write to, not a folder, pipe or device")
         self._path = path
         self._write("".join(self._unwritten), "a" if append else "w")
 
     def __call__(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        self.console.print(visible(message), markup=False)
         self.note(message)
 
     def note(self, message: str, level: int = logging.INFO) -> None:
         """Writes to log.txt only, not to the terminal."""
         _LOGGER.log(level, message)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(message)}\n"
         if self._path is None:
             self._unwritten.append(line)
         else:
@@ -70,13 +72,13 @@ class Log:
     def _write(self, text: str, mode: str = "a") -> None:
         assert self._path is not None
         try:
-            with self._path.open(mode, encoding="utf-8") as file:
+            with self._path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             raise unwritten(self._path, error) from None
 
     def warn(self, message: str) -> None:
-        self.console.print(Text(f"Warning: {message}", style="yellow"))
+        self.console.print(Text(f"Warning: {visible(message)}", style="yellow"))
         self.note(f"Warning: {message}", logging.WARNING)
 
     def table(self, table: Table) -> None:

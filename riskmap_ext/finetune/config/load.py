@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from riskmap_ext._arguments import near_names
-from riskmap_ext.finetune.base.errors import ConfigError, InputError, Problems, one_line
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, Problems, one_line, shortened
 from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.config.yaml_text import read_mapping, read_yaml
 
@@ -137,7 +137,7 @@ def _told(problem: Any, names: Sequence[str], model: type[BaseModel]) -> str:
         return str(context["error"])
     names = re.findall(r"'(.*?)'", context["expected"]) if kind == "literal_error" else []
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{message}, got {problem['input']!r}{near_names(str(problem['input']), names)}"
+    return f"{message}, got {shortened(problem['input'])}{near_names(str(problem['input']), names)}"
 
 
 def _sections(model: type[BaseModel], key: str = "") -> Iterator[tuple[str, list[str]]]:

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from riskmap_ext.finetune.base.device import DEVICE
+from riskmap_ext.finetune.base.errors import shortened
 from riskmap_ext.finetune.base.orientation import check_orientation
 from riskmap_ext.finetune.base.structures import check_names
 
@@ -35,6 +36,12 @@ def _absolute(value: Any, info: ValidationInfo) -> Any:
         return value
     if not str(value).strip():
         raise ValueError("expected a path, got an empty text")
+    try:
+        is_path = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise ValueError(f"expected a path, got {value!r}")
     context, key = info.context or {}, info.field_name
     base = None if key in context.get("typed", ()) else context.get("base")
     root = info.data.get("root") if key in ("datalist", "images", "labels") else None
@@ -56,7 +63,9 @@ def expected(text: str) -> WrapValidator:
             return validate(value)
         except ValidationError as error:
             ours = [e["ctx"]["error"] for e in error.errors() if e["type"] == "value_error"]
-            raise ValueError(ours[0] if ours else f"expected {text}, got {value!r}") from None
+            raise ValueError(
+                ours[0] if ours else f"expected {text}, got {shortened(value)}"
+            ) from None
 
     return WrapValidator(check)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line
+from riskmap_ext._files import check_content
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line, shortened
 from riskmap_ext.finetune.base.files import read_text
+
+_MOST_VALUES = 200_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,25 +36,33 @@ def read_mapping(
     language, text = "JSON" if path.suffix == ".json" else "YAML", read_text(path, kind)
     try:
         content, lines = (json.loads(text), {}) if language == "JSON" else read_yaml(text)
+        check_content(content)
+    except RecursionError:
+        raise kind(f"{path}: cannot be read as {language} (nested too deeply)") from None
     except (ValueError, yaml.YAMLError) as error:
         raise kind(f"{path}: cannot be read as {language} ({one_line(error)})") from None
     if not isinstance(content, dict):
-        raise kind(f"{path}: expected keys with values, got {content!r}")
+        raise kind(f"{path}: expected keys with values, got {shortened(content)}")
     return content, lines
 
 
 def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
     """The plain content of a document; dotted key -> its line from 1, list items by number.
 
-    Raises: yaml.YAMLError, also for a duplicate key and for a value that contains itself.
+    Raises: yaml.YAMLError, also for a duplicate key, for a value that contains itself, and for
+    aliases of aliases that stand for more values than memory holds.
     """
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return None, {}
-        lines = dict(_lines(root, "", ()))
-        return loader.construct_document(root), lines
+        pairs = list(islice(_lines(root, "", ()), _MOST_VALUES + 1))
+        if len(pairs) > _MOST_VALUES:
+            raise yaml.YAMLError(f"expected at most {_MOST_VALUES:,} values, with those of aliases")
+        return loader.construct_document(root), dict(pairs)
+    except RecursionError:
+        raise yaml.YAMLError("the values are nested too deeply") from None
     finally:
         loader.dispose()
 

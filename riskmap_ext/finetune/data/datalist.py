@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,13 @@ from typing import Annotated, Any
 from annotated_types import Len
 from pydantic import AliasChoices, AliasGenerator, ConfigDict, TypeAdapter, ValidationError
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError, InputError, Problems
+from riskmap_ext.finetune.base.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    Problems,
+    shortened,
+)
 from riskmap_ext.finetune.base.files import absent, is_image, stem
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX, Structures
@@ -22,6 +28,9 @@ from riskmap_ext.finetune.config.schema import CaseConfig, DataConfig
 from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.bids import bids_pairs
 from riskmap_ext.finetune.data.labels import dataset_labels, labels_of
+
+# File systems take 255, of which the names of results need some.
+_LONGEST_NAME = 190
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ def list_cases(data: DataConfig) -> Listing:
         for name in sorted(counts)
         if counts[name] > 1
     ).tell()
+    Problems(told for case in found.cases for told in _name_problems(case)).tell()
     by_name = {case.name: case for case in found.cases}
     split, channels = ([*by_name], list[str]()), list[str]()
     with errors.collected(InputError):
@@ -102,6 +112,18 @@ def list_cases(data: DataConfig) -> Listing:
     errors.tell()
     notes = _notes(found.left_out)
     return Listing(train, validation, structures, channels, table, found.image_suffix, notes)
+
+
+def _name_problems(case: CaseFiles) -> Iterator[str]:
+    """Why results cannot have the name of the case: it must stay within the output folder."""
+    name = case.name.encode(errors="backslashreplace")
+    told = f"{case.image}: the case's name {shortened(case.name)}"
+    if {*"/\\\0"} & {*case.name}:
+        yield f"{told}: expected a name for files, without / and \\"
+    elif len(name) > _LONGEST_NAME:
+        yield f"{told}: expected at most {_LONGEST_NAME} bytes, got {len(name)}"
+    elif name != case.name.encode("utf-8", "replace"):
+        yield f"{told}: expected a name in UTF-8; rename the file"
 
 
 def volumes_in(folder: Path) -> list[Path]:
@@ -137,7 +159,7 @@ def find_cases(data: DataConfig) -> Found:
     assert root is not None  # DataConfig requires one of the four
     if not os.path.isdir(root):
         raise DataError(f"{absent(root, 'folder')} (data.root)")
-    if (root / "dataset.json").is_file():
+    if os.path.lexists(root / "dataset.json"):
         return _read_datalist(root / "dataset.json", data)
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (root / images).is_dir() and (root / labels).is_dir():
@@ -203,7 +225,9 @@ def dataset_channels(path: Path, content: dict[str, Any]) -> list[str] | None:
     names = {str(key): str(name) for key, name in given.items()} if isinstance(given, dict) else {}
     numbers = [str(index) for index in range(len(names))]
     if not isinstance(given, dict) or set(names) != set(numbers):
-        raise DataError(f"{path}: channel names: expected 0: name, 1: name, ..., got {given}")
+        raise DataError(
+            f"{path}: channel names: expected 0: name, 1: name, ..., got {shortened(given)}"
+        )
     return [names[number] for number in numbers] or None
 
 

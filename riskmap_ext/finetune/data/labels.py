@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from riskmap_ext.finetune.base.errors import ConfigError, DataError
+from riskmap_ext.finetune.base.errors import ConfigError, DataError, shortened
 from riskmap_ext.finetune.base.files import read_text
 from riskmap_ext.finetune.base.structures import (
     IGNORE_INDEX,
@@ -69,19 +69,28 @@ def read_label_map(path: Path) -> dict[int, int | str]:
     """
     text = read_text(path)
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
+    try:
+        return _label_table(
+            path, csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
+        )
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table ({error})") from None
+
+
+def _label_table(path: Path, rows: csv.DictReader[str]) -> dict[int, int | str]:
     rows.fieldnames = header = [name.strip().lower() for name in rows.fieldnames or []]
     column = "index" if "index" in header else "value"
     if not {column, "name"} <= set(header):
         raise DataError(
-            f"{path}: line 1: expected a header with a column value and one name, got {header}"
+            f"{path}: line 1: expected a header with a column value and one name, got "
+            f"{shortened(header)}"
         )
     table: dict[int, int | str] = {}
     for row in rows:
         value, name = row[column].strip(), row["name"].strip()
         place = f"{path}: line {rows.line_num}"
-        if not re.fullmatch(r"-?\d+", value):
-            raise DataError(f"{place}: expected a whole number, got {value!r}")
+        if not re.fullmatch(r"-?\d{1,18}", value):
+            raise DataError(f"{place}: expected a whole number, got {shortened(value)}")
         if not name:
             raise DataError(f"{place}: expected a class name, got none")
         if table.setdefault(int(value), name) != name:
@@ -98,8 +107,10 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     Returns: keys of `data`, as far as it has them (label_map: for numbers with gaps), and under
     `ignore` the numbers to ignore.
     """
-    given = content.get("labels")
-    if not isinstance(given, dict) or not given:
+    given = content.get("labels") or {}
+    if not isinstance(given, dict):
+        raise DataError(f"{path}: labels: expected number: name, got {shortened(given)}")
+    if not given:
         return {}
     if all(re.fullmatch(r"[0-9]+", str(key)) for key in given):
         pairs = [(str(name), int(number)) for number, name in given.items()]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,10 +153,20 @@ def kept(folder: Path | None, name: str, tensors: dict[str, Tensor]) -> dict[str
         return tensors
     path = folder / f"{name}.pt"
     found = read_torch(path, mapped=True)
-    if found is None or set(found) != set(tensors):
+    if not fits(found, {name: (each.shape, each.dtype) for name, each in tensors.items()}):
         write_checkpoint(path, tensors)
         found = read_torch(path, mapped=True)
     return tensors if found is None else found
+
+
+def fits(found: Any, wanted: Mapping[str, tuple[torch.Size, torch.dtype]]) -> bool:
+    """Whether a file of the cache has tensors of these names, shapes and types, and no others."""
+    if not isinstance(found, dict) or found.keys() != wanted.keys():
+        return False
+    return all(
+        isinstance(each, Tensor) and (each.shape, each.dtype) == wanted[name]
+        for name, each in found.items()
+    )
 
 
 def all_ignored(listing: Listing) -> DataError:

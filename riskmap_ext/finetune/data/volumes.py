@@ -11,7 +11,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel import affines
+from nibabel import affines, imageglobals
 
 from riskmap_ext.finetune.base.device import available_memory
 from riskmap_ext.finetune.base.errors import DataError, Problems, one_line
@@ -117,12 +117,15 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
     if not os.path.isfile(path):
         raise DataError(absent(path))
     try:
-        file: Any = nib.load(path)
+        # nibabel tells of small faults in a header that it mends, without the file's name.
+        with imageglobals.LoggingOutputSuppressor():
+            # Not mapped: a file that is cut meanwhile would end the process.
+            file: Any = nib.load(path, mmap=False)
         shape = tuple(int(size) for size in file.shape)
-        if header_alone:
-            values = np.broadcast_to(np.uint8(0), shape)
-        else:
-            _check_memory(path, shape)
+        _check_memory(path, shape)
+        _check_size(path, file)
+        values = np.broadcast_to(np.uint8(0), shape)
+        if not header_alone:
             values = np.asanyarray(file.dataobj)
         affine = np.asarray(file.affine, dtype=np.float64)
         # 1 (scanner) for formats that have no codes.
@@ -147,7 +150,9 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
         raise DataError(told)
     if values.size == 0:
         raise DataError(f"{path}: the volume is empty, shape {values.shape}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    with np.errstate(all="ignore"):
+        volume = abs(np.linalg.det(affine[:3, :3]))
+    if not (np.isfinite(affine).all() and 1e-12 <= volume < 1e30):
         raise DataError(f"{path}: the header's affine cannot be inverted: {affine.tolist()}")
     return Volume(path, values, affine, codes)
 
@@ -159,6 +164,18 @@ def _check_memory(path: Path, shape: Sequence[int]) -> None:
         raise DataError(
             f"{path}: its shape {shape} takes {needed / 2**30:.3g} GiB or more, and "
             f"{available / 2**30:.3g} GiB of memory is available; is its header damaged?"
+        )
+
+
+def _check_size(path: Path, file: Any) -> None:
+    """Nor can a small file have large contents: gzip packs at most 1032 bytes into one."""
+    held = Path(file.file_map["image"].filename)
+    factor = 1032 if held.name.lower().endswith(("gz", "bz2")) else 1
+    declared = math.prod(file.shape) * file.get_data_dtype().itemsize
+    if declared > held.stat().st_size * factor:
+        raise DataError(
+            f"{path}: its shape {file.shape} takes {declared / 2**20:.3g} MiB, more than the file "
+            "can have; it is truncated, or its header is damaged"
         )
 
 

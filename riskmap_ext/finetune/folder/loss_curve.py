@@ -39,7 +39,7 @@ class LossCurve:
         self._every = max(1, steps // _POINTS)
         self._last = steps
         kept = state or {"rows": [], "sum": torch.zeros((), dtype=torch.float64), "count": 0}
-        self._rows: list[list[float]] = [*kept["rows"]]
+        self._rows = [[step, float(loss), float(lr)] for step, loss, lr in kept["rows"]]
         self._sum, self._count = kept["sum"].to(device), kept["count"]
         self._waiting: list[tuple[int, Tensor, float]] = []
 

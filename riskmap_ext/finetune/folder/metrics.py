@@ -38,6 +38,8 @@ class Metrics:
         dice = [f"dice_{name}" for name in structures]
         self._header = ["step", "train_loss", *dice, "mean_dice", "lr", "seconds"]
         self.rows = list(rows)
+        if any([*row] != self._header for row in self.rows):
+            raise ValueError(f"rows: expected the columns {', '.join(self._header)}")
         self._writer: Any = None
         self._folder = tensorboard or path.parent
         if tensorboard is not None and writes:

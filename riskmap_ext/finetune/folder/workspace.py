@@ -7,14 +7,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from riskmap_ext._files import half_written, read_torch
-from riskmap_ext.finetune.base.errors import ConfigError, InputError
+from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line, shortened
 from riskmap_ext.finetune.base.files import read_text, write_text
 from riskmap_ext.finetune.base.lock import locked
 from riskmap_ext.finetune.base.log import Log, some
-from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.config.schema import Config, Count
 from riskmap_ext.finetune.config.yaml_text import read_mapping
 from riskmap_ext.finetune.data.splits import SPLITS_FILE, read_splits
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
@@ -29,6 +31,21 @@ _OUTPUT_FILES = (
     SPLITS_FILE,
 )
 _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
+
+
+class _State(BaseModel):
+    """The plain values of resume.pt, and what holds the others."""
+
+    inputs: str
+    step: Count
+    best: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    metrics: list[dict[str, float]]
+    losses: dict[str, Any] | None = None
+    network: dict[str, Any]
+    stepper: dict[str, Any]
+    sampler: dict[str, Any]
+    rng: Any
 
 
 @contextmanager
@@ -61,13 +78,13 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
     path = output / RESUME_FILE
     if finished(output):
         raise ConfigError(f"output: {output} holds a finished run: there is nothing to resume")
-    if (output / SPLITS_FILE).exists():
+    if os.path.lexists(output / SPLITS_FILE):
         if config.data.folds is None:
             raise ConfigError(
                 f"data.folds: {output} holds a cross-validation; expected its folds, got none"
             )
         return {}
-    if not path.exists():
+    if not os.path.lexists(path):
         held = [name for name in ("last.pt", "best.pt") if (output / name).exists()]
         if held:
             raise ConfigError(
@@ -77,8 +94,19 @@ def unfinished_run(config: Config) -> dict[str, Any] | None:
         return None
     state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != RESUME_FORMAT:
-        raise ConfigError(f"output: {path} is damaged; overwrite=true without --resume starts anew")
+        raise damaged_state(path)
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        raise damaged_state(path, error.errors()[0]["loc"][0]) from None
     return state
+
+
+def damaged_state(path: Path, why: object = None) -> ConfigError:
+    """Of a resume.pt that cannot be used."""
+    told = f" ({shortened(one_line(why))[1:-1]})" if why is not None else ""
+    then = "overwrite=true without --resume starts anew"
+    return ConfigError(f"output: {path} is damaged{told}; {then}")
 
 
 def check_same_run(config: Config) -> None:
@@ -184,7 +212,7 @@ def _held(output: Path) -> list[str]:
 def fold_folders(output: Path) -> list[Path]:
     """The folds of the cross-validation in `output`, in order; none if it holds none."""
     path = output / SPLITS_FILE
-    count = len(read_splits(path)) if path.exists() else 0
+    count = len(read_splits(path)) if os.path.lexists(path) else 0
     return [output / f"fold_{index}" for index in range(count)]
 
 

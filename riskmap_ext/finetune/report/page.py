@@ -17,7 +17,9 @@ def render(template: str, **facts: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 100 else f"{timedelta(seconds=round(seconds))} h"
+    if not 100 <= seconds < 1e9:
+        return f"{seconds:.3g} s"
+    return f"{timedelta(seconds=round(seconds))} h"
 
 
 _PAGES = Environment(

@@ -14,6 +14,7 @@ from riskmap_ext.finetune.base.errors import ConfigError, DataError, one_line
 from riskmap_ext.finetune.base.files import read_json, read_text
 from riskmap_ext.finetune.config.load import parse_config
 from riskmap_ext.finetune.config.schema import Config
+from riskmap_ext.finetune.config.yaml_text import read_yaml
 from riskmap_ext.finetune.folder.loss_curve import HEADER as LOSS_HEADER
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 from riskmap_ext.finetune.folder.workspace import RESUME_FILE, finished, fold_folders
@@ -161,7 +162,7 @@ def _text(path: Path) -> str | None:
 
 def _config(path: Path, text: str) -> tuple[Config | None, str | None]:
     try:
-        content = yaml.safe_load(text)
+        content, _ = read_yaml(text)
     except yaml.YAMLError:
         content = None
     if not isinstance(content, dict):
@@ -176,16 +177,23 @@ def _table(path: Path, columns: tuple[str, ...], names: int = 0) -> tuple[list[s
     """Header and rows, numbers except for the first `names` columns; empty without a file."""
     if (text := _text(path)) is None:
         return [], []
-    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    try:
+        header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    except csv.Error as error:
+        raise _damaged(path, error) from None
     if missing := [name for name in columns if name not in header]:
         raise _damaged(path, f"expected the columns {', '.join(columns)}; no {missing[0]}")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise _damaged(path, f"row {number}: expected {len(header)} columns, got {len(row)}")
+    values: list[list[Any]]
     try:
-        return header, [[*row[:names], *map(float, row[names:])] for row in rows]
+        values = [[*row[:names], *map(float, row[names:])] for row in rows]
     except ValueError as error:
         raise _damaged(path, error) from None
+    if "step" in columns and not all(0 <= row[header.index("step")] < 2**53 for row in values):
+        raise _damaged(path, "expected steps from 0 on")
+    return header, values
 
 
 def _json(path: Path, kind: Any) -> Any:

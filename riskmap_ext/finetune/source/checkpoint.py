@@ -10,15 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from riskmap_ext._checkpoints import load_plain
-from riskmap_ext._files import digest
+from riskmap_ext._files import TooMuch, digest
 from riskmap_ext.finetune.base.errors import CheckpointError, one_line
 from riskmap_ext.finetune.base.files import IMAGE_ENDINGS, write_checkpoint
 from riskmap_ext.finetune.base.log import some
 from riskmap_ext.finetune.base.structures import Structures, structures_of
-from riskmap_ext.finetune.config.schema import Config, NetworkConfig, SourceConfig
+from riskmap_ext.finetune.config.schema import (
+    Axis,
+    Config,
+    Names,
+    NetworkConfig,
+    Sizes,
+    SourceConfig,
+)
 from riskmap_ext.finetune.folder.workspace import RESUME_FORMAT
 from riskmap_ext.finetune.source.model import (
     SourceModel,
@@ -28,12 +37,41 @@ from riskmap_ext.finetune.source.model import (
     placed,
 )
 from riskmap_ext.finetune.source.monai_bundle import bundle_root, bundle_source
-from riskmap_ext.finetune.source.network import build_network, head_keys, without_channels
+from riskmap_ext.finetune.source.network import (
+    build_network,
+    head_keys,
+    without_channels,
+    without_downloads,
+)
 from riskmap_ext.finetune.source.nnunet import nnunet_source
 
 FORMAT = "riskmap_ext.checkpoint.1"
 # Where other tools store the weights: MONAI, Lightning, nnU-Net, and many training scripts.
 _STATE_KEYS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "network")
+_WEIGHTS = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32),
+    *(torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+class _Preprocessing(BaseModel):
+    """What is used of a checkpoint's preprocessing without being checked as keys of `data`."""
+
+    model_config = ConfigDict(extra="allow")
+    patch_size: Sizes | None = None
+    image_suffix: list[str] | None = None
+    slice_axis: Axis = "axial"
+
+
+class _Own(BaseModel):
+    """What a checkpoint of this package says about its model."""
+
+    network: NetworkConfig | None = None
+    classes: Names | None = None
+    regions: dict[str, list[int | str]] | None = None
+    region_classes: list[int | str] | None = None
+    channels: Names | None = None
+    preprocessing: _Preprocessing | None = None
 
 
 @dataclass
@@ -114,6 +152,8 @@ def load_source(source: SourceConfig) -> SourceModel:
     outputs, channels = found.structures.num_outputs, len(found.channels)
     with placed("source." if source.network else f"{found.path}: "):
         found.config = without_channels(found.config, outputs, channels)
+        if source.network is None:
+            found.config = without_downloads(found.config)
         found.network = build_network(found.config, outputs, channels)
     _load(found, state)
     found.network.eval().requires_grad_(False)
@@ -150,11 +190,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _why_unreadable(path: Path, error: Exception) -> str:
     """What the file is instead of a checkpoint. torch's own text advises to run the file's code."""
+    if isinstance(error, TooMuch):
+        return f"is not loaded: {error}"
     # A truncated archive makes torch seek to places before its start, which is EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return f"cannot be read ({error.strerror})"
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as gone:
+        return f"cannot be read ({gone.strerror})"
     if start.startswith((b"PK", b"\x80")):
         if "TorchScript" in str(error):
             return "is a TorchScript archive, which is not loaded; save the model's state_dict()"
@@ -177,11 +222,16 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 def _state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint, all of them finite. Raises: CheckpointError."""
     for state in (*(content.get(key) for key in _STATE_KEYS), content):
-        if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
+        if isinstance(state, dict) and state and _is_named(state):
             break
     else:
         expected = f"a state dict, or one under {', '.join(_STATE_KEYS)}"
         raise CheckpointError(f"{path}: no weights in it; expected {expected}")
+    if odd := [key for key, value in state.items() if not _is_plain(value)]:
+        raise CheckpointError(
+            f"{path}: expected plain tensors of real numbers, with all of their values in the "
+            f"file; {some(odd, 3)} are not"
+        )
     bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -189,6 +239,18 @@ def _state_dict_in(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
             f"({some(bad, 3)}); its training has failed, choose another checkpoint"
         )
     return state
+
+
+def _is_named(state: dict[Any, Any]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Not sparse, quantized, nested, without values, or a few values repeated without end."""
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+        return False
+    held = value.untyped_storage().nbytes()
+    return value.dtype in _WEIGHTS and value.numel() * value.element_size() <= held
 
 
 def _without_wrappers(state: dict[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:
@@ -225,13 +287,12 @@ def _plain(
     """own: of a checkpoint of this package. `source` must give what a file does not say."""
     config, structures = source.network, given_structures(source)
     told = f"its keys are such as {', '.join(list(state)[:3])}"
-    if own.get("network") is not None:
-        config = config or checked(NetworkConfig, own["network"], path, "network")
-    if own.get("classes"):
-        given = (own["classes"], own.get("regions"), own.get("region_classes"))
-        stored = structures_of(*given, f"{path}: its")
+    said = checked(_Own, own, path, "")
+    config = config or said.network
+    if said.classes:
+        stored = structures_of(said.classes, said.regions, said.region_classes, f"{path}: its")
         structures = structures or stored
-        name = (own.get("network") or {}).get("name")
+        name = said.network.name if said.network else None
         told = f"it holds {name} with {stored.num_outputs} outputs"
     missing = "which network it belongs to; set source.network.name and source.network.args"
     if config is not None:
@@ -243,8 +304,10 @@ def _plain(
         path=path,
         config=config,
         structures=structures,
-        channels=own.get("channels") or numbered("channel", count if type(count) is int else 1),
-        preprocessing=own.get("preprocessing") or {},
+        channels=said.channels or numbered("channel", count if type(count) is int else 1),
+        preprocessing=said.preprocessing.model_dump(exclude_unset=True)
+        if said.preprocessing
+        else {},
         told=told,
     )
 

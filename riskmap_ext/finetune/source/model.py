@@ -64,7 +64,10 @@ def checked(model: type[Section], content: Any, path: Path, section: str) -> Sec
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        told = (f"{section}{key and '.'}{key}: {why}" for key, why in problems_of(error, model))
+        told = (
+            f"{'.'.join(filter(None, (section, key)))}: {why}"
+            for key, why in problems_of(error, model)
+        )
         raise CheckpointError(f"{path}: its {'; '.join(told)}") from None
 
 
@@ -159,7 +162,7 @@ def preparation_warnings(config: Config, source: SourceModel) -> list[str]:
 
 def in_prepared_order(source: SourceModel, values: Any, slice_axis: str) -> Any:
     """Sizes of a volume's axes in a run's order; a network without an order fits any."""
-    if source.config.orientation is None or values is None or len(values) != 3:
+    if source.config.orientation is None or not isinstance(values, list) or len(values) != 3:
         return values
     theirs = source.preprocessing.get("slice_axis", "axial")
     return arranged(values, PREPARED[theirs], PREPARED[slice_axis])

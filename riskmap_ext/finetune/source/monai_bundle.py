@@ -6,6 +6,7 @@ import. Only plain values are read here, and the one class comes from monai.netw
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError
+from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, shortened
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, check_orientation
 from riskmap_ext.finetune.base.structures import Structures, structures_of
 from riskmap_ext.finetune.config.schema import NetworkConfig, SourceConfig
@@ -33,6 +34,7 @@ from riskmap_ext.finetune.source.network import (
     spatial_dims,
 )
 
+_MOST_VALUES, _DEEPEST = 10_000, 150
 _CONFIGS = ("inference", "train", "evaluate")
 _ENDINGS = (".json", ".yaml", ".yml")
 _NETWORKS = ("network_def", "network", "net")
@@ -54,13 +56,16 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
     """Raises: CheckpointError naming the file and what is missing or would need evaluation."""
     file, key, config = _definition(root)
     place = f"{file}: {key}"
-    network = _network(_resolved(config[key], config), place)
+    with placed(f"{place}: "):
+        definition = _resolved(config[key], config)
+    network = _network(definition, place)
     metadata_file = root / "configs" / "metadata.json"
-    metadata = _read(metadata_file) if metadata_file.is_file() else ConfigParser({})
+    metadata = _read(metadata_file) if os.path.lexists(metadata_file) else ConfigParser({})
     with placed(f"{place}: "):
         outputs, channels = _count(network, OUT_ARGUMENTS), _count(network, IN_ARGUMENTS)
         dims = spatial_dims(network)
-    preprocessing, seen = _preprocessing(config)
+    with placed(f"{file}: "):
+        preprocessing, seen = _preprocessing(config)
     patch = metadata.get("network_data_format::inputs::image::spatial_shape")
     if isinstance(patch, list) and all(type(size) is int and size > 0 for size in patch):
         preprocessing |= {"patch_size": patch} if len(patch) == dims else {}
@@ -77,11 +82,14 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
         # Nor does it say which slices it sees.
         preprocessing.pop("spacing", None)
     names = _channel_names(metadata, "inputs::image", channels)
+    structures = given_structures(source)
+    if structures is None:
+        with placed(f"{file}: "):
+            structures = _structures(metadata_file, metadata, config, outputs)
     return SourceModel(
         path=source.checkpoint,
         config=network,
-        structures=given_structures(source)
-        or _structures(metadata_file, metadata, config, outputs),
+        structures=structures,
         channels=names or numbered("channel", channels),
         preprocessing=preprocessing,
         told=f"{file} describes {network.name}",
@@ -92,7 +100,7 @@ def bundle_source(source: SourceConfig, root: Path) -> SourceModel:
 def _definition(root: Path) -> tuple[Path, str, ConfigParser]:
     """The file with the first description of a network, its key, and the file's content."""
     files = [root / "configs" / f"{name}{ending}" for name in _CONFIGS for ending in _ENDINGS]
-    configs = {file: _read(file) for file in files if file.is_file()}
+    configs = {file: _read(file) for file in files if os.path.lexists(file)}
     found = [(file, key) for file, each in configs.items() for key in _NETWORKS if key in each]
     for file, key in found:
         if isinstance(configs[file][key], dict):
@@ -110,16 +118,28 @@ def _read(file: Path) -> ConfigParser:
     return ConfigParser(read_mapping(file, CheckpointError)[0])
 
 
-def _resolved(value: Any, config: ConfigParser, seen: tuple[str, ...] = ()) -> Any:
-    """The value with each `@a::b` replaced by what it refers to, if that is in the same file."""
-    if isinstance(value, dict):
-        return {key: _resolved(each, config, seen) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_resolved(each, config, seen) for each in value]
-    found = None
-    if isinstance(value, str) and value.startswith("@") and value not in seen:
-        found = config.get(value[1:])
-    return value if found is None else _resolved(found, config, (*seen, value))
+def _resolved(value: Any, config: ConfigParser) -> Any:
+    """The value with each `@a::b` replaced by what it refers to, if that is in the same file.
+
+    Raises: ConfigError for references to references that stand for more than memory holds.
+    """
+    count = 0
+
+    def resolved(value: Any, seen: tuple[str, ...], depth: int) -> Any:
+        nonlocal count
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise ConfigError(f"references (@) stand for more than {_MOST_VALUES:,} values")
+        if isinstance(value, dict):
+            return {key: resolved(each, seen, depth + 1) for key, each in value.items()}
+        if isinstance(value, list):
+            return [resolved(each, seen, depth + 1) for each in value]
+        found = None
+        if isinstance(value, str) and value.startswith("@") and value not in seen:
+            found = config.get(value[1:])
+        return value if found is None else resolved(found, (*seen, value), depth + 1)
+
+    return resolved(value, (), 0)
 
 
 def _network(definition: dict[str, Any], place: str) -> NetworkConfig:
@@ -127,7 +147,8 @@ def _network(definition: dict[str, Any], place: str) -> NetworkConfig:
     match = _NETS.fullmatch(str(target))
     if match is None or monai_class(match["name"]) is None:
         raise CheckpointError(
-            f"{place}._target_: expected a class of monai.networks.nets, got {target!r}, which "
+            f"{place}._target_: expected a class of monai.networks.nets, got {shortened(target)}, "
+            "which "
             f"is not imported; {_SET_BOTH}"
         )
     # MONAI uses _desc_, _requires_, _disabled_ and _mode_ itself; the weights are the proof.
@@ -141,8 +162,8 @@ def _check_plain(value: Any, place: str) -> None:
     component = isinstance(value, dict) and "_target_" in value
     if component or (isinstance(value, str) and value[:1] in ("$", "%", "@")):
         raise CheckpointError(
-            f"{place}: expected a plain value, got {'the component ' * component}{value!r}, which "
-            f"is not evaluated; {_SET_BOTH}"
+            f"{place}: expected a plain value, got {'the component ' * component}"
+            f"{shortened(value)}, which is not evaluated; {_SET_BOTH}"
         )
     listed = dict(enumerate(value)) if isinstance(value, list) else value
     for key, each in listed.items() if isinstance(listed, dict) else ():

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from monai.networks import nets
 from monai.networks.utils import eval_mode
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from riskmap_ext._arguments import near_names
 from riskmap_ext._head import WORTH_FUSING, known_network
-from riskmap_ext.finetune.base.errors import ConfigError, one_line
+from riskmap_ext.finetune.base.device import available_memory
+from riskmap_ext.finetune.base.errors import ConfigError, one_line, shortened
 from riskmap_ext.finetune.config.schema import Config, NetworkConfig
 from riskmap_ext.nn import DeferredLogits, fuse_head
 
+_MOST_LAYERS = 20_000
+# Classifiers whose arguments name what they load, or that load it by default.
+_DOWNLOADS = ("MILModel", "TorchVisionFCModel", "Transchex")
 IN_ARGUMENTS = ("in_channels", "input_channels")
 OUT_ARGUMENTS = ("out_channels", "num_classes", "n_classes")
 _DEFAULT_PATCH = {2: [128, 128], 3: [64, 64, 64]}
@@ -125,6 +132,21 @@ def without_channels(network: NetworkConfig, num_outputs: int, channels: int) ->
     return network.model_copy(update={"args": args})
 
 
+def without_downloads(network: NetworkConfig) -> NetworkConfig:
+    """A network that a file describes: its weights are in the file, and not from the internet.
+
+    Raises: ConfigError for a class that downloads in any case.
+    """
+    if network.name in _DOWNLOADS:
+        raise ConfigError(
+            f"network.name: {network.name} downloads weights, which a file may not ask for; set "
+            "source.network"
+        )
+    if "pretrained" not in {*network.args, *_parameters(network)}:
+        return network
+    return network.model_copy(update={"args": {**network.args, "pretrained": False}})
+
+
 def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -> nn.Module:
     """The network for images of `channels` channels and `num_outputs` output channels.
 
@@ -142,13 +164,42 @@ def build_network(network: NetworkConfig, num_outputs: int, channels: int = 1) -
     of_nnunet = network.name in NNUNET_NETWORKS
     made = _nnunet_args(args) if of_nnunet else args
     try:
-        built = cls(**made)
+        with _bounded(cls, made):
+            built = cls(**made)
         if of_nnunet:
             built.apply(getattr(cls, "initialize"))  # noqa: B009  (a static method there)
     except Exception as error:  # each network checks its own arguments in its own way
-        told = f"network.args: {network.name} refuses {args}: {one_line(error)}"
+        why = shortened(one_line(error))[1:-1]
+        told = f"network.args: {network.name} refuses {shortened(args)}: {why}"
         raise ConfigError(told) from None
     return built
+
+
+@contextmanager
+def _bounded(cls: type[nn.Module], args: Mapping[str, Any]) -> Iterator[None]:
+    """Arguments can ask for any number of layers and weights: these raise before they fill memory.
+
+    Raises: ValueError.
+    """
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_LAYERS:
+            raise ValueError(f"it has more than {_MOST_LAYERS:,} layers")
+
+    with register_module_module_registration_hook(counted):
+        shape = None
+        # Not every class can be built without memory.
+        with suppress(Exception), torch.device("meta"):
+            shape = cls(**args)
+        counted()
+        weights = 0 if shape is None else sum(each.numel() for each in shape.parameters())
+        if 4 * weights > available_memory():
+            raise ValueError(f"its {weights:,} weights do not fit into memory")
+        count = 0
+        yield
 
 
 def head_keys(network: NetworkConfig, num_outputs: int) -> set[str]:
@@ -173,10 +224,24 @@ def sizes_of(key: str, sizes: Sequence[int], dims: int) -> list[int]:
 
 
 def check_forward(
-    network: nn.Module, size: Sequence[int], num_outputs: int, channels: int, key: str
+    network: nn.Module,
+    size: Sequence[int],
+    num_outputs: int,
+    channels: int,
+    key: str,
+    told: str = "",
 ) -> None:
-    """Runs one blank patch through the network, to report a misfit before any work."""
+    """Runs one blank patch through the network, to report a misfit before any work.
+
+    told: about the network, for the message.
+    """
     takes = "sizes divisible by the product of the network's strides usually fit"
+    needed = 4 * math.prod(size) * (channels + num_outputs)
+    if needed > available_memory():
+        raise ConfigError(
+            f"{key}: a patch of {shortened(list(size))} takes {needed / 2**30:.3g} GiB or more; it "
+            "needs more memory than is available"
+        )
     try:
         with eval_mode(network):
             blank = blank_image(network, size, channels)
@@ -185,13 +250,13 @@ def check_forward(
         if "alloc" in str(error) or "out of memory" in str(error):
             takes = "it needs more memory than is available"
         raise ConfigError(
-            f"{key}: a patch of {list(size)} does not go through {type(network).__name__} "
+            f"{key}: a patch of {list(size)} does not go through {type(network).__name__}{told} "
             f"({one_line(error)[:300]}); {takes}"
         ) from None
     if shape != [1, num_outputs, *size]:
         raise ConfigError(
-            f"{key}: {type(network).__name__} turns a patch of {list(size)} into logits of shape "
-            f"{shape}, expected {[1, num_outputs, *size]}; {takes}"
+            f"{key}: {type(network).__name__}{told} turns a patch of {list(size)} into logits of "
+            f"shape {shape}, expected {[1, num_outputs, *size]}; {takes}"
         )
 
 

@@ -17,7 +17,12 @@ from riskmap_ext.finetune.base.log import number
 from riskmap_ext.finetune.data.sampling import CropSampler
 from riskmap_ext.finetune.folder.loss_curve import LossCurve
 from riskmap_ext.finetune.folder.metrics import Metrics
-from riskmap_ext.finetune.folder.workspace import NONFINITE_FILE, RESUME_FILE, RESUME_FORMAT
+from riskmap_ext.finetune.folder.workspace import (
+    NONFINITE_FILE,
+    RESUME_FILE,
+    RESUME_FORMAT,
+    damaged_state,
+)
 from riskmap_ext.finetune.metrics.dice import dice_per_structure, structure_means
 from riskmap_ext.finetune.pictures.slices import segmentation_picture
 from riskmap_ext.finetune.source.checkpoint import save_checkpoint
@@ -69,22 +74,27 @@ class Trainer:
         self._first = before["step"] + 1
         self._best = before["best"]
         self._started = time.perf_counter() - before["seconds"]
-        self._metrics = Metrics(
-            config.output / "metrics.csv",
-            list(cases.structures.scored),
-            config.output / "tb" if config.write.tensorboard else None,
-            before["metrics"],
-            writes=group.is_main,
-        )
-        self._losses = LossCurve(
-            config.output / "losses.csv",
-            config.train.steps,
-            plan.device,
-            group,
-            state=before.get("losses"),
-        )
-        if plan.resumed is not None:
-            self._restore(plan.resumed)
+        try:
+            self._metrics = Metrics(
+                config.output / "metrics.csv",
+                list(cases.structures.scored),
+                config.output / "tb" if config.write.tensorboard else None,
+                before["metrics"],
+                writes=group.is_main,
+            )
+            self._losses = LossCurve(
+                config.output / "losses.csv",
+                config.train.steps,
+                plan.device,
+                group,
+                state=before.get("losses"),
+            )
+            if plan.resumed is not None:
+                self._restore(plan.resumed)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if plan.resumed is None:
+                raise
+            raise damaged_state(config.output / RESUME_FILE, error) from None
         if not group.is_main:  # with its own dropout
             torch.manual_seed(config.seed + 1_000_003 * group.rank + before["step"])
         # Since the last validation.

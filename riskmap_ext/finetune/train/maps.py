@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from riskmap_ext._files import digest, read_torch
 from riskmap_ext.finetune.base.errors import InputError, one_line
 from riskmap_ext.finetune.base.files import write_checkpoint, write_json, write_nifti
 from riskmap_ext.finetune.base.structures import IGNORE_INDEX
-from riskmap_ext.finetune.data.prepare import Case, Cases
+from riskmap_ext.finetune.data.prepare import Case, Cases, fits
 from riskmap_ext.finetune.folder.records import LEEP_FILE
 from riskmap_ext.finetune.source.checkpoint import SourceModel
 from riskmap_ext.finetune.source.predictor import Predictor
@@ -83,14 +84,10 @@ class SourceMapper:
     def statistics(self) -> riskmap_ext.TransferStatistics:
         """LEEP statistics of the training cases, both passes; from the cache if possible."""
         path = self._cache / f"statistics-{self._study[:24]}.pt"
-        statistics = riskmap_ext.TransferStatistics(
-            len(self._cases.classes), ignore_index=IGNORE_INDEX, regions=self._regions
-        )
-        group = self._group
-        stored = read_torch(path)
-        if all(group.gather(stored is not None)):
-            statistics.load_state_dict(stored)
-            return statistics
+        group, stored = self._group, self._stored(path)
+        if all(group.gather(stored is not None)) and stored is not None:
+            return stored
+        statistics = self._no_statistics()
 
         def add(step: Callable[[Tensor, Tensor], None], name: str) -> None:
             for case in group.share(self._cases.train):
@@ -105,13 +102,30 @@ class SourceMapper:
         group.on_main(lambda: write_checkpoint(path, statistics.state_dict()))
         return statistics
 
+    def _no_statistics(self) -> riskmap_ext.TransferStatistics:
+        return riskmap_ext.TransferStatistics(
+            len(self._cases.classes), ignore_index=IGNORE_INDEX, regions=self._regions
+        )
+
+    def _stored(self, path: Path) -> riskmap_ext.TransferStatistics | None:
+        """Those in the cache; None if the file is missing, damaged or of something else."""
+        statistics = self._no_statistics()
+        with suppress(TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+            statistics.load_state_dict(read_torch(path))
+            joint, scope = statistics.joint, statistics.hardness_range
+            if joint.dim() == 2 and len(joint) == statistics.num_classes:
+                numbers = (*scope, float(joint.sum()), statistics.num_voxels)
+                return statistics if all(map(math.isfinite, numbers)) else None
+        return None
+
     def maps(self, case: Case, statistics: Any) -> dict[str, Tensor]:
         """transferability and risk of a case; from the cache if possible."""
         options = self._risk.model_dump(mode="json", exclude={"use"})
         path = self._cache / f"maps-{digest(self._study, case.digest, options)[:24]}.pt"
         on_disk = self._cases.store is not None
         maps = read_torch(path, mapped=on_disk)
-        if maps is None:
+        shape = case.label.shape
+        if not fits(maps, dict.fromkeys(("transferability", "risk"), (shape, torch.float32))):
             maps = self._maps(case, statistics)
             write_checkpoint(path, maps)
             self.made += 1

@@ -167,7 +167,10 @@ def predictor_of_source(
         geometry=config.data.geometry,
     )
     outputs = source.structures.num_outputs
-    check_forward(network, predictor.patch, outputs, len(source.channels), "inference.patch_size")
+    check_forward(
+        *(network, predictor.patch, outputs, len(source.channels), "inference.patch_size"),
+        told=f" (the source, {source.path})",
+    )
     return predictor
 
 

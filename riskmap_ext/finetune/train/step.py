@@ -58,8 +58,22 @@ class Stepper:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError for a state that steps could not be taken with."""
         for name, part in self._parts.items():
+            mine, theirs = part.state_dict(), state[name]
+            if name == "optimizer":
+                mine, theirs = mine["param_groups"], theirs["param_groups"]
+            if not _alike(mine, theirs):
+                raise ValueError(f"{name}: expected the keys and types of its own state")
             part.load_state_dict(state[name])
+        is_sgd = isinstance(self._optimizer, torch.optim.SGD)
+        names = {"momentum_buffer"} if is_sgd else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter, kept in self._optimizer.state.items():
+            if kept.keys() != names:
+                raise ValueError(f"optimizer: expected {', '.join(sorted(names))}")
+            for name, value in kept.items():
+                if not isinstance(value, Tensor) or value.shape not in ((), parameter.shape):
+                    raise ValueError(f"optimizer: {name}: expected a tensor as its weights")
 
     @property
     def lr(self) -> float:
@@ -181,3 +195,16 @@ def loss_in_words(config: Config, loss: bool = False, weights: bool = False) -> 
     if config.loss.dice_weight > 0:
         parts.append("soft Dice")
     return "; ".join(parts)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether plain values have the same keys and types; any number is one."""
+    if isinstance(one, dict):
+        same = isinstance(other, dict) and one.keys() == other.keys()
+        return same and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        same = type(one) is type(other) and len(one) == len(other)
+        return same and all(map(_alike, one, other))
+    if type(one) in (int, float):
+        return type(other) in (int, float) and math.isfinite(other)
+    return one is None or type(one) is type(other)
