@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel fuzz kill-runs disk-faults
+.PHONY: demo test bench bench-full bench-transfer bench-transfer-full instructions lint format sanitize docs docs-reference install clean wheel fuzz
+.PHONY: fuzz-files kill-runs disk-faults long-life
 .PHONY: cuda-on-host cuda-on-host-asan cuda-on-host-tsan cuda-release cuda-machine-code gpu-check
 
 install: $(VENV)/.installed
@@ -33,17 +34,26 @@ test: install
 	$(BIN)/python -m pytest
 
 # N generated calls of the ops, after those of the last run; it prints how to repeat a failure.
-N ?= 20000
+fuzz: N ?= 20000
 fuzz: install
 	$(BIN)/python python_tests/fuzz.py --calls $(N)
 
-# At least KILLS kills of runs at random moments; then disks that fail or fill up (minutes to hours).
-KILLS ?= 120
+# The same with spoilt files, for every command of the driver.
+fuzz-files: N ?= 2000
+fuzz-files: install
+	$(BIN)/python python_tests/malformed.py --calls $(N)
+
+# At least N kills of runs, at random moments. Then disks that fail or fill up; hours of training with kills.
+kill-runs: N ?= 120
 kill-runs: install
-	$(BIN)/python python_tests/kills.py --kills $(KILLS)
+	$(BIN)/python python_tests/kills.py --kills $(N)
 
 disk-faults: install
 	$(BIN)/python python_tests/disks.py
+
+long-life: N ?= 50000
+long-life: install
+	$(BIN)/python python_tests/long_life.py --steps $(N)
 
 sanitize: install
 	PYTHON=$(BIN)/python python_tests/run_sanitized.sh
