@@ -72,7 +72,7 @@ class Place:
         wanted = pick.choice(formats or ("same",))
         if wanted == "same":
             return path
-        image: Any = nib.load(path)
+        image: Any = nib.load(path, mmap=False)
         values, stem = np.asarray(image.dataobj), path.name.removesuffix(".nii.gz")
         path.unlink()
         if wanted in (".mgz", ".mgh"):
@@ -204,7 +204,7 @@ def _real(folder: Path) -> None:
             shutil.copyfile(path, folder / "real" / name / path.name)
     (folder / "headers").mkdir()
     for path in headers.iterdir():
-        if path.stat().st_size < 1_000_000 and nib.load(path).ndim == 3:
+        if path.stat().st_size < 1_000_000 and nib.load(path, mmap=False).ndim == 3:
             shutil.copyfile(path, folder / "headers" / path.name)
 
 

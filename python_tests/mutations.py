@@ -181,7 +181,7 @@ def header_field(pick: random.Random, path: Path) -> None:
     content = path.read_bytes()
     is_packed = content[:2] == b"\x1f\x8b"
     raw = bytearray(gzip.decompress(content) if is_packed else content)
-    image: Any = nib.load(path)
+    image: Any = nib.load(path, mmap=False)
     kind = image.header.structarr.dtype if hasattr(image.header, "structarr") else None
     assert kind is not None
     names = (*kind.names, *("dim", "pixdim", "dims", "datatype", "bitpix", "vox_offset", "magic"))
@@ -213,7 +213,7 @@ def header_field(pick: random.Random, path: Path) -> None:
 
 def affine(pick: random.Random, path: Path) -> None:
     """A NIfTI or MGH file with another affine, written by nibabel as far as it can be."""
-    image: Any = nib.load(path)
+    image: Any = nib.load(path, mmap=False)
     made = np.array(image.affine)
     for _ in range(pick.choice((1, 3, 12))):
         made[pick.randrange(3), pick.randrange(4)] = pick.choice((*NUMBERS[-10:], 0.0, 1e-20))
@@ -224,7 +224,7 @@ def affine(pick: random.Random, path: Path) -> None:
 
 def voxels(pick: random.Random, path: Path) -> None:
     """Other values, types and numbers of axes; some of them are legitimate."""
-    image: Any = nib.load(path)
+    image: Any = nib.load(path, mmap=False)
     values = np.array(image.dataobj)
     change = pick.choice(("nan", "inf", "huge", "type", "axes", "small", "constant", "half"))
     if change in ("nan", "inf", "huge", "half"):
