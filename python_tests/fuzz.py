@@ -335,6 +335,7 @@ def run(numbers: Iterator[int], until: float, failed: Callable[[str], None]) -> 
     for number in numbers:
         if time.monotonic() > until:
             break
+        counts["last"] = number
         kind, case, check = call(number)
         try:
             with warnings.catch_warnings():
@@ -351,7 +352,6 @@ def run(numbers: Iterator[int], until: float, failed: Callable[[str], None]) -> 
             failed(
                 f"{number}: {kind}: {type(error).__name__} at {where}: {str(error)[:300]}\n  {case}"
             )
-        counts["last"] = number
     return counts
 
 

@@ -163,6 +163,8 @@ def assert_one_message(answer: Answer, path: Path) -> None:
         names |= {"data.classes: missing", "one for each channel", "no such file"}
     if path.name in ("dataset.json", "run.yaml"):  # classes that the labels do not fit
         names.add("label values")
+    if path.name == "run.yaml":  # the folder that it names then
+        names.add("/: expected")
     if not os.path.lexists(path) and path.parent.is_dir():
         names.add("missing")  # by the message of what is then read in its place
     assert any(visible(name) in told for name in names), f"does not name {path}: {answer.err}"
