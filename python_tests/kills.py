@@ -158,11 +158,14 @@ def trial(
         whom = "" if only is None else f" (rank {only})"
         told(f"{number.name} after {moment:.2f} s, {stage(output)}{whom}")
         started.send(number, only)
+        if only is not None and not started.wait(20):
+            started.send(signal.SIGTERM)  # as torchrun does when a process has ended
         if not started.wait(60):
             started.send(signal.SIGKILL)
             raise AssertionError(f"goes on after {number.name}: {started.told[-2000:]}")
         counts[f"{number.name} {stage(output)}"] += 1
-        check_stopped(started, number, output, only)
+        if only is None and not (fresh and kind.processes > 1):  # torchrun tells more
+            check_stopped(started, number, output)
         again = True
     end(kind, output)
     return counts
@@ -177,11 +180,11 @@ def end(kind: Kind, output: Path) -> None:
     assert not problems, problems
 
 
-def check_stopped(started: Started, number: signal.Signals, output: Path, only: int | None) -> None:
+def check_stopped(started: Started, number: signal.Signals, output: Path) -> None:
     """A signal ends a command with one line and nothing half-written."""
     told = [line for line in started.told.splitlines() if line.startswith("riskmap: ")]
-    assert "Traceback" not in started.told or only is not None, started.told[-3000:]
-    if number == signal.SIGKILL or only is not None or len(started.parts) > 1:
+    assert "Traceback" not in started.told, started.told[-3000:]
+    if number == signal.SIGKILL or len(started.parts) > 1:
         return
     code = started.codes[0]
     if code in (0, -number) or FINISHED in started.told:  # it had ended, or had not begun

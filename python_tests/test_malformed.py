@@ -203,8 +203,13 @@ def test_a_header_of_more_than_the_file_can_have(mine: Path, sizes: tuple[int, .
     assert "more than the file can have" in told or "of memory is available" in told
 
 
-def test_an_affine_beyond_numbers(mine: Path) -> None:
-    save(image_of(mine), phantom(0)[0], np.diag([1e30, 1e30, 1e30, 1.0]))
+@pytest.mark.parametrize("second", [(0.0, 1e30, 0.0), (1e17, 1.0, 0.0)], ids=["huge", "parallel"])
+def test_an_affine_beyond_numbers(mine: Path, second: tuple[float, ...]) -> None:
+    affine = np.eye(4)
+    affine[:3, :2] = np.transpose([(second[0] or second[1], 0.0, 0.0), second])
+    image = image_of(mine)
+    for path in (image, mine / "labels" / image.name):
+        save(path, phantom(0)[0], affine)
     assert "the header's affine cannot be inverted" in problem(mine)
 
 
@@ -483,7 +488,7 @@ def test_odd_names_in_results(riskmap: Callable, tmp_path: Path) -> None:
     """Of classes and cases: tables have them as they are, and the page as text."""
     from html_page import Page
 
-    case, classes = "[bold]a,b;'\"<i>{0}%s", ["<script>alert(1)</script>", "[/]\n=1,2"]
+    case, classes = "[bold]a,b;'\"<i>{0}%s", ["<script>alert(1)</script>", "[/]\n\u2028=1,2"]
     write_cases(tmp_path / "data", 3)
     for folder in ("images", "labels"):
         (tmp_path / "data" / folder / "case02.nii.gz").rename(

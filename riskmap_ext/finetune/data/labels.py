@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_label_map(path: Path) -> dict[int, int | str]:
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     try:
         return _label_table(
-            path, csv.DictReader(text.splitlines(), delimiter=delimiter, restval="")
+            path, csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
         )
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table ({error})") from None

@@ -150,11 +150,18 @@ def _open(path: Path, channels: int = 1, *, header_alone: bool = False) -> Volum
         raise DataError(told)
     if values.size == 0:
         raise DataError(f"{path}: the volume is empty, shape {values.shape}")
-    with np.errstate(all="ignore"):
-        volume = abs(np.linalg.det(affine[:3, :3]))
-    if not (np.isfinite(affine).all() and 1e-12 <= volume < 1e30):
+    if not _is_invertible(affine):
         raise DataError(f"{path}: the header's affine cannot be inverted: {affine.tolist()}")
     return Volume(path, values, affine, codes)
+
+
+def _is_invertible(affine: np.ndarray) -> bool:
+    with np.errstate(all="ignore"):
+        return bool(
+            np.isfinite(affine).all()
+            and 1e-12 <= abs(np.linalg.det(affine[:3, :3])) < 1e30
+            and np.isfinite(nib.io_orientation(affine)).all()  # NaN for axes that nearly coincide
+        )
 
 
 def _check_memory(path: Path, shape: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def _table(path: Path, columns: tuple[str, ...], names: int = 0) -> tuple[list[s
     if (text := _text(path)) is None:
         return [], []
     try:
-        header, *rows = list(csv.reader(text.splitlines())) or [[]]
+        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except csv.Error as error:
         raise _damaged(path, error) from None
     if missing := [name for name in columns if name not in header]:
