@@ -158,8 +158,10 @@ def trial(
         whom = "" if only is None else f" (rank {only})"
         told(f"{number.name} after {moment:.2f} s, {stage(output)}{whom}")
         started.send(number, only)
-        if only is not None and not started.wait(20):
-            started.send(signal.SIGTERM)  # as torchrun does when a process has ended
+        if only is not None:  # torchrun ends the others, which may wait in torch for this one
+            for end_others in (signal.SIGTERM, signal.SIGKILL):
+                if not started.wait(15):
+                    started.send(end_others)
         if not started.wait(60):
             started.send(signal.SIGKILL)
             raise AssertionError(f"goes on after {number.name}: {started.told[-2000:]}")

@@ -91,24 +91,28 @@ def live(folder: Path, arguments: list[str], kill_every: float, seed: int) -> li
     next_kill = begun + pick.uniform(0.2, 1.8) * kill_every
     samples: list[Sample] = []
     kills = 0
-    while any(process.poll() is None for process in runs.values()):
-        time.sleep(5)
-        for name, process in runs.items():
-            found = sample(name, process.pid, folder / name, begun)
-            if found is not None:
-                samples.append(found)
-                with (folder / "samples.csv").open("a", newline="") as out:
-                    csv.writer(out).writerow(astuple(found))
-            if process.poll() not in (None, 0):
-                raise SystemExit(f"{name} ended with {process.returncode}: see {log}")
-        if time.monotonic() > next_kill and runs["killed"].poll() is None:
-            time.sleep(pick.uniform(0, 5))
-            runs["killed"].send_signal(signal.SIGKILL)
-            runs["killed"].wait()
-            kills += 1
-            print(f"kill {kills} at step {_step(folder / 'killed')} or later", flush=True)
-            runs["killed"] = start(file, folder / "killed", arguments, log)
-            next_kill = time.monotonic() + pick.uniform(0.2, 1.8) * kill_every
+    try:
+        while any(process.poll() is None for process in runs.values()):
+            time.sleep(5)
+            for name, process in runs.items():
+                found = sample(name, process.pid, folder / name, begun)
+                if found is not None:
+                    samples.append(found)
+                    with (folder / "samples.csv").open("a", newline="") as out:
+                        csv.writer(out).writerow(astuple(found))
+                if process.poll() not in (None, 0):
+                    raise SystemExit(f"{name} ended with {process.returncode}: see {log}")
+            if time.monotonic() > next_kill and runs["killed"].poll() is None:
+                time.sleep(pick.uniform(0, 5))
+                runs["killed"].send_signal(signal.SIGKILL)
+                runs["killed"].wait()
+                kills += 1
+                print(f"kill {kills} at step {_step(folder / 'killed')} or later", flush=True)
+                runs["killed"] = start(file, folder / "killed", arguments, log)
+                next_kill = time.monotonic() + pick.uniform(0.2, 1.8) * kill_every
+    finally:
+        for process in runs.values():
+            process.kill()
     print(f"{kills} kills, {(time.monotonic() - begun) / 3600:.2f} h")
     return samples
 
