@@ -1,6 +1,7 @@
 // The part of a weighted-loss tile that forward and backward share.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "cpu/kernels/column.h"
@@ -119,11 +120,13 @@ struct LossTile {
   // Voxels whose risk no caller may give: negative, NaN or infinite. Mostly there are none, and one sign bit tells.
   int64_t bad_risks(int64_t n) const {
     constexpr int kLanes = Simd<acc_t>::kLanes;
+    using Bits = typename math::Traits<acc_t>::Bits;
     const I infinite = math::bit_cast<I>(F{} + acc_t(__builtin_inf()));
+    const I magnitude = I{} + std::numeric_limits<Bits>::max();
     I odd{};
     for (int64_t v = 0; v < n; v += kLanes) {
       const I bits = load<I>(risk + v);
-      odd |= bits | (infinite - 1 - bits);
+      odd |= bits | (infinite - 1 - (bits & magnitude));
     }
     if (!any_negative(odd)) return 0;
     I bad{};
