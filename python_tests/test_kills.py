@@ -57,9 +57,11 @@ def places(short: Kind) -> list[str]:
 @pytest.mark.parametrize("name", ["short", "predict"])
 def test_killed_at_random_moments(commands: dict[str, Kind], name: str) -> None:
     counts: Counter[str] = Counter()
-    for number in range(4):
+    for number in range(40):  # a command may have ended before its kill
         counts += trial(commands[name], random.Random(number), lambda _: None)
-    assert counts.total() >= 2
+        if counts.total() >= 4:
+            return
+    pytest.fail(f"too few kills arrived in time: {counts}")
 
 
 @pytest.mark.parametrize(
