@@ -189,7 +189,8 @@ def check_stopped(started: Started, number: signal.Signals, output: Path) -> Non
     if number == signal.SIGKILL or len(started.parts) > 1:
         return
     code = started.codes[0]
-    if code in (0, -number) or FINISHED in started.told:  # it had ended, or had not begun
+    had_ended = FINISHED in started.told or "Done" in started.told
+    if code in (0, -number) or had_ended:  # or had not begun
         return
     assert code == STOPPED[number], (code, started.told[-3000:])
     stops = [line for line in told if line.startswith("riskmap: stopped")]

@@ -21,8 +21,10 @@ from riskmap_ext.finetune.base.errors import (
 
 def main() -> None:
     """Entry point of `riskmap`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # Names may have what the terminal's encoding lacks; a closed pipe is told of later.
+    with suppress(OSError):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from riskmap_ext.finetune.commands import app
 
