@@ -49,8 +49,8 @@ def stem(path: Path) -> str:
 def read_text(path: Path, kind: type[InputError] = DataError) -> str:
     """Reads UTF-8, with or without a BOM. Raises: `kind` naming the file and why."""
     try:
-        if not (path.is_file() or path.is_dir()) and path.exists():
-            raise kind(f"{path}: is a pipe or a device; expected a file")
+        if not (path.is_file() or path.is_dir()) and path.exists():  # it would be waited for
+            raise kind(absent(path))
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         why = "no such file"
