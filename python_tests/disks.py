@@ -1,7 +1,8 @@
 """``make disk-faults``: every change of a file fails, and disks of many sizes fill up.
 
-The command must end with one message that names the file, leave nothing half-written and, once
-the disk works again, end in the same bits with ``--resume``. Disks of a size need root (tmpfs).
+The errors of ``CODES`` take turns from change to change; ``--code`` tries one of them at all. The
+command must end with one message that names the file, leave nothing half-written and, once the
+disk works again, end in the same bits with ``--resume``. Disks of a size need root (tmpfs).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from broken_runs import Fault, Started, left_behind
 from kills import KINDS, Kind, changes, end, kinds, told_at_once
 
@@ -80,11 +82,15 @@ class Limit:
 
 @dataclass(frozen=True)
 class MemoryToSpare:
-    """So many MiB of address space beside what the process has."""
+    """So many MiB of address space beside what the process has.
+
+    Without oneDNN: its convolutions can crash where an allocation fails.
+    """
 
     count: int
 
     def install(self) -> None:
+        torch.backends.mkldnn.set_flags(False)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         Limit("RLIMIT_AS", pages * resource.getpagesize() + self.count * 2**20).install()
 
@@ -153,19 +159,24 @@ def fill(kind: Kind, options: str) -> None:
 
 def sweep(kind: Kind, step: int, codes: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
     """What is tried, in words, and how."""
-    places = changes(kind)
-    for code in codes:
-        for at in range(0, len(places), step):
-            fault = Fault(code, kind.folder / "killed", at)
+    places, killed = changes(kind), kind.folder / "killed"
+    in_cache = [place for place in places if place.split()[1].startswith("run/cache/")]
+    for what, folder, found in (
+        ("change", killed, places),
+        ("change of the cache alone", killed / "run" / "cache", in_cache),
+    ):
+        for at in range(0, len(found), step):
+            code = codes[at // step % len(codes)]
+            fault = Fault(code, folder, at)
             yield (
-                f"{code} at change {at} ({places[at]})",
+                f"{code} at {what} {at} ({found[at]})",
                 functools.partial(fail, kind, fault.install),
             )
     for at in range(0, 12, 3):
         sync = FailingSync(at, "EIO")
         yield f"EIO at fsync {at}", functools.partial(fail, kind, sync.install)
     yield "the clock jumps", functools.partial(fail, kind, JumpingClock().install)
-    slow = Fault("slow", kind.folder / "killed")
+    slow = Fault("slow", killed)
     yield "a slow disk", functools.partial(fail, kind, slow.install)
     for inodes in range(2, 42, 4):
         told = f"size=64m,nr_inodes={inodes}"

@@ -286,6 +286,28 @@ def test_usage_errors(riskmap):
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "of Python"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "memory: 8 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "CUDA out of memory"),
+        (RuntimeError("std::bad_alloc"), "std::bad_alloc"),
+        (RuntimeError("could not create a primitive"), "could not create a primitive"),
+    ],
+    ids=["python", "torch", "cuda", "c++", "onednn"],
+)
+def test_too_little_memory_is_told(riskmap, monkeypatch, error, told):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("riskmap_ext.info.report", fail)
+    code, _, err = riskmap("info")
+    assert code == 2
+    assert err.startswith("riskmap: error: not enough memory (")
+    assert told in err
+
+
 def test_faults_of_the_program_keep_their_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["riskmap", "info"])
     monkeypatch.setattr("riskmap_ext.info.report", lambda: int("no number"))

@@ -168,7 +168,7 @@ def test_few_open_files(short: Kind) -> None:
 def test_little_memory(short: Kind) -> None:
     output = short.folder / "killed" / "run"
     short.begin(output)
-    started = short.runner.run(short.arguments(output, again=False), MemoryToSpare(8).install)
+    started = short.runner.run(short.arguments(output, again=False), MemoryToSpare(4).install)
     assert started.codes == [2], started.told
     assert "Traceback" not in started.told, started.told
     assert started.told.count("riskmap: error:") == 1

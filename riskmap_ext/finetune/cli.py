@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import threading
 import warnings
@@ -16,6 +17,11 @@ from riskmap_ext.finetune.base.errors import (
     ToldElsewhere,
     one_line,
     visible,
+)
+
+# Failed allocations as torch, CUDA, C++ and oneDNN (which gives no reason) report them.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|bad_alloc|could not create a primitive$"
 )
 
 
@@ -56,7 +62,7 @@ def main() -> None:
                 sys.stdout.close()
         _fail(f"{place}: {error.strerror or one_line(error)}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
         _fail(f"not enough memory ({one_line(error)[:200] or 'of Python'})")
 
