@@ -3,7 +3,7 @@
 Both take the same steps on the hippocampi (RISKMAP_DATA). The second gets a SIGKILL every few
 minutes and goes on with ``--resume``. In the end weights, losses and scores must be the same bits.
 CPU seconds per step, memory and open files are sampled on the way and must not drift: the median of
-the last quarter is held against that of the second one.
+the last quarter is held against that of the second one. Started again with its folder, it goes on.
 """
 
 from __future__ import annotations
@@ -173,17 +173,18 @@ def main() -> int:
     options = parser.parse_args()
     data = Path(os.environ.get("RISKMAP_DATA", ROOT.parent / "shared" / "data")) / "hippocampus"
     folder: Path = options.folder.resolve()
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source"
     arguments = [f"data.root={data}", *SMALL]
-    first = start(
-        EXAMPLES / "hippocampus_source.yaml",
-        source,
-        [*arguments, "train.steps=100", "train.validate_every=0"],
-        folder / "output.txt",
-    )
-    if first.wait() != 0:
-        raise SystemExit(f"the source model failed: see {folder / 'output.txt'}")
+    if not (source / "dice.csv").exists():
+        first = start(
+            EXAMPLES / "hippocampus_source.yaml",
+            source,
+            [*arguments, "train.steps=100", "train.validate_every=0"],
+            folder / "output.txt",
+        )
+        if first.wait() != 0:
+            raise SystemExit(f"the source model failed: see {folder / 'output.txt'}")
     arguments += [
         f"source.checkpoint={source / 'last.pt'}",
         f"train.steps={options.steps}",

@@ -202,13 +202,19 @@ def test_of_a_run_that_is_gone_on_with(root, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         finetune(config, progress=False)
     monkeypatch.undo()
-    check_run(config, progress=False, resume=True)
+    listed = check_run(config, progress=False, resume=True)
     other = configuration(root, tmp_path / "out", train={"steps": 4, "lr": 0.02})
     with pytest.raises(ConfigError, match=r"--resume: train\.lr: not as in"):
         check_run(other, progress=False, resume=True)
-    save(root / "images" / "case00.nii.gz", phantom(7)[0])
-    with pytest.raises(ConfigError, match="the training cases have changed"):
-        check_run(config, progress=False, resume=True)
+    for name in (listed.train[0], listed.validation[0]):
+        path = root / "images" / f"{name}.nii.gz"
+        before = path.read_bytes()
+        save(path, phantom(7)[0])
+        with pytest.raises(ConfigError, match="the cases have changed"):
+            check_run(config, progress=False, resume=True)
+        with pytest.raises(ConfigError, match="the cases have changed"):
+            finetune(config, progress=False, resume=True)
+        path.write_bytes(before)
 
 
 def test_a_folder_in_use(root, tmp_path):

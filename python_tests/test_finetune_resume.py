@@ -198,7 +198,7 @@ class TestRefuses:
         content = torch.load(source, weights_only=True)
         next(iter(content["state_dict"].values())).add_(0.1)
         torch.save(content, mine)
-        with pytest.raises(ConfigError, match="source checkpoint or the training cases have"):
+        with pytest.raises(ConfigError, match="source checkpoint or the cases have"):
             finetune(config(root, output, mine), progress=False, resume=True)
 
     def test_checkpoints_that_nothing_goes_on_from(

@@ -75,8 +75,9 @@ def check_run(config: Config, *, progress: bool = True, resume: bool = False) ->
     assert need is not None
     log, listing, folds = run.log, outline.listing, outline.splits
     train = [read[case.name] for case in listing.train if case.name in read]
-    if len(train) == len(listing.train):
-        check_inputs(outline, [case.digest for case in train])
+    cases = [*listing.train, *listing.validation]
+    if all(case.name in read for case in cases):
+        check_inputs(outline, [read[case.name].digest for case in cases])
     names, classes = [case.name for case in listing.train], listing.structures.classes
     voxels = sum((case.class_voxels for case in train), torch.zeros(len(classes)))
     log(f"Loss: {loss_in_words(config)}")

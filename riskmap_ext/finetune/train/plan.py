@@ -63,7 +63,7 @@ class Outline(Session):
 class Plan(Outline):
     """Everything that is known once all inputs have been checked.
 
-    inputs: digest of the source and the training cases.
+    inputs: digest of the source and all cases.
     """
 
     cases: Cases
@@ -138,7 +138,7 @@ def read_inputs(run: Session, *, resume: bool, cases: Cases | None = None) -> tu
 def make_plan(run: Session, *, cases: Cases | None = None, resume: bool = False) -> Plan:
     """Checks every input. Raises: InputError."""
     outline, cases = read_inputs(run, resume=resume, cases=cases)
-    inputs = check_inputs(outline, [case.digest for case in cases.train])
+    inputs = check_inputs(outline, [case.digest for case in (*cases.train, *cases.validation)])
     tell_cases(outline, cases.class_voxels)
     if outline.config.data.spacing is not None:
         _check_sizes(outline, cases.train)
@@ -178,7 +178,7 @@ def _resolved(config: Config, listing: Listing) -> Config:
 
 
 def check_inputs(outline: Outline, cases: Sequence[str]) -> str:
-    """The digest of the source's weights and of the training cases' own digests.
+    """The digest of the source's weights and of the cases' own digests.
 
     Raises: ConfigError if a resumed run started with others.
     """
@@ -186,8 +186,8 @@ def check_inputs(outline: Outline, cases: Sequence[str]) -> str:
     inputs = digest(None if source is None else source.digest, list(cases))
     if resumed and resumed["inputs"] != inputs:
         raise ConfigError(
-            "--resume: the source checkpoint or the training cases have changed since the run "
-            "started; set overwrite=true without --resume to start anew"
+            "--resume: the source checkpoint or the cases have changed since the run started; set "
+            "overwrite=true without --resume to start anew"
         )
     return inputs
 
