@@ -30,8 +30,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(BIN)/riskmap demo
 
+# Two processes at once; their OpenMP threads wait without spinning.
+test: WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 # N generated calls of the ops, after those of the last run; it prints how to repeat a failure.
 fuzz: N ?= 20000
