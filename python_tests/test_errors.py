@@ -140,6 +140,8 @@ BAD_ARGUMENTS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], l
     (loss, {"smooth_dr": float("nan")}, ValueError, ["smooth_dr", "finite", "nan"]),
     (loss, {"squared_pred": 1}, TypeError, ["squared_pred", "True", "int"]),
     (loss, {"regions": torch.full((3, 2), 2)}, ValueError, ["regions", "0 or 1", "2"]),
+    (loss, {"regions": [[torch.zeros(2)], [1], [0]]}, ValueError, ["regions", "0 or 1", "tensor"]),
+    (loss, {"ce_weight": 10**400}, ValueError, ["ce_weight", "inf"]),
     (loss, {"alpha": None}, TypeError, ["alpha", "number", "NoneType"]),
     (loss, {"beta": -0.5}, ValueError, ["beta", ">= 0", "-0.5"]),
     (loss, {"sync_dice": True}, ValueError, ["sync_dice", "batch_dice=True"]),

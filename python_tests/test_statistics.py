@@ -152,6 +152,59 @@ def test_state_of_another_kind_is_refused() -> None:
         statistics.load_state_dict(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("joint", [1.0], TypeError),
+        ("joint", torch.rand(2, 2).to_sparse(), TypeError),
+        ("joint", torch.rand(9, 5, dtype=torch.float64), ValueError),
+        ("joint", torch.rand(CASE.classes, 5), ValueError),
+        ("joint", torch.tensor(1.0, dtype=torch.float64), ValueError),
+        ("joint", torch.full((CASE.classes, 5), math.nan, dtype=torch.float64), ValueError),
+        ("joint", torch.full((CASE.classes, 5), -1.0, dtype=torch.float64), ValueError),
+        ("voxels", "a", TypeError),
+        ("low", None, TypeError),
+        ("range_is_global", 1, TypeError),
+    ],
+)
+def test_a_damaged_state_changes_nothing(key: str, value: Any, error: type[Exception]) -> None:
+    statistics = TransferStatistics(CASE.classes)
+    statistics.update(*_data(torch.device("cpu")))
+    before = statistics.joint.clone()
+    with pytest.raises(error, match=f"state: {key}: expected"):
+        statistics.load_state_dict({**statistics.state_dict(), key: value})
+    assert torch.equal(statistics.joint, before)
+
+
+@pytest.mark.parametrize(
+    "counts", [[0.03, 0.02], [0.1, 0.1], [1e308, 1e308], [5.0, 0.0, 1.0], [0.0, 0.0]]
+)
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_class_weights_have_a_mean_of_1(counts: list[float], kind: Any) -> None:
+    given = torch.tensor(counts, dtype=torch.float64)
+    weights = riskmap_ext.sqrt_inverse_frequency(counts if kind is list else given)
+    shares = given / max(*counts, 1e-300)
+    assert float((weights * shares).sum()) == pytest.approx(float(shares.sum()))
+    assert torch.equal(weights > 0, shares > 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error"),
+    [
+        (torch.tensor([-1.0, 2.0]), ValueError),
+        (torch.tensor([math.nan, 2.0]), ValueError),
+        (torch.tensor([math.inf, 2.0]), ValueError),
+        (torch.tensor([1j, 2.0]), TypeError),
+        (torch.ones(2, 2), ValueError),
+        ([], ValueError),
+        ([1e-300, 1.0], ValueError),
+    ],
+)
+def test_counts_that_are_none(counts: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="counts: expected"):
+        riskmap_ext.sqrt_inverse_frequency(counts)
+
+
 def test_merge_refuses_other_classes() -> None:
     source, target = _data(torch.device("cpu"))
     first, second = TransferStatistics(3), TransferStatistics(4)

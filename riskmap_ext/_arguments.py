@@ -99,7 +99,10 @@ def number(
     """``value`` (Python or numpy) as a finite float in [low, high], or (low, high]."""
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     finite = -math.inf < value < math.inf
     inside = low < value <= high if exclusive_low else low <= value <= high
     if not (finite and inside):
@@ -224,7 +227,7 @@ def class_weights(name: str, value: Any, device: torch.device | None = None) -> 
         return tensor
     numbers = number_sequence(name, value, 0.0, MAX_WEIGHT)
     # torch.tensor(..., device=...) would wait for the device.
-    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
 
 
 def class_weight_row(name: str, value: Any) -> Tensor:
@@ -298,9 +301,13 @@ def _table_of_lists(value: Sequence[Any], device: torch.device | None) -> Tensor
         if not isinstance(row, (list, tuple)) or len(row) != len(value[0]):
             raise ValueError(f"regions: expected rows of the same length, got {value!r}")
         for inside in row:
-            if inside not in (0, 1):  # a list of labels, perhaps
+            try:
+                known = inside in (0, 1)
+            except (TypeError, ValueError, RuntimeError):  # an array
+                known = False
+            if not known:  # a list of labels, perhaps
                 raise ValueError(f"regions: expected 0 or 1 for each label, got {inside!r}")
-    return torch.tensor(value, dtype=torch.bool).to(device, non_blocking=True)
+    return torch.tensor(value, dtype=torch.bool, device="cpu").to(device, non_blocking=True)
 
 
 def validate_range(value: Any) -> tuple[float, float] | None:

@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from riskmap_ext._arguments import MAX_CLASSES, integer, number_sequence, plain_tensor, region_table
+from riskmap_ext._arguments import (
+    MAX_CLASSES,
+    MAX_WEIGHT,
+    integer,
+    number_sequence,
+    plain_tensor,
+    region_table,
+)
 from riskmap_ext._deferred import DeferredLogits
 from riskmap_ext.ops.deferred import as_checked
 from riskmap_ext.ops.leep_statistics import NOT_FINITE, conditional, leep_statistics
@@ -19,6 +26,12 @@ from riskmap_ext.ops.transferability_map import transferability_map
 
 # A score this close to that of the class frequencies alone: the source tells nothing.
 _UNINFORMATIVE = 0.01
+# The plain values of a state, and their types.
+_PLAIN = {
+    **dict.fromkeys(("voxels", "range_voxels"), int),
+    **dict.fromkeys(("log_likelihood", "low", "high"), float),
+    **dict.fromkeys(("joint_is_global", "range_is_global"), bool),
+}
 
 
 class TransferStatistics:
@@ -260,7 +273,10 @@ class TransferStatistics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restores what :meth:`state_dict` returned.
+
+        Raises: TypeError, ValueError naming what is missing, of another type, shape or range.
+        """
         if not isinstance(state, dict):
             raise TypeError(f"state: expected a dict, got {type(state).__name__}")
         missing = sorted(set(self.state_dict()) - set(state))
@@ -271,13 +287,22 @@ class TransferStatistics:
                 raise ValueError(f"state: expected {name} {getattr(self, name)}, got {state[name]}")
         if not _equal(state["regions"], self.regions):
             raise ValueError("state: expected the same table of regions")
-        self._joint = None if state["joint"] is None else state["joint"].clone()
-        self._voxels = int(state["voxels"])
-        self._log_likelihood = float(state["log_likelihood"])
-        self._range_voxels = int(state["range_voxels"])
-        self._low, self._high = float(state["low"]), float(state["high"])
-        self._joint_is_global = bool(state["joint_is_global"])
-        self._range_is_global = bool(state["range_is_global"])
+        joint = state["joint"]
+        if joint is not None:
+            joint = plain_tensor("state: joint", joint)
+            columns = joint.shape[-1:] if self.regions is None else self.regions.shape[1:]
+            shape, got = [self.num_classes, *columns], f"{joint.dtype} {list(joint.shape)}"
+            if list(joint.shape) != shape or joint.dtype != torch.float64:
+                raise ValueError(f"state: joint: expected torch.float64 {shape}, got {got}")
+            if not bool((torch.isfinite(joint) & (joint >= 0)).all()):
+                raise ValueError("state: joint: expected finite values >= 0")
+        for name, kind in _PLAIN.items():
+            if type(state[name]) is not kind:
+                got = type(state[name]).__name__
+                raise TypeError(f"state: {name}: expected {kind.__name__}, got {got}")
+        self._joint = None if joint is None else joint.clone()
+        for name in _PLAIN:
+            setattr(self, f"_{name}", state[name])
 
     def _not_finite(self, source: Tensor | DeferredLogits) -> str:
         if source.device.type == "cpu":
@@ -333,18 +358,28 @@ def sqrt_inverse_frequency(counts: Tensor | Sequence[float]) -> Tensor:
         :func:`riskmap_ext.weighted_loss`; 0 for a class without voxels.
 
     Raises:
-        TypeError, ValueError: ``counts`` of another type or shape.
+        TypeError, ValueError: ``counts`` of another type, shape or range, or shares so far apart
+            that a weight is beyond float32.
     """
+    home = None
     if isinstance(counts, torch.Tensor):
-        voxels = plain_tensor("counts", counts).double()
-    else:
-        voxels = torch.tensor(number_sequence("counts", counts, 0.0), dtype=torch.float64)
-    if voxels.dim() != 1 or voxels.size(0) == 0:
-        raise ValueError(f"counts: expected [C], got shape {list(voxels.shape)}")
-    frequencies = voxels / voxels.sum().clamp(min=1)
-    weights = torch.where(frequencies > 0, frequencies.clamp(min=1e-300).rsqrt(), 0.0)
-    weights /= (weights * frequencies).sum().clamp(min=1e-300)
-    return weights.float()
+        given = plain_tensor("counts", counts)
+        if given.is_complex():
+            raise TypeError(f"counts: expected real numbers, got {given.dtype}")
+        if given.dim() != 1 or given.size(0) == 0:
+            raise ValueError(f"counts: expected [C], got shape {list(given.shape)}")
+        home, counts = given.device, given.tolist()
+    voxels = torch.tensor(number_sequence("counts", counts, 0.0), dtype=torch.float64, device="cpu")
+    if voxels.size(0) == 0:
+        raise ValueError("counts: expected [C], got no classes")
+    smallest = torch.finfo(torch.float64).tiny
+    voxels /= voxels.max().clamp(min=smallest)  # their sum may be beyond float64
+    frequencies = voxels / voxels.sum().clamp(min=smallest)
+    weights = torch.where(frequencies > 0, frequencies.clamp(min=smallest).rsqrt(), 0.0)
+    weights /= (weights * frequencies).sum().clamp(min=smallest)
+    if weights.max() > MAX_WEIGHT:
+        raise ValueError(f"counts: expected weights up to {MAX_WEIGHT:g}, got {weights.max():g}")
+    return weights.float().to(home)
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
