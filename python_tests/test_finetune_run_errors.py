@@ -309,6 +309,7 @@ def test_what_a_killed_run_has_half_written_is_cleared(root, tmp_path):
     for path in (*left, mine):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
+    (config.output / "log.txt").write_text("")
     finetune(config, progress=False, resume=True)
     assert not any(path.exists() for path in left)
     assert mine.exists()

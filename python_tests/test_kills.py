@@ -205,10 +205,10 @@ def test_two_starts_at_once(short: Kind) -> None:
     both = [short.runner.start(short.arguments(output, again=True)) for _ in range(2)]
     assert all(started.wait(120) for started in both)
     codes = sorted(code for started in both for code in started.codes if code is not None)
-    assert codes == [0, 2], [started.told for started in both]
-    (loser,) = (started for started in both if started.codes == [2])
+    assert codes in ([0, 2], [0, 0]), [started.told for started in both]
     told = ("is in use by a run", "was used by another run", "there is nothing to resume")
-    assert any(each in loser.told for each in told), loser.told
+    losers = [started for started in both if any(each in started.told for each in told)]
+    assert len(losers) == 1, [started.told for started in both]
     assert not differences(output, short.expected)
 
 

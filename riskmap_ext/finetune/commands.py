@@ -44,11 +44,13 @@ def _riskmap(
 
 def _can_be_written(output: Path | None) -> Path | None:
     """Checks that the file can be written, before hours of work."""
+    from riskmap_ext.finetune.base.files import check_replaceable, is_image
     from riskmap_ext.finetune.folder.workspace import check_folder
 
     if output is not None:
-        if output.is_dir():
-            raise InputError(f"--output: {output} is a folder; expected a file")
+        check_replaceable(output, "--output")
+        if is_image(output):
+            raise InputError(f"--output: expected the name of a CSV file, got {output}")
         check_folder("--output", output.absolute().parent)
     return output
 
@@ -241,11 +243,16 @@ def _finetune(
     """
     from riskmap_ext.finetune.config.load import located_config
     from riskmap_ext.finetune.dry_run import check_run
+    from riskmap_ext.finetune.folder.workspace import is_done
     from riskmap_ext.finetune.train.cross_validation import cross_validate
     from riskmap_ext.finetune.train.finetune import finetune
 
     overrides = [*(overrides or []), *([] if folds is None else [f"data.folds={folds}"])]
     with located_config(config, overrides) as settings:
+        if resume and is_done(settings):
+            if not quiet and os.environ.get("RANK", "0") == "0":
+                typer.echo(f"{settings.output} holds a finished run: there is nothing to resume")
+            return
         train = finetune if settings.data.folds is None else cross_validate
         work: Callable[..., Any] = check_run if dry_run else train
         work(settings, progress=not quiet, resume=resume)

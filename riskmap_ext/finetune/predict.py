@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from riskmap_ext.finetune.base.device import device_of
 from riskmap_ext.finetune.base.errors import CheckpointError, ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import check_there, stem
+from riskmap_ext.finetune.base.files import check_replaceable, check_there, stem
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config, DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import volumes_in
@@ -72,7 +72,7 @@ def predict_images(
     targets = {name: output / f"{name}.nii.gz" for name in files}
     _check_targets(files, targets, overwrite or skip_existing)
     if skip_existing:
-        files = {name: paths for name, paths in files.items() if not targets[name].exists()}
+        files = {name: paths for name, paths in files.items() if not _is_done(targets[name])}
     inference = inference or InferenceConfig()
     for each in models:
         if not (inference.patch_size or each.preprocessing.get("patch_size")):
@@ -81,7 +81,10 @@ def predict_images(
             )
     source = SourceConfig(checkpoint=model.path)
     config = Config(output=output, data=_agreed(models), source=source, inference=inference)
-    predictors = [predictor_of_source(config, each, model.channels, where) for each in models]
+    try:
+        predictors = [predictor_of_source(config, each, model.channels, where) for each in models]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("inference.patch_size", "--patch-size")) from None
     for note in dict.fromkeys(note for each in models for note in each.notes):
         log.warn(note)
     many = f", the mean of {len(models)} models" if len(models) > 1 else ""
@@ -178,12 +181,19 @@ def _files(
     return cases
 
 
+def _is_done(target: Path) -> bool:
+    """Segmentations appear whole: an empty file is none."""
+    return target.exists() and target.stat().st_size > 0
+
+
 def _check_targets(
     files: dict[str, tuple[Path, ...]], targets: dict[str, Path], overwrite: bool
 ) -> None:
     for name, target in targets.items():
         if target.resolve() in [path.resolve() for path in files[name]]:
             raise ConfigError(f"--output: {target} is the image itself; choose another folder")
+    for target in targets.values():
+        check_replaceable(target, "--output")
     held = [str(target) for target in targets.values() if target.exists()]
     if held and not overwrite:
         raise ConfigError(

@@ -25,11 +25,13 @@ IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path`.
+    """A temporary name that becomes `path`, or the file that it links to.
 
     Raises: InputError naming the file, which then stays as it was.
     """
+    check_replaceable(path)
     try:
+        path = path.resolve() if path.is_symlink() else path
         with written_beside(path) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # torch's writer raises the second
@@ -117,6 +119,12 @@ def check_there(*given: tuple[str, Sequence[Path]]) -> None:
     pairs = [(key, path) for key, paths in given for path in paths if not os.path.exists(path)]
     if pairs:
         raise InputError("\n".join(f"{k}: {p}: no such file or folder" for k, p in pairs))
+
+
+def check_replaceable(path: Path, key: str = "") -> None:
+    """Raises: InputError if there is a folder, a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{key}: {absent(path)}".removeprefix(": "))
 
 
 def absent(path: Path, kind: str = "file") -> str:

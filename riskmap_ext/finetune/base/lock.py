@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from riskmap_ext.finetune.base.errors import ConfigError
 
-_NAME = ".lock"
+LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises: ConfigError naming the process that holds it, or why it cannot be locked.
     """
-    path = folder / _NAME
+    path = folder / LOCK_FILE
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -52,6 +52,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 def check_free(folder: Path) -> None:
     """Raises: ConfigError naming the process that holds `folder`."""
-    if (folder / _NAME).exists():
+    if (folder / LOCK_FILE).exists():
         with locked(folder):
             pass

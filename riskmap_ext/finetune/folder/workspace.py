@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field, ValidationError
 from riskmap_ext._files import half_written, read_torch
 from riskmap_ext.finetune.base.errors import ConfigError, InputError, one_line, shortened
 from riskmap_ext.finetune.base.files import read_text, write_text
-from riskmap_ext.finetune.base.lock import locked
+from riskmap_ext.finetune.base.lock import LOCK_FILE, locked
 from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config, Count
 from riskmap_ext.finetune.config.yaml_text import read_mapping
+from riskmap_ext.finetune.data.datalist import Listing
 from riskmap_ext.finetune.data.splits import SPLITS_FILE, read_splits
 from riskmap_ext.finetune.folder.records import ENVIRONMENT_FILE, LEEP_FILE, ended
 
@@ -31,6 +32,8 @@ _OUTPUT_FILES = (
     SPLITS_FILE,
 )
 _OUTPUT_FOLDERS = ("maps", "overlays", "predictions", "tb")
+# One of these is in the folder of every run, and in no other.
+_MARKS = (LOCK_FILE, "log.txt", ENVIRONMENT_FILE, RESUME_FILE)
 
 
 class _State(BaseModel):
@@ -109,17 +112,38 @@ def damaged_state(path: Path, why: object = None) -> ConfigError:
     return ConfigError(f"output: {path} is damaged{told}; {then}")
 
 
-def check_same_run(config: Config) -> None:
-    """Raises: ConfigError naming the keys in which `config` differs from the unfinished run."""
+def is_done(config: Config) -> bool:
+    """Whether the output folder holds the finished run of this configuration.
+
+    Raises: ConfigError naming the keys in which it differs from the finished run.
+    """
+    if not finished(config.output):
+        return False
+    check_same_run(config, as_given=True)
+    return True
+
+
+def check_same_run(config: Config, *, as_given: bool = False) -> None:
+    """Raises: ConfigError naming the keys in which `config` differs from the run in its output.
+
+    as_given: what `config` leaves unset may have been filled in from the data and the source.
+    """
     path = config.output / "config.yaml"
     before, _ = read_mapping(path)
-    changed = _differences(before, config.model_dump(mode="json"))
+    content = config.model_dump(mode="json", exclude_unset=as_given)
+    changed = _differences(before, _laid_over(before, content) if as_given else content)
     changed = [key for key in changed if key.split(".")[0] not in _FREE_KEYS]
     if changed:
         raise ConfigError(
             f"--resume: {', '.join(changed)}: not as in {path}; restore what the run started with, "
             "or start anew with overwrite=true and without --resume"
         )
+
+
+def _laid_over(base: Any, top: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(top, dict)):
+        return top
+    return {**base, **{key: _laid_over(base.get(key), value) for key, value in top.items()}}
 
 
 def _differences(one: Any, other: Any, key: str = "") -> list[str]:
@@ -167,9 +191,9 @@ def claimed_output(
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
             raise ConfigError(f"output: {output} cannot be cleared ({error})") from None
+        log.open(output / "log.txt", append=resumed is not None)  # first, as a mark of a run
         if resumed is None:
             write_text(output / "config.yaml", config.to_yaml())
-        log.open(output / "log.txt", append=resumed is not None)
         yield
 
 
@@ -180,12 +204,17 @@ def _step(state: Mapping[str, Any] | None) -> Any:
 def check_output(config: Config, *, replace: bool = False) -> list[str]:
     """What an earlier run left in the folder; rejected unless `overwrite` or `replace` is set.
 
-    Raises: ConfigError naming output or cache if no folder can be made there.
+    Raises: ConfigError naming output or cache if no folder can be made there, or if something
+    else has the names of a run's files.
     """
     output = config.output
     check_folder("output", output)
     check_folder("cache", config.cache or output / "cache")
     held = _held(output)
+    if held and not any((output / name).exists() for name in _MARKS):
+        raise ConfigError(
+            f"output: {output} holds {some(held)}, but no run; choose another folder, or move them"
+        )
     if held and not (config.overwrite or replace):
         done = finished(output)
         state = "already holds a run" if done else "holds an unfinished run"
@@ -200,6 +229,19 @@ def check_output(config: Config, *, replace: bool = False) -> list[str]:
             "replaced; choose another folder"
         )
     return held
+
+
+def check_inputs_stay(config: Config, listing: Listing) -> None:
+    """Raises: ConfigError if the run would replace one of its own images or labels."""
+    output = config.output.resolve()
+    for case in (*listing.train, *listing.validation):
+        for path in map(Path.resolve, (*case.images, case.label)):
+            below = path.relative_to(output).parts if path.is_relative_to(output) else ()
+            below = below[1:] if below and below[0].startswith("fold_") else below
+            if below and below[0] in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS):
+                raise ConfigError(
+                    f"output: {path} is an input and would be replaced; choose another folder"
+                )
 
 
 def _held(output: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from monai.networks import nets
 from monai.networks.utils import eval_mode
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from riskmap_ext._arguments import near_names
@@ -236,12 +238,9 @@ def check_forward(
     told: about the network, for the message.
     """
     takes = "sizes divisible by the product of the network's strides usually fit"
-    needed = 4 * math.prod(size) * (channels + num_outputs)
-    if needed > available_memory():
-        raise ConfigError(
-            f"{key}: a patch of {shortened(list(size))} takes {needed / 2**30:.3g} GiB or more; it "
-            "needs more memory than is available"
-        )
+    check_fits(key, size, 4 * math.prod(size) * (channels + num_outputs))
+    if next(network.parameters()).device.type == "cpu":
+        check_fits(key, size, _largest_convolution(network, size, channels))
     try:
         with eval_mode(network):
             blank = blank_image(network, size, channels)
@@ -258,6 +257,34 @@ def check_forward(
             f"{key}: {type(network).__name__}{told} turns a patch of {list(size)} into logits of "
             f"shape {shape}, expected {[1, num_outputs, *size]}; {takes}"
         )
+
+
+def check_fits(key: str, size: Sequence[int], needed: int) -> None:
+    """needed: bytes that a patch takes at least. Raises: ConfigError if there are fewer."""
+    if needed > available_memory():
+        raise ConfigError(
+            f"{key}: a patch of {shortened(list(size))} takes {needed / 2**30:.3g} GiB or more; it "
+            "needs more memory than is available"
+        )
+
+
+def _largest_convolution(network: nn.Module, size: Sequence[int], channels: int) -> int:
+    """Bytes of the largest input and output of a convolution; on meta tensors, without memory."""
+    most = 0
+
+    def count(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        nonlocal most
+        most = max(most, given[0].nbytes + result.nbytes)
+
+    tensors = (*network.parameters(), *network.buffers())
+    # A network whose layers look at values cannot be run without them.
+    with suppress(Exception), torch.no_grad():
+        empty = copy.deepcopy(network, {id(each): each.detach().to("meta") for each in tensors})
+        for module in empty.modules():
+            if isinstance(module, _ConvNd):
+                module.register_forward_hook(count)
+        empty.eval()(torch.zeros(1, channels, *size, device="meta"))
+    return most
 
 
 def blank_image(network: nn.Module, size: Sequence[int], channels: int) -> Tensor:

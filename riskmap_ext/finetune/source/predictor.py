@@ -21,7 +21,7 @@ from riskmap_ext.finetune.base.files import write_nifti
 from riskmap_ext.finetune.base.structures import Structures
 from riskmap_ext.finetune.config.schema import InferenceConfig
 from riskmap_ext.finetune.data.prepare import Case
-from riskmap_ext.finetune.source.network import first_output, sizes_of
+from riskmap_ext.finetune.source.network import check_fits, first_output, sizes_of
 
 _WINDOWS_AT_ONCE = {2: 16, 3: 2}
 
@@ -41,6 +41,7 @@ class Predictor:
         """channels: the image channels that it sees; None: all. geometry: data.geometry."""
         self.channels = None if channels is None else list(channels)
         self.patch = sizes_of("inference.patch_size", inference.patch_size or patch, dims)
+        check_fits("inference.patch_size", self.patch, 4 * math.prod(self.patch))
         count = inference.batch_size or _WINDOWS_AT_ONCE[dims]
         options: dict[str, Any] = {
             "roi_size": self.patch,

@@ -19,7 +19,12 @@ from riskmap_ext.finetune.config.schema import Config
 from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.records import note_end, note_start
-from riskmap_ext.finetune.folder.workspace import RESUME_FILE, check_output, claimed_output
+from riskmap_ext.finetune.folder.workspace import (
+    RESUME_FILE,
+    check_inputs_stay,
+    check_output,
+    claimed_output,
+)
 from riskmap_ext.finetune.metrics.dice import dice_per_structure, mean_without_nan
 from riskmap_ext.finetune.pictures.figures import comparison
 from riskmap_ext.finetune.pictures.slices import volumes_of
@@ -181,6 +186,7 @@ def make_maps(config: Config, *, progress: bool = True) -> SourceMaps:
         config = prepared_as_source(config, source)
         run = replace(run, config=config)
         cases = prepare_cases(config, log=run.log)
+        check_inputs_stay(config, cases.listing)
         predictor = predictor_of_source(config, source, cases.channels, run.device)
         run.held.enter_context(claimed_output(config, run.log))
         differences = preparation_warnings(config, source)

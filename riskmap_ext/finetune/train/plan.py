@@ -25,6 +25,7 @@ from riskmap_ext.finetune.data.prepare import Case, Cases, prepare_cases
 from riskmap_ext.finetune.data.sampling import flip_axes
 from riskmap_ext.finetune.data.splits import SPLITS_FILE, Split, make_splits, read_splits
 from riskmap_ext.finetune.folder.workspace import (
+    check_inputs_stay,
     check_output,
     check_same_run,
     finished,
@@ -92,6 +93,7 @@ def make_outline(
         if cases is not None:
             _check_cases(config, cases)
         listing = list_cases(config.data) if cases is None else cases.listing
+        check_inputs_stay(config, listing)
         config = _resolved(config, listing)
         _tell_listing(run, listing)
     with problems.collected(InputError):
