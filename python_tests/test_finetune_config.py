@@ -145,6 +145,10 @@ def test_resolved_configuration_loads_again(tmp_path):
         ),
         ({"train": {"patch_size": [8, True]}}, ["train.patch_size.1: expected a number, got true"]),
         ({"loss": {"fused_head": "never"}}, ["expected auto, true or false, got 'never'"]),
+        (
+            {"loss": {"class_weights": [0, 0], "dice_weight": 0}},
+            ["all are 0, and there is no Dice"],
+        ),
         ({"loss": {"class_weights": [1, -1]}}, ["loss.class_weights: expected sqrt_inverse_freq"]),
     ],
 )

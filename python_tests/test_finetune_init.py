@@ -113,6 +113,7 @@ def test_what_it_writes_runs_as_it_is(
 
 def suggested(root: Path, **options: Any) -> Config:
     path = write_first_config(root, root / "run.yaml", progress=False, **options)
+    assert path.read_text().endswith("\n")
     config = load_config(path)
     check_run(config, progress=False)
     return config

@@ -147,6 +147,7 @@ def laughs() -> str:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("", "is empty; expected keys with values"),
         (laughs(), "expected at most 200,000 values, with those of aliases"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
         ("data: " + "{a: " * 150 + "1" + "}" * 150, "100 deep"),

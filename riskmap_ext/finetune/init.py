@@ -255,5 +255,6 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
+    keep_trailing_newline=True,
 )
 _TEMPLATES.filters["yaml"] = _yaml

@@ -135,7 +135,7 @@ def _source(checkpoint: Path, orientation: str | None) -> SourceConfig:
         return SourceConfig(checkpoint=checkpoint, orientation=orientation)
     except ValidationError as error:
         why = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--orientation: {why}; got {orientation!r}") from None
+        raise ConfigError(f"--orientation: {why}") from None
 
 
 def _files(

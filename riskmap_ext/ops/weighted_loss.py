@@ -138,8 +138,9 @@ def weighted_loss(
             reads them, such as a metric, must run before. Only one backward pass is possible. Use
             it for a network's output: not for a leaf, a part of a larger tensor, or memory with
             gaps. If another operation needs the logits for its own backward pass, torch raises its
-            error about an inplace operation. Nothing is overwritten if the logits need no gradient,
-            or within torch.compile, which plans memory itself.
+            error about an inplace operation; ``logits.retain_grad()`` keeps nothing. Nothing is
+            overwritten if the logits need no gradient, or within torch.compile, which plans memory
+            itself.
 
     Returns:
         A scalar, or the map for reduction="none"; float32 (float64 for float64 logits).

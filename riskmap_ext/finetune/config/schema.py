@@ -493,6 +493,11 @@ class Config(_Section):
             )
         if self.source is None and self.risk.use:
             raise ValueError("risk.use: true needs a source model; set source.checkpoint")
+        weights = self.loss.class_weights
+        if isinstance(weights, list) and not any(weights) and not self.loss.dice_weight:
+            raise ValueError(
+                "loss.class_weights: all are 0, and there is no Dice: nothing is learnt"
+            )
         given = {} if self.network is None else self.network.args
         if self.loss.overwrite_logits and given.get("deep_supervision"):
             raise ValueError(

@@ -41,6 +41,8 @@ def read_mapping(
         raise kind(f"{path}: cannot be read as {language} (nested too deeply)") from None
     except (ValueError, yaml.YAMLError) as error:
         raise kind(f"{path}: cannot be read as {language} ({one_line(error)})") from None
+    if content is None:
+        raise kind(f"{path}: is empty; expected keys with values")
     if not isinstance(content, dict):
         raise kind(f"{path}: expected keys with values, got {shortened(content)}")
     return content, lines
