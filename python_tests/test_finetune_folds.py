@@ -411,7 +411,7 @@ class TestEnsemble:
     def test_unfinished_folds(self, whole: CrossValidation, root: Path, tmp_path: Path) -> None:
         copied = Path(shutil.copytree(whole.output, tmp_path / "cv"))
         shutil.rmtree(copied / "fold_1")
-        with pytest.raises(ConfigError, match=r"cv: fold_1 of its 3 folds are not finished"):
+        with pytest.raises(ConfigError, match=r"splits_final.json: fold_1 of its 3 folds are"):
             predict_images(copied, [root / "images"], tmp_path / "out", progress=False)
         with pytest.raises(CheckpointError, match=r"is a folder of folds; .*fold_2/last\.pt"):
             finetune(configuration(root, tmp_path / "a", source={"checkpoint": str(copied)}))

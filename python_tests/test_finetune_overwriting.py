@@ -38,6 +38,18 @@ def test_a_folder_without_a_run(
     assert mine.read_text() == "mine"
 
 
+def test_an_input_that_links_to_itself(
+    riskmap: Callable, root: Path, config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    label = tmp_path / "data" / "labels" / "case01.nii.gz"
+    label.unlink()
+    label.symlink_to(label.name)
+    code, _, err = riskmap("finetune", config, f"data.root={tmp_path / 'data'}")
+    assert code == 2
+    assert f"{label}: " in err
+
+
 @pytest.mark.parametrize("folder", ["predictions", "fold_1/predictions"])
 def test_labels_that_the_run_would_replace(root: Path, tmp_path: Path, folder: str) -> None:
     labels = tmp_path / "out" / folder
@@ -108,6 +120,9 @@ def test_a_link_is_followed(riskmap: Callable, root: Path, tmp_path: Path) -> No
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "real.csv").read_text().startswith("case,")
     (tmp_path / "loop.csv").symlink_to("loop.csv")
+    code, _, err = riskmap("init", tmp_path / "loop.csv", "--output", tmp_path / "a.yaml")
+    assert code == 2
+    assert "loop.csv" in err
     with pytest.raises(InputError, match=r"loop\.csv: cannot be written"):
         write_text(tmp_path / "loop.csv", "")
 

@@ -182,9 +182,14 @@ def test_label_tables(tmp_path: Path, text: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_labels_of_another_type_name_their_file(mine: Path) -> None:
-    (mine / "dataset.json").write_text(json.dumps(source_data.nnunet_dataset() | {"labels": 3}))
-    assert f"{mine / 'dataset.json'}: labels: expected number: name, got 3" in problem(mine)
+@pytest.mark.parametrize("labels", [3, {"0": "background", "9" * 5000: "a"}])
+def test_labels_that_are_none_name_their_file(mine: Path, labels: Any) -> None:
+    (mine / "dataset.json").write_text(
+        json.dumps(source_data.nnunet_dataset() | {"labels": labels})
+    )
+    told = problem(mine)
+    assert f"{mine / 'dataset.json'}: labels: expected number: name, got " in told
+    assert len(told) < 1000
 
 
 # Images.

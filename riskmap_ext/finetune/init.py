@@ -70,7 +70,7 @@ def write_first_config(
 
     Raises: InputError naming the folder or the files: nothing to train on, unreadable, no labels.
     """
-    root, path = Path(folder).resolve(), Path(output)
+    root, path = Path(os.path.realpath(folder)), Path(output)
     check_replaceable(path, "--output")
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--output: expected a name that ends in .yaml, got {path}")

@@ -15,6 +15,7 @@ from riskmap_ext.finetune.base.log import Log, some
 from riskmap_ext.finetune.config.schema import Config, DataConfig, InferenceConfig, SourceConfig
 from riskmap_ext.finetune.data.datalist import volumes_in
 from riskmap_ext.finetune.data.prepare import read_image, warn_of_blank
+from riskmap_ext.finetune.data.splits import SPLITS_FILE
 from riskmap_ext.finetune.data.volumes import read_header
 from riskmap_ext.finetune.folder.workspace import check_folder, finished, fold_folders
 from riskmap_ext.finetune.source.checkpoint import load_source
@@ -120,8 +121,8 @@ def _checkpoints(given: Iterable[Path]) -> list[Path]:
         folds = fold_folders(path)
         if missing := [fold.name for fold in folds if not finished(fold)]:
             raise ConfigError(
-                f"{path}: {', '.join(missing)} of its {len(folds)} folds are not finished; resume "
-                "with riskmap finetune --resume, or name the checkpoints"
+                f"{path / SPLITS_FILE}: {', '.join(missing)} of its {len(folds)} folds are not "
+                "finished; resume with riskmap finetune --resume, or name the checkpoints"
             )
         last = path / "last.pt"
         found += [fold / "last.pt" for fold in folds] or [last if os.path.lexists(last) else path]
@@ -190,7 +191,7 @@ def _check_targets(
     files: dict[str, tuple[Path, ...]], targets: dict[str, Path], overwrite: bool
 ) -> None:
     for name, target in targets.items():
-        if target.resolve() in [path.resolve() for path in files[name]]:
+        if os.path.realpath(target) in map(os.path.realpath, files[name]):
             raise ConfigError(f"--output: {target} is the image itself; choose another folder")
     for target in targets.values():
         check_replaceable(target, "--output")

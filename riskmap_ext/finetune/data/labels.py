@@ -113,7 +113,7 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{path}: labels: expected number: name, got {shortened(given)}")
     if not given:
         return {}
-    if all(re.fullmatch(r"[0-9]+", str(key)) for key in given):
+    if all(re.fullmatch(r"[0-9]{1,9}", str(key)) for key in given):
         pairs = [(str(name), int(number)) for number, name in given.items()]
     else:
         pairs = [(str(name), value) for name, value in given.items()]
@@ -124,14 +124,14 @@ def dataset_labels(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     named = {n: list(v) if isinstance(v, (list, tuple)) else [v] for n, v in pairs}
     numbers = [number for values in named.values() for number in values]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise DataError(f"{path}: labels: expected number: name, got {given}")
+        raise DataError(f"{path}: labels: expected number: name, got {shortened(given)}")
     ignored = {"ignore": named.pop("ignore", [])}
     # As in nnU-Net, lists of one number each are not regions.
     if any(len(values) != 1 for values in named.values()):
         return ignored | _region_labels(path, named, content.get("regions_class_order"))
     by_value = {value: name for name, (value,) in sorted(named.items(), key=lambda item: item[1])}
     if len(by_value) != len(named):
-        raise DataError(f"{path}: labels: expected distinct numbers, got {given}")
+        raise DataError(f"{path}: labels: expected distinct numbers, got {shortened(given)}")
     if 0 not in by_value:
         return ignored
     gaps = list(by_value) != list(range(len(by_value)))
@@ -145,7 +145,8 @@ def _region_labels(path: Path, named: dict[str, list[int]], order: Any) -> dict[
     highest = max((number for values in regions.values() for number in values), default=0)
     if not 0 < highest <= _MAX_CLASS or not all(regions.values()):
         raise DataError(
-            f"{path}: labels: expected numbers up to {_MAX_CLASS} for each region, got {named}"
+            f"{path}: labels: expected numbers up to {_MAX_CLASS} for each region, got "
+            f"{shortened(named)}"
         )
     if order is not None and not (isinstance(order, (list, tuple)) and len(order) == len(regions)):
         raise DataError(

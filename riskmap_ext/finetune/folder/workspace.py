@@ -233,9 +233,10 @@ def check_output(config: Config, *, replace: bool = False) -> list[str]:
 
 def check_inputs_stay(config: Config, listing: Listing) -> None:
     """Raises: ConfigError if the run would replace one of its own images or labels."""
-    output = config.output.resolve()
+    output = Path(os.path.realpath(config.output))
     for case in (*listing.train, *listing.validation):
-        for path in map(Path.resolve, (*case.images, case.label)):
+        # realpath: Path.resolve raises for a link to itself, which is reported elsewhere.
+        for path in map(Path, map(os.path.realpath, (*case.images, case.label))):
             below = path.relative_to(output).parts if path.is_relative_to(output) else ()
             below = below[1:] if below and below[0].startswith("fold_") else below
             if below and below[0] in (*_OUTPUT_FILES, *_OUTPUT_FOLDERS):
