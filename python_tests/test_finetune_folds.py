@@ -286,6 +286,9 @@ class TestResume:
                 with pytest.raises(KeyboardInterrupt) as stopped:
                     cross_validate(mine, progress=False, resume=True)
             assert stopped.value.args[0].endswith(told)
+            if place == "make_report":  # as after a full disk
+                (mine.output / "fold_1" / "report.html").unlink()
+        assert (mine.output / "fold_1" / "report.html").exists()
         assert "Unfinished run" not in (mine.output / "report.html").read_text()
         with pytest.raises(ConfigError, match="holds a finished run"):
             cross_validate(mine, progress=False, resume=True)

@@ -20,6 +20,7 @@ from riskmap_ext.finetune.data.splits import (
 from riskmap_ext.finetune.folder.metrics import dice_table, write_dice
 from riskmap_ext.finetune.folder.workspace import claimed_output, finished, fold_folders
 from riskmap_ext.finetune.report.read import RunFiles, read_run
+from riskmap_ext.finetune.report.write import REPORT_FILE, report_at_end
 from riskmap_ext.finetune.train.finetune import Scores, finetune, make_report, tell_end
 from riskmap_ext.finetune.train.plan import read_inputs
 from riskmap_ext.finetune.train.session import Session, session
@@ -68,6 +69,8 @@ def cross_validate(
                 own = {"output": folder, "cache": cache, "data": mine.data}
                 fold = config.model_copy(update=own)
                 finetune(fold, cases=mine, progress=progress, resume=resumed, **options)
+            elif group.is_main and config.write.report and not (folder / REPORT_FILE).exists():
+                report_at_end(folder, run.log)  # there was no room for it
         found = group.on_main(lambda: _end(run))
     return CrossValidation(
         output=config.output,
