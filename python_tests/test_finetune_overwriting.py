@@ -123,8 +123,17 @@ def test_a_link_is_followed(riskmap: Callable, root: Path, tmp_path: Path) -> No
     code, _, err = riskmap("init", tmp_path / "loop.csv", "--output", tmp_path / "a.yaml")
     assert code == 2
     assert "loop.csv" in err
-    with pytest.raises(InputError, match=r"loop\.csv: cannot be written"):
-        write_text(tmp_path / "loop.csv", "")
+
+
+def test_links_in_a_run_do_not_lead_out_of_it(
+    riskmap: Callable, config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("last.pt", "config.yaml", "metrics.csv", "resume.pt"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere" / name)
+    code, _, err = riskmap("finetune", config)
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_image_is_not_replaced(riskmap: Callable, root: Path, tmp_path: Path) -> None:

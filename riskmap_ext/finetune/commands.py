@@ -44,11 +44,11 @@ def _riskmap(
 
 def _can_be_written(output: Path | None) -> Path | None:
     """Checks that the file can be written, before hours of work."""
-    from riskmap_ext.finetune.base.files import check_replaceable, is_image
+    from riskmap_ext.finetune.base.files import is_image, named_output
     from riskmap_ext.finetune.folder.workspace import check_folder
 
     if output is not None:
-        check_replaceable(output, "--output")
+        output = named_output(output)
         if is_image(output):
             raise InputError(f"--output: expected the name of a CSV file, got {output}")
         check_folder("--output", output.absolute().parent)

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from riskmap_ext.finetune.base.device import available_memory, device_of
 from riskmap_ext.finetune.base.errors import ConfigError, DataError, Problems
-from riskmap_ext.finetune.base.files import check_replaceable, stem, write_text
+from riskmap_ext.finetune.base.files import named_output, stem, write_text
 from riskmap_ext.finetune.base.log import Log, gib
 from riskmap_ext.finetune.base.orientation import PREPARED, arranged, slice_axis_of
 from riskmap_ext.finetune.config.load import parse_config
@@ -70,8 +70,7 @@ def write_first_config(
 
     Raises: InputError naming the folder or the files: nothing to train on, unreadable, no labels.
     """
-    root, path = Path(os.path.realpath(folder)), Path(output)
-    check_replaceable(path, "--output")
+    root, path = Path(os.path.realpath(folder)), named_output(Path(output))
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--output: expected a name that ends in .yaml, got {path}")
     if path.exists() and not overwrite:

@@ -25,13 +25,12 @@ IMAGE_ENDINGS = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr")
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path`, or the file that it links to.
+    """A temporary name that becomes `path`; a link there is replaced, not followed.
 
     Raises: InputError naming the file, which then stays as it was.
     """
     check_replaceable(path)
     try:
-        path = path.resolve() if path.is_symlink() else path
         with written_beside(path) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # torch's writer raises the second
@@ -119,6 +118,15 @@ def check_there(*given: tuple[str, Sequence[Path]]) -> None:
     pairs = [(key, path) for key, paths in given for path in paths if not os.path.exists(path)]
     if pairs:
         raise InputError("\n".join(f"{k}: {p}: no such file or folder" for k, p in pairs))
+
+
+def named_output(path: Path) -> Path:
+    """The file that the user names with --output: links are followed, as by a shell's >.
+
+    Raises: InputError if there is a folder, a pipe or a device.
+    """
+    check_replaceable(path, "--output")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_replaceable(path: Path, key: str = "") -> None:
